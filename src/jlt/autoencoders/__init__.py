@@ -1,0 +1,1 @@
+"""Frozen image <-> latent codecs behind one contract."""

@@ -1,0 +1,1 @@
+"""Image sources, encoding, the latent store and the order of samples."""

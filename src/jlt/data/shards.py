@@ -1,0 +1,138 @@
+"""One shard: the safetensors layout read and written row by row, so that no more than a batch is ever in memory.
+
+The layout is 8 bytes (little-endian length), a JSON header with dtype, shape and byte range of each tensor, and the
+bytes. The safetensors library writes whole tensors only and reads through a memory map, which ends the process (SIGBUS)
+where a file got shorter or a disk fails; here that is an error with the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from jlt.errors import JLTError
+
+ITEM_BYTES = {"F16": 2, "F32": 4, "I64": 8}
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a shard: its dtype as safetensors names it, its shape, and where its bytes start in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, an element of the first dimension."""
+        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+
+
+class ShardFile:
+    """A shard opened for reading; any number of threads may read from it at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise JLTError(f"{path} cannot be read ({error.strerror}).") from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with the bytes from `offset` on; JLTError if the file ends before or cannot be read."""
+        try:
+            read = os.preadv(self._descriptor, [buffer], offset)
+            while 0 < read < len(buffer):
+                more = os.preadv(self._descriptor, [buffer[read:]], offset + read)
+                read = read + more if more else -1
+        except OSError as error:
+            raise JLTError(f"{self.path} cannot be read at byte {offset} ({error.strerror}).") from error
+        if read != len(buffer):
+            raise JLTError(f"{self.path} ends before byte {offset + len(buffer)}: it is truncated.")
+
+    def read_entries(self) -> dict[str, TensorEntry]:
+        """Parse the header; JLTError if it is not one, or does not describe a file of this size."""
+        size = os.fstat(self._descriptor).st_size
+        prefix = bytearray(8)
+        self.read_into(memoryview(prefix), 0)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise JLTError(
+                f"{self.path} is damaged or not a safetensors file: its header claims {length} bytes of {size}."
+            )
+        header = bytearray(length)
+        self.read_into(memoryview(header), 8)
+        try:
+            fields = json.loads(header)
+            entries = {
+                name: TensorEntry(field["dtype"], tuple(field["shape"]), 8 + length + field["data_offsets"][0])
+                for name, field in fields.items()
+                if name != "__metadata__"
+            }
+            end = max(8 + length + field["data_offsets"][1] for name, field in fields.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise JLTError(f"{self.path} is damaged or not a safetensors file: its header does not parse.") from error
+        if end != size:
+            raise JLTError(f"{self.path} is damaged: its header describes {end} bytes and the file has {size}.")
+        return entries
+
+    def read_array(self, entry: TensorEntry) -> np.ndarray:
+        """Return a whole I64 tensor (labels, index)."""
+        values = np.empty(entry.shape, dtype="<i8")
+        self.read_into(values.data.cast("B"), entry.offset)
+        return values
+
+
+class ShardWriter:
+    """Writes the rows of a shard's tensors in any order into a new file; a context manager."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Lay out the file for tensors of the given dtypes (`F16`, `F32`, `I64`) and shapes."""
+        # Widest items first keeps every tensor aligned to its item size.
+        order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
+        fields, starts, end = {}, {}, 0
+        for name in order:
+            dtype, shape = tensors[name]
+            starts[name], end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+            fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": (starts[name], end)}
+        header = json.dumps(fields, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        base = 8 + len(header)
+        self._entries = {name: TensorEntry(*tensors[name], offset=base + starts[name]) for name in order}
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(header)) + header)
+        self._file.truncate(base + end)
+
+    def write(self, name: str, row: int, values: np.ndarray) -> None:
+        """Write consecutive rows, starting at `row`, of the named tensor; the array has its dtype and row shape."""
+        entry = self._entries[name]
+        if values.shape[1:] != entry.shape[1:] or values.nbytes != len(values) * entry.row_bytes:
+            raise ValueError(
+                f"{name} takes rows of {entry.dtype} {entry.shape[1:]}, got {values.dtype} {values.shape[1:]}"
+            )
+        if row + len(values) > entry.shape[0]:
+            raise ValueError(f"{name} has {entry.shape[0]} rows, got rows {row} to {row + len(values) - 1}")
+        self._file.seek(entry.offset + row * entry.row_bytes)
+        self._file.write(np.ascontiguousarray(values).data.cast("B"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()

@@ -1,0 +1,19 @@
+"""The one kind of error that is a message to the user, and the nearest-name hint that such messages carry."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class JLTError(Exception):
+    """Something the user can mend; its text is one clear sentence that says what is wrong and what to do."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> JLTError:
+    """Return the error for a name that is not among the known ones, with the nearest of them."""
+    names = list(known)
+    folded = {candidate.lower(): candidate for candidate in names}
+    near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}."
+    return JLTError(f"There is no {kind} named {name!r}: {hint}")

@@ -1,0 +1,1 @@
+"""Recipes, matched ablations and the quickstart."""

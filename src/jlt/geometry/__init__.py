@@ -1,0 +1,1 @@
+"""Target geometry: closed forms (eq. 9-12) and measured covariances."""

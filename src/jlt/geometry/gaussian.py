@@ -1,0 +1,69 @@
+"""What a linear-Gaussian world says about the three targets: closed forms per direction and time (DESIGN 2, eq. 9-12).
+
+Symbols, used throughout the package:
+
+    x ~ N(0, Sigma)         clean latent; the analysis is local and centred
+    eps ~ N(0, I)           noise, of unit scale
+    z = t x + (1-t) eps     noisy latent at time t in [0, 1], from noise (0) to data (1); eq. 1
+    v = x - eps             velocity; eq. 2
+    lam >= 0                one eigenvalue of Sigma: the variance of x along one eigen-direction
+    D = t^2 lam + (1-t)^2   the variance of z along that direction
+
+In the eigenbasis of Sigma the directions are independent, so each is a scalar regression of a target on z. All
+functions broadcast lam against t, compute in float64 and raise ValueError for lam < 0, t outside [0, 1], and for
+lam = 0 at t = 1, where z is constant and a regression on it means nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float64
+
+from jlt.config import Prediction
+
+Array = Float64[np.ndarray, "..."]
+
+
+def target_variance(prediction: Prediction, lam: Array | float) -> Array:
+    """Return the variance of the target along a direction (eq. 9): lam, 1 or lam + 1, the unit floor of velocity."""
+    lam = _eigenvalues(lam)
+    return np.asarray({"x": lam, "eps": np.ones_like(lam), "v": lam + 1.0}[prediction])
+
+
+def noisy_variance(lam: Array | float, t: Array | float) -> Array:
+    """Return D = t^2 lam + (1-t)^2, the variance of z along a direction, positive."""
+    lam, t = _eigenvalues(lam), np.asarray(t, dtype=np.float64)
+    if not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f"times lie in [0, 1], got {t.min()} to {t.max()}")
+    variance = np.asarray(t**2 * lam + (1 - t) ** 2)
+    if not (variance > 0).all():
+        raise ValueError("lam = 0 at t = 1: the noisy latent is constant there")
+    return variance
+
+
+def best_coefficient(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
+    """Return the c that minimises E (target - c z)^2 along a direction (eq. 10)."""
+    variance = noisy_variance(lam, t)
+    lam, t = np.asarray(lam, dtype=np.float64), np.asarray(t, dtype=np.float64)
+    covariance = {"x": t * lam, "eps": 1 - t, "v": t * lam - (1 - t)}[prediction]
+    return np.asarray(covariance / variance)
+
+
+def conditional_variance(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
+    """Return Var(target | z) along a direction (eq. 11): the squared error that no predictor can go below."""
+    variance = noisy_variance(lam, t)
+    lam, t = np.asarray(lam, dtype=np.float64), np.asarray(t, dtype=np.float64)
+    numerator = {"x": lam * (1 - t) ** 2, "eps": t**2 * lam, "v": lam + 0.0 * t}[prediction]
+    return np.asarray(numerator / variance)
+
+
+def explained_power(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
+    """Return coefficient^2 D (eq. 12): the variance that the best prediction has, so what a network must put out."""
+    return np.asarray(best_coefficient(prediction, lam, t) ** 2 * noisy_variance(lam, t))
+
+
+def _eigenvalues(lam: Array | float) -> Array:
+    lam = np.asarray(lam, dtype=np.float64)
+    if not (lam >= 0).all():
+        raise ValueError(f"eigenvalues of a covariance are non-negative, got {lam.min()}")
+    return lam

@@ -1,0 +1,1 @@
+"""The transformer, its layers and its named sizes; blind to paths, targets and guidance."""

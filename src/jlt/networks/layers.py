@@ -1,0 +1,198 @@
+"""The transformer's layers (DESIGN 3).
+
+Shapes: b batch, n tokens, d hidden size, h heads, k = d / h values per head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+FREQUENCIES = 256
+"""Values of the sinusoidal embedding of time."""
+
+
+class ModulatedNorm(nn.Module):
+    """RMS normalisation with a learnt scale, then a shift and a scale per sample (adaLN, Peebles and Xie 2023).
+
+    The learnt scale (Zhang and Sennrich 2019) is folded into the sample's, which is small, instead of being
+    multiplied into every token. The kernel accumulates in float32 whatever its input's precision.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b n d"]:
+        """Return the normalised tokens times weight (1 + scale), plus shift."""
+        normalised = F.rms_norm(x, self.weight.shape, eps=NORM_EPS)
+        factor = (self.weight * (1 + scale)).to(x.dtype)
+        return torch.addcmul(shift.unsqueeze(1).to(x.dtype), normalised, factor.unsqueeze(1))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t in [0, 1] at geometric frequencies from 1 down to 1e-4, through a two-layer perceptron."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(FREQUENCIES, hidden_size)
+        self.output = nn.Linear(hidden_size, hidden_size)
+        exponents = torch.arange(FREQUENCIES // 2) / (FREQUENCIES // 2)
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
+        self.frequencies: Tensor
+
+    def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        """Embed times in [0, 1]."""
+        angles = t[:, None].float() * self.frequencies
+        sinusoids = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.input.weight.dtype)
+        return self.output(F.silu(self.input(sinusoids)))
+
+
+class RotaryPositions(nn.Module):
+    """2-D rotary positions (Su et al. 2021): half of a head's values turn with the row, half with the column.
+
+    Value i is paired with value i + k/2, so that a rotation is one roll. Tokens that stand before the image's (the
+    in-context class tokens) are not turned.
+    """
+
+    def __init__(self, head_size: int, height: int, width: int) -> None:
+        super().__init__()
+        self.half = head_size // 2
+        frequencies = 10_000.0 ** (-torch.arange(0, self.half, 2) / self.half)
+        rows = torch.arange(height)[:, None].expand(height, width).reshape(-1, 1)
+        columns = torch.arange(width)[None, :].expand(height, width).reshape(-1, 1)
+        angles = torch.cat((rows * frequencies, columns * frequencies), dim=1)
+        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), dim=1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def forward(self, x: Float[Tensor, "b n s h k"], scale: Float[Tensor, "s k"]) -> Float[Tensor, "b n s h k"]:
+        """Return `scale * x` turned by each token's position; s runs over queries and keys."""
+        cos, sin = self._tables(x.shape[1])
+        # (scale x) cos + roll(scale x) sin, with the learnt scale folded into the small tables.
+        cos = (cos[:, None] * scale).unsqueeze(2)
+        sin = (sin[:, None] * scale.roll(self.half, dims=-1)).unsqueeze(2)
+        return torch.addcmul(x * cos.to(x.dtype), x.roll(self.half, dims=-1), sin.to(x.dtype))
+
+    def _tables(self, tokens: int) -> tuple[Tensor, Tensor]:
+        before = tokens - len(self.cos)
+        if before == 0:
+            return self.cos, self.sin
+        return F.pad(self.cos, (0, 0, before, 0), value=1.0), F.pad(self.sin, (0, 0, before, 0))
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised, rotated queries and keys; PyTorch's own kernel."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_size = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.query_key_scale = nn.Parameter(torch.ones(2, head_size))
+        self.projection = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "b n d"], positions: RotaryPositions) -> Float[Tensor, "b n d"]:
+        """Mix the tokens of each sample."""
+        b, n, d = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads)
+        query_key, value = qkv.split((2, 1), dim=2)
+        query_key = F.rms_norm(query_key, query_key.shape[-1:], eps=NORM_EPS)
+        query, key = positions(query_key, self.query_key_scale).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value.squeeze(2).transpose(1, 2))
+        return self.projection(mixed.transpose(1, 2).reshape(b, n, d))
+
+
+class SwiGLU(nn.Module):
+    """Gated perceptron, down(silu(gate x) * up x) (Shazeer 2020)."""
+
+    def __init__(self, size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(size, 2 * hidden_size)
+        self.down = nn.Linear(hidden_size, size)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Map each token by itself."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and perceptron, each modulated before and gated after by the condition (adaLN-zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        self.attention_norm = ModulatedNorm(hidden_size)
+        self.attention = Attention(hidden_size, num_heads)
+        self.mlp_norm = ModulatedNorm(hidden_size)
+        self.mlp = SwiGLU(hidden_size, mlp_hidden_size)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"], positions: RotaryPositions
+    ) -> Float[Tensor, "b n d"]:
+        """Return the tokens after the block; `condition` has been through its SiLU."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=1)
+        attended = self.attention(self.attention_norm(x, shift_a, scale_a), positions)
+        x = torch.addcmul(x, gate_a.unsqueeze(1), attended)
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(self.mlp_norm(x, shift_m, scale_m)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated normalisation and the linear map from tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm = ModulatedNorm(hidden_size)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_values)
+
+    def forward(self, x: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"]) -> Float[Tensor, "b n patch"]:
+        """Return a patch of output for each token."""
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        return self.linear(self.norm(x, shift, scale))
+
+
+class ContextTokens(nn.Module):
+    """In-context class tokens: the class embedding repeated, each copy with a learnt position (Li and He 2025)."""
+
+    def __init__(self, hidden_size: int, count: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(count, hidden_size))
+
+    def forward(self, x: Float[Tensor, "b n d"], class_embedding: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:
+        """Return the tokens with the context put before them."""
+        return torch.cat((class_embedding.unsqueeze(1) + self.positions, x), dim=1)
+
+
+def sincos_positions(hidden_size: int, height: int, width: int) -> Float[Tensor, "n d"]:
+    """Return fixed 2-D sin-cos positions: half of the values for the row, half for the column."""
+    frequencies = 10_000.0 ** (-torch.arange(hidden_size // 4) / (hidden_size // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+
+
+def patchify(z: Float[Tensor, "b c hh ww"], patch_size: int) -> Float[Tensor, "b n patch"]:
+    """Cut latents into patches, row by row; a patch's values run over channel, row, column."""
+    b, c, height, width = z.shape
+    p = patch_size
+    z = z.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(b, (height // p) * (width // p), c * p * p)
+
+
+def unpatchify(
+    patches: Float[Tensor, "b n patch"], patch_size: int, height: int, width: int
+) -> Float[Tensor, "b c hh ww"]:
+    """Invert `patchify` for a latent grid of the given height and width."""
+    b, p = len(patches), patch_size
+    patches = patches.reshape(b, height // p, width // p, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(b, -1, height, width)

@@ -1,0 +1,254 @@
+"""The figures of a report: small panels as inline SVG, in light and in dark, in the colours of `jlt.report.palette`.
+
+Imports matplotlib, so import this module only where figures are drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from jlt.report import palette
+from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, SYMBOL, swatch
+from jlt.report.results import Spread, Study, System, spread
+from jlt.report.wording import listed, number, percent
+
+HALF: tuple[float, float] = (4.5, 3.0)
+THIRD: tuple[float, float] = (3.4, 2.8)
+"""Panel sizes in inches, for two and for three beside each other; text stays readable when a phone shrinks them."""
+
+LOG_RATIO = 8.0
+"""A curve whose values span more than this ratio is drawn on a logarithmic axis."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jlt",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK.light,
+    "axes.labelsize": 9.5,
+    "axes.labelcolor": MUTED.light,
+    "axes.edgecolor": LINE.light,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": LINE.light,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE.light,
+    "ytick.color": LINE.light,
+    "xtick.labelcolor": MUTED.light,
+    "ytick.labelcolor": MUTED.light,
+    "text.color": INK.light,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing as two data URIs, its size in CSS pixels and its words for those who cannot see it."""
+
+    light: str
+    dark: str
+    width: int
+    height: int
+    alt: str
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """One line of a legend in the page: a drawn swatch and its name."""
+
+    swatch: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels beside each other with one legend and a caption that says what to see."""
+
+    title: str
+    panels: tuple[Panel, ...]
+    caption: str
+    legend: tuple[LegendEntry, ...] = ()
+
+
+def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HALF) -> Panel:
+    """Render one axes once, as SVG, and recolour it for dark paper."""
+    with mpl.rc_context(STYLE):
+        canvas = Canvas(figsize=size, layout="constrained")
+        axes = canvas.subplots()
+        paint(axes)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # The viewer's own interface font instead of matplotlib's; metrics are close enough for these short labels.
+    svg = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", buffer.getvalue())
+    width, height = (round(96 * side) for side in size)
+    return Panel(_data_uri(svg), _data_uri(_darken(svg)), width, height, alt)
+
+
+def _darken(svg: str) -> str:
+    roles = [*PREDICTION.values(), INK, MUTED, LINE, PAPER]
+    dark = {role.light: role.dark for role in roles}
+    return re.sub(r"#[0-9a-f]{6}\b", lambda match: dark.get(match[0], match[0]), svg)
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def plain_log(axis: Any, values: Sequence[float]) -> None:
+    """Label a logarithmic axis with plain numbers, closer together where it spans little."""
+    decades = max(values) / min(values)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 300 else (1.0,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
+    """Return one entry per system."""
+    several = len({system.loss_space for system in systems}) > 1
+    return tuple(
+        LegendEntry(
+            swatch(system.prediction, system.patch_size),
+            system.name + (f", {SYMBOL[system.loss_space]}-space loss" if several else ""),
+        )
+        for system in systems
+    )
+
+
+def prediction_legend() -> tuple[LegendEntry, ...]:
+    """Return one entry per prediction, for figures of the targets themselves."""
+    return tuple(LegendEntry(swatch(prediction, 1), SHORT_WORDS[prediction]) for prediction in PREDICTION)
+
+
+def curve_style(system: System) -> dict[str, Any]:
+    """Return colour, dashes and marker of a system."""
+    return {
+        "color": PREDICTION[system.prediction].light,
+        "dashes": palette.dashes(system.patch_size) or (None, None),
+        "marker": palette.MARKER[system.prediction],
+        "markersize": 5,
+        "markeredgecolor": PAPER.light,
+        "markeredgewidth": 0.6,
+    }
+
+
+METRIC_PANELS: Mapping[str, tuple[str, str]] = {
+    "frechet_distance": ("Fréchet distance", "lower is better"),
+    "inception_score": ("Inception score", "higher is better"),
+    "label_agreement": ("Label agreement", "higher is better"),
+}
+
+
+def training_figure(study: Study) -> Figure | None:
+    """Draw every metric and the loss against the training step, None before the first number."""
+    panels = [panel for metric in METRIC_PANELS if (panel := _metric_panel(study, metric))]
+    loss = _loss_panel(study)
+    if loss:
+        panels.append(loss)
+    if not panels:
+        return None
+    seeds = max(len(system.runs) for system in study.systems)
+    band = " Lines are means over seeds, bands run from the smallest to the largest." if seeds > 1 else ""
+    what = "Colour and marker name the prediction, the dash of the line the patch size." if len(study.systems) > 1 else ""
+    smoothing = " The loss is a moving average over a twentieth of the training." if loss else ""
+    return Figure(
+        "Along the training",
+        tuple(panels),
+        f"{what}{band}{smoothing} Look at how early the curves part, and whether the order still changes at the end.",
+        system_legend(study.systems),
+    )
+
+
+def _metric_panel(study: Study, metric: str) -> Panel | None:
+    curves: list[tuple[System, list[int], list[Spread]]] = []
+    for system in study.systems:
+        points = {step: value for step in system.evaluated_steps if (value := system.measured(metric, step))}
+        if points:
+            curves.append((system, list(points), list(points.values())))
+    if not curves:
+        return None
+    name, direction = METRIC_PANELS[metric]
+    write = percent if metric == "label_agreement" else number
+    values = [bound for _, _, points in curves for point in points for bound in (point.low, point.high)]
+
+    def paint(axes: Axes) -> None:
+        for system, steps, points in curves:
+            _line_with_band(axes, system, steps, points)
+        if metric != "label_agreement" and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+            axes.set_yscale("log")
+            plain_log(axes.yaxis, values)
+        else:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value) if value else write(0.0)))
+        _label_steps(axes, f"{name}, {direction}")
+
+    ends = [f"{system.name} ends at {write(points[-1].mean)}" for system, _, points in curves]
+    return draw(paint, f"{name} against training step. {listed(ends)}.")
+
+
+def _line_with_band(axes: Axes, system: System, steps: Sequence[int], points: Sequence[Spread]) -> None:
+    style = curve_style(system)
+    axes.plot(steps, [point.mean for point in points], **style)
+    if any(point.count > 1 for point in points):
+        low, high = [point.low for point in points], [point.high for point in points]
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _loss_panel(study: Study) -> Panel | None:
+    curves = []
+    for system in study.systems:
+        by_step: dict[int, list[float]] = {}
+        for run in system.runs:
+            smooth = moving_average([logged.loss for logged in run.steps])
+            for logged, value in zip(run.steps, smooth, strict=True):
+                by_step.setdefault(logged.step, []).append(value)
+        points = [value for losses in by_step.values() if (value := spread(losses))]
+        if points:
+            curves.append((system, list(by_step), points))
+    if not curves:
+        return None
+    spaces = sorted({system.loss_space for system in study.systems})
+    values = [point.mean for _, _, points in curves for point in points]
+
+    def paint(axes: Axes) -> None:
+        for system, steps, points in curves:
+            _line_with_band(axes, system, steps, points)
+            axes.lines[-1].set_marker("")
+        if min(values) > 0:
+            axes.set_yscale("log")
+            plain_log(axes.yaxis, values)
+        _label_steps(axes, f"Training loss in {listed([SYMBOL[space] for space in spaces])}-space")
+
+    ends = [f"{system.name} ends at {number(points[-1].mean)}" for system, _, points in curves]
+    return draw(paint, f"Training loss against step. {listed(ends)}.")
+
+
+def _label_steps(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.margins(x=0.03)
+
+
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Return the trailing mean over a twentieth of the values, shorter at the start."""
+    window = max(1, len(values) // 20)
+    return [sum(values[max(0, end - window) : end]) / min(window, end) for end in range(1, len(values) + 1)]

@@ -1,0 +1,254 @@
+"""What was found, in words computed from the numbers, whichever way they fall; and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jlt.report.palette import WORDS
+from jlt.report.results import Spread, Study, System
+from jlt.report.wording import listed, number, percent, sentence, spread_text
+
+CLOSE_RATIO = 1.15
+"""Two Frechet distances of one seed each count as too close to call below this ratio. A convention: the spread between
+seeds is unknown then."""
+
+NEARLY_ISOTROPIC = 0.9
+"""Sphericity from which a spectrum is called nearly isotropic."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Systems that differ in the prediction alone, by ascending Frechet distance at the final step."""
+
+    patch_size: int
+    loss_space: str
+    ranked: tuple[tuple[System, Spread], ...]
+
+    @property
+    def seeds(self) -> int:
+        """The smallest number of seeds behind any of the numbers."""
+        return min(value.count for _, value in self.ranked)
+
+    def separated(self, better: Spread, worse: Spread) -> bool:
+        """Say whether two numbers may be told apart: disjoint ranges over seeds, or a clear ratio of single seeds."""
+        if min(better.count, worse.count) > 1:
+            return better.high < worse.low
+        return worse.mean > CLOSE_RATIO * better.mean
+
+    @property
+    def clear_winner(self) -> System | None:
+        """The system that is below all others and told apart from them, None where it is too close to call."""
+        (first, best), *others = self.ranked
+        return first if all(self.separated(best, value) for _, value in others) else None
+
+    def find(self, prediction: str) -> Spread | None:
+        """Return the number of a prediction, or None."""
+        return next((value for system, value in self.ranked if system.prediction == prediction), None)
+
+
+def comparisons(study: Study) -> list[Comparison]:
+    """Group the systems evaluated at the final step by patch size and loss space; groups of one are left out."""
+    groups: dict[tuple[int, str], list[tuple[System, Spread]]] = {}
+    if study.final_step is None:
+        return []
+    for system in study.systems:
+        value = system.measured("frechet_distance", study.final_step)
+        if value is not None:
+            groups.setdefault((system.patch_size, system.loss_space), []).append((system, value))
+    return [
+        Comparison(patch_size, loss_space, tuple(sorted(found, key=lambda item: item[1].mean)))
+        for (patch_size, loss_space), found in sorted(groups.items())
+        if len(found) > 1
+    ]
+
+
+def setting(comparison: Comparison, study: Study) -> str:
+    """Name a comparison: its patch size, and its loss space where the study has several."""
+    several = len({system.loss_space for system in study.systems}) > 1
+    return f"patch {comparison.patch_size}" + (f" with a {comparison.loss_space}-space loss" if several else "")
+
+
+def verdict(study: Study) -> str:
+    """Return the finding in one sentence."""
+    found = comparisons(study)
+    if not found:
+        return _verdict_of_one(study)
+    winners: dict[str, list[str]] = {}
+    undecided = []
+    for comparison in found:
+        winner = comparison.clear_winner
+        if winner is None:
+            undecided.append(setting(comparison, study))
+        else:
+            winners.setdefault(winner.prediction, []).append(setting(comparison, study))
+    if not winners:
+        return f"No prediction stands out: the lowest Fréchet distances are too close to call at {listed(undecided)}."
+    best = [
+        f"{WORDS[prediction]} reaches the lowest Fréchet distance at {listed(places)}"
+        for prediction, places in winners.items()
+    ]
+    tail = f"; at {listed(undecided)} it is too close to call" if undecided else ""
+    return sentence(f"{'; '.join(best)}{tail}.")
+
+
+def _verdict_of_one(study: Study) -> str:
+    """Say what there is where nothing can be compared."""
+    step = study.final_step
+    if step is None:
+        reached = max((run.reached for run in study.runs), default=0)
+        return f"Nothing has been evaluated yet; training has reached step {reached:,}."
+    evaluated = [(s, value) for s in study.systems if (value := s.measured("frechet_distance", step))]
+    if len(evaluated) != 1:
+        return f"At step {step:,} no two systems are evaluated that differ in the prediction alone."
+    system, value = evaluated[0]
+    return f"{system.name}, a {WORDS[system.prediction]}, has a Fréchet distance of {spread_text(value)} at step {step:,}."
+
+
+def details(study: Study) -> list[str]:
+    """Return the sentences under the verdict: numbers per comparison, the seeds, the claim, the geometry."""
+    found = comparisons(study)
+    texts = [_numbers(comparison, study) for comparison in found]
+    if found:
+        texts.append(_about_seeds(found))
+        texts.extend(_about_the_claim(found, study))
+    elif len(study.runs) == 1 and study.final_step is not None:
+        texts.extend(_about_one_run(study))
+    behind = [system.name for system in study.systems if study.final_step not in system.evaluated_steps]
+    if study.final_step is not None and behind:
+        texts.append(f"Not yet evaluated at step {study.final_step:,}: {listed(behind)}. The comparison is provisional.")
+    if study.geometry is not None:
+        texts.extend(geometry_sentence(entry) for entry in list(study.geometry["tokens"].values())[:1])
+    return texts
+
+
+def _numbers(comparison: Comparison, study: Study) -> str:
+    parts = [f"{WORDS[system.prediction]} {spread_text(value)}" for system, value in comparison.ranked]
+    (first, best), (second, next_best), *_ = comparison.ranked
+    names = f"{WORDS[first.prediction]} and {WORDS[second.prediction]}"
+    if comparison.separated(best, next_best):
+        ratio = next_best.mean / best.mean if best.mean > 0 else float("inf")
+        close = f"The lowest is {number(ratio, 2)} times below the next." if ratio < float("inf") else ""
+    elif comparison.seeds > 1:
+        close = f"The ranges of {names} overlap, so these two are not told apart."
+    else:
+        close = f"{sentence(names)} are within {percent(CLOSE_RATIO - 1)} of each other: one seed cannot tell them apart."
+    return f"{sentence(setting(comparison, study))}: Fréchet distance {', '.join(parts)}. {close}".strip()
+
+
+def _about_seeds(found: Sequence[Comparison]) -> str:
+    fewest = min(comparison.seeds for comparison in found)
+    if fewest == 1:
+        return (
+            "Each number comes from a single seed: the spread between seeds was not measured, and a small difference "
+            "may be chance."
+        )
+    return (
+        f"Numbers are means over {fewest} seeds or more with the smallest and largest in brackets; two systems count as "
+        "told apart where these ranges do not overlap."
+    )
+
+
+def _about_the_claim(found: Sequence[Comparison], study: Study) -> list[str]:
+    """Say how clean prediction against velocity, the paper's claim, fared in each comparison."""
+    outcome: dict[str, list[str]] = {}
+    for comparison in found:
+        clean, velocity = comparison.find("x"), comparison.find("v")
+        if clean is None or velocity is None:
+            continue
+        lower, upper = sorted((clean, velocity), key=lambda value: value.mean)
+        kind = "undecided" if not comparison.separated(lower, upper) else "agrees" if lower is clean else "disagrees"
+        outcome.setdefault(kind, []).append(setting(comparison, study))
+    words = {"agrees": "agrees at", "disagrees": "is the other way round at", "undecided": "is undecided at"}
+    parts = [f"{words[kind]} {listed(places)}" for kind, places in outcome.items()]
+    if not parts:
+        return []
+    return [f"The paper claims that clean prediction beats velocity on anisotropic latents. This run {listed(parts)}."]
+
+
+def _about_one_run(study: Study) -> list[str]:
+    system = study.systems[0]
+    values = {step: system.measured("frechet_distance", step) for step in system.evaluated_steps}
+    known = {step: value.mean for step, value in values.items() if value is not None}
+    if not known:
+        return []
+    best = min(known, key=lambda step: known[step])
+    if best == study.final_step:
+        return ["It is the lowest so far." if len(known) > 1 else "It is the only evaluation so far."]
+    return [f"The lowest so far was {number(known[best])} at step {best:,}; it has risen since."]
+
+
+def geometry_sentence(entry: Mapping[str, Any]) -> str:
+    """Say what a token spectrum means for the targets."""
+    eigenvalues = entry["eigenvalues"]
+    opening = (
+        f"A token at patch {entry['patch_size']} has {entry['dimension']} directions, with variances from "
+        f"{number(eigenvalues[0], 2)} down to {number(eigenvalues[-1], 2)} (effective rank "
+        f"{number(entry['effective_rank'])})."
+    )
+    if entry["sphericity"] >= NEARLY_ISOTROPIC:
+        return f"{opening} That is nearly isotropic: by this analysis the choice of the prediction should hardly matter."
+    small = [lam for lam in eigenvalues if lam < 0.1]
+    if not small:
+        return f"{opening} None of them varies less than a tenth as much as the noise."
+    of_velocity = (sum(small) + len(small)) / (sum(eigenvalues) + len(eigenvalues))
+    plural = "directions vary" if len(small) > 1 else "direction varies"
+    return (
+        f"{opening} {len(small)} {plural} less than a tenth as much as the noise: {percent(sum(small) / sum(eigenvalues))} "
+        f"of what x has to say, yet {percent(of_velocity)} of the variance of v, which carries noise of unit variance "
+        "there."
+    )
+
+
+def limits(study: Study) -> list[str]:
+    """Return what this page does not show, computed from what was done."""
+    protocol = study.protocol or {}
+    texts = []
+    extractor = protocol.get("extractor", {}).get("name")
+    if extractor == "digits":
+        accuracy = study.facts.get("classifier_accuracy")
+        known = f" (accuracy {percent(accuracy)} on digits it was not trained on)" if accuracy else ""
+        texts.append(
+            f"Distances and scores use the features of a small bundled digit classifier{known}, not Inception. They "
+            "cannot be compared with published FID or IS values."
+        )
+    if study.runs and max(len(system.runs) for system in study.systems) == 1:
+        texts.append("One seed per system. How much these numbers move between seeds is not known from this page.")
+    count, reference = protocol.get("count"), protocol.get("reference", {}).get("count")
+    if count:
+        against = f" against {reference:,} real images" if reference else ""
+        texts.append(
+            f"{count:,} samples{against}. A Fréchet distance of so few is biased upwards; the bias is about the same for "
+            "every row, so rows can be compared and the values alone say little."
+            if count < 10_000
+            else f"{count:,} samples{against}."
+        )
+    texts.extend(_limits_of_the_setting(study, protocol))
+    texts.append(
+        "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it causes them "
+        "is not tested here, since nothing but the prediction and the patch size was changed."
+        if study.geometry is not None and len(study.systems) > 1
+        else ""
+    )
+    return [text for text in texts if text]
+
+
+def _limits_of_the_setting(study: Study, protocol: Mapping[str, Any]) -> list[str]:
+    texts = []
+    psnr = study.facts.get("autoencoder_psnr")
+    if psnr:
+        texts.append(
+            f"Samples are decoded by the {protocol.get('autoencoder', {}).get('name', 'bundled')} autoencoder, which "
+            f"reconstructs held-out images at {number(psnr)} dB PSNR. No sample can look better than that."
+        )
+    if len(study.systems) > 1 and study.final_step:
+        texts.append(
+            f"All systems are compared after {study.final_step:,} steps of the same recipe, not after each has converged "
+            "or been tuned; another budget, width or learning rate may give another order."
+        )
+    if protocol.get("cfg_scale") == 1.0:
+        texts.append("Samples are drawn without guidance; how guidance changes the comparison was not measured.")
+    if len({system.loss_space for system in study.systems}) > 1:
+        texts.append("Losses in different spaces are not on one scale; their curves cannot be compared with each other.")
+    return texts

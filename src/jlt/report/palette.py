@@ -1,0 +1,55 @@
+"""The colours and lines of a report: one colour and marker per prediction, one line per patch size, in every figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Colour:
+    """One role in light and in dark mode, as #rrggbb; no two roles share a light value."""
+
+    light: str
+    dark: str
+
+
+INK = Colour("#1b1f24", "#e8e6e3")
+MUTED = Colour("#5b636d", "#a2a9b3")
+LINE = Colour("#d5d9de", "#3a4048")
+PAPER = Colour("#ffffff", "#15181c")
+PANEL = Colour("#f5f6f8", "#1d2126")
+
+# Hues of Okabe and Ito's set for colour-blind readers, darkened or lightened for contrast with the paper.
+PREDICTION: dict[str, Colour] = {
+    "x": Colour("#0063a8", "#5ab4f0"),
+    "eps": Colour("#8a6d00", "#e6c229"),
+    "v": Colour("#c2410c", "#ff8a5c"),
+}
+MARKER: dict[str, str] = {"x": "o", "eps": "^", "v": "s"}
+SYMBOL: dict[str, str] = {"x": "x", "eps": "ε", "v": "v"}
+WORDS: dict[str, str] = {"x": "clean prediction (x)", "eps": "noise prediction (ε)", "v": "velocity prediction (v)"}
+SHORT_WORDS: dict[str, str] = {"x": "clean (x)", "eps": "noise (ε)", "v": "velocity (v)"}
+
+_DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.2, 1.6), (6.0, 1.6, 1.2, 1.6))
+
+
+def dashes(patch_size: int) -> tuple[float, ...]:
+    """Return the dash pattern of a patch size, in line widths: solid for 1, dashed for 2, dotted for 4."""
+    return _DASHES[min(patch_size.bit_length() - 1, len(_DASHES) - 1)]
+
+
+def swatch(prediction: str | None, patch_size: int) -> str:
+    """Return a small inline SVG line for a legend in the page; it takes its colour from the page's CSS variables."""
+    colour = f"var(--{prediction})" if prediction else "var(--ink)"
+    pattern = " ".join(f"{2 * length:g}" for length in dashes(patch_size))
+    marker = {
+        "x": '<circle cx="17" cy="6" r="3.4"/>',
+        "eps": '<path d="M17 2 L21 9.4 L13 9.4 Z"/>',
+        "v": '<rect x="13.8" y="2.8" width="6.4" height="6.4"/>',
+        None: "",
+    }[prediction]
+    return (
+        f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:{colour}">'
+        f'<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2" stroke-dasharray="{pattern}"/>'
+        f'<g fill="currentColor">{marker}</g></svg>'
+    )

@@ -1,0 +1,266 @@
+"""The result files that a report is made of, read into frozen data; unlike evaluations are kept apart here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlt.errors import JLTError
+from jlt.files import read_json
+
+Protocol = Mapping[str, Any]
+
+MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
+"""The metrics that tables and curves show, in their order."""
+
+OWN_TO_A_RUN = frozenset({"checkpoint"})
+"""What a protocol says of the thing that was evaluated, not of how; everything else must agree within a table."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation file: the numbers and how they came about."""
+
+    path: Path
+    step: int
+    metrics: Mapping[str, float | None]
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """One logged training step."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, which may still be under way."""
+
+    folder: Path
+    seed: int
+    config: Mapping[str, Any]
+    steps: tuple[LoggedStep, ...]
+    seconds: float | None
+    evaluations: tuple[Evaluation, ...]
+    grid: Path | None
+
+    def at(self, step: int) -> Evaluation | None:
+        """Return the evaluation at a step, or None."""
+        return next((evaluation for evaluation in self.evaluations if evaluation.step == step), None)
+
+    @property
+    def reached(self) -> int:
+        """The last step that was logged or evaluated, 0 before the first."""
+        steps = [logged.step for logged in self.steps[-1:]] + [evaluation.step for evaluation in self.evaluations[-1:]]
+        return max(steps, default=0)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over seeds: its mean, smallest and largest value, and how many there are."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class System:
+    """What is compared: one prediction, loss space, network and patch size, with one run per seed."""
+
+    name: str
+    prediction: str
+    loss_space: str
+    patch_size: int
+    runs: tuple[Run, ...]
+
+    def measured(self, metric: str, step: int) -> Spread | None:
+        """Return a metric over the seeds that have been evaluated at a step, or None."""
+        found = [evaluation.metrics.get(metric) for run in self.runs if (evaluation := run.at(step))]
+        return spread(value for value in found if value is not None)
+
+    @property
+    def evaluated_steps(self) -> list[int]:
+        """The steps at which any seed was evaluated, ascending."""
+        return sorted({evaluation.step for run in self.runs for evaluation in run.evaluations})
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything one page shows: an ablation, or a single run as an ablation of one system."""
+
+    folder: Path
+    title: str
+    systems: tuple[System, ...]
+    facts: Mapping[str, Any]
+    """ablation.json as it stands; empty for a single run."""
+    geometry: Mapping[str, Any] | None
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, system by system."""
+        return [run for system in self.systems for run in system.runs]
+
+    @property
+    def final_step(self) -> int | None:
+        """The last step at which any system was evaluated: the one that the table compares."""
+        return max((step for system in self.systems for step in system.evaluated_steps), default=None)
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """The protocol that all evaluations share, without what belongs to one checkpoint."""
+        for run in self.runs:
+            for evaluation in run.evaluations:
+                return {key: value for key, value in evaluation.protocol.items() if key not in OWN_TO_A_RUN}
+        return None
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Return mean and range of some numbers, None of none."""
+    numbers = list(values)
+    if not numbers:
+        return None
+    return Spread(sum(numbers) / len(numbers), min(numbers), max(numbers), len(numbers))
+
+
+def read_study(folder: Path) -> Study:
+    """Read an ablation folder (ablation.json) or a run folder (config.json).
+
+    Raises JLTError for any other folder, a damaged file, and evaluations whose protocols differ.
+    """
+    if (folder / "ablation.json").exists():
+        study = _read_ablation(folder)
+    elif (folder / "config.json").exists():
+        study = _read_single(folder)
+    else:
+        raise JLTError(f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json).")
+    require_like_protocols([evaluation for run in study.runs for evaluation in run.evaluations])
+    return study
+
+
+def require_like_protocols(evaluations: Iterable[Evaluation]) -> None:
+    """Raise JLTError naming the first difference if evaluations were not all made the same way."""
+    first: Evaluation | None = None
+    for evaluation in evaluations:
+        if first is None:
+            first = evaluation
+            continue
+        ours, theirs = flatten(first.protocol), flatten(evaluation.protocol)
+        differing = [
+            key
+            for key in sorted(ours.keys() | theirs.keys())
+            if key.split(".")[0] not in OWN_TO_A_RUN and ours.get(key) != theirs.get(key)
+        ]
+        if differing:
+            key = differing[0]
+            raise JLTError(
+                f"{first.path} and {evaluation.path} were evaluated differently and do not belong in one table: "
+                f"{key} is {_shown(ours, key)} in one and {_shown(theirs, key)} in the other. "
+                "Evaluate again with the same words."
+            )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level with dotted keys."""
+    if isinstance(value, Mapping) and value:
+        return {
+            dotted: leaf
+            for key, inner in value.items()
+            for dotted, leaf in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: value}
+
+
+def _read_ablation(folder: Path) -> Study:
+    path = folder / "ablation.json"
+    facts = read_json(path)
+    grouped: dict[tuple[str, str, str, int], list[Run]] = {}
+    for entry in _get(facts, "systems", path):
+        key = tuple(_get(entry, name, path) for name in ("name", "prediction", "loss_space", "patch_size"))
+        run_folder = folder / _get(entry, "run", path)
+        runs = grouped.setdefault(key, [])  # type: ignore[arg-type]
+        # A system whose training has not begun has no folder yet.
+        if (run_folder / "config.json").exists():
+            runs.append(read_run(run_folder, _get(entry, "seed", path)))
+    systems = tuple(System(*key, runs=tuple(runs)) for key, runs in grouped.items())
+    geometry = folder / "geometry.json"
+    return Study(
+        folder=folder,
+        title=str(facts.get("title", folder.name)),
+        systems=systems,
+        facts=facts,
+        geometry=read_json(geometry) if geometry.exists() else None,
+    )
+
+
+def _read_single(folder: Path) -> Study:
+    path = folder / "config.json"
+    config = read_json(path)
+    system = System(
+        name=str(_get(config, "name", path)),
+        prediction=_get(config, "prediction", path),
+        loss_space=_get(_get(config, "loss", path), "space", path),
+        patch_size=_get(_get(config, "network", path), "patch_size", path),
+        runs=(read_run(folder, _get(config, "seed", path)),),
+    )
+    return Study(folder=folder, title=system.name, systems=(system,), facts={}, geometry=None)
+
+
+def read_run(folder: Path, seed: int) -> Run:
+    """Read a run folder; log, samples and evaluations may be missing while it is under way."""
+    steps, seconds = _read_log(folder / "log.jsonl")
+    evaluations = [_read_evaluation(path) for path in sorted((folder / "evaluations").glob("*.json"))]
+    grid = folder / "samples" / "grid.png"
+    return Run(
+        folder=folder,
+        seed=seed,
+        config=read_json(folder / "config.json"),
+        steps=steps,
+        seconds=seconds,
+        evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
+        grid=grid if grid.exists() else None,
+    )
+
+
+def _read_log(path: Path) -> tuple[tuple[LoggedStep, ...], float | None]:
+    """Return the logged steps, the last word on each step counting, and the seconds that the end events report."""
+    if not path.exists():
+        return (), None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    steps: dict[int, LoggedStep] = {}
+    seconds = None
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break  # a run that is being written, or was killed while writing
+            raise JLTError(f"{path}, line {number} is not JSON: the log is damaged.") from error
+        kind = _get(event, "event", path)
+        if kind == "step" and event.get("loss") is not None:
+            steps[event["step"]] = LoggedStep(event["step"], event["loss"])
+        elif kind == "end":
+            seconds = event.get("seconds")
+    return tuple(steps[step] for step in sorted(steps)), seconds
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    content = read_json(path)
+    return Evaluation(path, *(_get(content, key, path) for key in ("step", "metrics", "protocol")))
+
+
+def _get(mapping: Any, key: str, path: Path) -> Any:
+    if not isinstance(mapping, Mapping) or key not in mapping:
+        raise JLTError(f"{path} has no {key!r}: it is damaged or was written by another version.")
+    return mapping[key]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "missing"

@@ -1,0 +1,1 @@
+"""Solvers over any velocity, guidance, and numbered images."""

@@ -1,0 +1,73 @@
+"""Numbered images: image i of a seed is the same whatever else is drawn beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from jlt.autoencoders.contract import Autoencoder
+from jlt.config import SampleConfig
+from jlt.draws import derive_seed, generator, normal_per_sample
+from jlt.errors import JLTError
+from jlt.sampling.guidance import Denoiser, guided
+from jlt.sampling.solvers import solve
+from jlt.timesteps import uniform_grid
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Images `start` to `start + n` of a run of sampling."""
+
+    start: int
+    latents: Float[Tensor, "n c h w"]
+    labels: Int[Tensor, "n"]
+
+
+def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -> Int[Tensor, "n"]:
+    """Return the labels of numbered images: `equal` counts per class, `random`, or a list that repeats."""
+    if rule == "equal":
+        return torch.tensor([index % num_classes for index in indices])
+    if rule == "random":
+        draws = [torch.randint(num_classes, (), generator=generator(seed, "label", index)) for index in indices]
+        return torch.stack(draws)
+    try:
+        labels = [int(part) for part in rule.split(",")]
+    except ValueError:
+        raise JLTError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
+    outside = [label for label in labels if not 0 <= label < num_classes]
+    if outside:
+        raise JLTError(f"There is no class {outside[0]}: the network knows the classes 0 to {num_classes - 1}.")
+    return torch.tensor([labels[index % len(labels)] for index in indices])
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    config: SampleConfig,
+    device: torch.device | str = "cpu",
+    noise_scale: float = 1.0,
+) -> Iterator[SampleBatch]:
+    """Yield exactly `config.num` latents of the given (C, H, W) in order of their number, a batch at a time."""
+    grid = uniform_grid(config.steps).tolist()
+    for start in range(0, config.num, config.batch_size):
+        indices = range(start, min(start + config.batch_size, config.num))
+        labels = labels_for(config.labels, indices, num_classes, config.seed).to(device)
+        seeds = [derive_seed(config.seed, "image", index) for index in indices]
+        noise = noise_scale * normal_per_sample(seeds, shape, device)
+        velocity = guided(denoiser, labels, config.cfg_scale, config.cfg_interval)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            latents = solve(config.solver, velocity, noise, grid)
+        yield SampleBatch(start, latents, labels)
+
+
+@torch.no_grad()
+def decode_to_uint8(autoencoder: Autoencoder, latents: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n hh ww 3"]:
+    """Decode latents to images with levels 0 to 255, rounded to the nearest."""
+    images = autoencoder.decode(latents)
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

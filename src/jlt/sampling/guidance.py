@@ -1,0 +1,50 @@
+"""Velocities out of networks: the readout (eq. 3) and classifier-free guidance (eq. 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jlt.config import Prediction
+from jlt.prediction import velocity_from_output
+from jlt.sampling.solvers import Velocity
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with the meaning of its output: what turns (z, t, labels) into a velocity."""
+
+    network: nn.Module
+    prediction: Prediction
+    null_label: int
+    t_eps: float = 0.0
+
+    def velocity(self, z: Float[Tensor, "b *rest"], t: float, labels: Int[Tensor, "b"]) -> Float[Tensor, "b *rest"]:
+        """Return v^ at one time t for the whole batch (eq. 3), in z's precision."""
+        times = z.new_full((len(z),), t)
+        output = self.network(z, times, labels).to(z.dtype)
+        return velocity_from_output(self.prediction, output, z, times, self.t_eps)
+
+
+def in_interval(t: float, low: float, high: float) -> bool:
+    """Eq. 7: t < high and (low == 0 or t > low)."""
+    return t < high and (low == 0 or t > low)
+
+
+def guided(
+    denoiser: Denoiser, labels: Int[Tensor, "b"], cfg_scale: float, cfg_interval: tuple[float, float]
+) -> Velocity:
+    """Return the velocity of eq. 7 for these labels; both branches share a forward, and none runs without effect."""
+
+    def velocity(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
+        if cfg_scale == 1 or not in_interval(t, *cfg_interval):
+            return denoiser.velocity(z, t, labels)
+        null = torch.full_like(labels, denoiser.null_label)
+        both = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null)))
+        v_class, v_null = both.chunk(2)
+        return v_null + cfg_scale * (v_class - v_null)
+
+    return velocity

@@ -1,0 +1,1 @@
+"""The training loop, the random draws it consumes, EMA and checkpoints."""

@@ -1,0 +1,213 @@
+"""The training loop: draw, predict, weigh, update, average, log, save."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jlt.config import NetworkConfig, TrainConfig
+from jlt.data.order import SampleOrder
+from jlt.data.shape import LatentShape
+from jlt.data.store import LatentStore
+from jlt.draws import derive_seed, normal_per_sample
+from jlt.errors import JLTError
+from jlt.loss import denoising_loss
+from jlt.networks.transformer import Transformer, build_network
+from jlt.path import interpolate
+from jlt.progress import say, track
+from jlt.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, save_checkpoint
+from jlt.training.draws import StepDraws, draw_step
+from jlt.training.ema import EMA
+from jlt.training.run import RunLog, prepare_run
+from jlt.training.signals import Stopped, stop_on_signal
+
+
+@dataclass
+class TrainState:
+    """All that changes while training, and so all that a checkpoint holds."""
+
+    network: Transformer
+    optimizer: torch.optim.AdamW
+    ema: EMA
+    step: int
+    draws_digest: str
+    initial_weights: str
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return every tensor to save, by file and name."""
+        averages = {f"ema_{decay:g}": values for decay, values in self.ema.averages.items()}
+        return {"network": _weights(self.network), "optimizer": self._moments(), **averages}
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self.network.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint's tensors in place."""
+        self.network.load_state_dict(checkpoint.read("network.safetensors"))
+        moments = checkpoint.read("optimizer.safetensors")
+        for name, parameter in self.network.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {
+                key: moments[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
+            }
+        for decay in self.ema.averages:
+            self.ema.load(decay, checkpoint.read(f"ema_{decay:g}.safetensors"))
+
+
+def train(config: TrainConfig, store: LatentStore, run: Path, device: torch.device | str = "cpu") -> Path:
+    """Train to `config.steps`, continuing from the newest checkpoint in `run`; return the last checkpoint's folder.
+
+    Raises JLTError where the store does not fit the network, the folder holds another run or the loss is not finite,
+    and Stopped after saving when the process was asked to end.
+    """
+    check_shape(config.network, store.shape)
+    prepare_run(run, config, store.identity())
+    state = initial_state(config, torch.device(device))
+    complete = list_checkpoints(run)
+    if complete:
+        resume(state, open_checkpoint(complete[-1]))
+    if state.step >= config.steps:
+        return complete[-1]
+    log = RunLog(run, state.step)
+    log.write("start", step=state.step, initial_weights=state.initial_weights, draws=state.draws_digest)
+    started = time.perf_counter()
+    with stop_on_signal() as stop:
+        for _ in track(_steps(config, store, state, log), f"{config.name}", total=config.steps - state.step):
+            if stop or state.step == config.steps or state.step % config.checkpoint_every == 0:
+                extra = {"draws": state.draws_digest, "initial_weights": state.initial_weights}
+                folder = save_checkpoint(run, state.step, config, store.identity(), state.tensors(), extra)
+            if stop:
+                raise Stopped(f"Stopped at step {state.step} of {config.steps}; {folder} is saved.")
+    log.write("end", step=state.step, seconds=time.perf_counter() - started, draws=state.draws_digest)
+    return folder
+
+
+def _steps(config: TrainConfig, store: LatentStore, state: TrainState, log: RunLog) -> Iterator[int]:
+    """Yield after every update, logging each `log_every` steps."""
+    order = SampleOrder(len(store), derive_seed(config.seed, "order"))
+    forward = torch.compile(state.network) if config.compile else state.network
+    losses: list[Tensor] = []
+    last = time.perf_counter()
+    while state.step < config.steps:
+        draws = draw_step(config, order, state.step, 0, config.batch_size)
+        state.draws_digest = draws.digest(state.draws_digest)
+        loss, grad_norm = update(config, state, forward, *load_batch(config, store, draws, state), draws.t)
+        losses.append(loss)
+        state.step += 1
+        if state.step % config.log_every == 0 or state.step == config.steps:
+            now = time.perf_counter()
+            log.write(
+                "step",
+                step=state.step,
+                loss=torch.stack(losses).mean().item(),
+                learning_rate=learning_rate(config, state.step - 1),
+                grad_norm=grad_norm,
+                img_per_second=len(losses) * config.batch_size / (now - last),
+            )
+            losses, last = [], now
+        yield state.step
+
+
+def load_batch(
+    config: TrainConfig, store: LatentStore, draws: StepDraws, state: TrainState
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Tensor]:
+    """Return clean latents, scaled noise and labels (the null class where dropped), on the network's device."""
+    device = next(state.network.parameters()).device
+    latents, labels = store.gather(draws.indices, draws.flips if config.flips else None)
+    labels = torch.where(draws.dropped, config.network.num_classes, labels)
+    x = latents.to(device, torch.float32)
+    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], device)
+    return x, eps, labels.to(device)
+
+
+def update(
+    config: TrainConfig,
+    state: TrainState,
+    forward: nn.Module,
+    x: Float[Tensor, "b c h w"],
+    eps: Float[Tensor, "b c h w"],
+    labels: Tensor,
+    t: Float[Tensor, "b"],
+) -> tuple[Tensor, float]:
+    """Make one update and return the loss and the gradient norm before clipping; a non-finite one updates nothing."""
+    sample = interpolate(x, eps, t.to(x.device))
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        output = forward(sample.z, sample.t, labels)
+    loss = denoising_loss(config.prediction, output.float(), sample, config.loss).mean()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.grad_clip).item()
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        raise JLTError(
+            f"Step {state.step}: the loss is {loss.item():g} and the gradient norm {grad_norm:g}. Nothing was updated; "
+            "lower the learning rate, or look at the latents with `jlt verify`."
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update()
+    return loss.detach(), grad_norm
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of the update after `step` updates: linear warm-up, then constant."""
+    return config.optimizer.learning_rate * min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
+
+
+def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
+    """Return the state before the first update: a function of the configuration alone."""
+    network = build_network(config.network, derive_seed(config.seed, "weights")).to(device)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    return TrainState(network, optimizer, EMA(network, config.ema), 0, "", hash_weights(network))
+
+
+def resume(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Continue from a checkpoint of this very run."""
+    stored: Mapping[str, Any] = checkpoint.read_state()
+    if stored["initial_weights"] != state.initial_weights:
+        say("The initial weights of this run come from another version of PyTorch; it continues from its checkpoint.")
+    state.restore(checkpoint)
+    state.step, state.draws_digest = checkpoint.step, stored["draws"]
+    state.initial_weights = stored["initial_weights"]
+
+
+def check_shape(network: NetworkConfig, latents: LatentShape) -> None:
+    """Raise a JLTError unless the network was made for latents of this shape and these classes."""
+    wanted = (network.channels, network.height, network.width, network.num_classes)
+    found = (latents.channels, latents.height, latents.width, latents.num_classes)
+    if wanted != found:
+        raise JLTError(
+            f"The network takes latents of {wanted[0]}x{wanted[1]}x{wanted[2]} with {wanted[3]} classes, "
+            f"the store holds {found[0]}x{found[1]}x{found[2]} with {found[3]}."
+        )
+
+
+def hash_weights(network: nn.Module) -> str:
+    """Return the SHA-256 of all weights, in the order of their names."""
+    fingerprint = hashlib.sha256()
+    for name, weight in sorted(_weights(network).items()):
+        fingerprint.update(name.encode() + weight.cpu().numpy().tobytes())
+    return fingerprint.hexdigest()
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in network.state_dict().items()}

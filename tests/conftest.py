@@ -1,0 +1,12 @@
+"""Shapes and types of every annotated function in the package are checked while the tests run."""
+
+import os
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+install_import_hook("jlt", "beartype.beartype")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2)

@@ -1,0 +1,261 @@
+"""The closed forms of eq. 9-12 against brute force, and the covariance estimate against one that holds all the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jlt.config import PREDICTIONS
+from jlt.errors import JLTError
+from jlt.geometry import gaussian
+from jlt.geometry.analyze import analyze
+from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.spectrum import eigenvalues_descending, sampling_error, share_below, summarise
+
+EIGENVALUES = np.array([6.0, 1.0, 0.03, 0.0008])
+TIMES = [0.0, 0.1, 0.5, 0.9, 0.99]
+
+
+@pytest.fixture(scope="module")
+def draws() -> dict[str, np.ndarray]:
+    """Draws of (x, eps) with a known covariance, shifted and mixed so that their sample moments equal it exactly."""
+    generator = np.random.default_rng(0)
+    raw = generator.standard_normal((200_000, 2 * len(EIGENVALUES)))
+    raw -= raw.mean(0)
+    white = raw @ np.linalg.inv(np.linalg.cholesky(raw.T @ raw / len(raw))).T
+    x, eps = np.split(white, 2, axis=1)
+    x = x * np.sqrt(EIGENVALUES)
+    return {"x": x, "eps": eps, "v": x - eps}
+
+
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_closed_forms_equal_a_sampled_regression(draws: dict[str, np.ndarray], prediction: str, t: float) -> None:
+    z = t * draws["x"] + (1 - t) * draws["eps"]
+    for direction, lam in enumerate(EIGENVALUES):
+        target, noisy = draws[prediction][:, direction], z[:, direction]
+        solution, residual, *_ = np.linalg.lstsq(noisy[:, None], target, rcond=None)
+        measured = [target.var(), solution[0], residual[0] / len(noisy), (noisy * solution[0]).var()]
+        closed = [
+            gaussian.target_variance(prediction, lam),
+            gaussian.best_coefficient(prediction, lam, t),
+            gaussian.conditional_variance(prediction, lam, t),
+            gaussian.explained_power(prediction, lam, t),
+        ]
+        np.testing.assert_allclose(np.array(closed, dtype=float), measured, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_conditional_variance_is_the_spread_among_like_noisy_values(prediction: str) -> None:
+    generator = np.random.default_rng(1)
+    lam, t = 0.3, 0.6
+    x, eps = np.sqrt(lam) * generator.standard_normal(4_000_000), generator.standard_normal(4_000_000)
+    target = {"x": x, "eps": eps, "v": x - eps}[prediction]
+    alike = np.abs(t * x + (1 - t) * eps - 0.4) < 0.01
+    assert target[alike].var() == pytest.approx(float(gaussian.conditional_variance(prediction, lam, t)), rel=0.03)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_eigenbasis_solves_the_full_regression(prediction: str) -> None:
+    """Eq. 10 per direction, rotated back, is the matrix that a multivariate regression of the target on z gives."""
+    generator = np.random.default_rng(2)
+    factor, t = generator.standard_normal((5, 5)), 0.4
+    sigma = factor @ factor.T
+    lam, basis = np.linalg.eigh(sigma)
+    identity = np.eye(5)
+    covariance = {"x": t * sigma, "eps": (1 - t) * identity, "v": t * sigma - (1 - t) * identity}[prediction]
+    full = covariance @ np.linalg.inv(t**2 * sigma + (1 - t) ** 2 * identity)
+    np.testing.assert_allclose(basis * gaussian.best_coefficient(prediction, lam, t) @ basis.T, full, atol=1e-12)
+
+
+@given(lam=st.floats(0, 1e3), t=st.floats(0.001, 0.999), z=st.floats(-10, 10))
+def test_three_best_outputs_read_out_to_one_velocity(lam: float, t: float, z: float) -> None:
+    outputs = {name: float(gaussian.best_coefficient(name, lam, t)) * z for name in PREDICTIONS}
+    velocity = outputs["v"]
+    tolerance = {"rel": 1e-9, "abs": 1e-9 * (1 + abs(z)) / (t * (1 - t))}
+    assert (outputs["x"] - z) / (1 - t) == pytest.approx(velocity, **tolerance)  # eq. 3
+    assert (z - outputs["eps"]) / t == pytest.approx(velocity, **tolerance)
+
+
+@given(lam=st.floats(0, 1e3), t=st.floats(0, 0.999))
+def test_variance_splits_into_explained_and_conditional(lam: float, t: float) -> None:
+    for prediction in PREDICTIONS:
+        parts = gaussian.explained_power(prediction, lam, t) + gaussian.conditional_variance(prediction, lam, t)
+        assert float(parts) == pytest.approx(float(gaussian.target_variance(prediction, lam)), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.9])
+def test_limits_of_vanishing_variance(t: float) -> None:
+    limits = {"x": 0.0, "eps": 1 / (1 - t), "v": -1 / (1 - t)}
+    for prediction, limit in limits.items():
+        assert float(gaussian.best_coefficient(prediction, 1e-12, t)) == pytest.approx(limit, abs=1e-9)
+        assert float(gaussian.best_coefficient(prediction, 0.0, t)) == pytest.approx(limit, rel=1e-14)
+        assert float(gaussian.conditional_variance(prediction, 0.0, t)) == 0.0
+    assert [float(gaussian.target_variance(name, 0.0)) for name in PREDICTIONS] == [0.0, 1.0, 1.0]
+
+
+def test_closed_forms_broadcast_directions_against_times() -> None:
+    table = gaussian.best_coefficient("v", EIGENVALUES, np.array(TIMES)[:, None])
+    assert table.shape == (len(TIMES), len(EIGENVALUES))
+    assert table[2, 1] == gaussian.best_coefficient("v", 1.0, 0.5) == 0.0
+
+
+@pytest.mark.parametrize(("lam", "t"), [(-0.1, 0.5), (1.0, 1.1), (1.0, -0.1), (0.0, 1.0), (float("nan"), 0.5)])
+def test_values_outside_the_model_are_refused(lam: float, t: float) -> None:
+    with pytest.raises(ValueError, match=r"eigenvalues|times|constant"):
+        gaussian.best_coefficient("x", lam, t)
+
+
+def latents(count: int, seed: int = 0, channels: int = 3, grid: int = 8) -> Tensor:
+    """Correlated float16 latents with a mean far from zero, where a careless sum of squares loses digits."""
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, channels, grid, grid, generator=generator)
+    mixed = torch.einsum("dc,nchw->ndhw", torch.randn(channels, channels, generator=generator), white)
+    return (mixed + mixed.roll(1, -1) + 30.0 * torch.arange(channels)[:, None, None]).half()
+
+
+def tokens_by_loops(data: Tensor, patch_size: int) -> np.ndarray:
+    """Every patch written out by hand, as the slow and obvious reference."""
+    array, rows = data.double().numpy(), []
+    for image in array:
+        for top in range(0, image.shape[1], patch_size):
+            for left in range(0, image.shape[2], patch_size):
+                rows.append(image[:, top : top + patch_size, left : left + patch_size].ravel())
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_token_covariance_equals_that_of_the_data_matrix(patch_size: int) -> None:
+    data = latents(40)
+    tokens = TokenCovariance(3, patch_size)
+    tokens.update(data)
+    matrix = tokens_by_loops(data, patch_size)
+    assert (tokens.images, tokens.count) == (40, len(matrix))
+    np.testing.assert_allclose(tokens.mean.numpy(), matrix.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(tokens.covariance.numpy(), np.cov(matrix.T), rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8), split=st.integers(0, 8))
+def test_any_batches_and_any_merge_give_one_covariance(sizes: list[int], split: int) -> None:
+    data = latents(sum(sizes) + 2, seed=3)
+    whole, left, right = (TokenCovariance(3, 2) for _ in range(3))
+    whole.update(data)
+    for index, batch in enumerate(data.split([*sizes, 2])):
+        (left if index < split else right).update(batch)
+    left.merge(right)
+    assert (left.images, left.count) == (whole.images, whole.count)
+    torch.testing.assert_close(left.covariance, whole.covariance, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(left.mean, whole.mean, rtol=1e-13, atol=1e-13)
+
+
+def test_channel_variance_is_that_of_the_values_at_every_patch_size() -> None:
+    data = latents(30)
+    expected = data.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    for patch_size in (1, 2, 4):
+        tokens = TokenCovariance(3, patch_size)
+        tokens.update(data)
+        torch.testing.assert_close(tokens.channel_variance, expected, rtol=1e-11, atol=0.0)
+
+
+def test_equal_channel_variances_hide_the_anisotropy_that_eigenvalues_show() -> None:
+    """Two channels of unit variance and correlation 0.99: isotropic channel by channel, 199 to 1 by direction."""
+    generator = torch.Generator().manual_seed(0)
+    shared, own = torch.randn(2, 4000, 2, 4, 4, generator=generator, dtype=torch.float64)
+    tokens = TokenCovariance(2, 1)
+    tokens.update(0.99**0.5 * shared[:, :1] + 0.01**0.5 * own)
+    assert tokens.channel_variance.numpy() == pytest.approx([1.0, 1.0], rel=0.02)
+    summary = summarise(eigenvalues_descending(tokens.covariance.numpy()))
+    assert summary.anisotropy == pytest.approx(1.99 / 0.01, rel=0.03)
+
+
+def test_latents_that_cannot_be_analysed_are_refused_by_name() -> None:
+    data = latents(5)
+    data[3, 1, 2, 2] = float("inf")
+    with pytest.raises(JLTError, match="Latent 3 of the store is not finite"):
+        TokenCovariance(3, 1).update(data)
+    with pytest.raises(JLTError, match="8 x 8 positions cannot be cut into patches of 3 x 3"):
+        TokenCovariance(3, 3).update(latents(2))
+    with pytest.raises(ValueError, match="two tokens"):
+        _ = TokenCovariance(3, 1).covariance
+
+
+def test_summaries_of_known_spectra() -> None:
+    flat = summarise(np.full(16, 0.5))
+    assert (flat.effective_rank, flat.participation_ratio) == pytest.approx((16, 16))
+    assert (flat.anisotropy, flat.sphericity) == pytest.approx((1, 1))
+    # Half the variance in one direction, half spread over two: entropy log 2 + (log 2) / 2.
+    uneven = summarise(np.array([2.0, 1.0, 1.0]))
+    assert uneven.effective_rank == pytest.approx(2**1.5)
+    assert uneven.participation_ratio == pytest.approx(16 / 6)
+    assert uneven.anisotropy == pytest.approx(2)
+    assert uneven.sphericity == pytest.approx(2 ** (1 / 3) / (4 / 3))
+    degenerate = summarise(np.array([1.0, 1.0, 0.0]))
+    assert degenerate.anisotropy is None
+    assert degenerate.sphericity == 0
+    assert degenerate.effective_rank == pytest.approx(2)
+
+
+def test_share_below_counts_directions_and_their_variance() -> None:
+    share = share_below(np.array([6.0, 1.0, 0.5, 0.02]), 1.0)
+    assert (share.directions, share.variance_share) == (2, pytest.approx(0.52 / 7.52))
+
+
+def test_sampling_error_is_that_of_many_estimates() -> None:
+    generator = np.random.default_rng(0)
+    estimates = [generator.standard_normal(200).var(ddof=1) for _ in range(4000)]
+    assert sampling_error(200) == pytest.approx(np.std(estimates), rel=0.05)
+
+
+class FakeStore:
+    def __init__(self, data: Tensor, batch_size: int | None = None) -> None:
+        self.data, self.batch_size = data, batch_size
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.data.split(self.batch_size or batch_size):
+            yield batch, torch.zeros(len(batch), dtype=torch.int64)
+
+    def identity(self) -> dict[str, Any]:
+        return {"autoencoder": "fake"}
+
+
+def test_analysis_is_json_and_its_tables_are_the_closed_forms() -> None:
+    result = json.loads(json.dumps(analyze(FakeStore(latents(300)), [1, 2]), allow_nan=False))
+    assert result["latents"] == {"autoencoder": "fake"}
+    assert list(result["tokens"]) == ["1", "2"]
+    entry = result["tokens"]["2"]
+    lam = np.array(entry["eigenvalues"])
+    assert entry["dimension"] == len(lam) == 12
+    assert (np.diff(lam) <= 0).all()
+    assert lam.sum() == pytest.approx(np.trace(np.cov(tokens_by_loops(latents(300), 2).T)))
+    assert entry["target_variance"]["v"] == pytest.approx(lam + 1)
+    time, direction = result["times"].index(0.5), 3
+    tabulated = lam[entry["directions"][direction]]
+    assert entry["coefficient"]["x"][time][direction] == pytest.approx(0.5 * tabulated / (0.25 * tabulated + 0.25))
+    assert entry["relative_sampling_error"] == pytest.approx((2 / 300) ** 0.5)
+
+
+def test_analysis_does_not_depend_on_the_batch_size() -> None:
+    one, other = (analyze(FakeStore(latents(50), size), [2])["tokens"]["2"]["eigenvalues"] for size in (7, 50))
+    assert one == pytest.approx(other, rel=1e-10)
+
+
+def test_few_images_are_warned_about_and_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    analyze(FakeStore(latents(8)), [1, 4])
+    said = capsys.readouterr().err
+    assert "Patch size 1, 8 images: an eigenvalue is known to about 50%; 200 images give 10%." in said
+    assert "Patch size 4, 8 images: 32 tokens cannot span 48 directions" in said
+    analyze(FakeStore(latents(400)), [1])
+    assert not capsys.readouterr().err
+    with pytest.raises(JLTError, match="holds 1 latents"):
+        analyze(FakeStore(latents(1)), [1])
+    with pytest.raises(JLTError, match="All latents of the store are equal"):
+        analyze(FakeStore(torch.ones(4, 3, 8, 8)), [1])

@@ -5,7 +5,7 @@ import os
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-install_import_hook("jlt", "beartype.beartype")
+install_import_hook("jlt", "typechecker.checked")
 
 import torch  # noqa: E402
 

@@ -15,6 +15,7 @@ GOLDEN_INDICES = [2, 3, 5, 7, 0, 6, 1, 4, 9, 8, 3, 7, 2, 9, 6, 4, 8, 5, 0, 1]
 GOLDEN_FLIPS = [1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 0, 0, 1, 0]
 
 
+@settings(deadline=None)
 @given(SIZES, SEEDS, st.integers(0, 10**9))
 def test_every_index_comes_once_an_epoch(size: int, seed: int, epoch: int) -> None:
     indices = SampleOrder(size, seed).indices(epoch * size, size)
@@ -22,7 +23,8 @@ def test_every_index_comes_once_an_epoch(size: int, seed: int, epoch: int) -> No
     np.testing.assert_array_equal(np.sort(indices), np.arange(size))
 
 
-@given(SIZES, SEEDS, st.integers(0, 1000), st.lists(st.integers(0, 700), max_size=6))
+@settings(deadline=None)
+@given(SIZES, SEEDS, st.integers(0, 1000), st.lists(st.integers(0, 400), max_size=5))
 def test_any_split_gives_the_same_sequence(size: int, seed: int, start: int, counts: list[int]) -> None:
     whole, parts = SampleOrder(size, seed), SampleOrder(size, seed)
     starts = start + np.concatenate([[0], np.cumsum(counts, dtype=int)])
@@ -34,6 +36,7 @@ def test_any_split_gives_the_same_sequence(size: int, seed: int, start: int, cou
     np.testing.assert_array_equal(np.concatenate([*flips, []]), whole.flips(start, sum(counts)))
 
 
+@settings(deadline=None)
 @given(SIZES, SEEDS, st.integers(0, 50), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 5]), st.integers(1, 40))
 def test_processes_and_workers_share_one_sequence(
     size: int, seed: int, step: int, world: int, workers: int, per_process: int
@@ -56,7 +59,7 @@ def test_epochs_seeds_and_flips_differ() -> None:
 
 
 def test_all_permutations_are_equally_likely() -> None:
-    # Chi-square over the 24 orders of 4 samples, 24,000 epochs: mean 23, standard deviation sqrt(46); a bound of 5 sigma.
+    # Chi-square over the 24 orders of 4 samples in 24,000 epochs has mean 23 and standard deviation sqrt(46).
     drawn = SampleOrder(4, 7).indices(0, 4 * 24_000).reshape(-1, 4) @ [64, 16, 4, 1]
     counts = np.unique(drawn, return_counts=True)[1]
     assert len(counts) == 24

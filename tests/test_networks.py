@@ -5,8 +5,9 @@ import torch
 
 from jlt.config import NetworkConfig
 from jlt.errors import JLTError
+from jlt.experiments.systems import preset
 from jlt.networks.layers import RotaryPositions, patchify, unpatchify
-from jlt.networks.presets import PRESETS, preset
+from jlt.networks.sizes import SIZES
 from jlt.networks.transformer import Transformer, build_network, count_parameters
 
 TINY = {"channels": 6, "height": 4, "width": 8, "num_classes": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
@@ -117,7 +118,7 @@ def test_named_sizes():
     for name, (width, depth, heads) in {"L": (1024, 24, 16), "H": (1280, 32, 16)}.items():
         config = preset(f"JLT-{name}/2")[1]
         assert (config.hidden_size, config.depth, config.num_heads, config.patch_size) == (width, depth, heads, 2)
-    for size in PRESETS:
+    for size in SIZES:
         for patch in (1, 2, 4):
             jlt, dit = preset(f"JLT-{size}/{patch}"), preset(f"DiT-{size}/{patch}")
             assert (jlt[0], dit[0]) == ("x", "v")

@@ -1,4 +1,4 @@
-"""The one kind of error that is a message to the user, and the nearest-name hint that such messages carry."""
+"""Errors that are messages to the user, and the nearest-name hint that they carry."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ class JLTError(Exception):
     """Something the user can mend; its text is one clear sentence that says what is wrong and what to do."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> JLTError:
+class UnknownNameError(JLTError):
+    """A name that does not exist: the words of the command were wrong."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
     names = list(known)
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}."
-    return JLTError(f"There is no {kind} named {name!r}: {hint}")
+    return UnknownNameError(f"There is no {kind} named {name!r}: {hint}")

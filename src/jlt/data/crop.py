@@ -17,11 +17,17 @@ def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {siz
     """
     image = to_rgb(image)
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    image = _resize(image, round(image.width * scale), round(image.height * scale), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    # Across, then down, with 8 bits in between: what one call did when the field's data was made. Since version 13
+    # Pillow resizes upright images (higher than twice their width) in the other order, which differs by a level.
+    return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -49,14 +49,12 @@ def encode(config: EncodeConfig, out: Path, device: str = "cpu") -> StoreManifes
     """
     source = open_source(config.images)
     autoencoder = load_autoencoder(config.autoencoder, config.autoencoder_path, device)
-    return encode_source(source, autoencoder, config, out, device)
+    return encode_source(source, autoencoder, config, out)
 
 
-def encode_source(
-    source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path, device: str = "cpu"
-) -> StoreManifest:
+def encode_source(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> StoreManifest:
     """Encode an opened source with a loaded autoencoder; otherwise as `encode`."""
-    job = _Job(source, autoencoder, config, out, device)
+    job = _Job(source, autoencoder, config, out)
     words = job.words()
     if (out / MANIFEST_NAME).exists():
         finished = LatentStore.open(out).manifest
@@ -109,9 +107,7 @@ class _Sums:
 class _Job:
     """One encoding: what goes into which shard, and the making of each."""
 
-    def __init__(
-        self, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path, device: str
-    ) -> None:
+    def __init__(self, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> None:
         if min(config.resolution, config.batch_size, config.shard_size) < 1:
             raise JLTError("Resolution, batch size and shard size have to be at least 1.")
         if config.resolution % autoencoder.downsampling:
@@ -119,7 +115,7 @@ class _Job:
                 f"A resolution of {config.resolution} is not a multiple of {autoencoder.downsampling}, "
                 f"the image pixels per latent position of the autoencoder {autoencoder.name!r}."
             )
-        self.source, self.autoencoder, self.config, self.out, self.device = source, autoencoder, config, out, device
+        self.source, self.autoencoder, self.config, self.out = source, autoencoder, config, out
         self.identity = autoencoder.identity()
         self.side = config.resolution // autoencoder.downsampling
         self.num_shards = -(-len(source) // config.shard_size)
@@ -147,8 +143,9 @@ class _Job:
         path, record_path = self.shard_path(shard), self.record_path(shard)
         if not (path.exists() and record_path.exists()):
             return False
-        if sha256_file(path) == read_json(record_path)["sha256"]:
-            return True
+        with contextlib.suppress(JLTError):
+            if sha256_file(path) == read_json(record_path)["sha256"]:
+                return True
         say(f"{path} was damaged since it was written, and is made again")
         return False
 
@@ -183,14 +180,13 @@ class _Job:
         for start in range(rows.start, rows.stop, self.config.batch_size):
             batch = range(start, min(start + self.config.batch_size, rows.stop))
             pixels, labels = _load(self.source, batch, self.config.resolution)
-            images = (pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+            images = (pixels.to(self.autoencoder.device).permute(0, 3, 1, 2) / 127.5 - 1).contiguous()
             stored = {"labels": labels, "index": np.arange(batch.start, batch.stop)}
             stored["latents"] = self.encode_images(images, batch)
             if self.config.flips:
                 stored["latents_flip"] = self.encode_images(images.flip(3), batch)
             yield batch, stored
 
-    @torch.inference_mode()
     def encode_images(self, images: Float[Tensor, "n 3 s s"], batch: range) -> Float[np.ndarray, "n c h w"]:
         """Encode one batch to the stored dtype; JLTError if it is not finite in it."""
         latents = self.autoencoder.encode(images).float()

@@ -13,8 +13,6 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -129,10 +127,8 @@ class ShardWriter:
         self._file.seek(entry.offset + row * entry.row_bytes)
         self._file.write(np.ascontiguousarray(values).data.cast("B"))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()

@@ -126,12 +126,12 @@ class ClassFolders(ImageSource):
 def read_image(path: Path) -> Image.Image:
     """Return a fully decoded image in the file's own mode and size; JLTError names a file that does not decode."""
     try:
-        image = Image.open(path)
-        image.load()
+        # A copy is detached from its file, which formats with several frames would keep open.
+        with path.open("rb") as file:
+            return Image.open(file).copy()
     except Exception as error:
         # Decoders raise whatever their format's parsing trips over (OSError, SyntaxError, struct.error, ...).
         raise JLTError(f"{path} does not decode as an image ({error}): mend it or take it out.") from error
-    return image
 
 
 def _is_class_folder(entry: os.DirEntry[str]) -> bool:

@@ -1,7 +1,8 @@
 """The latent store: random and sequential reading of encoded images, and the check of all that is stored.
 
-Rows are read with `preadv` straight into the result. Next to a memory map this is faster on pages not touched before,
-keeps the resident memory independent of the store's size, and a file that got shorter is an error, not a SIGBUS.
+Rows are read with `preadv` straight into the result. Next to a memory map that is as fast (faster on pages not mapped
+before, slower on those that were), keeps the resident memory independent of the store's size, and makes an error with
+the file's name, instead of a SIGBUS, of a file that got shorter or a disk that fails.
 """
 
 from __future__ import annotations
@@ -129,13 +130,12 @@ class LatentStore:
         buffer = latents.view(torch.uint8).numpy().data.cast("B")
         breaks = (np.diff(offsets) != self._row_bytes) | (np.diff(shards) != 0)
         begins = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-        ends = np.concatenate([begins[1:], [len(offsets)]]) * self._row_bytes
+        ends = np.concatenate([begins[1:], [len(offsets)]])
         order = np.lexsort((offsets[begins], shards[begins]))
         begins, ends = begins[order], ends[order]
-        records = self.manifest.shards
-        for run, end in zip(begins.tolist(), ends.tolist(), strict=True):
-            file = self._file(records[shards[run]].file)
-            file.read_into(buffer[run * self._row_bytes : end], offsets[run])
+        runs = (shards[begins], offsets[begins], begins * self._row_bytes, ends * self._row_bytes)
+        for shard, offset, begin, end in zip(*(column.tolist() for column in runs), strict=True):
+            self._file(self.manifest.shards[shard].file).read_into(buffer[begin:end], offset)
 
 
 def verify_store(path: str | Path) -> list[str]:

@@ -64,8 +64,8 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, head_size: int, height: int, width: int) -> None:
         super().__init__()
-        self.half = head_size // 2
-        frequencies = 10_000.0 ** (-torch.arange(0, self.half, 2) / self.half)
+        self.pair_offset = head_size // 2
+        frequencies = 10_000.0 ** (-torch.arange(0, self.pair_offset, 2) / self.pair_offset)
         rows = torch.arange(height)[:, None].expand(height, width).reshape(-1, 1)
         columns = torch.arange(width)[None, :].expand(height, width).reshape(-1, 1)
         angles = torch.cat((rows * frequencies, columns * frequencies), dim=1)
@@ -79,8 +79,8 @@ class RotaryPositions(nn.Module):
         cos, sin = self._tables(x.shape[1])
         # (scale x) cos + roll(scale x) sin, with the learnt scale folded into the small tables.
         cos = (cos[:, None] * scale).unsqueeze(2)
-        sin = (sin[:, None] * scale.roll(self.half, dims=-1)).unsqueeze(2)
-        return torch.addcmul(x * cos.to(x.dtype), x.roll(self.half, dims=-1), sin.to(x.dtype))
+        sin = (sin[:, None] * scale.roll(self.pair_offset, dims=-1)).unsqueeze(2)
+        return torch.addcmul(x * cos.to(x.dtype), x.roll(self.pair_offset, dims=-1), sin.to(x.dtype))
 
     def _tables(self, tokens: int) -> tuple[Tensor, Tensor]:
         before = tokens - len(self.cos)

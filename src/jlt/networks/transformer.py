@@ -86,7 +86,8 @@ def initialise(network: Transformer) -> None:
         small.append(network.context.positions)
     for weight in small:
         nn.init.normal_(weight, std=0.02)
-    for layer in [network.final.linear, network.final.modulation, *(block.modulation for block in network.blocks)]:
+    gates = [module.modulation for module in network.modules() if isinstance(module, Block | FinalLayer)]
+    for layer in [network.final.linear, *gates]:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
 

@@ -26,10 +26,10 @@ HALF: tuple[float, float] = (4.5, 3.0)
 THIRD: tuple[float, float] = (3.4, 2.8)
 """Panel sizes in inches, for two and for three beside each other; text stays readable when a phone shrinks them."""
 
-LOG_RATIO = 8.0
+LOG_RATIO = 5.0
 """A curve whose values span more than this ratio is drawn on a logarithmic axis."""
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jlt",
     "font.family": "sans-serif",
@@ -97,7 +97,9 @@ def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HA
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     # The viewer's own interface font instead of matplotlib's; metrics are close enough for these short labels.
-    svg = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", buffer.getvalue())
+    svg = re.sub(
+        r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", buffer.getvalue()
+    )
     width, height = (round(96 * side) for side in size)
     return Panel(_data_uri(svg), _data_uri(_darken(svg)), width, height, alt)
 
@@ -116,21 +118,15 @@ def plain_log(axis: Any, values: Sequence[float]) -> None:
     """Label a logarithmic axis with plain numbers, closer together where it spans little."""
     decades = max(values) / min(values)
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 300 else (1.0,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
 
 def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
-    """Return one entry per system."""
-    several = len({system.loss_space for system in systems}) > 1
-    return tuple(
-        LegendEntry(
-            swatch(system.prediction, system.patch_size),
-            system.name + (f", {SYMBOL[system.loss_space]}-space loss" if several else ""),
-        )
-        for system in systems
-    )
+    """Return one entry per system; loss spaces have panels of their own and share the entry."""
+    entries = [LegendEntry(swatch(system.prediction, system.patch_size), system.name) for system in systems]
+    return tuple(dict.fromkeys(entries))
 
 
 def prediction_legend() -> tuple[LegendEntry, ...]:
@@ -158,49 +154,61 @@ METRIC_PANELS: Mapping[str, tuple[str, str]] = {
 
 
 def training_figure(study: Study) -> Figure | None:
-    """Draw every metric and the loss against the training step, None before the first number."""
-    panels = [panel for metric in METRIC_PANELS if (panel := _metric_panel(study, metric))]
-    loss = _loss_panel(study)
-    if loss:
-        panels.append(loss)
+    """Draw every metric and the loss against the training step, per loss space; None before the first number."""
+    spaces = sorted({system.loss_space for system in study.systems})
+    panels: list[Panel] = []
+    for space in spaces:
+        systems = [system for system in study.systems if system.loss_space == space]
+        suffix = f" ({SYMBOL[space]}-space loss)" if len(spaces) > 1 else ""
+        drawn = [*(_metric_panel(systems, metric, suffix) for metric in METRIC_PANELS), _loss_panel(systems)]
+        panels.extend(panel for panel in drawn if panel)
     if not panels:
         return None
     seeds = max(len(system.runs) for system in study.systems)
     band = " Lines are means over seeds, bands run from the smallest to the largest." if seeds > 1 else ""
-    what = "Colour and marker name the prediction, the dash of the line the patch size." if len(study.systems) > 1 else ""
-    smoothing = " The loss is a moving average over a twentieth of the training." if loss else ""
+    several = len(study.systems) > 1
+    what = "Colour and marker name the prediction, the dash of the line the patch size." if several else ""
+    smoothing = " The loss is a moving average over a twentieth of the training."
+    look = (
+        "Look at how early the curves part, and whether the order still changes at the end."
+        if several
+        else "Look at whether the curves are still moving at the end."
+    )
     return Figure(
         "Along the training",
         tuple(panels),
-        f"{what}{band}{smoothing} Look at how early the curves part, and whether the order still changes at the end.",
+        f"{what}{band}{smoothing} {look}".strip(),
         system_legend(study.systems),
     )
 
 
-def _metric_panel(study: Study, metric: str) -> Panel | None:
+def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel | None:
     curves: list[tuple[System, list[int], list[Spread]]] = []
-    for system in study.systems:
+    for system in systems:
         points = {step: value for step in system.evaluated_steps if (value := system.measured(metric, step))}
         if points:
             curves.append((system, list(points), list(points.values())))
     if not curves:
         return None
     name, direction = METRIC_PANELS[metric]
-    write = percent if metric == "label_agreement" else number
+    share = metric == "label_agreement"
+    write = percent if share else number
     values = [bound for _, _, points in curves for point in points for bound in (point.low, point.high)]
 
     def paint(axes: Axes) -> None:
         for system, steps, points in curves:
             _line_with_band(axes, system, steps, points)
-        if metric != "label_agreement" and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+        if not share and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
             axes.set_yscale("log")
             plain_log(axes.yaxis, values)
         else:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value) if value else write(0.0)))
-        _label_steps(axes, f"{name}, {direction}")
+            axes.yaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if share else f"{value:,.6g}")
+            )
+        _label_steps(axes, f"{name}{suffix or f', {direction}'}")
 
     ends = [f"{system.name} ends at {write(points[-1].mean)}" for system, _, points in curves]
-    return draw(paint, f"{name} against training step. {listed(ends)}.")
+    return draw(paint, f"{name} against training step{suffix}, {direction}. {listed(ends)}.")
 
 
 def _line_with_band(axes: Axes, system: System, steps: Sequence[int], points: Sequence[Spread]) -> None:
@@ -211,33 +219,34 @@ def _line_with_band(axes: Axes, system: System, steps: Sequence[int], points: Se
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _loss_panel(study: Study) -> Panel | None:
+def _loss_panel(systems: Sequence[System]) -> Panel | None:
     curves = []
-    for system in study.systems:
+    for system in systems:
         by_step: dict[int, list[float]] = {}
         for run in system.runs:
             smooth = moving_average([logged.loss for logged in run.steps])
-            for logged, value in zip(run.steps, smooth, strict=True):
-                by_step.setdefault(logged.step, []).append(value)
-        points = [value for losses in by_step.values() if (value := spread(losses))]
+            for logged, loss in zip(run.steps, smooth, strict=True):
+                by_step.setdefault(logged.step, []).append(loss)
+        steps = sorted(by_step)
+        points = [value for step in steps if (value := spread(by_step[step]))]
         if points:
-            curves.append((system, list(by_step), points))
+            curves.append((system, steps, points))
     if not curves:
         return None
-    spaces = sorted({system.loss_space for system in study.systems})
+    space = SYMBOL[systems[0].loss_space]
     values = [point.mean for _, _, points in curves for point in points]
 
     def paint(axes: Axes) -> None:
         for system, steps, points in curves:
             _line_with_band(axes, system, steps, points)
             axes.lines[-1].set_marker("")
-        if min(values) > 0:
+        if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
             axes.set_yscale("log")
             plain_log(axes.yaxis, values)
-        _label_steps(axes, f"Training loss in {listed([SYMBOL[space] for space in spaces])}-space")
+        _label_steps(axes, f"Training loss in {space}-space")
 
     ends = [f"{system.name} ends at {number(points[-1].mean)}" for system, _, points in curves]
-    return draw(paint, f"Training loss against step. {listed(ends)}.")
+    return draw(paint, f"Training loss in {space}-space against step. {listed(ends)}.")
 
 
 def _label_steps(axes: Axes, title: str) -> None:

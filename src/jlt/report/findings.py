@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jlt.report.palette import WORDS
+from jlt.report.palette import SYMBOL, WORDS
 from jlt.report.results import Spread, Study, System
 from jlt.report.wording import listed, number, percent, sentence, spread_text
 
 CLOSE_RATIO = 1.15
 """Two Frechet distances of one seed each count as too close to call below this ratio. A convention: the spread between
 seeds is unknown then."""
+
+CHANCE_FACTOR = 2.0
+"""Label agreement below this multiple of chance counts as not recognisable."""
 
 NEARLY_ISOTROPIC = 0.9
 """Sphericity from which a spectrum is called nearly isotropic."""
@@ -67,7 +71,9 @@ def comparisons(study: Study) -> list[Comparison]:
 def setting(comparison: Comparison, study: Study) -> str:
     """Name a comparison: its patch size, and its loss space where the study has several."""
     several = len({system.loss_space for system in study.systems}) > 1
-    return f"patch {comparison.patch_size}" + (f" with a {comparison.loss_space}-space loss" if several else "")
+    article = "a" if comparison.loss_space == "v" else "an"
+    loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if several else ""
+    return f"patch {comparison.patch_size}{loss}"
 
 
 def verdict(study: Study) -> str:
@@ -75,6 +81,8 @@ def verdict(study: Study) -> str:
     found = comparisons(study)
     if not found:
         return _verdict_of_one(study)
+    if at_chance(study):
+        return "Too early to tell: no system draws recognisable samples yet."
     winners: dict[str, list[str]] = {}
     undecided = []
     for comparison in found:
@@ -84,18 +92,46 @@ def verdict(study: Study) -> str:
         else:
             winners.setdefault(winner.prediction, []).append(setting(comparison, study))
     if not winners:
-        return f"No prediction stands out: the lowest Fréchet distances are too close to call at {listed(undecided)}."
+        where = _where(undecided, len(found))
+        return f"No prediction stands out: the lowest Fréchet distances are too close to call {where}."
     best = [
-        f"{WORDS[prediction]} reaches the lowest Fréchet distance at {listed(places)}"
+        f"{WORDS[prediction]} reaches the lowest Fréchet distance {_where(places, len(found))}"
         for prediction, places in winners.items()
     ]
     tail = f"; at {listed(undecided)} it is too close to call" if undecided else ""
     return sentence(f"{'; '.join(best)}{tail}.")
 
 
+def at_chance(study: Study) -> str:
+    """Say that labels are met hardly more often than by chance, empty where they are or where it is not known.
+
+    A Frechet distance then ranks different kinds of noise.
+    """
+    classes = [run.config.get("network", {}).get("num_classes") for run in study.runs]
+    agreement = [
+        value.mean
+        for system in study.systems
+        if study.final_step is not None and (value := system.measured("label_agreement", study.final_step))
+    ]
+    if not agreement or not classes or not classes[0] or max(agreement) >= CHANCE_FACTOR / classes[0]:
+        return ""
+    return (
+        f"At most {percent(max(agreement))} of any system's samples show the label they were drawn for, where chance "
+        f"gives about {percent(1 / classes[0])}. The order of the Fréchet distances says little at this stage."
+    )
+
+
+def _where(places: Sequence[str], comparisons: int) -> str:
+    """Name the settings of which something is true, all of many together."""
+    everywhere = len(places) == comparisons > 2
+    return f"in all {comparisons} comparisons" if everywhere else f"at {listed(places)}"
+
+
 def _verdict_of_one(study: Study) -> str:
     """Say what there is where nothing can be compared."""
     step = study.final_step
+    if not study.systems and study.geometry is not None:
+        return _verdict_of_geometry(study.geometry["tokens"])
     if step is None:
         reached = max((run.reached for run in study.runs), default=0)
         return f"Nothing has been evaluated yet; training has reached step {reached:,}."
@@ -103,7 +139,16 @@ def _verdict_of_one(study: Study) -> str:
     if len(evaluated) != 1:
         return f"At step {step:,} no two systems are evaluated that differ in the prediction alone."
     system, value = evaluated[0]
-    return f"{system.name}, a {WORDS[system.prediction]}, has a Fréchet distance of {spread_text(value)} at step {step:,}."
+    return f"{system.name} reaches a Fréchet distance of {spread_text(value)} at step {step:,}."
+
+
+def _verdict_of_geometry(tokens: Mapping[str, Any]) -> str:
+    smallest = min(tokens.values(), key=lambda entry: entry["patch_size"])
+    where = f"At patch {smallest['patch_size']}"
+    if smallest["sphericity"] >= NEARLY_ISOTROPIC:
+        return f"{where} these latents are nearly isotropic: the choice of the prediction should hardly matter."
+    below = smallest["share_below"]["0.1"]["directions"]
+    return f"{where}, {below} of {smallest['dimension']} directions vary less than a tenth as much as the noise."
 
 
 def details(study: Study) -> list[str]:
@@ -111,30 +156,40 @@ def details(study: Study) -> list[str]:
     found = comparisons(study)
     texts = [_numbers(comparison, study) for comparison in found]
     if found:
+        texts = [text for text in [at_chance(study)] if text] + texts
         texts.append(_about_seeds(found))
-        texts.extend(_about_the_claim(found, study))
+        texts.extend([] if at_chance(study) else _about_the_claim(found, study))
     elif len(study.runs) == 1 and study.final_step is not None:
         texts.extend(_about_one_run(study))
     behind = [system.name for system in study.systems if study.final_step not in system.evaluated_steps]
     if study.final_step is not None and behind:
-        texts.append(f"Not yet evaluated at step {study.final_step:,}: {listed(behind)}. The comparison is provisional.")
+        texts.append(
+            f"Not yet evaluated at step {study.final_step:,}: {listed(behind)}. The comparison is provisional."
+        )
     if study.geometry is not None:
-        texts.extend(geometry_sentence(entry) for entry in list(study.geometry["tokens"].values())[:1])
+        entries = list(study.geometry["tokens"].values())
+        texts.extend(geometry_sentence(entry) for entry in (entries[:1] if study.systems else entries))
     return texts
 
 
 def _numbers(comparison: Comparison, study: Study) -> str:
-    parts = [f"{WORDS[system.prediction]} {spread_text(value)}" for system, value in comparison.ranked]
-    (first, best), (second, next_best), *_ = comparison.ranked
-    names = f"{WORDS[first.prediction]} and {WORDS[second.prediction]}"
-    if comparison.separated(best, next_best):
-        ratio = next_best.mean / best.mean if best.mean > 0 else float("inf")
-        close = f"The lowest is {number(ratio, 2)} times below the next." if ratio < float("inf") else ""
-    elif comparison.seeds > 1:
-        close = f"The ranges of {names} overlap, so these two are not told apart."
-    else:
-        close = f"{sentence(names)} are within {percent(CLOSE_RATIO - 1)} of each other: one seed cannot tell them apart."
-    return f"{sentence(setting(comparison, study))}: Fréchet distance {', '.join(parts)}. {close}".strip()
+    (first, best), *others = comparison.ranked
+    leader = f"{WORDS[first.prediction]} reaches a Fréchet distance of {spread_text(best)}"
+    rest = [f"{WORDS[system.prediction]} {spread_text(value)}" for system, value in others]
+    texts = [f"At {setting(comparison, study)}, {listed([leader, *rest])}."]
+    apart = [(system, value) for system, value in others if comparison.separated(best, value)]
+    close = [(system, value) for system, value in others if not comparison.separated(best, value)]
+    if apart and best.mean > 0:
+        ratios = [
+            f"{SYMBOL[system.prediction]} is {number(value.mean / best.mean, 2)} times as high"
+            for system, value in apart
+        ]
+        texts.append(f"Relative to {SYMBOL[first.prediction]}, {listed(ratios)}.")
+    for system, value in close:
+        why = "their ranges over seeds overlap" if comparison.seeds > 1 else "one seed cannot settle that"
+        higher = f"only {value.mean / best.mean - 1:.0%} higher" if best.mean > 0 else "not told apart"
+        texts.append(f"{sentence(WORDS[system.prediction])} is {higher}: {why}.")
+    return " ".join(texts)
 
 
 def _about_seeds(found: Sequence[Comparison]) -> str:
@@ -145,7 +200,7 @@ def _about_seeds(found: Sequence[Comparison]) -> str:
             "may be chance."
         )
     return (
-        f"Numbers are means over {fewest} seeds or more with the smallest and largest in brackets; two systems count as "
+        f"Numbers are means over {fewest} seeds, with the smallest and the largest in brackets; two systems count as "
         "told apart where these ranges do not overlap."
     )
 
@@ -160,11 +215,14 @@ def _about_the_claim(found: Sequence[Comparison], study: Study) -> list[str]:
         lower, upper = sorted((clean, velocity), key=lambda value: value.mean)
         kind = "undecided" if not comparison.separated(lower, upper) else "agrees" if lower is clean else "disagrees"
         outcome.setdefault(kind, []).append(setting(comparison, study))
-    words = {"agrees": "agrees at", "disagrees": "is the other way round at", "undecided": "is undecided at"}
-    parts = [f"{words[kind]} {listed(places)}" for kind, places in outcome.items()]
+    words = {"agrees": "agrees", "disagrees": "is the other way round", "undecided": "is undecided"}
+    parts = [f"{words[kind]} {_where(places, len(found))}" for kind, places in outcome.items()]
     if not parts:
         return []
-    return [f"The paper claims that clean prediction beats velocity on anisotropic latents. This run {listed(parts)}."]
+    return [
+        "The paper claims that clean prediction beats velocity on anisotropic latents. What was measured here "
+        f"{listed(parts)}."
+    ]
 
 
 def _about_one_run(study: Study) -> list[str]:
@@ -188,50 +246,75 @@ def geometry_sentence(entry: Mapping[str, Any]) -> str:
         f"{number(entry['effective_rank'])})."
     )
     if entry["sphericity"] >= NEARLY_ISOTROPIC:
-        return f"{opening} That is nearly isotropic: by this analysis the choice of the prediction should hardly matter."
+        return (
+            f"{opening} That is nearly isotropic: by this analysis the choice of the prediction should hardly matter."
+        )
     small = [lam for lam in eigenvalues if lam < 0.1]
     if not small:
         return f"{opening} None of them varies less than a tenth as much as the noise."
     of_velocity = (sum(small) + len(small)) / (sum(eigenvalues) + len(eigenvalues))
     plural = "directions vary" if len(small) > 1 else "direction varies"
     return (
-        f"{opening} {len(small)} {plural} less than a tenth as much as the noise: {percent(sum(small) / sum(eigenvalues))} "
-        f"of what x has to say, yet {percent(of_velocity)} of the variance of v, which carries noise of unit variance "
-        "there."
+        f"{opening} {len(small)} {plural} less than a tenth as much as the noise. They hold "
+        f"{percent(sum(small) / sum(eigenvalues))} of the variance of x but {percent(of_velocity)} of that of v, "
+        "which carries the noise there."
     )
+
+
+def channels_sentence(study: Study) -> str:
+    """Say that channel variances hide the anisotropy, empty where they do not span ten times less than the spectrum."""
+    for entry in (study.geometry or {}).get("tokens", {}).values():
+        channels, anisotropy = entry["channel_variance"], entry["anisotropy"]
+        if min(channels) > 0 and (anisotropy is None or 10 * max(channels) / min(channels) < anisotropy):
+            return (
+                "Single channels, in the last row, span far less than directions do: the anisotropy lies across "
+                "channels and positions."
+            )
+    return ""
+
+
+def name_in(protocol: Mapping[str, Any], part: str) -> str:
+    """Return the name of a part of an identity (autoencoder, extractor, source), empty where there is none."""
+    value = protocol.get(part)
+    if not isinstance(value, Mapping):
+        return str(value or "")
+    return str(value.get("name") or Path(value.get("path", "")).name or value.get("kind", ""))
 
 
 def limits(study: Study) -> list[str]:
     """Return what this page does not show, computed from what was done."""
     protocol = study.protocol or {}
     texts = []
-    extractor = protocol.get("extractor", {}).get("name")
-    if extractor == "digits":
+    if name_in(protocol, "extractor") == "digits":
         accuracy = study.facts.get("classifier_accuracy")
         known = f" (accuracy {percent(accuracy)} on digits it was not trained on)" if accuracy else ""
         texts.append(
             f"Distances and scores use the features of a small bundled digit classifier{known}, not Inception. They "
             "cannot be compared with published FID or IS values."
         )
-    if study.runs and max(len(system.runs) for system in study.systems) == 1:
-        texts.append("One seed per system. How much these numbers move between seeds is not known from this page.")
-    count, reference = protocol.get("count"), protocol.get("reference", {}).get("count")
-    if count:
-        against = f" against {reference:,} real images" if reference else ""
+    seeds = max((len(system.runs) for system in study.systems), default=0)
+    if seeds == 1:
+        texts.append("A single seed. How much these numbers move between seeds is not known from this page.")
+    elif 1 < seeds < 5:
+        texts.append(f"{seeds} seeds per system: the ranges are those of {seeds} draws, not confidence intervals.")
+    count = protocol.get("count")
+    if count and count < 10_000:
         texts.append(
-            f"{count:,} samples{against}. A Fréchet distance of so few is biased upwards; the bias is about the same for "
-            "every row, so rows can be compared and the values alone say little."
-            if count < 10_000
-            else f"{count:,} samples{against}."
+            f"A Fréchet distance of {count:,} samples is biased upwards. The bias is about the same for every row of a "
+            "table, so rows can be compared and a value alone says little."
         )
     texts.extend(_limits_of_the_setting(study, protocol))
-    texts.append(
-        "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it causes them "
-        "is not tested here, since nothing but the prediction and the patch size was changed."
-        if study.geometry is not None and len(study.systems) > 1
-        else ""
-    )
-    return [text for text in texts if text]
+    if study.geometry is not None and not study.systems:
+        texts.append(
+            "The geometry is a linear-Gaussian picture of single tokens. It says what each target asks of a network, "
+            "not how well a network does it; nothing has been trained here."
+        )
+    elif study.geometry is not None:
+        texts.append(
+            "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it "
+            "causes them is not tested here, since the latent space itself was never changed."
+        )
+    return texts
 
 
 def _limits_of_the_setting(study: Study, protocol: Mapping[str, Any]) -> list[str]:
@@ -239,16 +322,18 @@ def _limits_of_the_setting(study: Study, protocol: Mapping[str, Any]) -> list[st
     psnr = study.facts.get("autoencoder_psnr")
     if psnr:
         texts.append(
-            f"Samples are decoded by the {protocol.get('autoencoder', {}).get('name', 'bundled')} autoencoder, which "
+            f"Samples are decoded by the {name_in(protocol, 'autoencoder')} autoencoder, which "
             f"reconstructs held-out images at {number(psnr)} dB PSNR. No sample can look better than that."
         )
     if len(study.systems) > 1 and study.final_step:
         texts.append(
-            f"All systems are compared after {study.final_step:,} steps of the same recipe, not after each has converged "
-            "or been tuned; another budget, width or learning rate may give another order."
+            f"All systems are compared after {study.final_step:,} steps of the same recipe, not after each has "
+            "converged or been tuned; another budget, width or learning rate may give another order."
         )
     if protocol.get("cfg_scale") == 1.0:
-        texts.append("Samples are drawn without guidance; how guidance changes the comparison was not measured.")
+        texts.append("Samples are drawn without guidance; what guidance would change was not measured.")
     if len({system.loss_space for system in study.systems}) > 1:
-        texts.append("Losses in different spaces are not on one scale; their curves cannot be compared with each other.")
+        texts.append(
+            "Losses in different spaces are not on one scale; their curves cannot be compared with each other."
+        )
     return texts

@@ -15,6 +15,7 @@ from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_WORDS, swatch
 from jlt.report.wording import listed, number, percent
 
 Entry = Mapping[str, Any]
+MINUS = "\N{MINUS SIGN}"
 
 
 def geometry_figures(geometry: Mapping[str, Any]) -> list[Figure]:
@@ -55,20 +56,24 @@ def _spectrum_figure(entries: list[Entry]) -> Figure:
             total = sum(entry["eigenvalues"])
             axes.plot(ranks(entry), [part / total for part in accumulate(entry["eigenvalues"])], **style(entry))
         axes.set_ylim(0, 1.03)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.set_title("Share of the variance held so far")
         _label_ranks(axes)
 
     ends = [
-        f"patch {entry['patch_size']} falls from {number(entry['eigenvalues'][0])} to {number(entry['eigenvalues'][-1])}"
+        f"patch {entry['patch_size']} falls from {number(max(lam))} to {number(min(lam))}"
+        for entry in entries
+        for lam in [entry["eigenvalues"]]
+    ]
+    halves = [
+        f"{percent(_directions_for(entry, 0.9) / entry['dimension'])} at patch {entry['patch_size']}"
         for entry in entries
     ]
-    halves = [f"{percent(_directions_for(entry, 0.9) / entry['dimension'])} at patch {entry['patch_size']}" for entry in entries]
     error = max(entry["relative_sampling_error"] for entry in entries)
     caption = (
         "Eigenvalues of the token covariance, sorted, for each patch size. Where the curve runs below the grey line, a "
-        "direction of the clean latent varies less than the noise that is added to it. Each eigenvalue is known to about "
-        f"{percent(round(error, 3))}, counting images as the independent samples."
+        "direction of the clean latent varies less than the noise that is added to it. Each eigenvalue is known to "
+        f"about {percent(error)}, counting images as the independent samples."
     )
     panels = (
         draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),
@@ -86,7 +91,7 @@ def _directions_for(entry: Entry, share: float) -> int:
 
 def _label_ranks(axes: Axes) -> None:
     axes.set_xlabel("directions, largest first")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.margins(x=0.02)
 
 
@@ -107,15 +112,16 @@ def _target_figure(entries: list[Entry]) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
         last = {prediction: number(values[-1]) for prediction, values in entry["target_variance"].items()}
-        alt = f"Variance of each target by direction, patch {entry['patch_size']}. In the smallest direction: " + listed(
-            [f"{SHORT_WORDS[prediction]} {value}" for prediction, value in last.items()]
+        alt = (
+            f"Variance of each target by direction, patch {entry['patch_size']}. In the smallest direction: "
+            + listed([f"{SHORT_WORDS[prediction]} {value}" for prediction, value in last.items()])
         )
         return draw(paint, f"{alt}.")
 
     caption = (
         "How much of each target there is to predict in every direction (eq. 9). Noise has variance 1 everywhere. "
-        "Velocity is the clean latent minus noise, so it never falls below that floor; the clean target follows the data "
-        "down."
+        "Velocity is the clean latent minus noise, so it never falls below that floor; the clean target follows the "
+        "data down."
     )
     return Figure("What each target asks for", tuple(map(panel, entries)), caption, prediction_legend())
 
@@ -140,13 +146,13 @@ def _name_direction(entry: Entry, column: int) -> str:
     return f"Direction {index + 1} of {entry['dimension']}: variance {number(entry['eigenvalues'][index], 2)}"
 
 
-def _over_time(entry: Entry, times: list[float], quantity: str, column: int) -> dict[str, list[float]]:
+def _over_time(entry: Entry, quantity: str, column: int) -> dict[str, list[float]]:
     return {prediction: [row[column] for row in rows] for prediction, rows in entry[quantity].items()}
 
 
 def _coefficient_figure(entry: Entry, times: list[float]) -> Figure:
     columns = _shown_directions(entry)
-    curves = {column: _over_time(entry, times, "coefficient", column) for column in columns}
+    curves = {column: _over_time(entry, "coefficient", column) for column in columns}
     reach = 1.15 * max(abs(value) for by_target in curves.values() for line in by_target.values() for value in line)
 
     def panel(column: int) -> Panel:
@@ -156,7 +162,7 @@ def _coefficient_figure(entry: Entry, times: list[float]) -> Figure:
             axes.set_yscale("symlog", linthresh=1.0)
             axes.set_ylim(-reach, reach)
             ticks = [value for value in (-100, -10, -1, 0, 1, 10, 100) if abs(value) <= reach]
-            axes.set_yticks(ticks, [f"{value:g}".replace("-", "−") for value in ticks])
+            axes.set_yticks(ticks, [f"{value:g}".replace("-", MINUS) for value in ticks])
             axes.yaxis.set_minor_locator(MaxNLocator(1))
             axes.axhline(0, color=MUTED.light, linewidth=0.8, zorder=1)
             axes.set_title(_name_direction(entry, column), fontsize=9.5)
@@ -167,19 +173,19 @@ def _coefficient_figure(entry: Entry, times: list[float]) -> Figure:
         return draw(paint, alt, THIRD)
 
     caption = (
-        f"The factor that the best linear predictor applies to the noisy latent (eq. 10), for three directions at patch "
+        "The factor that the best linear predictor applies to the noisy latent (eq. 10), for three directions at patch "
         f"{entry['patch_size']}. In directions with little variance the best clean prediction is to put out almost "
-        "nothing, while noise and velocity ask for a factor that grows like 1/(1−t). The vertical axis is linear between "
-        "−1 and 1 and logarithmic beyond."
+        f"nothing, while noise and velocity ask for a factor that grows like 1/(1 {MINUS} t). The vertical axis is "
+        f"linear between {MINUS}1 and 1 and logarithmic beyond."
     )
     return Figure("The best linear coefficient over time", tuple(map(panel, columns)), caption, prediction_legend())
 
 
 def _conditional_figure(entry: Entry, times: list[float]) -> Figure:
     columns = _shown_directions(entry)
-    curves = {column: _over_time(entry, times, "conditional_variance", column) for column in columns}
+    curves = {column: _over_time(entry, "conditional_variance", column) for column in columns}
     # Exact zeros (noise prediction at t = 0, directions without variance) have no place on a logarithmic axis.
-    floor = 1e-5
+    floor = 1e-4
 
     def panel(column: int) -> Panel:
         def paint(axes: Axes) -> None:
@@ -201,6 +207,6 @@ def _conditional_figure(entry: Entry, times: list[float]) -> Figure:
     caption = (
         "The squared error that no predictor can avoid (eq. 11), each in the units of its own target. Read out as a "
         "velocity, all three are the same error: the targets differ in what a network must put out to reach it, not in "
-        "what can be known. Values below 0.00001 are not drawn."
+        "what can be known. Values below 0.0001 are not drawn."
     )
     return Figure("The error that remains", tuple(map(panel, columns)), caption, prediction_legend())

@@ -13,8 +13,8 @@ from jlt import __version__
 from jlt.files import write_text
 from jlt.progress import format_seconds
 from jlt.report import findings, palette
-from jlt.report.results import MEASUREMENTS, Run, Spread, Study, System, flatten, read_study, spread
-from jlt.report.wording import listed, number, percent, spread_text
+from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
+from jlt.report.wording import listed, number, percent
 
 HIGHER_IS_BETTER = {"frechet_distance": False, "inception_score": True, "label_agreement": True}
 
@@ -56,22 +56,25 @@ def render(study: Study) -> str:
         grids=sample_grids(study),
         geometry=geometry_figures(study.geometry) if study.geometry else [],
         spectra=spectrum_rows(study),
+        channels_hide=findings.channels_sentence(study),
         matched=matched_statements(study),
         shared_settings=settings(study)[0],
         differing_settings=settings(study)[1],
         protocol=flatten(study.protocol or {}),
         command=command(study),
+        set_aside=set_aside_rows(study),
         value_text=value_text,
-        machine_and_latents=flatten({key: study.facts[key] for key in ("machine", "latents") if key in study.facts}),
+        machine_and_latents=flatten({"machine": study.facts.get("machine"), "latents": study.latents}),
     )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the results table; `best` marks the best of its column."""
+    """One number of the results table, its range over seeds, and whether it is the best of its column."""
 
     text: str
-    best: bool = False
+    span: str
+    best: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Row:
 
     system: System
     swatch: str
+    kind: str
     cells: tuple[Cell, ...]
     seconds: str
     note: str
@@ -98,21 +102,30 @@ def result_rows(study: Study) -> list[Row]:
         cells = []
         for metric in MEASUREMENTS:
             value = measured[metric][index]
-            text = spread_text(value, as_percent=metric == "label_agreement")
+            write = percent if metric == "label_agreement" else number
+            span = f"{write(value.low)} to {write(value.high)}" if value is not None and value.count > 1 else ""
             marked = value is not None and len(study.systems) > 1 and value.mean == best[metric]
-            cells.append(Cell(text, marked))
+            cells.append(Cell(write(value.mean) if value else "—", span, marked))
         seconds = spread(run.seconds for run in system.runs if run.seconds is not None)
         rows.append(
             Row(
                 system,
                 palette.swatch(system.prediction, system.patch_size),
+                _kind(system, study),
                 tuple(cells),
-                format_seconds(seconds.mean) if seconds else "–",
+                format_seconds(seconds.mean) if seconds else "—",
                 _row_note(system, measured["frechet_distance"][index], study),
             )
         )
     order = {index: value.mean if value else float("inf") for index, value in enumerate(measured["frechet_distance"])}
     return [rows[index] for index in sorted(order, key=lambda index: (study.systems[index].patch_size, order[index]))]
+
+
+def _kind(system: System, study: Study) -> str:
+    """Say what a system predicts, and in which space its loss is where that varies."""
+    several = len({other.loss_space for other in study.systems}) > 1
+    loss = f", {palette.SYMBOL[system.loss_space]}-space loss" if several else ""
+    return f"{palette.SHORT_WORDS[system.prediction]}, patch {system.patch_size}{loss}"
 
 
 def _best(metric: str, values: list[Spread | None]) -> float | None:
@@ -124,7 +137,7 @@ def _row_note(system: System, final: Spread | None, study: Study) -> str:
     """Say what is missing from a row, empty if nothing is."""
     if final is None:
         reached = max((run.reached for run in system.runs), default=0)
-        return f"at step {reached:,}, not yet evaluated at {study.final_step:,}" if study.final_step else "not evaluated"
+        return f"at step {reached:,}; not evaluated at {study.final_step:,}" if study.final_step else "not evaluated"
     seeds = max(len(other.runs) for other in study.systems)
     return f"{final.count} of {seeds} seeds" if final.count < seeds else ""
 
@@ -132,26 +145,28 @@ def _row_note(system: System, final: Spread | None, study: Study) -> str:
 def page_facts(study: Study) -> dict[str, str]:
     """Return the figures of the strip under the headline: what was trained on what, and how long it took."""
     facts = {}
-    latents, protocol = study.facts.get("latents", {}), study.protocol or {}
-    images = latents.get("source")
-    source = images.get("name") if isinstance(images, Mapping) else images
+    latents, protocol = study.latents, study.protocol or {}
+    source = findings.name_in(latents, "source")
     if latents.get("count"):
         facts["Data"] = f"{latents['count']:,} latents" + (f" of {source}" if source else "")
-    autoencoder = protocol.get("autoencoder") or latents.get("autoencoder")
-    if isinstance(autoencoder, Mapping):
+    autoencoder = findings.name_in(protocol, "autoencoder") or findings.name_in(latents, "autoencoder")
+    if autoencoder:
         psnr = study.facts.get("autoencoder_psnr")
-        facts["Autoencoder"] = f"{autoencoder.get('name')}" + (f", {number(psnr)} dB" if psnr else "")
+        facts["Autoencoder"] = autoencoder + (f", {number(psnr)} dB" if psnr else "")
     if len(study.systems) > 1:
         seeds = sorted({run.seed for run in study.runs})
         facts["Compared"] = f"{len(study.systems)} systems, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} each"
     if study.final_step is not None:
-        facts["Trained"] = f"{study.final_step:,} steps"
+        each = " each" if len(study.runs) > 1 else ""
+        facts["Trained"] = f"{study.final_step:,} steps{each}"
     if protocol.get("count"):
-        facts["Evaluated"] = f"{protocol['count']:,} samples, {protocol.get('steps')} {protocol.get('solver')} steps"
+        facts["Evaluated"] = (
+            f"{protocol['count']:,} samples, {protocol.get('steps')}-step {str(protocol.get('solver')).title()}"
+        )
     if study.facts.get("seconds"):
         machine = study.facts.get("machine", {})
         cores = f" on {machine['cores']} cores" if machine.get("cores") else ""
-        facts["Took"] = f"{format_seconds(study.facts['seconds'])}{cores}"
+        facts["Training time"] = f"{format_seconds(study.facts['seconds'])} in all{cores}"
     return facts
 
 
@@ -173,40 +188,33 @@ def sample_grids(study: Study) -> dict[int, list[Grid]]:
         if run is None or run.grid is None:
             continue
         uri = "data:image/png;base64," + base64.b64encode(run.grid.read_bytes()).decode()
-        distance = f"Fréchet distance {row.cells[0].text}"
+        distance = f"Fréchet distance {row.cells[0].text}" + (" over seeds" if row.cells[0].span else "")
         alt = f"Samples of {row.system.name}, one row per class; {distance}."
         grids.setdefault(row.system.patch_size, []).append(Grid(row.system.name, uri, distance, alt))
     return grids
 
 
-@dataclass(frozen=True)
-class SpectrumRow:
-    """The summary of one patch size's spectrum, as the page writes it."""
-
-    patch_size: int
-    texts: tuple[str, ...]
-
-
-def spectrum_rows(study: Study) -> list[SpectrumRow]:
-    """Return the summaries of every patch size's spectrum."""
-    rows = []
+def spectrum_rows(study: Study) -> dict[str, list[str]]:
+    """Return the summaries of the spectra: one row per quantity, one text per patch size."""
+    rows: dict[str, list[str]] = {}
     for entry in (study.geometry or {}).get("tokens", {}).values():
         below, channels = entry["share_below"]["0.1"], entry["channel_variance"]
-        rows.append(
-            SpectrumRow(
-                entry["patch_size"],
-                (
-                    f"{entry['dimension']:,}",
-                    f"{entry['count']:,}",
-                    number(entry["effective_rank"]),
-                    number(entry["participation_ratio"]),
-                    "infinite" if entry["anisotropy"] is None else number(entry["anisotropy"]),
-                    number(entry["sphericity"], 2),
-                    f"{below['directions']} ({percent(below['variance_share'])} of the variance)",
-                    f"{number(min(channels), 2)} to {number(max(channels), 2)}",
-                ),
-            )
-        )
+        span = dict.fromkeys([number(min(channels)), number(max(channels))])
+        summary = {
+            "Directions of a token": f"{entry['dimension']:,}",
+            "Tokens measured": f"{entry['count']:,}",
+            "Largest variance": number(entry["eigenvalues"][0]),
+            "Smallest variance": number(entry["eigenvalues"][-1]),
+            "Largest over smallest": "infinite" if entry["anisotropy"] is None else number(entry["anisotropy"]),
+            "Effective rank": number(entry["effective_rank"]),
+            "Participation ratio": number(entry["participation_ratio"]),
+            "Sphericity": number(entry["sphericity"], 2),
+            "Directions below 0.1": f"{below['directions']:,}",
+            "their share of the variance": percent(below["variance_share"]),
+            "Variances of single channels": " to ".join(span),
+        }
+        for name, text in summary.items():
+            rows.setdefault(name, []).append(text)
     return rows
 
 
@@ -220,25 +228,27 @@ def matched_statements(study: Study) -> list[str]:
         texts.append(f"Compared between all runs and found equal: {listed(matched['checked'])}.")
     if matched.get("differs"):
         texts.append(f"Allowed to differ, since it is what the comparison is about: {listed(matched['differs'])}.")
-    names = {system_run: system for system in study.systems for system_run in _run_names(study, system)}
+    names = {run.folder.name: system.name for system in study.systems for run in system.runs}
     for key, what in (("initial_weights", "initial weights"), ("draws", "sample order, noise, times and label drops")):
         texts.extend(_shared_hashes(matched.get(key, {}), names, what))
     return texts
 
 
-def _run_names(study: Study, system: System) -> list[str]:
-    return [run.folder.relative_to(study.folder).as_posix() for run in system.runs]
-
-
-def _shared_hashes(hashes: Mapping[str, str], names: Mapping[str, System], what: str) -> list[str]:
+def _shared_hashes(hashes: Mapping[str, str], names: Mapping[str, str], what: str) -> list[str]:
+    """Say which systems share something; seeds that share it among the same systems make one sentence."""
     by_hash: dict[str, list[str]] = {}
     for run, digest in hashes.items():
-        by_hash.setdefault(digest, []).append(names[run].name if run in names else run)
+        name = Path(run).name
+        by_hash.setdefault(digest, []).append(names.get(name, name))
+    by_systems: dict[tuple[str, ...], list[str]] = {}
+    for digest, systems in by_hash.items():
+        by_systems.setdefault(tuple(systems), []).append(f"{digest[:8]}…")
     return [
-        f"Same {what}, bit for bit: {listed(list(dict.fromkeys(systems)))} (SHA-256 {digest[:12]}…)."
+        f"Same {what}, bit for bit{', at each seed' if len(digests) > 1 else ''}: {listed(systems)} "
+        f"(SHA-256 {', '.join(digests)})."
         if len(systems) > 1
-        else f"{systems[0]} alone has these {what} (SHA-256 {digest[:12]}…)."
-        for digest, systems in by_hash.items()
+        else f"{systems[0]} alone has its {what} (SHA-256 {', '.join(digests)})."
+        for systems, digests in by_systems.items()
     ]
 
 
@@ -256,6 +266,18 @@ def settings(study: Study) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     return shared, differing
 
 
+def set_aside_rows(study: Study) -> list[tuple[str, str, str, str]]:
+    """Return the evaluations in no table: run, step, how they were made differently, and their Frechet distance."""
+    rows = []
+    shown = next((evaluation for run in study.runs for evaluation in run.evaluations), None)
+    for evaluation in study.set_aside:
+        differing = protocol_differences(shown, evaluation) if shown else []
+        how = listed([f"{key} {theirs}" for key, _, theirs in differing])
+        run = evaluation.path.parent.parent.name
+        rows.append((run, f"{evaluation.step:,}", how, number(evaluation.metrics.get("frechet_distance"))))
+    return rows
+
+
 def value_text(value: Any) -> str:
     """Write a setting: lists with commas, truth as yes and no, long hashes shortened."""
     if isinstance(value, bool):
@@ -263,7 +285,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(value_text, value))
     if value is None or value == "":
-        return "–"
+        return "—"
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
@@ -272,6 +294,8 @@ def command(study: Study) -> str:
     """Return the command that makes these results again."""
     if study.facts.get("command"):
         return str(study.facts["command"])
+    if not study.systems and study.geometry is not None:
+        return f"jlt analyze --latents LATENTS --out OUT --patch-size {' '.join(study.geometry['tokens'])}"
     if not study.facts:
         return f"jlt report {shlex.quote(str(study.folder))}"
     words: dict[str, list[Any]] = {

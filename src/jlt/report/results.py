@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ class Evaluation:
     step: int
     metrics: Mapping[str, float | None]
     protocol: Protocol
+
+    @property
+    def method(self) -> str:
+        """The protocol without what belongs to one checkpoint, as text that is equal for equal protocols."""
+        return json.dumps({k: v for k, v in self.protocol.items() if k not in OWN_TO_A_RUN}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -94,19 +100,31 @@ class System:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything one page shows: an ablation, or a single run as an ablation of one system."""
+    """Everything one page shows: an ablation, a single run as an ablation of one system, or an analysis of latents."""
 
     folder: Path
     title: str
     systems: tuple[System, ...]
     facts: Mapping[str, Any]
-    """ablation.json as it stands; empty for a single run."""
+    """ablation.json as it stands; empty otherwise."""
     geometry: Mapping[str, Any] | None
+    set_aside: tuple[Evaluation, ...] = ()
+    """Further evaluations of steps that have one already, made in another way; in no table or curve."""
 
     @property
     def runs(self) -> list[Run]:
         """All runs, system by system."""
         return [run for system in self.systems for run in system.runs]
+
+    @property
+    def latents(self) -> Mapping[str, Any]:
+        """The identity of the latents, empty where no file tells it."""
+        told = [
+            self.facts.get("latents"),
+            *(run.config.get("latents") for run in self.runs),
+            (self.geometry or {}).get("latents"),
+        ]
+        return next((latents for latents in told if latents), {})
 
     @property
     def final_step(self) -> int | None:
@@ -131,7 +149,7 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 
 def read_study(folder: Path) -> Study:
-    """Read an ablation folder (ablation.json) or a run folder (config.json).
+    """Read an ablation (ablation.json), a run (config.json) or an analysis (geometry.json).
 
     Raises JLTError for any other folder, a damaged file, and evaluations whose protocols differ.
     """
@@ -139,37 +157,63 @@ def read_study(folder: Path) -> Study:
         study = _read_ablation(folder)
     elif (folder / "config.json").exists():
         study = _read_single(folder)
+    elif (folder / "geometry.json").exists():
+        study = Study(folder, "Target geometry", systems=(), facts={}, geometry=read_json(folder / "geometry.json"))
     else:
-        raise JLTError(f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json).")
-    require_like_protocols([evaluation for run in study.runs for evaluation in run.evaluations])
-    return study
+        raise JLTError(
+            f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "
+            "(geometry.json)."
+        )
+    return keep_one_protocol(study)
 
 
-def require_like_protocols(evaluations: Iterable[Evaluation]) -> None:
-    """Raise JLTError naming the first difference if evaluations were not all made the same way."""
-    first: Evaluation | None = None
-    for evaluation in evaluations:
-        if first is None:
-            first = evaluation
+def keep_one_protocol(study: Study) -> Study:
+    """Return the study with evaluations of one protocol, the most frequent; others of the same steps are set aside.
+
+    Raises JLTError naming the difference where an unlike evaluation is the only one of its step: leaving it out would
+    hide a result, and showing it would compare what is not comparable.
+    """
+    everything = [evaluation for run in study.runs for evaluation in run.evaluations]
+    if not everything:
+        return study
+    frequency = Counter(evaluation.method for evaluation in everything)
+    main = max(everything, key=lambda evaluation: frequency[evaluation.method])
+    aside: list[Evaluation] = []
+    systems = []
+    for system in study.systems:
+        runs = [_keep_method(run, main, aside) for run in system.runs]
+        systems.append(replace(system, runs=tuple(runs)))
+    return replace(study, systems=tuple(systems), set_aside=tuple(aside))
+
+
+def _keep_method(run: Run, main: Evaluation, aside: list[Evaluation]) -> Run:
+    kept = tuple(evaluation for evaluation in run.evaluations if evaluation.method == main.method)
+    for evaluation in run.evaluations:
+        if evaluation.method == main.method:
             continue
-        ours, theirs = flatten(first.protocol), flatten(evaluation.protocol)
-        differing = [
-            key
-            for key in sorted(ours.keys() | theirs.keys())
-            if key.split(".")[0] not in OWN_TO_A_RUN and ours.get(key) != theirs.get(key)
-        ]
-        if differing:
-            key = differing[0]
+        if all(evaluation.step != other.step for other in kept):
+            key, ours, theirs = protocol_differences(main, evaluation)[0]
             raise JLTError(
-                f"{first.path} and {evaluation.path} were evaluated differently and do not belong in one table: "
-                f"{key} is {_shown(ours, key)} in one and {_shown(theirs, key)} in the other. "
-                "Evaluate again with the same words."
+                f"{main.path} and {evaluation.path} were evaluated differently and do not belong in one table: "
+                f"{key} is {ours} in one and {theirs} in the other. Evaluate again with the same words."
             )
+        aside.append(evaluation)
+    return replace(run, evaluations=kept)
+
+
+def protocol_differences(one: Evaluation, other: Evaluation) -> list[tuple[str, str, str]]:
+    """Return every dotted key of the protocols that differs, with the two values as JSON or `missing`."""
+    ours, theirs = flatten(one.protocol), flatten(other.protocol)
+    return [
+        (key, _shown(ours, key), _shown(theirs, key))
+        for key in sorted(ours.keys() | theirs.keys())
+        if key.split(".")[0] not in OWN_TO_A_RUN and ours.get(key) != theirs.get(key)
+    ]
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one level with dotted keys."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or not prefix):
         return {
             dotted: leaf
             for key, inner in value.items()
@@ -185,7 +229,7 @@ def _read_ablation(folder: Path) -> Study:
     for entry in _get(facts, "systems", path):
         key = tuple(_get(entry, name, path) for name in ("name", "prediction", "loss_space", "patch_size"))
         run_folder = folder / _get(entry, "run", path)
-        runs = grouped.setdefault(key, [])  # type: ignore[arg-type]
+        runs = grouped.setdefault(key, [])
         # A system whose training has not begun has no folder yet.
         if (run_folder / "config.json").exists():
             runs.append(read_run(run_folder, _get(entry, "seed", path)))
@@ -210,7 +254,7 @@ def _read_single(folder: Path) -> Study:
         patch_size=_get(_get(config, "network", path), "patch_size", path),
         runs=(read_run(folder, _get(config, "seed", path)),),
     )
-    return Study(folder=folder, title=system.name, systems=(system,), facts={}, geometry=None)
+    return Study(folder=folder, title=f"Training run {system.name}", systems=(system,), facts={}, geometry=None)
 
 
 def read_run(folder: Path, seed: int) -> Run:
@@ -245,15 +289,16 @@ def _read_log(path: Path) -> tuple[tuple[LoggedStep, ...], float | None]:
             raise JLTError(f"{path}, line {number} is not JSON: the log is damaged.") from error
         kind = _get(event, "event", path)
         if kind == "step" and event.get("loss") is not None:
-            steps[event["step"]] = LoggedStep(event["step"], event["loss"])
+            steps[event["step"]] = LoggedStep(event["step"], float(event["loss"]))
         elif kind == "end":
-            seconds = event.get("seconds")
+            seconds = float(_get(event, "seconds", path))
     return tuple(steps[step] for step in sorted(steps)), seconds
 
 
 def _read_evaluation(path: Path) -> Evaluation:
     content = read_json(path)
-    return Evaluation(path, *(_get(content, key, path) for key in ("step", "metrics", "protocol")))
+    metrics = {name: None if value is None else float(value) for name, value in _get(content, "metrics", path).items()}
+    return Evaluation(path, _get(content, "step", path), metrics, _get(content, "protocol", path))
 
 
 def _get(mapping: Any, key: str, path: Path) -> Any:

@@ -7,33 +7,34 @@ from collections.abc import Sequence
 
 from jlt.report.results import Spread
 
+TIMES = "\N{MULTIPLICATION SIGN}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Format with some significant digits: 20.1, 0.0008, 1,240, 3.2 × 10⁻⁷; a dash for None and infinity."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "—"
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     power = int(exponent)
     if power < -4 or power > 8:
-        return f"{mantissa} × 10{str(power).translate(_SUPERSCRIPT)}"
+        return f"{mantissa} {TIMES} 10{str(power).translate(_SUPERSCRIPT)}"
     return f"{float(f'{mantissa}e{power}'):,.{max(digits - 1 - power, 0)}f}"
 
 
 def percent(share: float | None) -> str:
-    """Format a share of 0 to 1 as a percentage: 97.1%, 0.03%, 100%."""
+    """Format a share of 0 to 1 as a percentage: 97.1%, 0.034%, 100.0%."""
     if share is None:
-        return "–"
-    return f"{number(100 * share, 2) if 0 < share < 0.01 else f'{100 * share:.1f}'.removesuffix('.0')}%"
+        return "—"
+    return f"{number(100 * share, 2)}%" if 0 < share < 0.01 else f"{100 * share:.1f}%"
 
 
 def spread_text(value: Spread | None, as_percent: bool = False) -> str:
     """Format a mean, with the smallest and largest value where there are several seeds."""
     if value is None:
-        return "–"
+        return "—"
     write = percent if as_percent else number
     span = f" ({write(value.low)} to {write(value.high)})" if value.count > 1 else ""
     return write(value.mean) + span

@@ -150,15 +150,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def verify_checkpoint(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint's files, by name; an empty list means that it is sound."""
-    checkpoint = open_checkpoint(path)
+def is_checkpoint_or_run(path: Path) -> bool:
+    """Return whether a folder holds a checkpoint or a run, by what lies in it."""
+    return (path / "checkpoints").is_dir() or (path / "state.json").exists() or (path / "network.safetensors").exists()
+
+
+def verify_checkpoints(path: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, or with all of a run's, by name; an empty list means they are sound."""
+    folders = list_checkpoints(path) or [path]
+    return [problem for folder in folders for problem in _problems(folder)]
+
+
+def _problems(folder: Path) -> list[str]:
+    try:
+        checkpoint = open_checkpoint(folder)
+    except JLTError as error:
+        return [str(error)]
     problems = []
     for name, sha256 in checkpoint.files.items():
         try:
-            check_file(checkpoint.folder / name, sha256)
+            check_file(folder / name, sha256)
         except JLTError as error:
             problems.append(str(error))
     known = {*checkpoint.files, MANIFEST}
-    problems += [f"{extra} is not in the manifest." for extra in checkpoint.folder.iterdir() if extra.name not in known]
-    return problems
+    return problems + [f"{extra} is not in the manifest." for extra in folder.iterdir() if extra.name not in known]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jlt.assets.weights import weights_sha256
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.data.order import SampleOrder
 from jlt.data.shape import LatentShape
@@ -40,11 +40,17 @@ class TrainState:
     step: int
     draws_digest: str
     initial_weights: str
+    seconds: float = 0.0
+    """Time spent in training, over all sessions."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return every tensor to save, by file and name."""
         averages = {f"ema_{decay:g}": values for decay, values in self.ema.averages.items()}
         return {"network": _weights(self.network), "optimizer": self._moments(), **averages}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what else a checkpoint holds, for `state.json`."""
+        return {"draws": self.draws_digest, "initial_weights": self.initial_weights, "seconds": self.seconds}
 
     def _moments(self) -> dict[str, Tensor]:
         return {
@@ -82,24 +88,23 @@ def train(config: TrainConfig, store: LatentStore, run: Path, device: torch.devi
         return complete[-1]
     log = RunLog(run, state.step)
     log.write("start", step=state.step, initial_weights=state.initial_weights, draws=state.draws_digest)
-    started = time.perf_counter()
     with stop_on_signal() as stop:
-        for _ in track(_steps(config, store, state, log), f"{config.name}", total=config.steps - state.step):
+        for _ in track(_steps(config, store, state, log), config.name, total=config.steps - state.step):
             if stop or state.step == config.steps or state.step % config.checkpoint_every == 0:
-                extra = {"draws": state.draws_digest, "initial_weights": state.initial_weights}
-                folder = save_checkpoint(run, state.step, config, store.identity(), state.tensors(), extra)
+                folder = save_checkpoint(run, state.step, config, store.identity(), state.tensors(), state.facts())
             if stop:
                 raise Stopped(f"Stopped at step {state.step} of {config.steps}; {folder} is saved.")
-    log.write("end", step=state.step, seconds=time.perf_counter() - started, draws=state.draws_digest)
+    log.write("end", step=state.step, seconds=state.seconds, draws=state.draws_digest)
     return folder
 
 
 def _steps(config: TrainConfig, store: LatentStore, state: TrainState, log: RunLog) -> Iterator[int]:
     """Yield after every update, logging each `log_every` steps."""
     order = SampleOrder(len(store), derive_seed(config.seed, "order"))
-    forward = torch.compile(state.network) if config.compile else state.network
+    forward: Callable[..., Tensor] = torch.compile(state.network) if config.compile else state.network
     losses: list[Tensor] = []
     last = time.perf_counter()
+    begun = last - state.seconds
     while state.step < config.steps:
         draws = draw_step(config, order, state.step, 0, config.batch_size)
         state.draws_digest = draws.digest(state.draws_digest)
@@ -117,6 +122,7 @@ def _steps(config: TrainConfig, store: LatentStore, state: TrainState, log: RunL
                 img_per_second=len(losses) * config.batch_size / (now - last),
             )
             losses, last = [], now
+        state.seconds = time.perf_counter() - begun
         yield state.step
 
 
@@ -135,7 +141,7 @@ def load_batch(
 def update(
     config: TrainConfig,
     state: TrainState,
-    forward: nn.Module,
+    forward: Callable[..., Tensor],
     x: Float[Tensor, "b c h w"],
     eps: Float[Tensor, "b c h w"],
     labels: Tensor,
@@ -177,7 +183,7 @@ def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    return TrainState(network, optimizer, EMA(network, config.ema), 0, "", hash_weights(network))
+    return TrainState(network, optimizer, EMA(network, config.ema), 0, "", weights_sha256(network.state_dict()))
 
 
 def resume(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -187,7 +193,7 @@ def resume(state: TrainState, checkpoint: Checkpoint) -> None:
         say("The initial weights of this run come from another version of PyTorch; it continues from its checkpoint.")
     state.restore(checkpoint)
     state.step, state.draws_digest = checkpoint.step, stored["draws"]
-    state.initial_weights = stored["initial_weights"]
+    state.initial_weights, state.seconds = stored["initial_weights"], stored["seconds"]
 
 
 def check_shape(network: NetworkConfig, latents: LatentShape) -> None:
@@ -199,14 +205,6 @@ def check_shape(network: NetworkConfig, latents: LatentShape) -> None:
             f"The network takes latents of {wanted[0]}x{wanted[1]}x{wanted[2]} with {wanted[3]} classes, "
             f"the store holds {found[0]}x{found[1]}x{found[2]} with {found[3]}."
         )
-
-
-def hash_weights(network: nn.Module) -> str:
-    """Return the SHA-256 of all weights, in the order of their names."""
-    fingerprint = hashlib.sha256()
-    for name, weight in sorted(_weights(network).items()):
-        fingerprint.update(name.encode() + weight.cpu().numpy().tobytes())
-    return fingerprint.hexdigest()
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ FREE_TO_CHANGE = {"name", "steps", "log_every", "checkpoint_every"}
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Create a run folder, or make sure that an existing one is this same run; a JLTError shows what differs."""
     path = run / "config.json"
-    resolved = {"train": to_dict(config), "latents": dict(latents)}
+    resolved = {**to_dict(config), "latents": dict(latents)}
     if path.is_file():
         stored = read_json(path)
         lines = difference(_arithmetic(stored), _arithmetic(resolved))
@@ -30,8 +30,7 @@ def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> N
 
 
 def _arithmetic(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    train = {key: value for key, value in resolved["train"].items() if key not in FREE_TO_CHANGE}
-    return {"train": train, "latents": resolved["latents"]}
+    return {key: value for key, value in resolved.items() if key not in FREE_TO_CHANGE}
 
 
 class RunLog:

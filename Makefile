@@ -1,0 +1,34 @@
+# Everything runs in .venv, which each target makes first if it is missing or older than the pinned dependencies.
+PYTHON ?= python3
+VENV := .venv
+JLT_HOME ?= quickstart
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.runtime
+	$(VENV)/bin/jlt quickstart --out $(JLT_HOME)
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'JLT needs Python 3.11 or newer; name one with PYTHON=, as in: make PYTHON=python3.12 quickstart'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache dist

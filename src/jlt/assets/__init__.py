@@ -1,0 +1,1 @@
+"""The bundled networks: their files, and what they were trained and measured on."""

@@ -1,0 +1,67 @@
+"""What an autoencoder is here: images in [-1, 1] to normalised latents and back, its sizes, its identity."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jlt.errors import JLTError
+
+
+class Autoencoder(abc.ABC):
+    """A frozen codec between images and latents of mean 0 and variance 1 in every channel.
+
+    `channels` is the channel count of a latent, `downsampling` the image pixels per latent position along one side,
+    `device` where the weights lie, and `held_out_psnr` the reconstruction of held-out images in dB that its makers
+    measured, None where they did not say.
+    """
+
+    name: str
+    channels: int
+    downsampling: int
+    device: torch.device
+    held_out_psnr: float | None = None
+
+    @abc.abstractmethod
+    def encode(self, images: Float[Tensor, "n 3 hh ww"]) -> Float[Tensor, "n c h w"]:
+        """Return the float32 latents of images in [-1, 1], on the autoencoder's device.
+
+        Deterministic: the mode where the codec has a distribution. JLTError if a side is no multiple of `downsampling`.
+        """
+
+    @abc.abstractmethod
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
+        """Return float32 images clamped to [-1, 1], on the autoencoder's device; JLTError for a wrong channel count."""
+
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this codec this one, as JSON values; equal identities give equal latents.
+
+        Keys: name, source, class, weights_sha256 (None without weights), normalisation (its `kind`, `none` if latents
+        are left as they are), channels, downsampling.
+        """
+
+    @abc.abstractmethod
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """Move the weights in place and return the autoencoder."""
+
+    def check_images(self, images: Float[Tensor, "n 3 hh ww"]) -> None:
+        """Raise JLTError if the sides of the images do not fit the latent grid."""
+        height, width = images.shape[-2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise JLTError(
+                f"Images of {height}x{width} pixels do not fit the autoencoder {self.name!r}: "
+                f"choose a resolution that is a multiple of {self.downsampling}."
+            )
+
+    def check_latents(self, latents: Float[Tensor, "n c h w"]) -> None:
+        """Raise JLTError if the latents have another channel count than this autoencoder's."""
+        if latents.shape[1] != self.channels:
+            raise JLTError(
+                f"Latents with {latents.shape[1]} channels were not made by the autoencoder {self.name!r}, "
+                f"which has {self.channels}: decode them with the one that the store names."
+            )

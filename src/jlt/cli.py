@@ -1,0 +1,419 @@
+"""The command line: one data class per verb, parsed by tyro. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
+from jlt.data.config import EncodeConfig
+from jlt.errors import JLTError, UnknownNameError, unknown_name
+from jlt.experiments.recipes import DIGITS_SAMPLING, renamed, resolve_recipe
+from jlt.progress import say
+
+Positional = tyro.conf.Positional
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verb found: `data` for --json, `text` for a person, and whether all was well."""
+
+    data: dict[str, Any]
+    text: str
+    sound: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """Options that every verb has."""
+
+    json: bool = False
+    """Print the result as one JSON object on stdout."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self) -> Result:
+        """Do the work; JLTError says what went wrong."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeVerb(Verb):
+    """A verb whose remaining words override settings of a recipe."""
+
+    recipe: Annotated[str, Positional, tyro.conf.arg(metavar="RECIPE")]
+
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def resolve(self, latents: Path | None) -> TrainConfig:
+        """Return the recipe for a latent store's shape with the remaining words applied."""
+        from jlt.data.manifest import read_manifest
+
+        base = resolve_recipe(self.recipe, read_manifest(latents).shape if latents else None)
+        prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
+        return renamed(tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, config=PARSING))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart(Verb):
+    """From scanned digits to a report on which prediction target their latent space favours.
+
+    Interrupt it as you like: the same words continue it.
+
+    For example:
+
+      jlt quickstart --out quickstart --seeds 0 1 2
+    """
+
+    out: Path = Path("quickstart")
+    """Folder for latents, runs and report."""
+    seeds: tuple[int, ...] = (0,)
+    """One training of each system per seed."""
+    workers: int = 2
+    """Systems trained side by side."""
+    steps: int | None = None
+    """Training steps of each system, for a shorter look."""
+
+    def run(self) -> Result:
+        from jlt.experiments.quickstart import quickstart
+        from jlt.report.table import results_table
+
+        summary = quickstart(self.out, self.seeds, self.workers, self.steps)
+        return Result(summary, f"{results_table(self.out)}\n\nOpen {summary['report']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode(Verb):
+    """Encode images into a latent store.
+
+    For example:
+
+      jlt encode --images digits --autoencoder tiny --resolution 32 --out latents
+    """
+
+    config: Annotated[EncodeConfig, Flat]
+    out: Path
+    """Folder of the store; the same words continue an interrupted encoding."""
+
+    def run(self) -> Result:
+        from jlt.data.encode import encode
+        from jlt.protocol import default_device
+
+        manifest = encode(self.config, self.out, default_device())
+        shape = f"{manifest.channels}x{manifest.height}x{manifest.width}"
+        text = f"{manifest.count} latents of {shape} in {self.out}, overall standard deviation {manifest.std:.3f}"
+        return Result(manifest.content(), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Verb):
+    """Read a latent store or a checkpoint whole and name everything that is wrong; exits 1 if anything is.
+
+    For example:
+
+      jlt verify latents
+    """
+
+    folder: Annotated[Path, Positional, tyro.conf.arg(metavar="DIR")]
+
+    def run(self) -> Result:
+        from jlt.data.store import verify_store
+        from jlt.training.checkpoint import is_checkpoint_or_run, verify_checkpoints
+
+        problems = verify_checkpoints(self.folder) if is_checkpoint_or_run(self.folder) else verify_store(self.folder)
+        text = "\n".join(problems) or f"{self.folder} is sound."
+        return Result({"folder": str(self.folder), "problems": problems}, text, sound=not problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyze(Verb):
+    """Measure and draw the target geometry of a latent store: eq. 9-12 of docs/notation.md.
+
+    For example:
+
+      jlt analyze --latents latents --out geometry --patch-size 1 2
+    """
+
+    latents: Path
+    out: Path
+    """Folder for geometry.json and report.html."""
+    patch_size: tuple[int, ...] = (1, 2)
+
+    def run(self) -> Result:
+        from jlt.data.store import LatentStore
+        from jlt.experiments.quickstart import measure_geometry
+        from jlt.report.page import write_report
+        from jlt.report.table import geometry_table
+
+        geometry = measure_geometry(LatentStore.open(self.latents), self.out / "geometry.json", self.patch_size)
+        return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {write_report(self.out)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RecipeVerb):
+    """Train a recipe on a latent store; the same words continue an interrupted run.
+
+    Any setting of the recipe can be overridden, and --print-config lists them all.
+
+    For example:
+
+      jlt train digits --latents latents --out run --prediction v --network.depth 4
+    """
+
+    latents: Path | None = None
+    """Folder of the latent store."""
+    out: Path | None = None
+    """Folder of the run."""
+    print_config: bool = False
+    """Print the resolved run and leave."""
+
+    def run(self) -> Result:
+        config = self.resolve(self.latents)
+        if self.print_config:
+            return Result(to_dict(config), json.dumps(to_dict(config), indent=2))
+        if self.latents is None or self.out is None:
+            raise UnknownNameError("Training needs --latents DIR and --out RUN.")
+        from jlt.data.store import LatentStore
+        from jlt.protocol import default_device
+        from jlt.training.loop import train
+
+        checkpoint = train(config, LatentStore.open(self.latents), self.out, default_device())
+        return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Verb):
+    """Draw images from a checkpoint; image i of a seed is always the same.
+
+    For example:
+
+      jlt sample --checkpoint run --out samples --num 64 --format grid
+    """
+
+    checkpoint: Path
+    """Run folder (its newest checkpoint) or checkpoint folder."""
+    out: Path
+    config: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
+    format: Literal["png", "npz", "grid"] = "png"
+    autoencoder_path: str | None = None
+    """Where the autoencoder of the latents lies, if not where its name says."""
+
+    def run(self) -> Result:
+        from jlt.protocol import default_device
+        from jlt.sampling.sampler import open_sampler
+        from jlt.sampling.save import save_samples
+        from jlt.training.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(self.checkpoint)
+        sampler = open_sampler(checkpoint, self.config, default_device(), self.autoencoder_path)
+        written = save_samples(sampler, self.out, self.format)
+        return Result({"written": str(written), "protocol": sampler.protocol()}, f"{self.config.num} images: {written}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Verb):
+    """Measure a checkpoint's samples, or a folder or .npz of images, against real images.
+
+    For example:
+
+      jlt evaluate --checkpoint run --reference digits --num 1000
+    """
+
+    checkpoint: Path | None = None
+    """Run folder (its newest checkpoint) or checkpoint folder; or name --samples."""
+    samples: Path | None = None
+    """Folder of images, or an .npz with `arr_0`."""
+    reference: str = "digits"
+    """An .npz of statistics, a folder of class folders, or the name of a bundled set."""
+    features: str = "digits"
+    """Feature extractor."""
+    config: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
+    autoencoder_path: str | None = None
+    """Where the autoencoder of the latents lies, if not where its name says."""
+
+    def run(self) -> Result:
+        from jlt.evaluation.features import load_extractor
+        from jlt.experiments.evaluate import evaluate_checkpoint, evaluate_files
+        from jlt.report.table import metrics_table
+
+        extractor = load_extractor(self.features)
+        if self.samples and not self.checkpoint:
+            result = evaluate_files(self.samples, self.reference, extractor)
+        elif self.checkpoint and not self.samples:
+            result = evaluate_checkpoint(self.checkpoint, self.reference, extractor, self.config, self.autoencoder_path)
+        else:
+            raise UnknownNameError("Evaluation needs either --checkpoint or --samples.")
+        return Result(result, metrics_table(result["metrics"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate(RecipeVerb):
+    """Train, measure and report systems that differ in the named axes and in nothing else.
+
+    For example:
+
+      jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
+    """
+
+    latents: Path
+    out: Path
+    prediction: tuple[Prediction, ...] = ("x", "v")
+    loss_space: tuple[LossSpace, ...] = ("v",)
+    patch_size: tuple[int, ...] = (1,)
+    seed: tuple[int, ...] = (0,)
+    sample: SampleConfig = DIGITS_SAMPLING
+    reference: str = ""
+    """Real images or an .npz of their statistics; empty takes the images that the store was made from."""
+    features: str = "digits"
+    """Feature extractor."""
+    evaluations: int = 6
+    """Points of each training curve."""
+    workers: int = 2
+    """Systems trained side by side."""
+
+    def run(self) -> Result:
+        from jlt.experiments.ablation import AblationConfig, ablate
+        from jlt.report.page import write_report
+        from jlt.report.table import results_table
+
+        config = AblationConfig(
+            train=self.resolve(self.latents),
+            prediction=self.prediction,
+            loss_space=self.loss_space,
+            patch_size=self.patch_size,
+            seed=self.seed,
+            sample=self.sample,
+            evaluations=self.evaluations,
+            extractor=self.features,
+            reference=self.reference,
+            title=f"Ablation of {self.recipe}",
+            recipe=self.recipe,
+        )
+        summary = ablate(config, self.latents, self.out, self.workers)
+        report = write_report(self.out)
+        return Result({**summary, "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Verb):
+    """Write report.html for a run, an ablation, a quickstart or an analysis.
+
+    For example:
+
+      jlt report quickstart
+    """
+
+    folder: Annotated[Path, Positional, tyro.conf.arg(metavar="DIR")]
+
+    def run(self) -> Result:
+        from jlt.report.page import write_report
+
+        page = write_report(self.folder)
+        return Result({"report": str(page)}, f"Open {page}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Verb):
+    """Measure speed, utilisation and memory on this machine.
+
+    For example:
+
+      jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
+    """
+
+    what: Annotated[Literal["train"], Positional]
+    preset: str = "JLT-B/1"
+    batch_size: int = 8
+    steps: int = 5
+    """Measured steps, after one or two that warm up."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False
+
+    def run(self) -> Result:
+        from jlt.experiments.benchmark import benchmark_train
+        from jlt.report.table import benchmark_table
+
+        measured = benchmark_train(self.preset, self.batch_size, self.steps, self.precision, self.compile)
+        return Result(measured, benchmark_table(measured))
+
+
+VERBS: tuple[type[Verb], ...] = (
+    Quickstart,
+    Encode,
+    Verify,
+    Analyze,
+    Train,
+    Sample,
+    Evaluate,
+    Ablate,
+    Report,
+    Benchmark,
+)
+PARSING = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
+DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them."
+
+
+def parse(arguments: Sequence[str]) -> Verb:
+    """Return the verb that the words make; wrong ones are a SystemExit of 2 or an UnknownNameError."""
+    named = {verb.__name__.lower(): verb for verb in VERBS}
+    # The list of verbs shows one line for each; the help of a verb shows its example too.
+    chosen = arguments[0] if arguments else None
+    if chosen and not chosen.startswith("-") and chosen not in named:
+        raise unknown_name("verb", chosen, named)
+    kinds = [
+        Annotated[verb, tyro.conf.subcommand(name, description=None if name == chosen else _summary(verb))]
+        for name, verb in named.items()
+    ]
+    union: Any = Union[tuple(kinds)]  # noqa: UP007
+    options: dict[str, Any] = {"prog": "jlt", "description": DESCRIPTION, "config": PARSING}
+    verb, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
+    if isinstance(verb, RecipeVerb):
+        return dataclasses.replace(verb, overrides=tuple(rest))
+    # Parsing once more without leave for unknown words explains them.
+    return tyro.cli(union, args=arguments, **options) if rest else verb
+
+
+def _summary(verb: type[Verb]) -> str:
+    return (verb.__doc__ or "").partition(".")[0].partition(";")[0].partition(":")[0].replace("\n    ", " ") + "."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 when done, 1 on failure and 2 when the words were wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        verb = parse(words)
+        result = verb.run()
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        return _explain(error)
+    print(json.dumps(result.data) if verb.json else result.text)
+    return 0 if result.sound else 1
+
+
+def _explain(error: BaseException) -> int:
+    """Say in one sentence on stderr what went wrong, and return the exit code."""
+    from jlt.training.signals import Stopped
+
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        say(f"{error or 'Interrupted.'} The same words continue it.")
+    elif isinstance(error, JLTError):
+        say(f"jlt: {error}")
+    else:
+        say(f"jlt: {type(error).__name__}: {error} (--debug shows where)")
+    return 2 if isinstance(error, UnknownNameError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What a feature extractor is here: 8-bit images to a feature vector and class logits, and which one it is."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from jlt.errors import unknown_name
+
+EXTRACTORS = ("digits",)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Per image, in float32: the feature vector that distances are measured in, and the logits of the classes."""
+
+    pooled: Float[Tensor, "n d"]
+    logits: Float[Tensor, "n k"]
+
+
+class FeatureExtractor(abc.ABC):
+    """A frozen network; an image's features depend on that image alone, whatever batch it comes in."""
+
+    name: str
+    dimension: int
+    num_classes: int
+
+    @abc.abstractmethod
+    def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
+        """Return the features of RGB images 0..255 of any size, on the extractor's device."""
+
+    @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this extractor this one, as JSON values: name, weights_sha256, input_size, dimension."""
+
+    @abc.abstractmethod
+    def to(self, device: torch.device | str) -> FeatureExtractor:
+        """Move the weights in place and return the extractor."""
+
+
+def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Load `digits`, the bundled classifier; JLTError for an unknown name, with the nearest ones."""
+    if name not in EXTRACTORS:
+        raise unknown_name("feature extractor", name, EXTRACTORS)
+    from jlt.evaluation.digit_classifier import DigitClassifier
+
+    return DigitClassifier.load().to(device)

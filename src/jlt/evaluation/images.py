@@ -1,0 +1,82 @@
+"""Images that lie on disk: a folder of image files, or an .npz as ADM's evaluator reads it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from jlt.data.sources import read_image
+from jlt.errors import JLTError
+
+LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class StoredImages(abc.ABC):
+    """Square RGB images of one size; `resolution` is their side in pixels."""
+
+    resolution: int
+
+    @abc.abstractmethod
+    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
+        """Yield all images in order, with the labels they were drawn for where those are stored."""
+
+
+def open_images(path: Path) -> StoredImages:
+    """Open a folder or an .npz of images; JLTError says why it cannot be."""
+    if not path.exists():
+        raise JLTError(f"{path} does not exist.")
+    return ImageFolder(path) if path.is_dir() else ImageArray(path)
+
+
+class ImageFolder(StoredImages):
+    """Image files in the order of their names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not self.paths:
+            raise JLTError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+        self.resolution = self._read(self.paths[0], None).shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
+        """Yield the images; a folder stores no labels."""
+        for start in range(0, len(self.paths), batch_size):
+            images = [self._read(path, self.resolution) for path in self.paths[start : start + batch_size]]
+            yield torch.from_numpy(np.stack(images)), None
+
+    def _read(self, path: Path, resolution: int | None) -> UInt8[np.ndarray, "h w 3"]:
+        image: Image.Image = read_image(path)
+        wanted = (resolution or image.width, resolution or image.width)
+        if image.size != wanted:
+            raise JLTError(f"{path} has {image.width}x{image.height} pixels, not {wanted[0]}x{wanted[1]}.")
+        return np.asarray(image.convert("RGB"))
+
+
+class ImageArray(StoredImages):
+    """`arr_0`, uint8 (N, H, W, 3), and the labels `arr_1` where there are some."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.images = file["arr_0"]
+                self.labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+        except (OSError, ValueError, KeyError) as error:
+            raise JLTError(f"{path} is not an .npz of images under arr_0 ({error}).") from error
+        shape = self.images.shape
+        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            raise JLTError(f"{path} holds {self.images.dtype} {shape}: square images are uint8 (N, H, H, 3).")
+        self.resolution = shape[1]
+
+    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
+        """Yield the images with their labels."""
+        for start in range(0, len(self.images), batch_size):
+            part = slice(start, start + batch_size)
+            labels = None if self.labels is None else torch.from_numpy(self.labels[part])
+            yield torch.from_numpy(self.images[part]), labels

@@ -1,0 +1,201 @@
+"""Matched ablations: the same run with another prediction, loss space, patch size or seed, and nothing else changed.
+
+An ablation folder holds `runs/`, `reference.npz`, `geometry.json` and `ablation.json`; every part of it that exists is
+kept when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, difference, to_dict
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
+from jlt.evaluation.features import load_extractor
+from jlt.experiments.evaluate import evaluate_run, final_grid, save_reference
+from jlt.experiments.pool import run_jobs
+from jlt.experiments.progress import AblationProgress
+from jlt.experiments.recipes import vary
+from jlt.files import read_json, write_json
+from jlt.protocol import default_device, machine
+from jlt.training.loop import train
+
+AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
+"""Settings in which the systems of an ablation may differ."""
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Which systems are compared, and how they are measured."""
+
+    train: TrainConfig
+    prediction: tuple[Prediction, ...]
+    loss_space: tuple[LossSpace, ...]
+    patch_size: tuple[int, ...]
+    seed: tuple[int, ...]
+    sample: SampleConfig
+    evaluations: int
+    """Points of each training curve; the last is the end of the training."""
+    extractor: str
+    reference: str
+    """Real images, or an .npz of their statistics; empty takes the images that the store was made from."""
+    title: str
+    recipe: str
+
+
+@dataclass(frozen=True)
+class System:
+    """One run of an ablation: what is trained, where, and how it is measured. Sent to worker processes."""
+
+    config: TrainConfig
+    run: Path
+    latents: Path
+    reference: Path
+    extractor: str
+    sample: SampleConfig
+    device: str
+
+    @property
+    def evaluated_steps(self) -> list[int]:
+        """Steps at which the run is measured: its checkpoints."""
+        return [
+            *range(self.config.checkpoint_every, self.config.steps, self.config.checkpoint_every),
+            self.config.steps,
+        ]
+
+
+def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) -> list[System]:
+    """Return the runs of an ablation, the longest first so that the workers end together."""
+    every = math.ceil(config.train.steps / config.evaluations)
+    reference, systems = reference_path(config, out), []
+    axes = itertools.product(config.seed, config.patch_size, config.loss_space, config.prediction)
+    for seed, patch_size, loss_space, prediction in axes:
+        varied = replace(vary(config.train, prediction, loss_space, patch_size, seed), checkpoint_every=every)
+        run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}-s{seed}"
+        systems.append(System(varied, run, latents, reference, config.extractor, config.sample, device))
+    return sorted(systems, key=lambda system: system.config.network.patch_size)
+
+
+def run_system(system: System) -> None:
+    """Train one system, measure it along its training and draw its sample grid; whatever exists is kept."""
+    train(system.config, LatentStore.open(system.latents), system.run, system.device)
+    reference, extractor = str(system.reference), system.extractor
+    evaluate_run(system.run, system.evaluated_steps, reference, extractor, system.sample, system.device)
+    final_grid(system.run, system.sample, system.device)
+
+
+def ablate(config: AblationConfig, latents: Path, out: Path, workers: int) -> dict[str, Any]:
+    """Run an ablation whole, or what is missing of it, and return what `ablation.json` holds.
+
+    Raises JLTError where the runs are not matched, and Stopped when asked to end.
+    """
+    store, device = LatentStore.open(latents), default_device()
+    systems = systems_of(config, latents, out, device)
+    differs = check_matched([system.config for system in systems])
+    claim(out, config, store)
+    source = store.manifest.source
+    images = config.reference or source.get("path", source["kind"])
+    save_reference(reference_path(config, out), images, load_extractor(config.extractor), store.manifest.resolution)
+    with AblationProgress(systems) as progress:
+        run_jobs(run_system, systems, workers, progress.poll)
+    summary = summarise(config, systems, store, differs, device)
+    write_json(out / "ablation.json", summary)
+    return summary
+
+
+def reference_path(config: AblationConfig, out: Path) -> Path:
+    """Return where the reference statistics are, or will be once they are measured."""
+    return Path(config.reference) if config.reference.endswith(".npz") else out / "reference.npz"
+
+
+def check_matched(configs: Sequence[TrainConfig]) -> list[str]:
+    """Return the settings in which runs differ; JLTError if any is not an axis of the ablation."""
+    first = to_dict(configs[0])
+    differs = set()
+    for config in configs[1:]:
+        differs |= {line.partition(":")[0] for line in difference(first, to_dict(config))}
+    if not differs <= AXES:
+        raise JLTError(f"The runs are not matched: they also differ in {', '.join(sorted(differs - AXES))}.")
+    return sorted(differs - {"name"})
+
+
+def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
+    """Make the folder this ablation's; JLTError if it holds other content or another ablation."""
+    path = out / "plan.json"
+    plan = {"ablation": to_dict(config), "latents": store.identity()}
+    if path.is_file():
+        lines = difference(read_json(path), json.loads(json.dumps(plan)))
+        if lines:
+            raise JLTError(f"{out} holds another ablation: {'; '.join(lines)}. Choose another folder.")
+    elif (out / "runs").exists() or (out / "ablation.json").exists():
+        raise JLTError(f"{out} holds runs that are not of this ablation: choose another folder.")
+    write_json(path, plan)
+
+
+def summarise(
+    config: AblationConfig,
+    systems: Sequence[System],
+    store: LatentStore,
+    differs: list[str],
+    device: str,
+) -> dict[str, Any]:
+    """Return the summary of a finished ablation after proving from the logs that the runs were matched."""
+    folder = systems[0].run.parent.parent
+    ends = {system.run.name: _events(system.run) for system in systems}
+    draws = {name: end["draws"] for name, (_, end) in ends.items()}
+    weights = {name: start["initial_weights"] for name, (start, _) in ends.items()}
+    require_equal(systems, draws, "random draws", lambda system: system.config.seed)
+    require_equal(
+        systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network.patch_size)
+    )
+    return {
+        "schema": 1,
+        "title": config.title,
+        "recipe": config.recipe,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": sum(end["seconds"] for _, end in ends.values()),
+        "machine": machine(device),
+        "latents": store.identity(),
+        "systems": [
+            {
+                "name": system.config.name,
+                "prediction": system.config.prediction,
+                "loss_space": system.config.loss.space,
+                "patch_size": system.config.network.patch_size,
+                "seed": system.config.seed,
+                "run": system.run.relative_to(folder).as_posix(),
+            }
+            for system in systems
+        ],
+        "matched": {
+            "checked": ["every setting", "initial weights", "sample order, times, noise seeds and label drops"],
+            "differs": differs,
+            "initial_weights": weights,
+            "draws": draws,
+        },
+    }
+
+
+def require_equal(systems: Sequence[System], hashes: dict[str, str], what: str, group: Any) -> None:
+    """Raise a JLTError unless all runs of a group carry the same hash."""
+    seen: dict[Any, tuple[str, str]] = {}
+    for system in systems:
+        name = system.run.name
+        other, value = seen.setdefault(group(system), (name, hashes[name]))
+        if value != hashes[name]:
+            raise JLTError(f"The runs {other} and {name} are not matched: their {what} differ.")
+
+
+def _events(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the first start and the last end of a run's log."""
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    starts = [event for event in events if event["event"] == "start"]
+    ends = [event for event in events if event["event"] == "end"]
+    return starts[0], ends[-1]

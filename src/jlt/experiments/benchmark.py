@@ -1,0 +1,98 @@
+"""Speed on the machine at hand: the trainer's own update, against a matrix product measured in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from jlt.config import TrainConfig
+from jlt.draws import normal_per_sample
+from jlt.experiments.systems import preset
+from jlt.networks.flops import training_flops
+from jlt.networks.transformer import count_parameters
+from jlt.protocol import default_device, machine, versions
+from jlt.training.loop import initial_state, update
+
+MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
+WARMUP_STEPS = {False: 1, True: 2}
+
+
+def benchmark_train(
+    name: str, batch_size: int, steps: int, precision: Literal["float32", "bfloat16"], compile: bool
+) -> dict[str, Any]:
+    """Measure training steps of a named network on random latents; times are medians over `steps` steps.
+
+    The step is the trainer's: forward, loss, backward, clipping, AdamW and two EMAs. MFU divides its arithmetic, by the
+    usual count of three forwards, by the rate of the best of several matrix products before and after.
+    """
+    device = default_device()
+    prediction, network = preset(name)
+    config = TrainConfig(
+        name=name, prediction=prediction, network=network, batch_size=batch_size, precision=precision, compile=compile
+    )
+    state = initial_state(config, torch.device(device))
+    forward: Callable[..., torch.Tensor] = torch.compile(state.network) if compile else state.network
+    shape = (network.channels, network.height, network.width)
+    x, eps = (normal_per_sample(range(start, start + batch_size), shape, device) for start in (0, batch_size))
+    labels = torch.arange(batch_size, device=device) % network.num_classes
+    t = torch.linspace(0.05, 0.95, batch_size)
+
+    def step() -> None:
+        update(config, state, forward, x, eps, labels, t)
+
+    dtype = getattr(torch, precision)
+    rate = matmul_rate(dtype, device)
+    warmup = sum(_seconds(step, device) for _ in range(WARMUP_STEPS[compile]))
+    seconds = statistics.median(_seconds(step, device) for _ in range(steps))
+    rate = max(rate, matmul_rate(dtype, device))
+    flops = training_flops(network)
+    return {
+        "preset": name,
+        "batch_size": batch_size,
+        "precision": precision,
+        "compile": compile,
+        "steps": steps,
+        "parameters": count_parameters(state.network),
+        "network": dataclasses.asdict(network),
+        "img_per_second": batch_size / seconds,
+        "seconds_per_step": seconds,
+        "gflop_per_image": flops / 1e9,
+        "gflops": flops * batch_size / seconds / 1e9,
+        "matmul_gflops": rate / 1e9,
+        "mfu": flops * batch_size / seconds / rate,
+        "peak_memory_gib": peak_memory(device) / 2**30,
+        "warmup_seconds": warmup,
+        "threads": torch.get_num_threads(),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+
+
+def matmul_rate(dtype: torch.dtype, device: str, repeats: int = 7) -> float:
+    """Return the best rate of a square matrix product in operations per second."""
+    n = MATMUL_SIZES[device]
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
+
+
+def peak_memory(device: str) -> int:
+    """Return the peak memory in bytes: of the GPU where there is one, of the process elsewhere."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _seconds(work: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

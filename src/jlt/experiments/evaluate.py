@@ -1,0 +1,129 @@
+"""From a checkpoint or from images to a number with its protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlt.config import SampleConfig
+from jlt.data.sources import open_source
+from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, reference_statistics
+from jlt.evaluation.features import FeatureExtractor, load_extractor
+from jlt.evaluation.images import open_images
+from jlt.evaluation.statistics import FeatureStatistics
+from jlt.files import write_json
+from jlt.protocol import default_device, versions
+from jlt.sampling.sampler import ImageSampler, open_sampler
+from jlt.sampling.save import image_grid, save_image
+from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
+
+BATCH_SIZE = 250
+GRID_COLUMNS = 8
+"""Samples of each class in the grid of a finished run."""
+
+
+def open_reference(words: str, extractor: FeatureExtractor, resolution: int) -> FeatureStatistics:
+    """Read statistics from an .npz, or measure those of a source of images; JLTError for another extractor's."""
+    if words.endswith(".npz"):
+        statistics = FeatureStatistics.load(Path(words))
+    else:
+        statistics = reference_statistics(open_source(words), extractor, resolution)
+    check_reference(statistics, extractor)
+    return statistics
+
+
+def save_reference(path: Path, words: str, extractor: FeatureExtractor, resolution: int) -> None:
+    """Write the statistics of a source of images once."""
+    if not path.exists():
+        open_reference(words, extractor, resolution).save(path)
+
+
+def evaluate_sampler(
+    sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """Draw, decode and measure, with no files in between; return what an evaluation file holds."""
+    batches = ((batch.images, batch.labels) for batch in sampler.batches())
+    metrics = evaluate_images(batches, reference, extractor)
+    return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
+
+
+def sampler_protocol(
+    sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """Return everything that decides what `evaluate_sampler` measures."""
+    return {**sampler.protocol(), "extractor": extractor.identity(), "reference": reference.identity()}
+
+
+def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtractor) -> dict[str, Any]:
+    """Measure images that lie in a folder or in an .npz; return what an evaluation file holds."""
+    images = open_images(samples)
+    reference = open_reference(reference_words, extractor, images.resolution)
+    metrics = evaluate_images(images.batches(BATCH_SIZE), reference, extractor)
+    protocol = {
+        "samples": str(samples),
+        "count": metrics.count,
+        "extractor": extractor.identity(),
+        "reference": reference.identity(),
+        "versions": versions(),
+    }
+    return _result(None, metrics, protocol)
+
+
+def evaluate_checkpoint(
+    path: Path, reference_words: str, extractor: FeatureExtractor, config: SampleConfig, autoencoder_path: str | None
+) -> dict[str, Any]:
+    """Measure the samples of a run's newest checkpoint, or of a checkpoint, and write the result into its run."""
+    checkpoint = open_checkpoint(path)
+    sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
+    reference = open_reference(reference_words, extractor, sampler.resolution)
+    result = evaluate_sampler(sampler, reference, extractor)
+    run = checkpoint.folder.parent.parent
+    if (run / "config.json").is_file():
+        write_evaluation(run, result)
+    return result
+
+
+def _result(step: int | None, metrics: Metrics, protocol: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": 1, "step": step, "metrics": dataclasses.asdict(metrics), "protocol": protocol}
+
+
+def evaluation_path(run: Path, step: int, protocol: dict[str, Any]) -> Path:
+    """Return where a run keeps an evaluation: the name tells the step and, by a hash, the protocol."""
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
+    return run / "evaluations" / f"step_{step:07d}-{digest}.json"
+
+
+def write_evaluation(run: Path, result: dict[str, Any]) -> None:
+    """Write an evaluation into its run."""
+    write_json(evaluation_path(run, result["step"], result["protocol"]), result)
+
+
+def evaluate_run(
+    run: Path, steps: Iterable[int], reference_words: str, extractor_name: str, config: SampleConfig, device: str
+) -> None:
+    """Measure the checkpoints of a run at the given steps; those that were measured by this protocol are kept."""
+    extractor = load_extractor(extractor_name)
+    reference: FeatureStatistics | None = None
+    for step in steps:
+        sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)
+        reference = reference or open_reference(reference_words, extractor, sampler.resolution)
+        if not evaluation_path(run, step, sampler_protocol(sampler, reference, extractor)).exists():
+            write_evaluation(run, evaluate_sampler(sampler, reference, extractor))
+
+
+def final_grid(run: Path, config: SampleConfig, device: str) -> Path:
+    """Draw the grid of a run's last checkpoint: a row per class, from noise that is the same for every run."""
+    path = run / "samples" / "grid.png"
+    checkpoint = open_checkpoint(list_checkpoints(run)[-1])
+    num_classes = min(10, checkpoint.config.network.num_classes)
+    labels = [row for row in range(num_classes) for _ in range(GRID_COLUMNS)]
+    settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
+    images = np.concatenate([batch.images.numpy() for batch in open_sampler(checkpoint, settings, device).batches()])
+    save_image(image_grid(images, GRID_COLUMNS), path)
+    return path

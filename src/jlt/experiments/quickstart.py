@@ -1,0 +1,75 @@
+"""The quickstart: from scanned digits to a report on which prediction their latent space favours."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jlt.config import PREDICTIONS
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
+from jlt.experiments.ablation import AblationConfig, ablate
+from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
+from jlt.files import read_json, write_json
+from jlt.geometry.analyze import analyze
+from jlt.progress import say
+from jlt.report.page import write_report
+
+ENCODING = EncodeConfig(
+    images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32"
+)
+PATCH_SIZES = (1, 2)
+EVALUATIONS = 6
+
+
+def quickstart(out: Path, seeds: tuple[int, ...], workers: int, steps: int | None = None) -> dict[str, Any]:
+    """Encode, analyse, train, sample, evaluate and report; return the summary. What exists in `out` is continued."""
+    if out.exists() and any(out.iterdir()) and not (out / "latents").exists():
+        raise JLTError(f"{out} exists and is not a quickstart: choose an empty or new folder with --out.")
+    say("1/4 encoding the digits")
+    latents = out / "latents"
+    encode(ENCODING, latents)
+    store = LatentStore.open(latents)
+
+    say("2/4 measuring the geometry of their latents")
+    measure_geometry(store, out / "geometry.json", PATCH_SIZES)
+
+    config = quickstart_ablation(store, seeds, steps)
+    runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
+    say(f"3/4 training {runs} systems for {config.train.steps} steps each, {workers} at a time")
+    summary = ablate(config, latents, out, workers)
+
+    say("4/4 writing the report")
+    return {**summary, "report": str(write_report(out))}
+
+
+def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int | None = None) -> AblationConfig:
+    """Return the quickstart's ablation: three predictions at two patch sizes, in velocity space, one recipe for all."""
+    train = resolve_recipe("digits", store.shape)
+    return AblationConfig(
+        train=dataclasses.replace(train, steps=steps or train.steps),
+        prediction=PREDICTIONS,
+        loss_space=("v",),
+        patch_size=PATCH_SIZES,
+        seed=seeds,
+        sample=DIGITS_SAMPLING,
+        evaluations=EVALUATIONS,
+        extractor="digits",
+        reference="",
+        title="Which target do the digits' latents favour?",
+        recipe="digits",
+    )
+
+
+def measure_geometry(store: LatentStore, path: Path, patch_sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Write `geometry.json`, or keep the one that is there if it was measured on these very latents."""
+    if path.exists():
+        stored = read_json(path)
+        if stored.get("latents") == store.identity() and set(stored["tokens"]) == set(map(str, patch_sizes)):
+            return stored
+    measured = analyze(store, patch_sizes)
+    write_json(path, measured)
+    return measured

@@ -1,0 +1,106 @@
+"""Recipes: named functions from a latent space's shape to a resolved training run (DESIGN 3).
+
+All systems of a family differ in the prediction and the patch size and in nothing else. The loss is the matched one
+(eq. 5); the authors' own is `--loss.weighting published`, and their script's times for velocity prediction
+`--timesteps.P-mean 0 --timesteps.P-std 1`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jlt.config import LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig
+from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
+from jlt.errors import unknown_name
+from jlt.experiments.systems import system_name
+from jlt.networks.sizes import size_name, sized_network
+
+Recipe = Callable[[LatentShape], TrainConfig]
+
+IMAGENET_IMAGES = 1_281_167
+DIGITS = LatentShape(channels=16, height=4, width=4, num_classes=10)
+"""The bundled digits at 32x32 through the bundled autoencoder."""
+
+
+def imagenet256(prediction: Prediction, size: str, patch_size: int, latents: LatentShape) -> TrainConfig:
+    """Return the published recipe: 250K steps at batch 1024, constant learning rate after 5 epochs of warm-up."""
+    batch_size = 1024
+    return TrainConfig(
+        name=system_name(prediction, size, patch_size),
+        prediction=prediction,
+        network=sized_network(size, patch_size, latents),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-5 * batch_size / 256, warmup_steps=round(5 * IMAGENET_IMAGES / batch_size)
+        ),
+        batch_size=batch_size,
+        steps=250_000,
+        flips=True,
+    )
+
+
+def digits(prediction: Prediction, patch_size: int, latents: LatentShape) -> TrainConfig:
+    """Return the recipe of the quickstart: minutes on two CPU cores, the same for every prediction."""
+    return TrainConfig(
+        name=system_name(prediction, "XS", patch_size),
+        prediction=prediction,
+        network=sized_network("XS", patch_size, latents),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
+        batch_size=128,
+        steps=1500,
+        ema=(0.99,),
+        precision="float32",
+        log_every=50,
+        checkpoint_every=250,
+    )
+
+
+def _imagenet_recipe(prediction: Prediction, size: str, patch_size: int) -> Recipe:
+    return lambda latents: imagenet256(prediction, size, patch_size, latents)
+
+
+def _digits_recipe(prediction: Prediction, patch_size: int) -> Recipe:
+    return lambda latents: digits(prediction, patch_size, latents)
+
+
+RECIPES: dict[str, Recipe] = {
+    **{
+        f"imagenet256-{system_name(prediction, size, patch_size).lower().replace('/', '')}": _imagenet_recipe(
+            prediction, size, patch_size
+        )
+        for size in ("B", "L")
+        for patch_size in (1, 2)
+        for prediction in ("x", "v")
+    },
+    "digits": _digits_recipe("x", 1),
+}
+DEFAULT_LATENTS = {name: DIGITS if name == "digits" else FLUX2_IMAGENET256 for name in RECIPES}
+
+
+def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig:
+    """Return a recipe's run for latents of a shape, or for those it was published with; JLTError for unknown names."""
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    return RECIPES[name](latents or DEFAULT_LATENTS[name])
+
+
+def vary(base: TrainConfig, prediction: Prediction, loss_space: LossSpace, patch_size: int, seed: int) -> TrainConfig:
+    """Return a run that differs from `base` in the axes of an ablation and in nothing else."""
+    varied = dataclasses.replace(
+        base,
+        prediction=prediction,
+        network=dataclasses.replace(base.network, patch_size=patch_size),
+        loss=dataclasses.replace(base.loss, space=loss_space),
+        seed=seed,
+    )
+    return renamed(varied)
+
+
+def renamed(config: TrainConfig) -> TrainConfig:
+    """Return the run with the name that its prediction, size and patch give it."""
+    network = config.network
+    return dataclasses.replace(config, name=system_name(config.prediction, size_name(network), network.patch_size))
+
+
+DIGITS_SAMPLING = SampleConfig(num=1000, steps=30, solver="heun", batch_size=250)
+"""How the quickstart's samples are drawn: without guidance, equal counts per class."""

@@ -1,0 +1,30 @@
+"""Names of systems: JLT-B/1 predicts x with the base network at patch 1, DiT-B/1 is the same network predicting v."""
+
+from __future__ import annotations
+
+from jlt.config import NetworkConfig, Prediction
+from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
+from jlt.errors import unknown_name
+from jlt.networks.sizes import SIZES, sized_network
+
+FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT", "eps": "DiT-eps"}
+PATCH_SIZES = (1, 2, 4)
+
+
+def system_name(prediction: Prediction, size: str, patch_size: int) -> str:
+    """Return the name of a prediction with a network's size and patch."""
+    return f"{FAMILIES[prediction]}-{size}/{patch_size}"
+
+
+def preset(name: str, latents: LatentShape = FLUX2_IMAGENET256) -> tuple[Prediction, NetworkConfig]:
+    """Return prediction and network of a name such as `JLT-B/1`, for latents of a shape; JLTError for unknown names."""
+    systems = {
+        system_name(prediction, size, patch_size): (prediction, size, patch_size)
+        for prediction in FAMILIES
+        for size in SIZES
+        for patch_size in PATCH_SIZES
+    }
+    if name not in systems:
+        raise unknown_name("network", name, systems)
+    prediction, size, patch_size = systems[name]
+    return prediction, sized_network(size, patch_size, latents)

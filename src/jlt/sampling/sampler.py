@@ -1,0 +1,99 @@
+"""A checkpoint, an autoencoder and a sampling configuration as one thing that yields images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.registry import load_autoencoder
+from jlt.config import SampleConfig, to_dict
+from jlt.errors import JLTError
+from jlt.networks.transformer import build_network
+from jlt.protocol import versions
+from jlt.sampling.generate import decode_to_uint8, sample_latents
+from jlt.sampling.guidance import Denoiser
+from jlt.training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Decoded images `start` to `start + n`, with the labels they were drawn for."""
+
+    start: int
+    images: UInt8[Tensor, "n hh ww 3"]
+    labels: Int[Tensor, "n"]
+
+
+@dataclass(frozen=True)
+class ImageSampler:
+    """Draws the numbered images of one protocol."""
+
+    checkpoint: Checkpoint
+    denoiser: Denoiser
+    autoencoder: Autoencoder
+    config: SampleConfig
+    ema: str
+    device: str
+
+    def batches(self) -> Iterator[ImageBatch]:
+        """Yield exactly `config.num` images, in order."""
+        network, train = self.checkpoint.config.network, self.checkpoint.config
+        shape = (network.channels, network.height, network.width)
+        for batch in sample_latents(
+            self.denoiser, shape, network.num_classes, self.config, self.device, train.noise_scale
+        ):
+            images = decode_to_uint8(self.autoencoder, batch.latents)
+            yield ImageBatch(batch.start, images.cpu(), batch.labels.cpu())
+
+    @property
+    def resolution(self) -> int:
+        """Height of the images in pixels."""
+        return self.checkpoint.config.network.height * self.autoencoder.downsampling
+
+    def protocol(self) -> dict[str, Any]:
+        """Return everything that decides which images these are."""
+        settings = {key: value for key, value in to_dict(self.config).items() if key not in ("num", "batch_size")}
+        return {
+            "checkpoint": self.checkpoint.sha256,
+            **settings,
+            "ema": self.ema,
+            "count": self.config.num,
+            "device": self.device,
+            "autoencoder": self.autoencoder.identity(),
+            "versions": versions(),
+        }
+
+
+def open_sampler(
+    checkpoint: Checkpoint, config: SampleConfig, device: str = "cpu", autoencoder_path: str | None = None
+) -> ImageSampler:
+    """Build the sampler of a checkpoint with the autoencoder that its latents came from.
+
+    Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, or an autoencoder with other weights.
+    """
+    train = checkpoint.config
+    ema = config.ema or (checkpoint.ema_names() or ["none"])[0]
+    network = build_network(train.network, seed=0)
+    network.load_state_dict(checkpoint.weights(ema))
+    network.to(device).eval().requires_grad_(False)
+    denoiser = Denoiser(network, train.prediction, train.network.num_classes, config.t_eps)
+    autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
+    return ImageSampler(checkpoint, denoiser, autoencoder, config, ema, device)
+
+
+def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str) -> Autoencoder:
+    """Load the autoencoder that made some latents; JLTError if what is found holds other weights."""
+    autoencoder = load_autoencoder(identity["name"], path, device)
+    found = autoencoder.identity()
+    if found["weights_sha256"] != identity["weights_sha256"]:
+        raise JLTError(
+            f"The latents were made by the autoencoder {identity['name']!r} with weights "
+            f"{identity['weights_sha256']}, the one from {found['source']} has {found['weights_sha256']}: "
+            "name the right one with --autoencoder-path."
+        )
+    return autoencoder

@@ -1,0 +1,279 @@
+"""Encoding: what is stored, interruption at any point, and everything that is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import data_helpers
+import numpy as np
+import pytest
+import torch
+from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, expected_latents, file_bytes, make_store
+from PIL import Image
+from safetensors.numpy import load_file
+from sklearn.datasets import load_digits
+
+from jlt.data import encode as encode_module
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode, encode_source
+from jlt.data.manifest import read_manifest
+from jlt.data.store import LatentStore, verify_store
+from jlt.errors import JLTError
+
+COUNT = 37
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an encoding that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    make_store(folder)
+    return file_bytes(folder)
+
+
+def test_the_manifest_says_what_was_made(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store")
+    assert manifest == read_manifest(tmp_path / "store")
+    assert sorted(file_bytes(tmp_path / "store")) == [
+        "manifest.json",
+        *(f"shard-0000{i}.safetensors" for i in range(4)),
+    ]
+    assert (manifest.resolution, manifest.count, manifest.flips, manifest.dtype) == (8, COUNT, True, "float32")
+    assert manifest.autoencoder["normalisation"] == {"kind": "scale", "scale": 3**0.5}
+    assert manifest.source == {"kind": "noise", "count": COUNT}
+    values = np.array([expected_latents(i, flip) for i in range(COUNT) for flip in (False, True)])
+    np.testing.assert_allclose(manifest.channel_mean, values.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(manifest.channel_std, values.std((0, 2, 3)), rtol=1e-6)
+    assert manifest.std == pytest.approx(values.std(), rel=1e-6)
+
+
+def test_float16_rounds_once(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", dtype="float16")
+    latents, _ = LatentStore.open(tmp_path / "store").gather(np.arange(COUNT))
+    assert latents.dtype == torch.float16
+    # Half a unit in the last place at values up to 2 is 2^-11.
+    np.testing.assert_allclose(latents.numpy(), [expected_latents(i) for i in range(COUNT)], atol=2**-11 + 1e-6)
+
+
+def test_shard_and_batch_sizes_leave_the_latents_as_they_are(tmp_path: Path) -> None:
+    for number, (batch_size, shard_size) in enumerate([(1, 37), (64, 100), (5, 1)]):
+        folder = tmp_path / str(number)
+        make_store(folder, batch_size=batch_size, shard_size=shard_size)
+        latents, labels = LatentStore.open(folder).gather(np.arange(COUNT))
+        np.testing.assert_allclose(latents.numpy(), [expected_latents(i) for i in range(COUNT)], atol=1e-6)
+        np.testing.assert_array_equal(labels.numpy(), np.arange(COUNT) % 3)
+
+
+def test_the_digits_as_pixels_through_the_registry(tmp_path: Path) -> None:
+    config = EncodeConfig("digits", "pixels", resolution=8, batch_size=64, flips=False)
+    manifest = encode(config, tmp_path / "store")
+    assert (manifest.count, manifest.channels, manifest.height) == (1797, 3, 8)
+    store = LatentStore.open(tmp_path / "store")
+    latents, labels = store.gather(np.array([0, 1796]))
+    digits = load_digits()
+    grey = np.rint(digits.images[[0, 1796]] * 255 / 16) / 127.5 - 1
+    np.testing.assert_allclose(latents.float().numpy(), np.repeat(grey[:, None], 3, axis=1), atol=1e-3)
+    np.testing.assert_array_equal(labels.numpy(), digits.target[[0, 1796]])
+    # Pixels are exempt from the check of their scale, which is 0.75 for digits and may be anything.
+    assert manifest.autoencoder["normalisation"] == {"kind": "none"}
+
+
+def test_the_same_words_on_a_finished_store_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_store(tmp_path / "store")
+    monkeypatch.setattr(PatchAutoencoder, "encode", None)
+    assert make_store(tmp_path / "store") == first
+
+
+class Stopped(Exception):
+    """Stands for anything that ends the process at a chosen point."""
+
+
+def stop(*args: object) -> None:
+    raise Stopped
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [("sha256_file", 1), ("sha256_file", 4), ("write_manifest", 1), ("rmtree", 1)]
+    + [("write_json", call) for call in range(1, 6)],
+)
+def test_interrupted_between_any_two_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], function: str, call: int
+) -> None:
+    owner = shutil if function == "rmtree" else encode_module
+    original, calls = getattr(owner, function), 0
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Stopped
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, interrupted)
+        with pytest.raises(Stopped):
+            make_store(tmp_path / "store")
+    make_store(tmp_path / "store")
+    assert file_bytes(tmp_path / "store") == whole
+
+
+def test_resuming_keeps_sound_shards_and_remakes_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "write_manifest", stop)
+        with pytest.raises(Stopped):
+            make_store(folder)
+    with pytest.raises(JLTError, match="unfinished"):
+        LatentStore.open(folder)
+    damaged, lost = folder / "shard-00001.safetensors", folder / "shard-00002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    lost.unlink()
+    (folder / ".encoding" / "shard-00003.json").write_text("{")
+    (folder / ".shard-00002.999.partial.safetensors").write_bytes(b"left by a killed process")
+    untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    make_store(folder)
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
+    assert file_bytes(folder) == whole
+    said = capsys.readouterr().err
+    assert "1 of 4 shards are there already" in said
+    assert "shard-00001.safetensors was damaged" in said
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_store_is_byte_for_byte_the_same(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    folder, rng, kills = tmp_path / "store", random.Random(0), 0
+    for attempt in range(12):
+        child = subprocess.Popen(
+            [sys.executable, data_helpers.__file__, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            # The last attempts are left alone, so that the test ends on any machine.
+            if attempt < 5:
+                time.sleep(rng.uniform(0, 0.2))
+                child.send_signal(signal.SIGKILL)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL
+        kills += 1
+        assert not (folder / "manifest.json").exists() or verify_store(folder) == []
+    assert kills >= 2
+    make_store(folder)
+    assert file_bytes(folder) == whole
+
+
+def test_other_words_on_the_same_folder_are_refused_with_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for finished in (True, False):
+        folder = tmp_path / str(finished)
+        with monkeypatch.context() as patch, contextlib.nullcontext() if finished else pytest.raises(Stopped):
+            if not finished:
+                patch.setattr(encode_module, "write_manifest", stop)
+            make_store(folder)
+        before = file_bytes(folder)
+        with pytest.raises(
+            JLTError, match=r"dtype was 'float32' and is now 'float16'; batch_size was 4 and is now 8\)"
+        ):
+            make_store(folder, dtype="float16", batch_size=8)
+        with pytest.raises(JLTError, match=r"source.count was 37 and is now 36\)"):
+            make_store(folder, count=36)
+        with pytest.raises(JLTError, match=r"autoencoder.normalisation.scale was 1.73.* and is now 1.5\)"):
+            encode_source(NoiseSource(COUNT), PatchAutoencoder(scale=1.5), CONFIG, folder)
+        assert file_bytes(folder) == before
+
+
+def test_foreign_content_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(JLTError, match="other files"):
+        make_store(tmp_path)
+    with pytest.raises(JLTError, match="is a file"):
+        make_store(tmp_path / "notes.txt")
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(JLTError, match="not the manifest of a latent store"):
+        make_store(tmp_path)
+    assert file_bytes(tmp_path) == {"notes.txt": b"mine", "manifest.json": b'{"name": "a web page"}'}
+
+
+def test_two_encodings_into_one_folder(tmp_path: Path) -> None:
+    class Second(PatchAutoencoder):
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            with pytest.raises(JLTError, match="Another process"):
+                make_store(tmp_path / "store")
+            return super().encode(images)
+
+    encode_source(NoiseSource(COUNT), Second(), CONFIG, tmp_path / "store")
+    assert verify_store(tmp_path / "store") == []
+
+
+@pytest.mark.parametrize(("scale", "measured"), [(1.77 * 3**0.5, "1.7"), (0.4, "0.2")])
+def test_latents_that_are_not_normalised_are_refused_with_figures(tmp_path: Path, scale: float, measured: str) -> None:
+    with pytest.raises(JLTError, match=rf"not normalised: their standard deviation is {measured}.*0.5 to 1.5"):
+        encode_source(NoiseSource(COUNT), PatchAutoencoder(scale), CONFIG, tmp_path / "store")
+    assert not list((tmp_path / "store").glob("*.safetensors"))
+    # Nothing was finished, so the folder takes the corrected words.
+    make_store(tmp_path / "store")
+
+
+def test_only_a_codec_without_normalisation_is_exempt(tmp_path: Path) -> None:
+    encode_source(NoiseSource(COUNT), PatchAutoencoder(0.1, kind="none"), CONFIG, tmp_path / "store")
+    assert LatentStore.open(tmp_path / "store").manifest.std < 0.1
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e5, "float16")])
+def test_latents_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float, dtype: str) -> None:
+    class Broken(PatchAutoencoder):
+        batches = 0
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            self.batches += 1
+            latents = super().encode(images)
+            if self.batches == 2:
+                latents[1, 5, 0, 0] = value
+            return latents
+
+    config = dataclasses.replace(CONFIG, flips=False, dtype=dtype)
+    with pytest.raises(JLTError, match=rf"noise/5.png are not finite in {dtype}: 1 of 192 values"):
+        encode_source(NoiseSource(COUNT), Broken(), config, tmp_path / "store")
+
+
+def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(JLTError, match=r"noise/23.png.*floating-point"):
+        encode_source(NoiseSource(COUNT, bad=23), PatchAutoencoder(), CONFIG, tmp_path / "noise")
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    Image.new("RGB", (9, 8), "red").save(images / "1.png")
+    (images / "2.png").write_bytes((images / "1.png").read_bytes()[:40])
+    config = dataclasses.replace(CONFIG, images=str(images.parent), autoencoder="pixels")
+    with pytest.raises(JLTError, match=r"a/2.png does not decode"):
+        encode(config, tmp_path / "folder")
+    Image.new("RGB", (9, 8), "red").save(images / "2.png")
+    assert encode(config, tmp_path / "folder").count == 2
+
+
+def test_wrong_words(tmp_path: Path) -> None:
+    with pytest.raises(JLTError, match="10 is not a multiple of 4"):
+        make_store(tmp_path / "store", resolution=10)
+    with pytest.raises(JLTError, match="at least 1"):
+        make_store(tmp_path / "store", batch_size=0)
+    with pytest.raises(JLTError, match="did you mean pixels"):
+        encode(EncodeConfig("digits", "pixel"), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_shards_hold_where_their_latents_come_from(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    index = np.concatenate([load_file(path)["index"] for path in sorted((tmp_path / "store").glob("*.safetensors"))])
+    np.testing.assert_array_equal(index, np.arange(COUNT))

@@ -1,0 +1,313 @@
+"""Statistics against one pass over everything; the bundled classifier against what it states; the whole evaluation."""
+
+import itertools
+import json
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jlt.assets.digit_split import digit_split
+from jlt.assets.weights import read_metadata
+from jlt.data.sources import open_source
+from jlt.errors import JLTError
+from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier
+from jlt.evaluation.evaluate import Metrics, evaluate_images, reference_statistics
+from jlt.evaluation.features import load_extractor
+from jlt.evaluation.metrics import label_agreement
+from jlt.evaluation.statistics import FeatureStatistics, LogitStatistics
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- statistics ----
+
+
+def test_statistics_agree_with_numpy():
+    features = torch.randn(200, 12, generator=generator()) * 3 + 1
+    statistics = FeatureStatistics(12)
+    for batch in features.split(17):
+        statistics.update(batch)
+    array = features.double().numpy()
+    np.testing.assert_allclose(statistics.mean.numpy(), array.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.covariance.numpy(), np.cov(array.T), rtol=1e-11, atol=1e-13)
+    assert statistics.count == 200
+
+
+def test_a_large_mean_does_not_eat_the_variance():
+    features = torch.randn(5000, 3, generator=generator(), dtype=torch.float64)
+    statistics = FeatureStatistics(3)
+    for batch in (features + 1e7).split(100):
+        statistics.update(batch)
+    torch.testing.assert_close(statistics.covariance, torch.cov(features.T), rtol=1e-6, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=6), workers=st.integers(1, 4))
+def test_batches_and_workers_do_not_matter(cuts, workers):
+    features = torch.randn(40, 5, generator=generator(), dtype=torch.float64)
+    edges = sorted({0, 40, *cuts})
+    parts = [FeatureStatistics(5) for _ in range(workers)]
+    for index, (low, high) in enumerate(itertools.pairwise(edges)):
+        parts[index % workers].update(features[low:high])
+    merged = FeatureStatistics(5)
+    for part in parts:
+        merged.merge(part)
+    assert merged.count == 40
+    torch.testing.assert_close(merged.mean, features.mean(dim=0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(merged.covariance, torch.cov(features.T), rtol=1e-11, atol=1e-13)
+
+
+def test_features_that_are_not_finite_or_too_few_are_refused():
+    statistics = FeatureStatistics(3)
+    with pytest.raises(JLTError, match="1 images of 2 are not finite"):
+        statistics.update(torch.tensor([[0.0, 1, 2], [0, float("nan"), 0]]))
+    statistics.update(torch.zeros(0, 3))
+    statistics.update(torch.ones(1, 3))
+    with pytest.raises(JLTError, match="at least 2 images, there are 1"):
+        _ = statistics.covariance
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[FeatureStatistics, Path]:
+    statistics = FeatureStatistics(4, {"images": {"kind": "digits"}, "resolution": 32})
+    statistics.update(torch.randn(30, 4, generator=generator()))
+    statistics.save(tmp_path / "stats.npz")
+    return statistics, tmp_path / "stats.npz"
+
+
+def test_statistics_survive_the_disk(saved):
+    statistics, path = saved
+    with np.load(path, allow_pickle=False) as file:
+        assert sorted(file) == ["mu", "sigma"]
+        assert (file["mu"].dtype, file["sigma"].shape) == (np.float64, (4, 4))
+    loaded = FeatureStatistics.load(path)
+    assert torch.equal(loaded.mean, statistics.mean)
+    assert torch.equal(loaded.covariance, statistics.covariance)
+    assert loaded.identity() == statistics.identity()
+    more = torch.randn(9, 4, generator=generator(1))
+    loaded.update(more)
+    statistics.update(more)
+    assert torch.equal(loaded.covariance, statistics.covariance)
+
+
+def test_statistics_of_other_programs_have_no_protocol(tmp_path):
+    path = tmp_path / "fid.npz"
+    np.savez(path, mu=np.arange(3, dtype=np.float32), sigma=np.eye(3, dtype=np.float32))
+    loaded = FeatureStatistics.load(path)
+    assert (loaded.count, loaded.protocol) == (None, {})
+    assert torch.equal(loaded.covariance, torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="unknown"):
+        loaded.update(torch.zeros(2, 3))
+
+
+class Trap:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_are_refused_and_not_run(tmp_path):
+    sprung = tmp_path / "sprung"
+    np.savez(tmp_path / "objects.npz", mu=np.array([Trap(sprung)], dtype=object), sigma=np.eye(1))
+    (tmp_path / "bare.npz").write_bytes(pickle.dumps(Trap(sprung)))
+    for name in ("objects.npz", "bare.npz"):
+        with pytest.raises(JLTError, match="does not hold statistics"):
+            FeatureStatistics.load(tmp_path / name)
+    assert not sprung.exists()
+
+
+def test_files_that_are_no_statistics_are_refused(saved, tmp_path):
+    _, path = saved
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    wrong = {
+        "missing.npz": None,
+        "empty.npz": b"",
+        "truncated.npz": whole[:-50],
+        "flipped.npz": whole[:200] + bytes([whole[200] ^ 1]) + whole[201:],
+        "array.npz": (tmp_path / "array.npy").read_bytes(),
+    }
+    for name, content in wrong.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(JLTError, match=name):
+            FeatureStatistics.load(tmp_path / name)
+    shapes = [
+        {"mu": np.zeros(3)},
+        {"mu": np.zeros(3), "sigma": np.eye(4)},
+        {"mu": np.zeros((3, 1)), "sigma": np.eye(3)},
+        {"mu": np.array(["a"]), "sigma": np.eye(1)},
+        {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
+        {"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0, 1]])},
+    ]
+    for arrays in shapes:
+        np.savez(tmp_path / "wrong.npz", **arrays)
+        with pytest.raises(JLTError, match=r"wrong\.npz"):
+            FeatureStatistics.load(tmp_path / "wrong.npz")
+
+
+def test_a_protocol_of_other_statistics_is_noticed(saved):
+    _, path = saved
+    with np.load(path) as file:
+        np.savez(path, mu=file["mu"] + 1e-9, sigma=file["sigma"])
+    with pytest.raises(JLTError, match="one of the two was replaced"):
+        FeatureStatistics.load(path)
+
+
+def test_statistics_are_written_to_npz_only(saved, tmp_path):
+    with pytest.raises(JLTError, match=r"ends in \.npz"):
+        saved[0].save(tmp_path / "stats.json")
+
+
+def test_logit_statistics_keep_labels_with_their_images():
+    logits, labels = torch.randn(40, 4, generator=generator()), torch.arange(40) % 4
+    whole, parts = LogitStatistics(), [LogitStatistics(), LogitStatistics()]
+    whole.update(logits, labels)
+    for index, part in enumerate((slice(0, 7), slice(7, 30), slice(30, 40))):
+        parts[min(index, 1)].update(logits[part], labels[part])
+    parts[0].merge(parts[1])
+    assert parts[0].count == 40
+    assert parts[0].label_agreement() == whole.label_agreement() == label_agreement(logits, labels)
+    assert parts[0].inception_score() == whole.inception_score()
+    with pytest.raises(ValueError, match="some have none"):
+        whole.update(logits)
+    unlabelled = LogitStatistics()
+    unlabelled.update(logits)
+    assert unlabelled.label_agreement() is None
+    with pytest.raises(ValueError, match="some have none"):
+        unlabelled.merge(whole)
+
+
+# ---- the bundled classifier ----
+
+
+@pytest.fixture(scope="module")
+def classifier() -> DigitClassifier:
+    return load_extractor("digits")
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return digit_split(32)[1]
+
+
+def test_classifier_is_as_accurate_as_it_states(classifier, held_out):
+    accuracy = label_agreement(classifier(held_out.images).logits, held_out.labels)
+    assert accuracy >= 0.98
+    assert accuracy == pytest.approx(classifier.held_out_accuracy, abs=0.004)
+    assert WEIGHTS_FILE.stat().st_size < 500_000
+    assert {"made_by", "seed", "held_out_accuracy"} <= set(read_metadata(WEIGHTS_FILE))
+
+
+def test_classifier_features_belong_to_the_image_alone(classifier, held_out):
+    images = held_out.images[:30]
+    together = classifier(images)
+    assert together.pooled.shape == (30, classifier.dimension)
+    assert together.logits.shape == (30, classifier.num_classes)
+    alone = torch.cat([classifier(image[None]).pooled for image in images])
+    torch.testing.assert_close(alone, together.pooled)
+
+
+def test_classifier_sees_grey_and_other_sizes(classifier, held_out):
+    red_and_blue = held_out.images[:40].clone()
+    spread = torch.minimum(red_and_blue[..., 0], 255 - red_and_blue[..., 0])
+    red_and_blue[..., 0] += spread
+    red_and_blue[..., 2] -= spread
+    assert not torch.equal(red_and_blue, held_out.images[:40])
+    torch.testing.assert_close(classifier(red_and_blue).pooled, classifier(held_out.images[:40]).pooled)
+    doubled = held_out.images.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    assert label_agreement(classifier(doubled).logits, held_out.labels) > 0.97
+
+
+def test_an_unknown_extractor_gets_the_nearest():
+    with pytest.raises(JLTError, match="did you mean digits"):
+        load_extractor("digit")
+
+
+# ---- all of it ----
+
+
+@pytest.fixture(scope="module")
+def reference(classifier) -> FeatureStatistics:
+    return reference_statistics(open_source("digits"), classifier, 32)
+
+
+def all_digits():
+    training, held_out = digit_split(32)
+    return torch.cat([training.images, held_out.images]), torch.cat([training.labels, held_out.labels])
+
+
+def batches(images, labels, size):
+    if labels is None:
+        return [(part, None) for part in images.split(size)]
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def test_the_reference_against_itself(classifier, reference):
+    images, labels = all_digits()
+    assert reference.count == len(images) == 1797
+    metrics = evaluate_images(batches(images, labels, 100), reference, classifier)
+    # The same images in another order.
+    assert metrics.frechet_distance < 1e-5 * reference.covariance.trace().item()
+    assert metrics.label_agreement > 0.99
+    assert 9 < metrics.inception_score <= 10
+    assert metrics.count == 1797
+
+
+def test_the_numbers_do_not_depend_on_the_batches(classifier, reference, held_out):
+    metrics = [
+        evaluate_images(batches(held_out.images, held_out.labels, size), reference, classifier)
+        for size in (7, 128, 296)
+    ]
+    for other in metrics[1:]:
+        assert other.frechet_distance == pytest.approx(metrics[0].frechet_distance, rel=1e-5)
+        assert other.inception_score == pytest.approx(metrics[0].inception_score, rel=1e-6)
+        assert other.label_agreement == metrics[0].label_agreement
+
+
+def test_worse_images_get_worse_numbers(classifier, reference, held_out):
+    def distance(images):
+        return evaluate_images(batches(images, None, 100), reference, classifier)
+
+    noise = torch.randn(held_out.images.shape, generator=generator())
+    noisy = [(held_out.images + level * noise).clamp(0, 255).byte() for level in (0, 30, 90)]
+    clean, worse, worst = map(distance, noisy)
+    assert clean.frechet_distance < worse.frechet_distance < worst.frechet_distance
+    assert clean.inception_score > worst.inception_score
+    assert clean.label_agreement is None
+    one_class = distance(held_out.images[held_out.labels == 3])
+    assert one_class.inception_score < 2
+    assert one_class.frechet_distance > clean.frechet_distance
+
+
+def test_a_reference_of_another_extractor_is_refused_before_the_first_sample(classifier, reference):
+    def never():
+        raise AssertionError("a batch was drawn")
+        yield
+
+    with pytest.raises(JLTError, match="dimension 3, .* gives 64"):
+        evaluate_images(never(), FeatureStatistics(3), classifier)
+    other = FeatureStatistics(64, {"extractor": {**classifier.identity(), "weights_sha256": "0" * 64}})
+    with pytest.raises(JLTError, match="another extractor .weights_sha256 '0000"):
+        evaluate_images(never(), other, classifier)
+
+
+def test_metrics_are_json(classifier, reference, tmp_path):
+    metrics = Metrics(1.0, 2.0, 0.1, None, 10)
+    assert json.loads(json.dumps(asdict(metrics)))["label_agreement"] is None
+    reference.save(tmp_path / "reference.npz")
+    protocol = json.loads((tmp_path / "reference.json").read_text())
+    assert protocol["extractor"] == classifier.identity()
+    assert (protocol["count"], protocol["resolution"]) == (1797, 32)

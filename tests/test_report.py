@@ -1,0 +1,361 @@
+"""The report: what it reads and refuses, what it says whichever way the numbers fall, and that one file is enough."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_results import FINAL, GaussianStore, config, write_ablation, write_run
+
+from jlt.errors import JLTError
+from jlt.files import read_json, write_json
+from jlt.geometry.analyze import analyze
+from jlt.report import findings
+from jlt.report.figures import training_figure
+from jlt.report.page import command, matched_statements, result_rows, set_aside_rows, settings, write_report
+from jlt.report.results import Study, read_study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ablation of six systems, one seed; tests must not change it."""
+    return write_ablation(tmp_path_factory.mktemp("ablation"))
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def study_of(folder: Path, seeds: tuple[int, ...] = (0,), **final: float) -> Study:
+    """Return an ablation with chosen final distances, given as x1=20, v2=37."""
+    chosen = {(name[:-1], int(name[-1])): value for name, value in final.items()}
+    predictions = list(dict.fromkeys(prediction for prediction, _ in chosen))
+    patch_sizes = sorted({patch_size for _, patch_size in chosen})
+    return read_study(write_ablation(folder, predictions, patch_sizes, seeds, chosen))
+
+
+# What is said
+
+
+def test_a_clear_order_is_named_with_its_numbers(folder: Path) -> None:
+    study = read_study(folder)
+    assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1 and patch 2."
+    said = findings.details(study)
+    assert said[0] == (
+        "At patch 1, clean prediction (x) reaches a Fréchet distance of 20.1, velocity prediction (v) 37.2 and noise "
+        "prediction (ε) 310. Relative to x, v is 1.9 times as high and ε is 15 times as high."
+    )
+    assert "single seed: the spread between seeds was not measured" in said[2]
+    assert said[3].endswith("What was measured here agrees at patch 1 and patch 2.")
+
+
+def test_the_other_order_is_said_as_plainly(tmp_path: Path) -> None:
+    study = study_of(tmp_path, x1=37.2, v1=20.1)
+    assert findings.verdict(study) == "Velocity prediction (v) reaches the lowest Fréchet distance at patch 1."
+    assert any("is the other way round at patch 1" in text for text in findings.details(study))
+
+
+def test_a_near_tie_of_single_seeds_has_no_winner(tmp_path: Path) -> None:
+    study = study_of(tmp_path, x1=20.0, v1=21.6, x2=20.0, v2=40.0)
+    assert findings.verdict(study) == (
+        "Clean prediction (x) reaches the lowest Fréchet distance at patch 2; at patch 1 it is too close to call."
+    )
+    said = findings.details(study)
+    assert "Velocity prediction (v) is only 8% higher: one seed cannot settle that." in said[0]
+    assert any("is undecided at patch 1 and agrees at patch 2" in text for text in said)
+
+
+def test_ranges_over_seeds_decide_where_there_are_seeds(tmp_path: Path) -> None:
+    apart = study_of(tmp_path / "apart", seeds=(0, 1, 2), x1=20.0, v1=22.5)  # 20 to 22 against 22.5 to 24.75
+    assert findings.verdict(apart) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1."
+    assert "21.0 (20.0 to 22.0)" in findings.details(apart)[0]
+    assert "means over 3 seeds" in findings.details(apart)[1]
+    overlapping = study_of(tmp_path / "overlapping", seeds=(0, 1, 2), x1=20.0, v1=21.9)
+    assert findings.verdict(overlapping).startswith("No prediction stands out")
+    assert "their ranges over seeds overlap" in findings.details(overlapping)[0]
+
+
+def test_systems_that_draw_noise_are_not_ranked(tmp_path: Path) -> None:
+    study = study_of(tmp_path, x1=9000.0, v1=6000.0)  # label agreement of 9% and 13% among ten classes
+    assert findings.verdict(study) == "Too early to tell: no system draws recognisable samples yet."
+    said = findings.details(study)
+    assert said[0].startswith("At most 13.0% of any system's samples show the label")
+    assert not any("paper claims" in text for text in said)
+
+
+def test_winners_that_differ_by_patch_size_are_both_named(tmp_path: Path) -> None:
+    assert findings.verdict(study_of(tmp_path, x1=30.0, v1=20.0, x2=20.0, v2=30.0)) == (
+        "Velocity prediction (v) reaches the lowest Fréchet distance at patch 1; clean prediction (x) reaches the "
+        "lowest Fréchet distance at patch 2."
+    )
+
+
+def test_a_system_that_is_still_training_is_not_ranked(tmp_path: Path) -> None:
+    write_ablation(tmp_path, ["x", "v", "eps"], [1])
+    (tmp_path / "runs/x-v-p1-s0/evaluations/step_0001500.json").unlink()
+    study = read_study(tmp_path)
+    assert findings.verdict(study) == "Velocity prediction (v) reaches the lowest Fréchet distance at patch 1."
+    assert any(
+        "Not yet evaluated at step 1,500: JLT-XS/1. The comparison is provisional." in t
+        for t in findings.details(study)
+    )
+    last = result_rows(study)[-1]
+    assert (last.system.name, last.cells[0].text) == ("JLT-XS/1", "—")
+    assert last.note == "at step 1,500; not evaluated at 1,500"
+
+
+def test_the_nine_cells_are_compared_within_each_loss_space(tmp_path: Path) -> None:
+    final = {("x", 1): 20.0, ("v", 1): 30.0, ("eps", 1): 90.0}
+    study = read_study(write_ablation(tmp_path, ("x", "v", "eps"), (1,), (0,), final, loss_spaces=("x", "eps", "v")))
+    assert len(study.systems) == 9
+    assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance in all 3 comparisons."
+    assert findings.details(study)[0].startswith("At patch 1 with an ε-space loss, clean prediction (x) reaches ")
+    assert {row.kind for row in result_rows(study)} >= {
+        "noise (ε), patch 1, x-space loss",
+        "clean (x), patch 1, v-space loss",
+    }
+    assert "Losses in different spaces are not on one scale" in " ".join(findings.limits(study))
+    figure = training_figure(study)
+    assert figure is not None
+    assert (len(figure.panels), len(figure.legend)) == (12, 3)
+    write_report(tmp_path)
+
+
+def test_a_perfect_score_divides_nothing_by_zero(tmp_path: Path) -> None:
+    said = findings.details(study_of(tmp_path, x1=0.0, v1=30.0, eps1=0.0))
+    assert said[0].startswith("At patch 1, clean prediction (x) reaches a Fréchet distance of 0")
+
+
+def test_geometry_is_put_in_words() -> None:
+    entry: dict[str, Any] = {"patch_size": 2, "dimension": 3, "effective_rank": 1.5, "sphericity": 0.1}
+    said = findings.geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
+    assert "2 directions vary less than a tenth as much as the noise" in said
+    assert "5.0% of the variance of x but 42.0% of that of v" in said  # 0.1 / 2 and 2.1 / 5
+    flat = findings.geometry_sentence({**entry, "eigenvalues": [1.0, 1.0, 0.9], "sphericity": 0.99})
+    assert "nearly isotropic" in flat
+
+
+def test_limits_follow_from_what_was_done(tmp_path: Path) -> None:
+    one = " ".join(findings.limits(study_of(tmp_path / "one", x1=20.0, v1=30.0)))
+    assert "not Inception" in one
+    assert "A single seed" in one
+    three = " ".join(findings.limits(study_of(tmp_path / "three", seeds=(0, 1, 2), x1=20.0, v1=30.0)))
+    assert "A single seed" not in three
+    assert "3 seeds per system" in three
+
+
+# Tables
+
+
+def test_rows_are_ordered_and_the_best_of_each_column_marked(folder: Path) -> None:
+    rows = result_rows(read_study(folder))
+    assert [row.system.name for row in rows] == [
+        "JLT-XS/1", "DiT-XS/1", "DiT-eps-XS/1", "JLT-XS/2", "DiT-XS/2", "DiT-eps-XS/2",
+    ]  # fmt: skip
+    assert [[cell.best for cell in row.cells] for row in rows] == [[False] * 3] * 3 + [[True] * 3] + [[False] * 3] * 2
+    assert [row.cells[0].text for row in rows] == ["20.1", "37.2", "310", "18.3", "126", "820"]
+    assert rows[0].seconds == "32 s"
+
+
+def test_settings_that_differ_are_read_back_from_the_runs(folder: Path) -> None:
+    shared, differing = settings(read_study(folder))
+    assert list(differing) == ["name", "prediction", "network.patch_size"]
+    assert shared["loss.space"] == "v"
+
+
+def test_shared_hashes_become_sentences(tmp_path: Path) -> None:
+    study = study_of(tmp_path, seeds=(0, 1), x1=20.0, v1=30.0, x2=20.0, v2=30.0)
+    said = matched_statements(study)
+    assert any(
+        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (") for text in said
+    )
+    assert any("label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in said)
+    facts = read_json(tmp_path / "ablation.json")
+    facts["matched"]["draws"]["x-v-p1-s0"] = "0" * 64
+    write_json(tmp_path / "ablation.json", facts)
+    assert any(
+        text.startswith("JLT-XS/1 alone has its sample order") for text in matched_statements(read_study(tmp_path))
+    )
+
+
+def test_the_command_names_what_was_compared(folder: Path) -> None:
+    expected = (
+        "jlt ablate digits --latents LATENTS --out OUT --prediction x v eps --loss-space v --patch-size 1 2 --seed 0"
+    )
+    assert command(read_study(folder)) == expected
+
+
+# Files
+
+
+@pytest.mark.parametrize("change", [{"solver": "euler"}, {"reference": {"sha256": "9" * 64}}, {"extractor": None}])
+def test_unlike_evaluations_are_refused_and_the_difference_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_ablation(tmp_path, ["x", "v"], [1])
+    path = tmp_path / "runs/v-v-p1-s0/evaluations/step_0001500.json"
+    evaluation = read_json(path)
+    evaluation["protocol"].update(change)
+    write_json(path, evaluation)
+    with pytest.raises(JLTError, match=rf"evaluated differently .* {next(iter(change))}[.\w]* is ") as caught:
+        write_report(tmp_path)
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_second_way_of_evaluating_a_step_is_set_aside_and_named(tmp_path: Path) -> None:
+    write_ablation(tmp_path, ["x", "v"], [1])
+    path = tmp_path / "runs/v-v-p1-s0/evaluations/step_0001500.json"
+    evaluation = read_json(path)
+    evaluation["protocol"]["cfg_scale"] = 2.9
+    evaluation["metrics"]["frechet_distance"] = 1.0
+    write_json(path.with_stem("step_0001500-guided"), evaluation)
+    study = read_study(tmp_path)
+    assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1."
+    assert set_aside_rows(study) == [("v-v-p1-s0", "1,500", "cfg_scale 2.9", "1.00")]
+    assert "cfg_scale 2.9" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_an_analysis_of_latents_has_a_page(tmp_path: Path) -> None:
+    write_json(tmp_path / "geometry.json", analyze(GaussianStore(), [1, 2]))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "At patch 1, 7 of 16 directions vary less than a tenth as much as the noise." in page
+    assert re.findall(r'<section id="(\w+)"', page) == ["geometry", "limits", "protocol", "reproduce"]
+
+
+def test_a_log_that_is_being_written_is_read_up_to_its_torn_line(tmp_path: Path) -> None:
+    write_run(tmp_path, "x", 1, 0, 20.0)
+    lines = ['{"event": "step", "step": 10, "loss": 1.0}', '{"event": "step", "step": 20, "loss": 9.0}']
+    again = ['{"event": "start", "step": 10}', '{"event": "step", "step": 20, "loss": 2.0}', '{"event": "ste']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines + again))
+    run = read_study(tmp_path).runs[0]
+    assert [(logged.step, logged.loss) for logged in run.steps] == [(10, 1.0), (20, 2.0)]
+    assert run.seconds is None
+    (tmp_path / "log.jsonl").write_text("\n".join(["{broken", *lines]))
+    with pytest.raises(JLTError, match=r"log.jsonl, line 1 is not JSON"):
+        read_study(tmp_path)
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", config("x", 1, 0))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Nothing has been evaluated yet; training has reached step 0." in page
+
+
+def test_an_ablation_whose_runs_have_not_begun_has_a_page(tmp_path: Path) -> None:
+    write_ablation(tmp_path, ["x", "v"], [1])
+    for run in ("x-v-p1-s0", "v-v-p1-s0"):
+        (tmp_path / "runs" / run / "config.json").unlink()
+    (tmp_path / "geometry.json").unlink()
+    assert "Nothing has been evaluated yet" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_spectra_of_few_and_of_dead_directions_are_drawn(tmp_path: Path) -> None:
+    dead = (
+        torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 0.5, 0.0])[:, None, None]
+    )
+    geometry = analyze(GaussianStore(dead), [1])
+    assert geometry["tokens"]["1"]["anisotropy"] is None
+    write_ablation(tmp_path, ["x", "v"], [1])
+    write_json(tmp_path / "geometry.json", geometry)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "infinite" in page
+    write_json(tmp_path / "geometry.json", analyze(GaussianStore(dead[:, :1]), [1]))
+    write_report(tmp_path)
+
+
+def test_other_folders_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(JLTError, match="neither an ablation .* nor a training run"):
+        write_report(tmp_path)
+    write_run(tmp_path, "x", 1, 0, 20.0)
+    damaged = config("x", 1, 0)
+    del damaged["prediction"]
+    write_json(tmp_path / "config.json", damaged)
+    with pytest.raises(JLTError, match=r"config.json has no 'prediction'"):
+        write_report(tmp_path)
+
+
+# The page
+
+
+class Checker(HTMLParser):
+    """Collects addresses and pictures, and checks that every element is closed by its own end tag."""
+
+    VOID = frozenset({"meta", "link", "img", "source", "br", "line", "circle", "path", "rect"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.alts: list[str | None] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "srcset", "href"}]
+        if tag == "img":
+            self.alts.append(dict(attrs).get("alt"))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, self.getpos()
+
+
+def test_the_page_needs_nothing_but_itself(page: str) -> None:
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert page.lower().startswith("<!doctype html>")
+    assert all(address.startswith("data:") for address in checker.addresses)
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", page)
+    assert "script" not in checker.tags
+    assert checker.tags.count("img") == checker.tags.count("source") + 6  # six sample grids have one rendering
+    assert all(alt and len(alt) > 20 for alt in checker.alts)
+
+
+def test_sections_come_in_their_order(page: str) -> None:
+    sections = re.findall(r'<section id="(\w+)"', page)
+    assert sections == ["results", "training", "samples", "geometry", "matched", "limits", "protocol", "reproduce"]
+
+
+def test_sample_grids_are_embedded_unchanged(folder: Path, page: str) -> None:
+    for grid in folder.glob("runs/*/samples/grid.png"):
+        assert base64.b64encode(grid.read_bytes()).decode() in page
+
+
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
+    write_ablation(tmp_path, ["x", "v"], [1])
+    facts = read_json(tmp_path / "ablation.json")
+    write_json(tmp_path / "ablation.json", {**facts, "title": "<script>alert(1)</script>"})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_six_systems_take_under_eight_seconds(folder: Path) -> None:
+    start = time.process_time()
+    write_report(folder)
+    assert time.process_time() - start < 8
+
+
+def test_reports_load_neither_torch_nor_matplotlib_before_they_draw() -> None:
+    code = "import sys, jlt.report.page; print({'torch', 'matplotlib', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_fixture_follows_the_ablation_schema(folder: Path) -> None:
+    facts = json.loads((folder / "ablation.json").read_text())
+    assert {Path(system["run"]).name for system in facts["systems"]} == set(facts["matched"]["draws"])
+    assert len(facts["systems"]) == len(FINAL)

@@ -1,0 +1,198 @@
+"""The report as a browser shows it: headless Chromium over its DevTools pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_results import write_ablation, write_run
+
+from jlt.report import palette
+from jlt.report.page import write_report
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+)
+PHONE, DESKTOP = (390, 844), (1280, 900)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+class Browser:
+    """One page of a headless Chromium that is spoken to in null-terminated JSON over two pipes."""
+
+    def __init__(self, profile: Path) -> None:
+        to_browser, self._write = os.pipe()
+        self._read, from_browser = os.pipe()
+        # DevTools listens on descriptor 3 and answers on 4; a shell moves the pipes there.
+        words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        script = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", script, "bash", *words],
+            pass_fds=(to_browser, from_browser),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._buffer, self._count, self._session = b"", 0, ""
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer, keeping the events that come first."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+            self.events.append(answer)
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            received = os.read(self._read, 1 << 16)
+            assert received, "chromium ended"
+            self._buffer += received
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, path: Path, size: tuple[int, int], dark: bool = False) -> None:
+        """Load a file at a window size and colour scheme, and wait until its pictures are decoded."""
+        width, height = size
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        deadline = time.monotonic() + 30
+        while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") != path.as_uri():
+            assert time.monotonic() < deadline, f"{path} did not load"
+            time.sleep(0.05)
+        self.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => null)))")
+
+    def evaluate(self, expression: str) -> Any:
+        """Evaluate JavaScript in the page and return its value; a promise is waited for."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Return what the page wrote to the console or the log: errors, warnings, violations of its own policy."""
+        kinds = {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed"}
+        return [event for event in self.events if event["method"] in kinds]
+
+    def requests(self) -> list[str]:
+        """Return the addresses that the page asked for and that are not inside it."""
+        sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [url for event in sent if not (url := event["params"]["request"]["url"]).startswith("data:")]
+
+    def close(self) -> None:
+        """End this browser and the processes it started."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module", params=["ablation", "run"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "ablation":
+        write_ablation(folder, seeds=(0, 1))
+    else:
+        write_run(folder, "x", 1, 0, 20.1)
+    return write_report(folder)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_report_opens_without_a_complaint(browser: Browser, report: Path, size: tuple[int, int], dark: bool) -> None:
+    browser.open(report, size, dark)
+    assert browser.complaints() == []
+    assert browser.requests() == [report.as_uri()]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_picture_decodes(browser: Browser, report: Path, dark: bool) -> None:
+    browser.open(report, DESKTOP, dark)
+    images = browser.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.alt.length, i.currentSrc])")
+    assert len(images) >= 4
+    for complete, width, alt, source in images:
+        assert complete
+        assert width > 0, source[:80]
+        assert alt > 20
+    # Whichever scheme is on, <picture> shows its own rendering of it.
+    shown = browser.evaluate(
+        "[...document.querySelectorAll('picture')].every(p => (p.querySelector('img').currentSrc == "
+        f"p.querySelector('source').srcset) == {str(dark).lower()})"
+    )
+    assert shown
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_nothing_reaches_over_the_edge_of_a_phone(browser: Browser, report: Path, width: int) -> None:
+    browser.open(report, (width, 844))
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    outside = browser.evaluate(
+        "[...document.querySelectorAll('main *, header *, footer *')].filter(e => !e.closest('.scroll') && "
+        f"e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert outside == []
+    sizes = browser.evaluate(
+        "[...document.querySelectorAll('p, li, td, figcaption')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
+    assert min(sizes) >= 12
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of WCAG 2 of a CSS rgb() colour."""
+    channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_colours_follow_the_scheme_with_enough_contrast(browser: Browser, report: Path, dark: bool) -> None:
+    browser.open(report, PHONE, dark)
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    expected = palette.PAPER.dark if dark else palette.PAPER.light
+    assert background == f"rgb({', '.join(str(int(expected[i : i + 2], 16)) for i in (1, 3, 5))})"
+    for selector in ("h1", "figcaption", "td", "footer"):
+        text = browser.evaluate(f"getComputedStyle(document.querySelector('{selector}')).color")
+        low, high = sorted((luminance(background), luminance(text)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, selector

@@ -1,0 +1,352 @@
+"""The trainer: its draws, its exactness after a stop, its checkpoints under damage, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import NoiseSource, PatchAutoencoder
+
+from jlt.config import LossConfig, NetworkConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode_source
+from jlt.data.order import SampleOrder
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
+from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, step_folder, verify_checkpoints
+from jlt.training.draws import draw_step
+from jlt.training.ema import EMA
+from jlt.training.loop import initial_state, learning_rate, train, update
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store") / "latents"
+    config = EncodeConfig(images="noise", autoencoder="patches", resolution=8, flips=True, dtype="float32")
+    encode_source(NoiseSource(50), PatchAutoencoder(), config, folder)
+    return LatentStore.open(folder)
+
+
+def config_for(store, **changes):
+    shape = store.shape
+    network = NetworkConfig(
+        channels=shape.channels,
+        height=shape.height,
+        width=shape.width,
+        num_classes=shape.num_classes,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+    )
+    settings = {
+        "name": "test",
+        "prediction": "x",
+        "network": network,
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
+        "batch_size": 16,
+        "steps": 12,
+        "ema": (0.9, 0.5),
+        "flips": True,
+        "precision": "float32",
+        "log_every": 2,
+        "checkpoint_every": 4,
+        **changes,
+    }
+    return TrainConfig(**settings)
+
+
+def files_of(run, step):
+    return {name: load_tensors(step_folder(run, step) / name) for name in open_checkpoint(run).files if name[-1] == "s"}
+
+
+def assert_same_checkpoint(a, b, step):
+    ours, theirs = files_of(a, step), files_of(b, step)
+    assert set(ours) == {"network.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "ema_0.5.safetensors"}
+    for name, tensors in ours.items():
+        assert set(tensors) == set(theirs[name])
+        for key, value in tensors.items():
+            assert torch.equal(value, theirs[name][key]), f"{name} {key}"
+
+
+def logged(run):
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(event["step"], event["loss"], event["grad_norm"]) for event in events if event["event"] == "step"]
+
+
+GOLDEN_LOSSES = [3.00891, 3.972793, 3.282918, 3.471992, 2.158367, 2.938058]
+
+
+def test_golden_loss_of_a_tiny_run(store, tmp_path):
+    """Guards refactors: the losses of a fixed run. They change only where the arithmetic or the draws are meant to."""
+    train(config_for(store), store, tmp_path / "run")
+    losses = [loss for _, loss, _ in logged(tmp_path / "run")]
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-5)
+
+
+def test_loss_falls(store, tmp_path):
+    # The images are noise: what can be learnt is their mean and their spread.
+    config = config_for(store, steps=150, checkpoint_every=150, log_every=50)
+    train(config, store, tmp_path / "run")
+    losses = [loss for _, loss, _ in logged(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("stops", [(3,), (4, 5, 11)])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(store, tmp_path, stops):
+    # Three batches of 16 make an epoch of 50 and a bit: every stop lies within an epoch.
+    config = config_for(store)
+    train(config, store, tmp_path / "whole")
+    for step in (*stops, config.steps):
+        train(dataclasses.replace(config, steps=step), store, tmp_path / "parts")
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", config.steps)
+    whole, parts = (dict((s, (loss, norm)) for s, loss, norm in logged(tmp_path / r)) for r in ("whole", "parts"))
+    shared = [step for step in whole if step in parts and step % 2 == 0 and step not in stops]
+    assert all(whole[step][1] == parts[step][1] for step in shared)
+    states = [open_checkpoint(tmp_path / name).read_state() for name in ("whole", "parts")]
+    assert states[0]["draws"] == states[1]["draws"]
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from jlt.config import TrainConfig, from_dict
+from jlt.data.store import LatentStore
+from jlt.training.loop import train
+import json
+torch.set_num_threads(1)
+config = from_dict(TrainConfig, json.loads(sys.argv[1]))
+print("begin", flush=True)
+train(config, LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def start_training(config, store, run):
+    words = [sys.executable, "-c", SCRIPT, json.dumps(to_dict(config)), str(store.folder), str(run)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with process.stdout as output:
+        assert output.readline() == "begin\n"
+    return process
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_still_ends_as_the_uninterrupted_run(store, tmp_path):
+    config = config_for(store, steps=90, checkpoint_every=3, log_every=10)
+    assert start_training(config, store, tmp_path / "whole").wait() == 0
+    generator, kills = np.random.default_rng(0), 0
+    while True:
+        process = start_training(config, store, tmp_path / "killed")
+        try:
+            code = process.wait(timeout=float(generator.uniform(0.2, 1.5)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            complete = list_checkpoints(tmp_path / "killed")
+            assert not complete or verify_checkpoints(complete[-1]) == []
+        else:
+            assert code == 0
+            break
+    assert kills >= 2
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed", config.steps)
+
+
+def test_sigterm_saves_and_leaves(store, tmp_path):
+    config = config_for(store, steps=100_000, checkpoint_every=100_000, log_every=10)
+    process = start_training(config, store, tmp_path / "run")
+    while not (tmp_path / "run" / "log.jsonl").exists() or len(logged(tmp_path / "run")) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) != 0
+    checkpoint = open_checkpoint(tmp_path / "run")
+    assert checkpoint.step >= 20
+    assert verify_checkpoints(checkpoint.folder) == []
+
+
+def test_draws_are_functions_of_seed_step_and_sample(store):
+    config, order = config_for(store), SampleOrder(50, 3)
+    whole = draw_step(config, order, 7, 0, 16)
+    halves = [draw_step(config, order, 7, first, 8) for first in (0, 8)]
+    assert np.array_equal(whole.indices, np.concatenate([half.indices for half in halves]))
+    assert np.array_equal(whole.flips, np.concatenate([half.flips for half in halves]))
+    assert torch.equal(whole.t, torch.cat([half.t for half in halves]))
+    assert torch.equal(whole.dropped, torch.cat([half.dropped for half in halves]))
+    assert whole.noise_seeds == halves[0].noise_seeds + halves[1].noise_seeds
+    assert len(set(whole.noise_seeds + draw_step(config, order, 8, 0, 16).noise_seeds)) == 32
+    assert whole.digest("") != draw_step(config, order, 8, 0, 16).digest("")
+    assert whole.digest("a") != whole.digest("b")
+
+
+def test_share_of_dropped_labels_and_moments_of_times(store):
+    config, order = config_for(store, batch_size=4096), SampleOrder(50, 3)
+    draws = draw_step(config, order, 0, 0, 4096)
+    assert draws.dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    logits = torch.logit(draws.t.double())
+    assert logits.mean().item() == pytest.approx(-0.8, abs=0.05)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("change", ["prediction", "space", "patch"])
+def test_draws_do_not_depend_on_what_is_compared(store, tmp_path, change):
+    """What makes an ablation matched: another prediction, loss space or patch sees the same draws."""
+    config = config_for(store, steps=3)
+    other = {
+        "prediction": dataclasses.replace(config, prediction="v"),
+        "space": dataclasses.replace(config, loss=LossConfig(space="x")),
+        "patch": dataclasses.replace(config, network=dataclasses.replace(config.network, patch_size=2)),
+    }[change]
+    train(config, store, tmp_path / "a")
+    train(other, store, tmp_path / "b")
+    states = [open_checkpoint(tmp_path / name).read_state() for name in "ab"]
+    assert states[0]["draws"] == states[1]["draws"]
+    assert (states[0]["initial_weights"] == states[1]["initial_weights"]) is (change != "patch")
+
+
+def test_ema_is_the_brute_force_average():
+    network = torch.nn.Linear(3, 2)
+    ema = EMA(network, (0.9, 0.5))
+    history = [network.weight.detach().clone()]
+    for step in range(6):
+        with torch.no_grad():
+            network.weight += step + 1.0
+        history.append(network.weight.detach().clone())
+        ema.update()
+    for decay in (0.9, 0.5):
+        weights = [decay**6, *((1 - decay) * decay ** (6 - i) for i in range(1, 7))]
+        expected = sum(weight * value for weight, value in zip(weights, history, strict=True))
+        torch.testing.assert_close(ema.averages[decay]["weight"], expected)
+
+
+def test_warmup_is_linear_then_constant(store):
+    config = config_for(store, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=4))
+    assert [learning_rate(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_update_clips_and_reports_the_norm_before(store):
+    config = config_for(store, optimizer=OptimizerConfig(learning_rate=1e-3, grad_clip=1e-4))
+    state = initial_state(config, torch.device("cpu"))
+    shape = (8, store.shape.channels, store.shape.height, store.shape.width)
+    x, eps = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    _, norm = update(config, state, state.network, x, eps, torch.zeros(8, dtype=torch.int64), torch.full((8,), 0.5))
+    assert norm > 1e-3
+    moments = [state.optimizer.state[parameter]["exp_avg"] for parameter in state.network.parameters()]
+    clipped = torch.sqrt(sum((moment / (1 - 0.9)).square().sum() for moment in moments))
+    assert clipped.item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_non_finite_loss_updates_and_saves_nothing(store, tmp_path, monkeypatch):
+    config = config_for(store, steps=8, checkpoint_every=2)
+    gather = LatentStore.gather
+    calls = []
+
+    def poisoned(self, *arguments):
+        latents, labels = gather(self, *arguments)
+        calls.append(None)
+        if len(calls) == 6:
+            latents[0, 0, 0, 0] = float("nan")
+        return latents, labels
+
+    monkeypatch.setattr(LatentStore, "gather", poisoned)
+    with pytest.raises(JLTError, match="Step 5.*nan"):
+        train(config, store, tmp_path / "run")
+    assert open_checkpoint(tmp_path / "run").step == 4
+    assert all(value.isfinite().all() for value in files_of(tmp_path / "run", 4)["network.safetensors"].values())
+
+
+@pytest.fixture
+def finished(store, tmp_path):
+    config = config_for(store, steps=4)
+    train(config, store, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["flip", "zero tail", "truncate", "missing"])
+@pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "state.json"])
+def test_damaged_checkpoint_is_named_and_refused(finished, store, name, damage):
+    config, run = finished
+    path = step_folder(run, 4) / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "zero tail":
+        content[-8:] = bytes(8)
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
+    assert any(name in problem for problem in verify_checkpoints(run))
+    with pytest.raises(JLTError, match=name):
+        train(dataclasses.replace(config, steps=8), store, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prediction": "v"}, "prediction: 'x' -> 'v'"),
+        ({"loss": LossConfig(space="x")}, "loss.space: 'v' -> 'x'"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"batch_size": 8}, "batch_size: 16 -> 8"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_with_the_difference(finished, store, change, named):
+    config, run = finished
+    with pytest.raises(JLTError, match=named):
+        train(dataclasses.replace(config, steps=8, **change), store, run)
+
+
+def test_foreign_folder_is_never_overwritten(store, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(JLTError, match="not a run"):
+        train(config_for(store), store, tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_network_for_other_latents_is_refused(store, tmp_path):
+    config = config_for(store)
+    other = dataclasses.replace(config, network=dataclasses.replace(config.network, channels=7))
+    with pytest.raises(JLTError, match="7x"):
+        train(other, store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickle_in_place_of_weights_is_not_run(finished):
+    _, run = finished
+    path = step_folder(run, 4) / "network.safetensors"
+    flag = run / "executed"
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(flag).encode() + b"'\ntR.")
+    with pytest.raises(JLTError, match="not a readable safetensors"):
+        load_tensors(path)
+    assert not flag.exists()
+
+
+def test_configuration_survives_json_and_refuses_unknown_keys(store):
+    config = config_for(store)
+    plain = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(TrainConfig, plain) == config
+    with pytest.raises(JLTError, match="network.depth"):
+        from_dict(TrainConfig, {**plain, "network": {**plain["network"], "dpeth": 3}})
+    with pytest.raises(JLTError, match="one of x, eps, v"):
+        from_dict(TrainConfig, {**plain, "prediction": "velocity"})
+    with pytest.raises(JLTError, match="steps must be int"):
+        from_dict(TrainConfig, {**plain, "steps": "many"})
+
+
+def test_full_disk_leaves_what_was_saved(finished, store, monkeypatch):
+    config, run = finished
+    from jlt.training import checkpoint
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(dataclasses.replace(config, steps=8), store, run)
+    assert open_checkpoint(run).step == 4
+    assert verify_checkpoints(run) == []
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000004"]

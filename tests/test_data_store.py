@@ -77,6 +77,9 @@ def test_safetensors_itself_reads_the_shards(sound: Path) -> None:
     np.testing.assert_array_equal(tensors["labels"], np.arange(10, 20) % 3)
     np.testing.assert_allclose(tensors["latents"], [expected_latents(i) for i in range(10, 20)], atol=1e-6)
     np.testing.assert_allclose(tensors["latents_flip"], [expected_latents(i, True) for i in range(10, 20)], atol=1e-6)
+    entries = ShardFile(sound / "shard-00001.safetensors").read_entries()
+    assert [entries[name].offset % 64 for name in ("latents", "latents_flip")] == [0, 0]
+    assert [entries[name].offset % 8 for name in ("labels", "index")] == [0, 0]
 
 
 def test_shards_that_safetensors_wrote_are_read(tmp_path: Path) -> None:

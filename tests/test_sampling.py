@@ -153,3 +153,23 @@ def test_label_rules():
         labels_for("3,12", range(4), 10, seed=0)
     with pytest.raises(JLTError, match="equal, random or a list"):
         labels_for("eqal", range(4), 10, seed=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_prediction_samples_the_exact_gaussian(prediction):
+    """From t = 0, where an eps-readout divides by zero, to t = 1, where an x-readout would."""
+    noise = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    denoiser = Denoiser(ExactGaussian(prediction), prediction, null_label=1)
+    velocity = guided(denoiser, torch.zeros(64, dtype=torch.int64), 1.0, (0.0, 1.0))
+    found = solve("heun", velocity, noise, uniform_grid(50).tolist())
+    torch.testing.assert_close(found, exact_flow(noise), atol=0.05, rtol=0.05)
+
+
+def test_images_that_are_not_finite_are_refused():
+    class Diverged(torch.nn.Module):
+        def forward(self, z, t, labels):
+            return z / 0
+
+    config = SampleConfig(num=4, batch_size=2, steps=3)
+    with pytest.raises(JLTError, match="images 0 to 1 are not finite"):
+        next(sample_latents(Denoiser(Diverged(), "v", null_label=1), (1, 1, 1), 1, config))

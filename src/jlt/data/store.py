@@ -1,8 +1,8 @@
 """The latent store: random and sequential reading of encoded images, and the check of all that is stored.
 
 Rows are read with `preadv` straight into the result. Next to a memory map that is as fast (faster on pages not mapped
-before, slower on those that were), keeps the resident memory independent of the store's size, and makes an error with
-the file's name, instead of a SIGBUS, of a file that got shorter or a disk that fails.
+before, slower on those that were), reads a latent from disk in one request, keeps the resident memory independent of
+the store's size, and makes of a file that got shorter an error with its name instead of a SIGBUS.
 """
 
 from __future__ import annotations

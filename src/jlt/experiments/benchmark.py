@@ -20,7 +20,7 @@ from jlt.protocol import default_device, machine, versions
 from jlt.training.loop import initial_state, update
 
 MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
-WARMUP_STEPS = {False: 1, True: 2}
+WARMUP_STEPS = 3
 
 
 def benchmark_train(
@@ -48,7 +48,7 @@ def benchmark_train(
 
     dtype = getattr(torch, precision)
     rate = matmul_rate(dtype, device)
-    warmup = sum(_seconds(step, device) for _ in range(WARMUP_STEPS[compile]))
+    warmup = sum(_seconds(step, device) for _ in range(WARMUP_STEPS))
     seconds = statistics.median(_seconds(step, device) for _ in range(steps))
     rate = max(rate, matmul_rate(dtype, device))
     flops = training_flops(network)

@@ -22,7 +22,7 @@ ENCODING = EncodeConfig(
     images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32"
 )
 PATCH_SIZES = (1, 2)
-EVALUATIONS = 6
+EVALUATIONS = 5
 
 
 def quickstart(out: Path, seeds: tuple[int, ...], workers: int, steps: int | None = None) -> dict[str, Any]:

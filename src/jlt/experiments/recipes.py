@@ -46,7 +46,7 @@ def digits(prediction: Prediction, patch_size: int, latents: LatentShape) -> Tra
         prediction=prediction,
         network=sized_network("XS", patch_size, latents),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
-        batch_size=128,
+        batch_size=64,
         steps=1500,
         ema=(0.99,),
         precision="float32",
@@ -102,5 +102,5 @@ def renamed(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, name=system_name(config.prediction, size_name(network), network.patch_size))
 
 
-DIGITS_SAMPLING = SampleConfig(num=1000, steps=30, solver="heun", batch_size=250)
+DIGITS_SAMPLING = SampleConfig(num=1000, steps=20, solver="heun", batch_size=100)
 """How the quickstart's samples are drawn: without guidance, equal counts per class."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
+from jlt.networks.normalization import rms_normalise
+
 FREQUENCIES = 256
 """Values of the sinusoidal embedding of time."""
 
@@ -21,7 +22,7 @@ class ModulatedNorm(nn.Module):
     """RMS normalisation with a learnt scale, then a shift and a scale per sample (adaLN, Peebles and Xie 2023).
 
     The learnt scale (Zhang and Sennrich 2019) is folded into the sample's, which is small, instead of being
-    multiplied into every token. The kernel accumulates in float32 whatever its input's precision.
+    multiplied into every token.
     """
 
     def __init__(self, size: int) -> None:
@@ -32,7 +33,7 @@ class ModulatedNorm(nn.Module):
         self, x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n d"]:
         """Return the normalised tokens times weight (1 + scale), plus shift."""
-        normalised = F.rms_norm(x, self.weight.shape, eps=NORM_EPS)
+        normalised = rms_normalise(x)
         factor = (self.weight * (1 + scale)).to(x.dtype)
         return torch.addcmul(shift.unsqueeze(1).to(x.dtype), normalised, factor.unsqueeze(1))
 
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         b, n, d = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads)
         query_key, value = qkv.split((2, 1), dim=2)
-        query_key = F.rms_norm(query_key, query_key.shape[-1:], eps=NORM_EPS)
+        query_key = rms_normalise(query_key)
         query, key = positions(query_key, self.query_key_scale).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value.squeeze(2).transpose(1, 2))
         return self.projection(mixed.transpose(1, 2).reshape(b, n, d))

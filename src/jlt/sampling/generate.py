@@ -63,6 +63,8 @@ def sample_latents(
         velocity = guided(denoiser, labels, config.cfg_scale, config.cfg_interval)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             latents = solve(config.solver, velocity, noise, grid)
+        if not latents.isfinite().all():
+            raise JLTError(f"Some of the images {start} to {indices[-1]} are not finite: has the training diverged?")
         yield SampleBatch(start, latents, labels)
 
 

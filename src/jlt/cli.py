@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class Quickstart(Verb):
         from jlt.experiments.quickstart import quickstart
         from jlt.report.table import results_table
 
-        summary = quickstart(self.out, self.seeds, self.workers, self.steps)
+        summary = quickstart(self.out, self.seeds, self.workers, self.steps, command_line())
         return Result(summary, f"{results_table(self.out)}\n\nOpen {summary['report']}")
 
 
@@ -298,7 +299,7 @@ class Ablate(RecipeVerb):
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,
         )
-        summary = ablate(config, self.latents, self.out, self.workers)
+        summary = ablate(config, self.latents, self.out, self.workers, command_line())
         report = write_report(self.out)
         return Result({**summary, "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
 
@@ -380,6 +381,11 @@ def parse(arguments: Sequence[str]) -> Verb:
         return dataclasses.replace(verb, overrides=tuple(rest))
     # Parsing once more without leave for unknown words explains them.
     return tyro.cli(union, args=arguments, **options) if rest else verb
+
+
+def command_line() -> str:
+    """Return the words of this process as a shell would take them again."""
+    return shlex.join(["jlt", *sys.argv[1:]])
 
 
 def _summary(verb: type[Verb]) -> str:

@@ -42,7 +42,7 @@ class Autoencoder(abc.ABC):
         """Return what makes this codec this one, as JSON values; equal identities give equal latents.
 
         Keys: name, source, class, weights_sha256 (None without weights), normalisation (its `kind`, `none` if latents
-        are left as they are), channels, downsampling.
+        are left as they are), channels, downsampling; held_out_psnr where it is known.
         """
 
     @abc.abstractmethod

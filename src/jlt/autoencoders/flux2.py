@@ -69,6 +69,7 @@ class Flux2Autoencoder(Autoencoder):
             "normalisation": {"kind": "batch_norm", "eps": self._vae.bn.eps},
             "channels": self.channels,
             "downsampling": self.downsampling,
+            "held_out_psnr": self.held_out_psnr,
         }
 
     def to(self, device: torch.device | str) -> Flux2Autoencoder:

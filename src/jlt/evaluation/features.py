@@ -24,11 +24,15 @@ class Features:
 
 
 class FeatureExtractor(abc.ABC):
-    """A frozen network; an image's features depend on that image alone, whatever batch it comes in."""
+    """A frozen network; an image's features depend on that image alone, whatever batch it comes in.
+
+    `held_out_accuracy` is its share of right answers on images that it never saw, None where its makers did not say.
+    """
 
     name: str
     dimension: int
     num_classes: int
+    held_out_accuracy: float | None = None
 
     @abc.abstractmethod
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:

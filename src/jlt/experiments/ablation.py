@@ -27,6 +27,10 @@ from jlt.files import read_json, write_json
 from jlt.protocol import default_device, machine
 from jlt.training.loop import train
 
+GROWING = {"prediction", "loss_space", "patch_size", "seed"}
+"""Axes that may have more points when an ablation is continued."""
+PREPARED = {"latents", "geometry.json"}
+"""What may lie in a folder before its ablation begins."""
 AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
 """Settings in which the systems of an ablation may differ."""
 
@@ -91,10 +95,10 @@ def run_system(system: System) -> None:
     final_grid(system.run, system.sample, system.device)
 
 
-def ablate(config: AblationConfig, latents: Path, out: Path, workers: int) -> dict[str, Any]:
+def ablate(config: AblationConfig, latents: Path, out: Path, workers: int, command: str) -> dict[str, Any]:
     """Run an ablation whole, or what is missing of it, and return what `ablation.json` holds.
 
-    Raises JLTError where the runs are not matched, and Stopped when asked to end.
+    `command` is how a reader repeats it. Raises JLTError where the runs are not matched, and Stopped when asked to end.
     """
     store, device = LatentStore.open(latents), default_device()
     systems = systems_of(config, latents, out, device)
@@ -105,7 +109,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int) -> di
     save_reference(reference_path(config, out), images, load_extractor(config.extractor), store.manifest.resolution)
     with AblationProgress(systems) as progress:
         run_jobs(run_system, systems, workers, progress.poll)
-    summary = summarise(config, systems, store, differs, device)
+    summary = {"command": command, **summarise(config, systems, store, differs, device)}
     write_json(out / "ablation.json", summary)
     return summary
 
@@ -127,15 +131,19 @@ def check_matched(configs: Sequence[TrainConfig]) -> list[str]:
 
 
 def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
-    """Make the folder this ablation's; JLTError if it holds other content or another ablation."""
+    """Make the folder this ablation's; JLTError if it holds other content, or an ablation with other settings.
+
+    Predictions, loss spaces, patch sizes and seeds may be added to an ablation later: each is a run of its own.
+    """
     path = out / "plan.json"
-    plan = {"ablation": to_dict(config), "latents": store.identity()}
+    settings = {key: value for key, value in to_dict(config).items() if key not in GROWING}
+    plan = json.loads(json.dumps({"ablation": settings, "latents": store.identity()}))
     if path.is_file():
-        lines = difference(read_json(path), json.loads(json.dumps(plan)))
+        lines = difference(read_json(path), plan)
         if lines:
             raise JLTError(f"{out} holds another ablation: {'; '.join(lines)}. Choose another folder.")
-    elif (out / "runs").exists() or (out / "ablation.json").exists():
-        raise JLTError(f"{out} holds runs that are not of this ablation: choose another folder.")
+    elif out.exists() and any(entry.name not in PREPARED for entry in out.iterdir()):
+        raise JLTError(f"{out} exists and is not an ablation: choose an empty or new folder.")
     write_json(path, plan)
 
 
@@ -163,6 +171,8 @@ def summarise(
         "seconds": sum(end["seconds"] for _, end in ends.values()),
         "machine": machine(device),
         "latents": store.identity(),
+        "autoencoder_psnr": store.manifest.autoencoder.get("held_out_psnr"),
+        "classifier_accuracy": load_extractor(config.extractor).held_out_accuracy,
         "systems": [
             {
                 "name": system.config.name,

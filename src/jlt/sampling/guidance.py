@@ -12,7 +12,6 @@ from jlt.config import Prediction
 from jlt.prediction import velocity_from_output
 from jlt.sampling.solvers import Velocity
 
-
 NOISE_END = 0.02
 """Least time by which an eps-prediction's readout divides: sampling begins at t = 0, where it is singular.
 

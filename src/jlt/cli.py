@@ -79,8 +79,8 @@ class Quickstart(Verb):
     """Folder for latents, runs and report."""
     seeds: tuple[int, ...] = (0,)
     """One training of each system per seed."""
-    workers: int = 2
-    """Systems trained side by side."""
+    workers: int | None = None
+    """Systems trained side by side; by default two on a CPU and one on a GPU."""
     steps: int | None = None
     """Training steps of each system, for a shorter look."""
 
@@ -278,8 +278,8 @@ class Ablate(RecipeVerb):
     """Feature extractor."""
     evaluations: int = 6
     """Points of each training curve."""
-    workers: int = 2
-    """Systems trained side by side."""
+    workers: int | None = None
+    """Systems trained side by side; by default two on a CPU and one on a GPU."""
 
     def run(self) -> Result:
         from jlt.experiments.ablation import AblationConfig, ablate

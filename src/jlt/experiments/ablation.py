@@ -27,6 +27,8 @@ from jlt.files import read_json, write_json
 from jlt.protocol import default_device, machine
 from jlt.training.loop import train
 
+WORKERS = {"cpu": 2, "cuda": 1}
+"""Systems trained side by side. On two cores, two processes of one thread bear other programs, two threads do not."""
 GROWING = {"prediction", "loss_space", "patch_size", "seed"}
 """Axes that may have more points when an ablation is continued."""
 PREPARED = {"latents", "geometry.json"}
@@ -95,7 +97,7 @@ def run_system(system: System) -> None:
     final_grid(system.run, system.sample, system.device)
 
 
-def ablate(config: AblationConfig, latents: Path, out: Path, workers: int, command: str) -> dict[str, Any]:
+def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None, command: str) -> dict[str, Any]:
     """Run an ablation whole, or what is missing of it, and return what `ablation.json` holds.
 
     `command` is how a reader repeats it. Raises JLTError where the runs are not matched, and Stopped when asked to end.
@@ -108,7 +110,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int, comma
     images = config.reference or source.get("path", source["kind"])
     save_reference(reference_path(config, out), images, load_extractor(config.extractor), store.manifest.resolution)
     with AblationProgress(systems) as progress:
-        run_jobs(run_system, systems, workers, progress.poll)
+        run_jobs(run_system, systems, workers or WORKERS[device], progress.poll)
     summary = {"command": command, **summarise(config, systems, store, differs, device)}
     write_json(out / "ablation.json", summary)
     return summary

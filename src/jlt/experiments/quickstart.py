@@ -25,7 +25,9 @@ PATCH_SIZES = (1, 2)
 EVALUATIONS = 5
 
 
-def quickstart(out: Path, seeds: tuple[int, ...], workers: int, steps: int | None, command: str) -> dict[str, Any]:
+def quickstart(
+    out: Path, seeds: tuple[int, ...], workers: int | None, steps: int | None, command: str
+) -> dict[str, Any]:
     """Encode, analyse, train, sample, evaluate and report; return the summary. What exists in `out` is continued."""
     if out.exists() and any(out.iterdir()) and not (out / "latents").exists():
         raise JLTError(f"{out} exists and is not a quickstart: choose an empty or new folder with --out.")
@@ -39,7 +41,7 @@ def quickstart(out: Path, seeds: tuple[int, ...], workers: int, steps: int | Non
 
     config = quickstart_ablation(store, seeds, steps)
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
-    say(f"3/4 training {runs} systems for {config.train.steps} steps each, {workers} at a time")
+    say(f"3/4 training {runs} systems for {config.train.steps} steps each")
     summary = ablate(config, latents, out, workers, command)
 
     say("4/4 writing the report")

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jlt.config import NetworkConfig
-from jlt.errors import UnknownNameError
+from jlt.errors import WrongWordsError
 from jlt.experiments.benchmark import benchmark_train
 from jlt.experiments.systems import preset
 from jlt.networks.flops import forward_flops, training_flops
@@ -50,7 +50,7 @@ def test_peak_memory_is_in_gib(measured):
 
 
 def test_unknown_preset_gets_the_nearest():
-    with pytest.raises(UnknownNameError, match="JLT-XS/1"):
+    with pytest.raises(WrongWordsError, match="JLT-XS/1"):
         benchmark_train("JLT-XS1", 2, 1, "float32", compile=False)
 
 

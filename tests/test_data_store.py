@@ -230,7 +230,7 @@ def test_folders_that_are_no_stores(tmp_path: Path) -> None:
         LatentStore.open(tmp_path)
     assert len(verify_store(tmp_path / "nowhere")) == 1
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(JLTError, match="not the manifest of a latent store"):
+    with pytest.raises(JLTError, match="no hash of itself|schema version"):
         LatentStore.open(tmp_path)
 
 

@@ -162,7 +162,7 @@ def test_every_prediction_samples_the_exact_gaussian(prediction):
     denoiser = Denoiser(ExactGaussian(prediction), prediction, null_label=1)
     velocity = guided(denoiser, torch.zeros(64, dtype=torch.int64), 1.0, (0.0, 1.0))
     found = solve("heun", velocity, noise, uniform_grid(50).tolist())
-    torch.testing.assert_close(found, exact_flow(noise), atol=0.05, rtol=0.05)
+    assert (found - exact_flow(noise)).abs().mean() < 0.002
 
 
 def test_images_that_are_not_finite_are_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from jlt.data.encode import encode_source
 from jlt.data.order import SampleOrder
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
+from jlt.files import lock_folder
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, step_folder, verify_checkpoints
 from jlt.training.draws import draw_step
 from jlt.training.ema import EMA
 from jlt.training.loop import initial_state, learning_rate, train, update
+from jlt.training.signals import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +271,9 @@ def finished(store, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "zero tail", "truncate", "missing"])
-@pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["network.safetensors", "optimizer.safetensors", "ema_0.9.safetensors", "state.json", "manifest.json"]
+)
 def test_damaged_checkpoint_is_named_and_refused(finished, store, name, damage):
     config, run = finished
     path = step_folder(run, 4) / name
@@ -282,6 +287,39 @@ def test_damaged_checkpoint_is_named_and_refused(finished, store, name, damage):
         path.write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
     assert any(name in problem for problem in verify_checkpoints(run))
     with pytest.raises(JLTError, match=name):
+        train(dataclasses.replace(config, steps=8), store, run)
+
+
+def test_edited_manifest_is_refused(finished, store):
+    """A checkpoint that claims another prediction would be sampled as one."""
+    config, run = finished
+    path = step_folder(run, 4) / "manifest.json"
+    path.write_text(path.read_text().replace('"prediction": "x"', '"prediction": "v"'))
+    assert any("manifest.json" in problem for problem in verify_checkpoints(run))
+    with pytest.raises(JLTError, match="does not match its own SHA-256"):
+        train(dataclasses.replace(config, steps=8), store, run)
+
+
+def test_checkpoint_of_another_run_is_not_continued(finished, store, tmp_path):
+    config, run = finished
+    other = tmp_path / "other"
+    train(dataclasses.replace(config, prediction="v", steps=2), store, other)
+    shutil.copytree(step_folder(run, 4), step_folder(other, 4))
+    with pytest.raises(JLTError, match="prediction: 'x' -> 'v'"):
+        train(dataclasses.replace(config, prediction="v", steps=8), store, other)
+
+
+def test_stop_asked_for_at_the_last_step_is_no_stop(store, tmp_path, monkeypatch):
+    config = config_for(store, steps=4)
+    monkeypatch.setattr(StopRequest, "__bool__", lambda self: len(logged(tmp_path / "run")) == 2)
+    train(config, store, tmp_path / "run")
+    assert open_checkpoint(tmp_path / "run").step == 4
+    assert '"end"' in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_second_writer_is_refused(finished, store):
+    config, run = finished
+    with lock_folder(run), pytest.raises(JLTError, match="Another process"):
         train(dataclasses.replace(config, steps=8), store, run)
 
 
@@ -302,7 +340,7 @@ def test_another_run_in_the_same_folder_is_refused_with_the_difference(finished,
 
 def test_foreign_folder_is_never_overwritten(store, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(JLTError, match="not a run"):
+    with pytest.raises(JLTError, match="other files, such as thesis.tex"):
         train(config_for(store), store, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
+from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, to_dict
 from jlt.data.config import EncodeConfig
-from jlt.errors import JLTError, UnknownNameError, unknown_name
+from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DIGITS_SAMPLING, renamed, resolve_recipe
 from jlt.progress import say
 
@@ -151,12 +151,11 @@ class Analyze(Verb):
 
     def run(self) -> Result:
         from jlt.data.store import LatentStore
-        from jlt.experiments.quickstart import measure_geometry
-        from jlt.report.page import write_report
+        from jlt.experiments.quickstart import analyze_into
         from jlt.report.table import geometry_table
 
-        geometry = measure_geometry(LatentStore.open(self.latents), self.out / "geometry.json", self.patch_size)
-        return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {write_report(self.out)}")
+        geometry = analyze_into(LatentStore.open(self.latents), self.out, self.patch_size)
+        return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +181,7 @@ class Train(RecipeVerb):
         if self.print_config:
             return Result(to_dict(config), json.dumps(to_dict(config), indent=2))
         if self.latents is None or self.out is None:
-            raise UnknownNameError("Training needs --latents DIR and --out RUN.")
+            raise WrongWordsError("Training needs --latents DIR and --out RUN.")
         from jlt.data.store import LatentStore
         from jlt.protocol import default_device
         from jlt.training.loop import train
@@ -204,7 +203,7 @@ class Sample(Verb):
     """Run folder (its newest checkpoint) or checkpoint folder."""
     out: Path
     config: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
-    format: Literal["png", "npz", "grid"] = "png"
+    format: SampleFormat = "png"
     autoencoder_path: str | None = None
     """Where the autoencoder of the latents lies, if not where its name says."""
 
@@ -237,7 +236,7 @@ class Evaluate(Verb):
     """An .npz of statistics, a folder of class folders, or the name of a bundled set."""
     features: str = "digits"
     """Feature extractor."""
-    config: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
+    config: Annotated[SampleConfig, Flat] = field(default_factory=lambda: SampleConfig(num=1000))
     autoencoder_path: str | None = None
     """Where the autoencoder of the latents lies, if not where its name says."""
 
@@ -252,7 +251,7 @@ class Evaluate(Verb):
         elif self.checkpoint and not self.samples:
             result = evaluate_checkpoint(self.checkpoint, self.reference, extractor, self.config, self.autoencoder_path)
         else:
-            raise UnknownNameError("Evaluation needs either --checkpoint or --samples.")
+            raise WrongWordsError("Evaluation needs either --checkpoint or --samples.")
         return Result(result, metrics_table(result["metrics"]))
 
 
@@ -335,7 +334,7 @@ class Benchmark(Verb):
     preset: str = "JLT-B/1"
     batch_size: int = 8
     steps: int = 5
-    """Measured steps, after one or two that warm up."""
+    """Measured steps, after a few that warm up."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
 
@@ -364,7 +363,7 @@ DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sa
 
 
 def parse(arguments: Sequence[str]) -> Verb:
-    """Return the verb that the words make; wrong ones are a SystemExit of 2 or an UnknownNameError."""
+    """Return the verb that the words make; wrong ones are a SystemExit of 2 or an WrongWordsError."""
     named = {verb.__name__.lower(): verb for verb in VERBS}
     # The list of verbs shows one line for each; the help of a verb shows its example too.
     chosen = arguments[0] if arguments else None
@@ -413,12 +412,12 @@ def _explain(error: BaseException) -> int:
     from jlt.training.signals import Stopped
 
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        say(f"{error or 'Interrupted.'} The same words continue it.")
+        say(f"{str(error) or 'Interrupted.'} The same words continue it.")
     elif isinstance(error, JLTError):
         say(f"jlt: {error}")
     else:
         say(f"jlt: {type(error).__name__}: {error} (--debug shows where)")
-    return 2 if isinstance(error, UnknownNameError) else 1
+    return 2 if isinstance(error, WrongWordsError) else 1
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ class TrainConfig:
 
 
 Solver = Literal["euler", "heun"]
+SampleFormat = Literal["png", "npz", "grid"]
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type, hint), value, f"{where}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, (list, tuple)):
+        _require(Ellipsis in arguments or len(value) == len(arguments), f"{where} must have {len(arguments)} values.")
         return tuple(_convert(arguments[0], entry, where) for entry in value)
     if origin is Literal:
         _require(value in arguments, f"{where} must be one of {', '.join(map(str, arguments))}, not {value!r}.")
@@ -231,15 +233,3 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         f"{where} must be {hint.__name__}, not {value!r}.",
     )
     return value
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Return one line per setting in which two configurations (as dicts) differ, by dotted name."""
-    lines = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += difference(a, b, f"{where}{key}.")
-        elif a != b:
-            lines.append(f"{where}{key}: {a!r} -> {b!r}")
-    return lines

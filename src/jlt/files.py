@@ -1,16 +1,22 @@
-"""Result files: written beside and renamed, so that a reader sees the old file or the new one and never half of one."""
+"""Result files: written beside and renamed, so that a reader sees the old file or the new one and never half of one.
+
+Also what a folder of results needs: a file that says whose it is, and a lock for as long as somebody writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jlt.errors import JLTError
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -46,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically; NaN and infinity are refused (ValueError) since they are not JSON."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, _indented(value))
 
 
 def read_json(path: Path) -> Any:
@@ -59,6 +65,80 @@ def read_json(path: Path) -> Any:
         raise JLTError(
             f"{path} is not readable JSON ({error}): it is damaged or was written by something else."
         ) from error
+
+
+def sealed_text(content: Mapping[str, Any]) -> str:
+    """Return JSON that carries the SHA-256 of its own content as its last field."""
+    return _indented({**content, "sha256": sealed_sha256(content)})
+
+
+def sealed_sha256(content: Mapping[str, Any]) -> str:
+    """Return the hash with which `sealed_text` seals a content."""
+    return hashlib.sha256(_indented(content).encode()).hexdigest()
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Return the content of a sealed file, without its hash; JLTError if it was damaged or edited."""
+    content = read_json(path)
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise JLTError(f"{path} carries no hash of itself: it was damaged or written by something else.")
+    # The bytes are compared too, since an edit may leave the parsed values as they are (1e-05 for 1E-05).
+    unchanged = path.read_bytes() == _indented(content).encode()
+    recorded = content.pop("sha256")
+    if not unchanged or recorded != sealed_sha256(content):
+        raise JLTError(f"{path} was edited or damaged: its content does not match its own SHA-256.")
+    return content
+
+
+def _indented(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Return one line per value in which two nested mappings differ, by dotted name."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += difference(a, b, f"{where}{key}.")
+        elif a != b:
+            lines.append(f"{where}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def claim_folder(
+    folder: Path, marker: str, words: Mapping[str, Any], free: Collection[str] = (), allowed: Collection[str] = ()
+) -> None:
+    """Make a folder the place of one piece of work, described by JSON `words` in the file `marker`.
+
+    A JLTError leaves the folder as it is: for a file, for a folder that holds anything but entries named in `allowed`,
+    and for one whose marker differs in more than the `free` keys; the message shows the difference.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise JLTError(f"{folder} is a file: name a folder.")
+    words = json.loads(json.dumps(words))
+    path = folder / marker
+    if path.is_file():
+        stored = read_json(path)
+        before, now = ({key: side[key] for key in side if key not in free} for side in (stored, words))
+        lines = difference(before, now)
+        if lines:
+            raise JLTError(f"{folder} holds other work, which differs in: {'; '.join(lines)}. Choose another folder.")
+    elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
+        raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
+    write_json(path, words)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder as its only writer; JLTError if another process does. The lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JLTError(f"Another process is writing into {folder}: wait for it, or name another folder.") from error
+        yield
 
 
 def sha256_file(path: Path) -> str:

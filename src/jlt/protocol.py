@@ -20,7 +20,13 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """Return what the work ran on: processor, cores that this process may use, and device."""
     kind = torch.device(device)
     accelerator = torch.cuda.get_device_name(kind) if kind.type == "cuda" else kind.type
-    return {"cpu": _processor(), "cores": len(os.sched_getaffinity(0)), "device": accelerator}
+    return {"cpu": _processor(), "cores": cores(), "device": accelerator}
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    # Not every system can say which; all can say how many there are.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from jlt.data.shape import LatentShape
 from jlt.errors import JLTError
-from jlt.files import read_json, write_text
+from jlt.files import read_sealed_json, sealed_sha256, sealed_text, write_text
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -64,35 +63,20 @@ class StoreManifest:
 
     def sha256(self) -> str:
         """Return the hash of the content, which the file carries as its last field."""
-        return _sha256(self.content())
-
-
-def _serialise(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(_serialise(content).encode()).hexdigest()
+        return sealed_sha256(self.content())
 
 
 def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     """Write the manifest atomically; it comes last, so a folder that has one is complete."""
-    write_text(folder / MANIFEST_NAME, _serialise({**manifest.content(), "sha256": manifest.sha256()}))
+    write_text(folder / MANIFEST_NAME, sealed_text(manifest.content()))
 
 
 def read_manifest(folder: Path) -> StoreManifest:
     """Read a manifest; JLTError if it is missing, damaged, edited, or of another schema version."""
     path = folder / MANIFEST_NAME
-    content = read_json(path)
-    if not isinstance(content, dict) or "schema" not in content or "sha256" not in content:
-        raise JLTError(f"{path} is not the manifest of a latent store.")
-    if content["schema"] != SCHEMA:
-        raise JLTError(f"{path} has schema version {content['schema']}, and this version of jlt reads {SCHEMA}.")
-    # The bytes are compared too, since an edit may leave the parsed values as they are (1e-05 for 1E-05).
-    unchanged = path.read_bytes() == _serialise(content).encode()
-    recorded = content.pop("sha256")
-    if not unchanged or recorded != _sha256(content):
-        raise JLTError(f"{path} was edited or damaged: its content does not match its own SHA-256.")
+    content = read_sealed_json(path)
+    if content.get("schema") != SCHEMA:
+        raise JLTError(f"{path} has schema version {content.get('schema')}, this version of jlt reads {SCHEMA}.")
     return _from_content(path, content)
 
 

@@ -51,6 +51,7 @@ class DigitClassifier(FeatureExtractor):
     """A trained `DigitNetwork`; `held_out_accuracy` is its share of right answers on digits that it never saw."""
 
     name = "digits"
+    classes_of = "digits"
     dimension = DigitNetwork.dimension
     num_classes = DigitNetwork.num_classes
 

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 
 from jlt.data.crop import centre_crop
 from jlt.data.sources import ImageSource
 from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
+from jlt.evaluation.images import LabelledBatch
 from jlt.evaluation.metrics import frechet_distance
 from jlt.evaluation.statistics import FeatureStatistics, LogitStatistics
 from jlt.progress import track
 
 BATCH_SIZE = 128
-LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ class Features:
 class FeatureExtractor(abc.ABC):
     """A frozen network; an image's features depend on that image alone, whatever batch it comes in.
 
+    `classes_of` is the kind of image source whose labels its classes are, None where there is no such source.
     `held_out_accuracy` is its share of right answers on images that it never saw, None where its makers did not say.
     """
 
     name: str
     dimension: int
     num_classes: int
+    classes_of: str | None = None
     held_out_accuracy: float | None = None
 
     @abc.abstractmethod

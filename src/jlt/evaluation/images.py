@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class ImageFolder(StoredImages):
     """Image files in the order of their names."""
 
     def __init__(self, folder: Path) -> None:
-        self.paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+        self.paths = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise JLTError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
         self.resolution = self._read(self.paths[0], None).shape[0]
@@ -67,11 +69,13 @@ class ImageArray(StoredImages):
             with np.load(path, allow_pickle=False) as file:
                 self.images = file["arr_0"]
                 self.labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise JLTError(f"{path} is not an .npz of images under arr_0 ({error}).") from error
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
             raise JLTError(f"{path} holds {self.images.dtype} {shape}: square images are uint8 (N, H, H, 3).")
+        if len(self.images) == 0 or (self.labels is not None and self.labels.shape != shape[:1]):
+            raise JLTError(f"{path} holds no images, or not one label in arr_1 for each of them.")
         self.resolution = shape[1]
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:

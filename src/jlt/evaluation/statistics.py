@@ -83,9 +83,10 @@ class FeatureStatistics:
         """Write `mu` and `sigma` to an .npz, as the field exchanges them, and the identity to a .json beside it."""
         if path.suffix != ".npz":
             raise JLTError(f"{path}: statistics are written to a file that ends in .npz.")
+        # The identity first: statistics that nobody can place would be taken for a foreign program's.
+        write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.identity()})
         with atomic_path(path) as temporary:
             np.savez(temporary, mu=self.mean.numpy(), sigma=self.covariance.numpy())
-        write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.identity()})
 
     @classmethod
     def load(cls, path: Path) -> FeatureStatistics:

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, difference, to_dict
+from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
+from jlt.data.sources import open_source
 from jlt.data.store import LatentStore
-from jlt.errors import JLTError
+from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import load_extractor
 from jlt.experiments.evaluate import evaluate_run, final_grid, save_reference
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.progress import AblationProgress
 from jlt.experiments.recipes import vary
-from jlt.files import read_json, write_json
+from jlt.files import claim_folder, difference, lock_folder, read_json, write_json
 from jlt.protocol import default_device, machine
+from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
 WORKERS = {"cpu": 2, "cuda": 1}
 """Systems trained side by side. On two cores, two processes of one thread bear other programs, two threads do not."""
 GROWING = {"prediction", "loss_space", "patch_size", "seed"}
 """Axes that may have more points when an ablation is continued."""
-PREPARED = {"latents", "geometry.json"}
+PREPARED = {"quickstart.json", "latents", "geometry.json"}
 """What may lie in a folder before its ablation begins."""
 AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
 """Settings in which the systems of an ablation may differ."""
@@ -54,6 +55,14 @@ class AblationConfig:
     """Real images, or an .npz of their statistics; empty takes the images that the store was made from."""
     title: str
     recipe: str
+
+    def __post_init__(self) -> None:
+        for axis in ("prediction", "loss_space", "patch_size", "seed"):
+            points = getattr(self, axis)
+            if not points or len(set(points)) < len(points):
+                raise WrongWordsError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
+        if self.evaluations < 1:
+            raise WrongWordsError("An ablation needs at least one evaluation.")
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def run_system(system: System) -> None:
     train(system.config, LatentStore.open(system.latents), system.run, system.device)
     reference, extractor = str(system.reference), system.extractor
     evaluate_run(system.run, system.evaluated_steps, reference, extractor, system.sample, system.device)
-    final_grid(system.run, system.sample, system.device)
+    final_grid(system.run, system.config.steps, system.sample, system.device)
 
 
 def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None, command: str) -> dict[str, Any]:
@@ -104,16 +113,31 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     """
     store, device = LatentStore.open(latents), default_device()
     systems = systems_of(config, latents, out, device)
-    differs = check_matched([system.config for system in systems])
+    check_matched([to_dict(system.config) for system in systems])
+    workers = WORKERS[device] if workers is None else workers
+    if workers < 1:
+        raise WrongWordsError(f"An ablation needs at least one worker, not {workers}.")
     claim(out, config, store)
-    source = store.manifest.source
-    images = config.reference or source.get("path", source["kind"])
-    save_reference(reference_path(config, out), images, load_extractor(config.extractor), store.manifest.resolution)
-    with AblationProgress(systems) as progress:
-        run_jobs(run_system, systems, workers or WORKERS[device], progress.poll)
-    summary = {"command": command, **summarise(config, systems, store, differs, device)}
-    write_json(out / "ablation.json", summary)
+    with lock_folder(out):
+        images = config.reference or images_of(store)
+        save_reference(reference_path(config, out), images, load_extractor(config.extractor), store.manifest.resolution)
+        summary = {"command": command, **describe(config, systems, store, device)}
+        # Written before the work too, so that an ablation under way can be reported on.
+        write_json(out / "ablation.json", summary)
+        with AblationProgress(systems) as progress:
+            run_jobs(run_system, systems, workers, progress.poll)
+        summary |= prove_matched(systems)
+        write_json(out / "ablation.json", summary)
     return summary
+
+
+def images_of(store: LatentStore) -> str:
+    """Return the words that open the images of a store; JLTError if they are no longer what was encoded."""
+    source = store.manifest.source
+    words = source.get("path", source["kind"])
+    if open_source(words).identity() != source:
+        raise JLTError(f"The images in {words} changed since they were encoded: name real images with --reference.")
+    return words
 
 
 def reference_path(config: AblationConfig, out: Path) -> Path:
@@ -121,12 +145,11 @@ def reference_path(config: AblationConfig, out: Path) -> Path:
     return Path(config.reference) if config.reference.endswith(".npz") else out / "reference.npz"
 
 
-def check_matched(configs: Sequence[TrainConfig]) -> list[str]:
+def check_matched(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the settings in which runs differ; JLTError if any is not an axis of the ablation."""
-    first = to_dict(configs[0])
     differs = set()
     for config in configs[1:]:
-        differs |= {line.partition(":")[0] for line in difference(first, to_dict(config))}
+        differs |= {line.partition(":")[0] for line in difference(configs[0], config)}
     if not differs <= AXES:
         raise JLTError(f"The runs are not matched: they also differ in {', '.join(sorted(differs - AXES))}.")
     return sorted(differs - {"name"})
@@ -137,40 +160,17 @@ def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
 
     Predictions, loss spaces, patch sizes and seeds may be added to an ablation later: each is a run of its own.
     """
-    path = out / "plan.json"
     settings = {key: value for key, value in to_dict(config).items() if key not in GROWING}
-    plan = json.loads(json.dumps({"ablation": settings, "latents": store.identity()}))
-    if path.is_file():
-        lines = difference(read_json(path), plan)
-        if lines:
-            raise JLTError(f"{out} holds another ablation: {'; '.join(lines)}. Choose another folder.")
-    elif out.exists() and any(entry.name not in PREPARED for entry in out.iterdir()):
-        raise JLTError(f"{out} exists and is not an ablation: choose an empty or new folder.")
-    write_json(path, plan)
+    claim_folder(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
 
 
-def summarise(
-    config: AblationConfig,
-    systems: Sequence[System],
-    store: LatentStore,
-    differs: list[str],
-    device: str,
-) -> dict[str, Any]:
-    """Return the summary of a finished ablation after proving from the logs that the runs were matched."""
-    folder = systems[0].run.parent.parent
-    ends = {system.run.name: _events(system.run) for system in systems}
-    draws = {name: end["draws"] for name, (_, end) in ends.items()}
-    weights = {name: start["initial_weights"] for name, (start, _) in ends.items()}
-    require_equal(systems, draws, "random draws", lambda system: system.config.seed)
-    require_equal(
-        systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network.patch_size)
-    )
+def describe(config: AblationConfig, systems: Sequence[System], store: LatentStore, device: str) -> dict[str, Any]:
+    """Return what `ablation.json` says before the work is done."""
     return {
         "schema": 1,
         "title": config.title,
         "recipe": config.recipe,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": sum(end["seconds"] for _, end in ends.values()),
         "machine": machine(device),
         "latents": store.identity(),
         "autoencoder_psnr": store.manifest.autoencoder.get("held_out_psnr"),
@@ -182,17 +182,35 @@ def summarise(
                 "loss_space": system.config.loss.space,
                 "patch_size": system.config.network.patch_size,
                 "seed": system.config.seed,
-                "run": system.run.relative_to(folder).as_posix(),
+                "run": f"{system.run.parent.name}/{system.run.name}",
             }
             for system in systems
         ],
-        "matched": {
-            "checked": ["every setting", "initial weights", "sample order, times, noise seeds and label drops"],
-            "differs": differs,
-            "initial_weights": weights,
-            "draws": draws,
-        },
     }
+
+
+def prove_matched(systems: Sequence[System]) -> dict[str, Any]:
+    """Return what was found equal in the finished runs, read back from them; JLTError if they are not matched."""
+    ends = {system.run.name: open_checkpoint(step_folder(system.run, system.config.steps)) for system in systems}
+    differs = check_matched([read_json(system.run / "config.json") for system in systems])
+    states = {name: checkpoint.read_state() for name, checkpoint in ends.items()}
+    draws = {name: state["draws"] for name, state in states.items()}
+    weights = {name: state["initial_weights"] for name, state in states.items()}
+    require_equal(systems, draws, "random draws", lambda system: system.config.seed)
+    require_equal(
+        systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network.patch_size)
+    )
+    matched = {
+        "checked": [
+            "every other setting",
+            "initial weights at equal patch size and seed",
+            "sample order, times, noise seeds and label drops at equal seed",
+        ],
+        "differs": differs,
+        "initial_weights": weights,
+        "draws": draws,
+    }
+    return {"seconds": sum(state["seconds"] for state in states.values()), "matched": matched}
 
 
 def require_equal(systems: Sequence[System], hashes: dict[str, str], what: str, group: Any) -> None:
@@ -203,11 +221,3 @@ def require_equal(systems: Sequence[System], hashes: dict[str, str], what: str, 
         other, value = seen.setdefault(group(system), (name, hashes[name]))
         if value != hashes[name]:
             raise JLTError(f"The runs {other} and {name} are not matched: their {what} differ.")
-
-
-def _events(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the first start and the last end of a run's log."""
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    starts = [event for event in events if event["event"] == "start"]
-    ends = [event for event in events if event["event"] == "end"]
-    return starts[0], ends[-1]

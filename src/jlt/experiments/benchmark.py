@@ -13,6 +13,7 @@ import torch
 
 from jlt.config import TrainConfig
 from jlt.draws import normal_per_sample
+from jlt.errors import WrongWordsError
 from jlt.experiments.systems import preset
 from jlt.networks.flops import training_flops
 from jlt.networks.transformer import count_parameters
@@ -46,10 +47,15 @@ def benchmark_train(
     def step() -> None:
         update(config, state, forward, x, eps, labels, t)
 
+    if steps < 1:
+        raise WrongWordsError("A benchmark needs at least one measured step.")
     dtype = getattr(torch, precision)
     rate = matmul_rate(dtype, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     warmup = sum(_seconds(step, device) for _ in range(WARMUP_STEPS))
     seconds = statistics.median(_seconds(step, device) for _ in range(steps))
+    memory = peak_memory(device)
     rate = max(rate, matmul_rate(dtype, device))
     flops = training_flops(network)
     return {
@@ -66,7 +72,7 @@ def benchmark_train(
         "gflops": flops * batch_size / seconds / 1e9,
         "matmul_gflops": rate / 1e9,
         "mfu": flops * batch_size / seconds / rate,
-        "peak_memory_gib": peak_memory(device) / 2**30,
+        "peak_memory_gib": memory / 2**30,
         "warmup_seconds": warmup,
         "threads": torch.get_num_threads(),
         "machine": machine(device),

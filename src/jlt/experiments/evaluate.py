@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, r
 from jlt.evaluation.features import FeatureExtractor, load_extractor
 from jlt.evaluation.images import open_images
 from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import write_json
+from jlt.files import read_json, write_json
+from jlt.progress import say, track
 from jlt.protocol import default_device, versions
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import image_grid, save_image
-from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
+from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
+from jlt.training.signals import until_stopped
 
 BATCH_SIZE = 250
+IMAGES_PER_DIMENSION = 10
+"""Fewer images than this for each dimension of the features get a warning."""
 GRID_COLUMNS = 8
 """Samples of each class in the grid of a finished run."""
 
@@ -48,9 +53,23 @@ def evaluate_sampler(
     sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     """Draw, decode and measure, with no files in between; return what an evaluation file holds."""
-    batches = ((batch.images, batch.labels) for batch in sampler.batches())
+    # Labels are compared with the extractor's classes where those are the same thing.
+    labelled = sampler.checkpoint.latents["source"]["kind"] == extractor.classes_of
+    total = math.ceil(sampler.config.num / sampler.config.batch_size)
+    drawn = track(until_stopped(sampler.batches()), "sampling and measuring", total=total)
+    batches = ((batch.images, batch.labels if labelled else None) for batch in drawn)
     metrics = evaluate_images(batches, reference, extractor)
+    warn_if_few(metrics.count, extractor)
     return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
+
+
+def warn_if_few(count: int, extractor: FeatureExtractor) -> None:
+    """Say so where a Frechet distance is too large for want of images: its bias falls as dimension / count."""
+    if count < IMAGES_PER_DIMENSION * extractor.dimension:
+        say(
+            f"A Frechet distance of {count} images in {extractor.dimension} dimensions is too large by its sampling "
+            f"error: take {IMAGES_PER_DIMENSION * extractor.dimension} or more."
+        )
 
 
 def sampler_protocol(
@@ -65,6 +84,7 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     images = open_images(samples)
     reference = open_reference(reference_words, extractor, images.resolution)
     metrics = evaluate_images(images.batches(BATCH_SIZE), reference, extractor)
+    warn_if_few(metrics.count, extractor)
     protocol = {
         "samples": str(samples),
         "count": metrics.count,
@@ -113,14 +133,22 @@ def evaluate_run(
     for step in steps:
         sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)
         reference = reference or open_reference(reference_words, extractor, sampler.resolution)
+        remove_stale(run, sampler.checkpoint)
         if not evaluation_path(run, step, sampler_protocol(sampler, reference, extractor)).exists():
             write_evaluation(run, evaluate_sampler(sampler, reference, extractor))
 
 
-def final_grid(run: Path, config: SampleConfig, device: str) -> Path:
+def remove_stale(run: Path, checkpoint: Checkpoint) -> None:
+    """Remove evaluations of this step that were made of other weights: a run was deleted and trained again."""
+    for path in run.glob(f"evaluations/step_{checkpoint.step:07d}-*.json"):
+        if read_json(path)["protocol"]["checkpoint"] != checkpoint.sha256:
+            path.unlink()
+
+
+def final_grid(run: Path, step: int, config: SampleConfig, device: str) -> Path:
     """Draw the grid of a run's last checkpoint: a row per class, from noise that is the same for every run."""
     path = run / "samples" / "grid.png"
-    checkpoint = open_checkpoint(list_checkpoints(run)[-1])
+    checkpoint = open_checkpoint(step_folder(run, step))
     num_classes = min(10, checkpoint.config.network.num_classes)
     labels = [row for row in range(num_classes) for _ in range(GRID_COLUMNS)]
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))

@@ -1,67 +1,72 @@
-"""Side-by-side work in a few processes that live as long as their parent and pass its signals on."""
+"""Side-by-side work in a few processes, which live no longer than their parent and stop when it asks them to."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
 from typing import Any
 
-from jlt.training.signals import Stopped, stop_on_signal
+from jlt.errors import JLTError
+from jlt.protocol import cores
+from jlt.training.signals import Stopped, obey_parent, stop_on_signal
 
 POLL_SECONDS = 1.0
+_stopping: Event | None = None
 
 
 def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int, on_poll: Callable[[], None]) -> None:
     """Call `job` on each argument in `workers` processes, calling `on_poll` about once a second.
 
-    The first failure cancels what has not begun and is raised. SIGTERM and Ctrl-C are passed to the workers, which
-    save; then Stopped is raised.
+    The first failure asks the other jobs to stop, which save, and is raised. So do SIGTERM and Ctrl-C, with Stopped.
     """
     context = multiprocessing.get_context("spawn")
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    with (
-        stop_on_signal() as stop,
-        ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(), threads)) as pool,
-    ):
-        waiting: set[Future[None]] = {pool.submit(job, argument) for argument in arguments}
+    stopping = context.Event()
+    setup = (os.getpid(), max(1, cores() // workers), stopping)
+    with stop_on_signal() as stop:
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=setup)
+        waiting: set[Future[None]] = {pool.submit(_run, job, argument) for argument in arguments}
         try:
             while waiting and not stop:
                 done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
                 on_poll()
-        except (BrokenProcessPool, Stopped):
-            if not stop:
-                raise
+        except BrokenProcessPool as error:
+            raise JLTError(
+                "A worker process was killed, most likely for want of memory: try --workers 1. "
+                "The same words continue it."
+            ) from error
         finally:
-            # After success nothing is waiting; otherwise the others save and leave.
-            pool.shutdown(wait=False, cancel_futures=True)
             if waiting or stop:
-                _terminate_children()
-    if stop:
-        raise Stopped("Stopped on request; everything up to here is saved.")
+                stopping.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+        if stop:
+            raise Stopped("Stopped on request; everything up to here is saved.")
 
 
-def _terminate_children() -> None:
-    for process in multiprocessing.active_children():
-        process.terminate()
+def _run(job: Callable[[Any], None], argument: Any) -> None:
+    # A job that the pool had already handed out when the stop came cannot be cancelled, but need not begin.
+    if _stopping is not None and _stopping.is_set():
+        raise Stopped("Not begun.")
+    job(argument)
 
 
-def _begin_worker(parent: int, threads: int) -> None:
+def _begin_worker(parent: int, threads: int, stopping: Event) -> None:
     import torch
 
     from jlt import progress
 
+    global _stopping
+    _stopping = stopping
     torch.set_num_threads(threads)
     progress.silence()
-    # Ctrl-C reaches the whole group, SIGTERM only the parent: the parent passes on what the workers then act upon.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    obey_parent(stopping.is_set)
     threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
 
 

@@ -25,7 +25,7 @@ class AblationProgress(contextlib.AbstractContextManager["AblationProgress"]):
 
     def done(self) -> float:
         """Return the arithmetic that is behind us, in operations."""
-        return sum(_work(system, last_step(system.run), _evaluated(system.run)) for system in self.systems)
+        return sum(_work(system, last_step(system.run), _evaluated(system)) for system in self.systems)
 
     def __enter__(self) -> AblationProgress:
         self._bar = bar("training and evaluating", self.total)
@@ -41,7 +41,7 @@ class AblationProgress(contextlib.AbstractContextManager["AblationProgress"]):
         active = [
             f"{system.config.name} {last_step(system.run)}/{system.config.steps}"
             for system in self.systems
-            if last_step(system.run) > 0 and _evaluated(system.run) < len(system.evaluated_steps)
+            if last_step(system.run) > 0 and _evaluated(system) < len(system.evaluated_steps)
         ]
         self._bar.show(self.done(), ", ".join(active))
 
@@ -52,8 +52,10 @@ def _work(system: System, steps: int, evaluations: int) -> float:
     return training_flops(network) * system.config.batch_size * steps + evaluation * evaluations
 
 
-def _evaluated(run: Path) -> int:
-    return len(list(run.glob("evaluations/*.json")))
+def _evaluated(system: System) -> int:
+    """Return how many of the system's own points are measured; other evaluations may lie beside them."""
+    found = {path.name.partition("-")[0] for path in system.run.glob("evaluations/step_*.json")}
+    return len(found & {f"step_{step:07d}" for step in system.evaluated_steps})
 
 
 def last_step(run: Path) -> int:

@@ -10,10 +10,9 @@ from jlt.config import PREDICTIONS
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.store import LatentStore
-from jlt.errors import JLTError
 from jlt.experiments.ablation import AblationConfig, ablate
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
-from jlt.files import read_json, write_json
+from jlt.files import claim_folder, read_json, write_json
 from jlt.geometry.analyze import analyze
 from jlt.progress import say
 from jlt.report.page import write_report
@@ -29,15 +28,14 @@ def quickstart(
     out: Path, seeds: tuple[int, ...], workers: int | None, steps: int | None, command: str
 ) -> dict[str, Any]:
     """Encode, analyse, train, sample, evaluate and report; return the summary. What exists in `out` is continued."""
-    if out.exists() and any(out.iterdir()) and not (out / "latents").exists():
-        raise JLTError(f"{out} exists and is not a quickstart: choose an empty or new folder with --out.")
+    claim_folder(out, "quickstart.json", {"schema": 1})
     say("1/4 encoding the digits")
     latents = out / "latents"
     encode(ENCODING, latents)
     store = LatentStore.open(latents)
 
     say("2/4 measuring the geometry of their latents")
-    measure_geometry(store, out / "geometry.json", PATCH_SIZES)
+    measure_geometry(store, out, PATCH_SIZES)
 
     config = quickstart_ablation(store, seeds, steps)
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
@@ -52,7 +50,7 @@ def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int |
     """Return the quickstart's ablation: three predictions at two patch sizes, in velocity space, one recipe for all."""
     train = resolve_recipe("digits", store.shape)
     return AblationConfig(
-        train=dataclasses.replace(train, steps=steps or train.steps),
+        train=train if steps is None else dataclasses.replace(train, steps=steps),
         prediction=PREDICTIONS,
         loss_space=("v",),
         patch_size=PATCH_SIZES,
@@ -66,8 +64,9 @@ def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int |
     )
 
 
-def measure_geometry(store: LatentStore, path: Path, patch_sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Write `geometry.json`, or keep the one that is there if it was measured on these very latents."""
+def measure_geometry(store: LatentStore, folder: Path, patch_sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Write `geometry.json` into a folder, or keep the one that is there if it is of these latents and patch sizes."""
+    path = folder / "geometry.json"
     if path.exists():
         stored = read_json(path)
         if stored.get("latents") == store.identity() and set(stored["tokens"]) == set(map(str, patch_sizes)):
@@ -75,3 +74,11 @@ def measure_geometry(store: LatentStore, path: Path, patch_sizes: tuple[int, ...
     measured = analyze(store, patch_sizes)
     write_json(path, measured)
     return measured
+
+
+def analyze_into(store: LatentStore, out: Path, patch_sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Measure a store's geometry in a folder of its own, and write the page; return the geometry."""
+    claim_folder(out, "analysis.json", {"latents": store.identity()})
+    geometry = measure_geometry(store, out, patch_sizes)
+    write_report(out)
+    return geometry

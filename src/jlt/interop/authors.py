@@ -1,4 +1,4 @@
-"""Weights under the names of the JLT authors' own program, to this project's names and back.
+"""Weights under the names of the JLT authors' own program, to this project's names.
 
 Besides the names, three layouts differ, and each is a permutation of rows or columns:
 - their patch embedding is a convolution, (d, C, p, p), ours a matrix over the same order of values, (d, C p p);

@@ -19,7 +19,9 @@ NORM_EPS = 1e-6
 def rms_normalise(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """Return x / sqrt(mean(x^2) + 1e-6), the mean over the last axis, in x's precision."""
     if x.is_cuda or torch.compiler.is_compiling():
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+        # A GPU's autocast would hand back float32; the kernel accumulates in float32 in either case.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
     return _RMSNormalise.apply(x)
 
 

@@ -168,16 +168,16 @@ def read_study(folder: Path) -> Study:
 
 
 def keep_one_protocol(study: Study) -> Study:
-    """Return the study with evaluations of one protocol, the most frequent; others of the same steps are set aside.
+    """Return the study with evaluations of one protocol, the most frequent; others are set aside.
 
-    Raises JLTError naming the difference where an unlike evaluation is the only one of its step: leaving it out would
-    hide a result, and showing it would compare what is not comparable.
+    Raises JLTError naming the difference where an unlike evaluation is the only one of a run's last step: leaving it
+    out would hide the result, and showing it would compare what is not comparable.
     """
     everything = [evaluation for run in study.runs for evaluation in run.evaluations]
     if not everything:
         return study
     frequency = Counter(evaluation.method for evaluation in everything)
-    main = max(everything, key=lambda evaluation: frequency[evaluation.method])
+    main = max(everything, key=lambda evaluation: (frequency[evaluation.method], evaluation.step))
     aside: list[Evaluation] = []
     systems = []
     for system in study.systems:
@@ -188,10 +188,11 @@ def keep_one_protocol(study: Study) -> Study:
 
 def _keep_method(run: Run, main: Evaluation, aside: list[Evaluation]) -> Run:
     kept = tuple(evaluation for evaluation in run.evaluations if evaluation.method == main.method)
+    final = max((evaluation.step for evaluation in run.evaluations), default=0)
     for evaluation in run.evaluations:
         if evaluation.method == main.method:
             continue
-        if all(evaluation.step != other.step for other in kept):
+        if evaluation.step == final and all(final != other.step for other in kept):
             key, ours, theirs = protocol_differences(main, evaluation)[0]
             raise JLTError(
                 f"{main.path} and {evaluation.path} were evaluated differently and do not belong in one table: "
@@ -260,7 +261,7 @@ def _read_single(folder: Path) -> Study:
 def read_run(folder: Path, seed: int) -> Run:
     """Read a run folder; log, samples and evaluations may be missing while it is under way."""
     steps, seconds = _read_log(folder / "log.jsonl")
-    evaluations = [_read_evaluation(path) for path in sorted((folder / "evaluations").glob("*.json"))]
+    evaluations = [_read_evaluation(path) for path in sorted((folder / "evaluations").glob("step_*.json"))]
     grid = folder / "samples" / "grid.png"
     return Run(
         folder=folder,

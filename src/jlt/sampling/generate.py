@@ -1,8 +1,11 @@
-"""Numbered images: image i of a seed is the same whatever else is drawn beside it."""
+"""Numbered images: the noise and label of image i are functions of the seed and i, whatever is drawn beside it.
+
+The image itself is then the same up to float rounding, which depends on the shapes of matrix products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from jlt.autoencoders.contract import Autoencoder
 from jlt.config import SampleConfig
 from jlt.draws import derive_seed, generator, normal_per_sample
-from jlt.errors import JLTError
+from jlt.errors import JLTError, WrongWordsError
 from jlt.sampling.guidance import Denoiser, guided
 from jlt.sampling.solvers import solve
 from jlt.timesteps import uniform_grid
@@ -37,7 +40,7 @@ def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -
     try:
         labels = [int(part) for part in rule.split(",")]
     except ValueError:
-        raise JLTError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
+        raise WrongWordsError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
     outside = [label for label in labels if not 0 <= label < num_classes]
     if outside:
         raise JLTError(f"There is no class {outside[0]}: the network knows the classes 0 to {num_classes - 1}.")
@@ -52,11 +55,17 @@ def sample_latents(
     config: SampleConfig,
     device: torch.device | str = "cpu",
     noise_scale: float = 1.0,
+    done: Callable[[range], bool] | None = None,
 ) -> Iterator[SampleBatch]:
-    """Yield exactly `config.num` latents of the given (C, H, W) in order of their number, a batch at a time."""
+    """Yield exactly `config.num` latents of the given (C, H, W) in order of their number, a batch at a time.
+
+    Batches whose numbers `done` answers for are passed over.
+    """
     grid = uniform_grid(config.steps).tolist()
     for start in range(0, config.num, config.batch_size):
         indices = range(start, min(start + config.batch_size, config.num))
+        if done and done(indices):
+            continue
         labels = labels_for(config.labels, indices, num_classes, config.seed).to(device)
         seeds = [derive_seed(config.seed, "image", index) for index in indices]
         noise = noise_scale * normal_per_sample(seeds, shape, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from jlt.config import SampleConfig, to_dict
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network
 from jlt.protocol import versions
-from jlt.sampling.generate import decode_to_uint8, sample_latents
-from jlt.sampling.guidance import Denoiser
+from jlt.sampling.generate import decode_to_uint8, labels_for, sample_latents
+from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.training.checkpoint import Checkpoint
 
 
@@ -40,12 +40,12 @@ class ImageSampler:
     ema: str
     device: str
 
-    def batches(self) -> Iterator[ImageBatch]:
-        """Yield exactly `config.num` images, in order."""
+    def batches(self, done: Callable[[range], bool] | None = None) -> Iterator[ImageBatch]:
+        """Yield exactly `config.num` images, in order, but for batches whose numbers `done` answers for."""
         network, train = self.checkpoint.config.network, self.checkpoint.config
         shape = (network.channels, network.height, network.width)
         for batch in sample_latents(
-            self.denoiser, shape, network.num_classes, self.config, self.device, train.noise_scale
+            self.denoiser, shape, network.num_classes, self.config, self.device, train.noise_scale, done
         ):
             images = decode_to_uint8(self.autoencoder, batch.latents)
             yield ImageBatch(batch.start, images.cpu(), batch.labels.cpu())
@@ -56,11 +56,12 @@ class ImageSampler:
         return self.checkpoint.config.network.height * self.autoencoder.downsampling
 
     def protocol(self) -> dict[str, Any]:
-        """Return everything that decides which images these are."""
+        """Return everything that decides which images these are; batch sizes move them by float rounding alone."""
         settings = {key: value for key, value in to_dict(self.config).items() if key not in ("num", "batch_size")}
         return {
             "checkpoint": self.checkpoint.sha256,
             **settings,
+            "eps_first_time": NOISE_END,
             "ema": self.ema,
             "count": self.config.num,
             "device": self.device,
@@ -77,6 +78,11 @@ def open_sampler(
     Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, or an autoencoder with other weights.
     """
     train = checkpoint.config
+    labels_for(config.labels, range(1), train.network.num_classes, config.seed)
+    if config.cfg_scale != 1 and train.label_dropout == 0:
+        raise JLTError(
+            "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."
+        )
     ema = config.ema or (checkpoint.ema_names() or ["none"])[0]
     network = build_network(train.network, seed=0)
     network.load_state_dict(checkpoint.weights(ema))

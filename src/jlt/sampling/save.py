@@ -5,48 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from jlt.config import difference
-from jlt.errors import JLTError
-from jlt.files import atomic_path, read_json, write_json
+from jlt.config import SampleFormat
+from jlt.files import atomic_path, claim_folder
 from jlt.progress import track
 from jlt.sampling.sampler import ImageBatch, ImageSampler
+from jlt.training.signals import until_stopped
 
-SampleFormat = Literal["png", "npz", "grid"]
 PROTOCOL = "protocol.json"
 
 
 def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
     """Draw all images of a sampler into a folder and return what was written.
 
-    A folder that holds images of the same protocol is completed; one that holds anything else is a JLTError.
+    A folder that holds images of the same protocol is completed; one that holds anything else is a JLTError. Stopped
+    when asked to end.
     """
-    claim_folder(out, {**sampler.protocol(), "format": form})
-    batches = track(sampler.batches(), "sampling", total=math.ceil(sampler.config.num / sampler.config.batch_size))
+    claim_folder(out, PROTOCOL, {**sampler.protocol(), "format": form})
+
+    def done(images: range) -> bool:
+        return form == "png" and all(png_path(out, number).exists() for number in images)
+
+    total = math.ceil(sampler.config.num / sampler.config.batch_size)
+    batches = track(until_stopped(sampler.batches(done)), "sampling", total=total)
     return {"png": _save_png, "npz": _save_npz, "grid": _save_grid}[form](batches, out)
 
 
-def claim_folder(out: Path, protocol: dict) -> None:
-    """Mark a new folder with its protocol, or make sure that an existing one carries the same."""
-    path = out / PROTOCOL
-    if path.is_file():
-        lines = difference(read_json(path), protocol)
-        if lines:
-            raise JLTError(f"{out} holds samples of another protocol: {'; '.join(lines)}. Choose another folder.")
-    elif out.exists() and any(out.iterdir()):
-        raise JLTError(f"{out} exists and holds no samples of this program: choose an empty or new folder.")
-    write_json(path, protocol)
+def png_path(out: Path, number: int) -> Path:
+    """Return where image `number` lies."""
+    return out / f"{number:06d}.png"
 
 
 def _save_png(batches: Iterable[ImageBatch], out: Path) -> Path:
     for batch in batches:
         for offset, image in enumerate(batch.images.numpy()):
-            save_image(image, out / f"{batch.start + offset:06d}.png")
+            save_image(image, png_path(out, batch.start + offset))
     return out
 
 

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from jlt.config import TrainConfig, from_dict, to_dict
 from jlt.errors import JLTError, unknown_name
-from jlt.files import fsync_folder, read_json, sha256_file, write_json
+from jlt.files import (
+    fsync_folder,
+    read_json,
+    read_sealed_json,
+    sealed_sha256,
+    sealed_text,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -40,8 +49,9 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Identity of the checkpoint: the hash of its manifest, which holds those of its files."""
-        return sha256_file(self.folder / MANIFEST)
+        """Identity of what was trained: a hash over the step and the hashes of all tensors."""
+        tensors = {name: sha256 for name, sha256 in self.files.items() if name.endswith(".safetensors")}
+        return sealed_sha256({"step": self.step, "files": tensors})
 
     def ema_names(self) -> list[str]:
         """Return the decays that are stored, as the words that name them."""
@@ -110,7 +120,7 @@ def save_checkpoint(
             "latents": latents,
             "files": {path.name: sha256_file(path) for path in files},
         }
-        write_json(partial / MANIFEST, manifest)
+        write_text(partial / MANIFEST, sealed_text(manifest))
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,8 +134,13 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in run.glob(f"checkpoints/step_*/{MANIFEST}"))
+    """Return the checkpoints of a run, oldest first; JLTError for one that has lost its manifest."""
+    folders = sorted(run.glob("checkpoints/step_*"))
+    for folder in folders:
+        # A checkpoint appears by a rename, whole: one without a manifest was damaged later.
+        if not (folder / MANIFEST).is_file():
+            raise JLTError(f"{folder} has no {MANIFEST}: it is damaged; delete it to continue from the one before.")
+    return folders
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -138,16 +153,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if not complete:
             raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
         folder = complete[-1]
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "files" not in manifest:
+    manifest = read_sealed_json(folder / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
         raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
-    return Checkpoint(
-        folder=folder,
-        step=manifest["step"],
-        config=from_dict(TrainConfig, manifest["config"]),
-        latents=manifest["latents"],
-        files=manifest["files"],
-    )
+    try:
+        config = from_dict(TrainConfig, manifest["config"])
+    except JLTError as error:
+        raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
+    return Checkpoint(folder, manifest["step"], config, manifest["latents"], manifest["files"])
 
 
 def is_checkpoint_or_run(path: Path) -> bool:
@@ -157,7 +170,7 @@ def is_checkpoint_or_run(path: Path) -> bool:
 
 def verify_checkpoints(path: Path) -> list[str]:
     """Return what is wrong with a checkpoint, or with all of a run's, by name; an empty list means they are sound."""
-    folders = list_checkpoints(path) or [path]
+    folders = sorted(path.glob("checkpoints/step_*")) or [path]
     return [problem for folder in folders for problem in _problems(folder)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jlt.assets.weights import weights_sha256
-from jlt.config import NetworkConfig, TrainConfig
+from jlt.config import TrainConfig
 from jlt.data.order import SampleOrder
-from jlt.data.shape import LatentShape
 from jlt.data.store import LatentStore
 from jlt.draws import derive_seed, normal_per_sample
 from jlt.errors import JLTError
+from jlt.files import lock_folder
 from jlt.loss import denoising_loss
 from jlt.networks.transformer import Transformer, build_network
 from jlt.path import interpolate
@@ -26,7 +27,7 @@ from jlt.progress import say, track
 from jlt.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, save_checkpoint
 from jlt.training.draws import StepDraws, draw_step
 from jlt.training.ema import EMA
-from jlt.training.run import RunLog, prepare_run
+from jlt.training.run import RunLog, prepare_run, require_same_run
 from jlt.training.signals import Stopped, stop_on_signal
 
 
@@ -50,7 +51,12 @@ class TrainState:
 
     def facts(self) -> dict[str, Any]:
         """Return what else a checkpoint holds, for `state.json`."""
-        return {"draws": self.draws_digest, "initial_weights": self.initial_weights, "seconds": self.seconds}
+        return {
+            "draws": self.draws_digest,
+            "initial_weights": self.initial_weights,
+            "seconds": self.seconds,
+            "device": next(self.network.parameters()).device.type,
+        }
 
     def _moments(self) -> dict[str, Tensor]:
         return {
@@ -65,9 +71,7 @@ class TrainState:
         moments = checkpoint.read("optimizer.safetensors")
         for name, parameter in self.network.named_parameters():
             keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {
-                key: moments[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
-            }
+            self.optimizer.state[parameter] = {key: moments[f"{key}/{name}"].to(parameter.device) for key in keys}
         for decay in self.ema.averages:
             self.ema.load(decay, checkpoint.read(f"ema_{decay:g}.safetensors"))
 
@@ -78,12 +82,17 @@ def train(config: TrainConfig, store: LatentStore, run: Path, device: torch.devi
     Raises JLTError where the store does not fit the network, the folder holds another run or the loss is not finite,
     and Stopped after saving when the process was asked to end.
     """
-    check_shape(config.network, store.shape)
+    check_store(config, store)
     prepare_run(run, config, store.identity())
-    state = initial_state(config, torch.device(device))
+    with lock_folder(run):
+        return _train(config, store, run, torch.device(device))
+
+
+def _train(config: TrainConfig, store: LatentStore, run: Path, device: torch.device) -> Path:
+    state = initial_state(config, device)
     complete = list_checkpoints(run)
     if complete:
-        resume(state, open_checkpoint(complete[-1]))
+        resume(state, open_checkpoint(complete[-1]), config, store.identity())
     if state.step >= config.steps:
         return complete[-1]
     log = RunLog(run, state.step)
@@ -92,7 +101,7 @@ def train(config: TrainConfig, store: LatentStore, run: Path, device: torch.devi
         for _ in track(_steps(config, store, state, log), config.name, total=config.steps - state.step):
             if stop or state.step == config.steps or state.step % config.checkpoint_every == 0:
                 folder = save_checkpoint(run, state.step, config, store.identity(), state.tensors(), state.facts())
-            if stop:
+            if stop and state.step < config.steps:
                 raise Stopped(f"Stopped at step {state.step} of {config.steps}; {folder} is saved.")
     log.write("end", step=state.step, seconds=state.seconds, draws=state.draws_digest)
     return folder
@@ -154,10 +163,10 @@ def update(
     loss = denoising_loss(config.prediction, output.float(), sample, config.loss).mean()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.grad_clip).item()
-    if not torch.isfinite(torch.tensor(grad_norm)):
+    if not math.isfinite(grad_norm):
         raise JLTError(
             f"Step {state.step}: the loss is {loss.item():g} and the gradient norm {grad_norm:g}. Nothing was updated; "
-            "lower the learning rate, or look at the latents with `jlt verify`."
+            "lower the learning rate, or look for values in the latents that are not finite."
         )
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
@@ -186,9 +195,12 @@ def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
     return TrainState(network, optimizer, EMA(network, config.ema), 0, "", weights_sha256(network.state_dict()))
 
 
-def resume(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Continue from a checkpoint of this very run."""
-    stored: Mapping[str, Any] = checkpoint.read_state()
+def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
+    """Continue from a checkpoint of this very run; JLTError if it is of another one."""
+    require_same_run(checkpoint, config, latents)
+    stored = checkpoint.read_state()
+    if stored["device"] != state.facts()["device"]:
+        say(f"The run was on {stored['device']} so far: noise is a function of the kind of device, so it changes here.")
     if stored["initial_weights"] != state.initial_weights:
         say("The initial weights of this run come from another version of PyTorch; it continues from its checkpoint.")
     state.restore(checkpoint)
@@ -196,8 +208,11 @@ def resume(state: TrainState, checkpoint: Checkpoint) -> None:
     state.initial_weights, state.seconds = stored["initial_weights"], stored["seconds"]
 
 
-def check_shape(network: NetworkConfig, latents: LatentShape) -> None:
-    """Raise a JLTError unless the network was made for latents of this shape and these classes."""
+def check_store(config: TrainConfig, store: LatentStore) -> None:
+    """Raise a JLTError unless the run was made for latents of the store's shape, classes and orientations."""
+    network, latents = config.network, store.shape
+    if config.flips and not store.manifest.flips:
+        raise JLTError(f"{store.folder} holds no mirrored latents: encode with flips, or train with --no-flips.")
     wanted = (network.channels, network.height, network.width, network.num_classes)
     found = (latents.channels, latents.height, latents.width, latents.num_classes)
     if wanted != found:

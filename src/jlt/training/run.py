@@ -7,30 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlt.config import TrainConfig, difference, to_dict
+from jlt.config import TrainConfig, to_dict
 from jlt.errors import JLTError
-from jlt.files import read_json, write_json, write_text
+from jlt.files import claim_folder, difference, write_text
+from jlt.training.checkpoint import Checkpoint
 
 FREE_TO_CHANGE = {"name", "steps", "log_every", "checkpoint_every"}
 """Settings that do not enter the arithmetic of a step, so that a run may continue with others."""
 
 
+def resolved(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that makes a run this run, as JSON values."""
+    return json.loads(json.dumps({**to_dict(config), "latents": dict(latents)}))
+
+
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Create a run folder, or make sure that an existing one is this same run; a JLTError shows what differs."""
-    path = run / "config.json"
-    resolved = {**to_dict(config), "latents": dict(latents)}
-    if path.is_file():
-        stored = read_json(path)
-        lines = difference(_arithmetic(stored), _arithmetic(resolved))
-        if lines:
-            raise JLTError(f"{run} holds another run, which differs in: {'; '.join(lines)}. Choose another folder.")
-    elif run.exists() and any(run.iterdir()):
-        raise JLTError(f"{run} exists and is not a run: choose an empty or new folder.")
-    write_json(path, resolved)
+    claim_folder(run, "config.json", resolved(config, latents), free=FREE_TO_CHANGE)
 
 
-def _arithmetic(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in resolved.items() if key not in FREE_TO_CHANGE}
+def require_same_run(checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
+    """Raise a JLTError if a checkpoint's configuration or latents are not those of the run that wants to continue."""
+    lines = difference(resolved(checkpoint.config, checkpoint.latents), resolved(config, latents))
+    bound = [line for line in lines if line.partition(":")[0] not in FREE_TO_CHANGE]
+    if bound:
+        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {'; '.join(bound)}.")
 
 
 class RunLog:

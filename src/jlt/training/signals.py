@@ -5,42 +5,70 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
-
-class StopRequest:
-    """Whether somebody has asked this process to stop."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
+T = TypeVar("T")
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_parent_asks: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 class Stopped(Exception):
     """Work that ended early on request, with everything saved; the same command continues it."""
 
 
+class StopRequest:
+    """Whether somebody has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __bool__(self) -> bool:
+        return self.received or _parent_asks()
+
+
+def obey_parent(asks: Callable[[], bool]) -> None:
+    """In a worker process: ignore signals, which reach a whole group at once, and stop when `asks` says so."""
+    global _parent_asks
+    _parent_asks = asks
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request for the duration of a block; a second one acts at once."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Turn SIGTERM and SIGINT into a request for the duration of a block; a second one acts at once.
 
-    def remember(number: int, _: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
-        for restored, handler in previous.items():
-            signal.signal(restored, handler)
+    A signal that this process ignores stays ignored.
+    """
+    request = StopRequest()
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
+        previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        request.received = True
+        restore()
 
     for number in previous:
         signal.signal(number, remember)
     try:
         yield request
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()
+
+
+def until_stopped(items: Iterable[T]) -> Iterator[T]:
+    """Yield items until somebody asks this process to stop, which raises Stopped."""
+    with stop_on_signal() as stop:
+        for item in items:
+            if stop:
+                raise Stopped("Stopped on request.")
+            yield item

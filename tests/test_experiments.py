@@ -1,0 +1,374 @@
+"""Matched ablations: what makes them matched, what is kept and what is refused, and how their processes end."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import file_bytes
+
+from jlt.config import LossConfig, OptimizerConfig, SampleConfig
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode
+from jlt.data.sources import open_source
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
+from jlt.experiments.ablation import AblationConfig, ablate, check_matched, require_equal, summarise, systems_of
+from jlt.experiments.pool import run_jobs
+from jlt.experiments.recipes import resolve_recipe, vary
+from jlt.training.checkpoint import list_checkpoints, load_tensors, verify_checkpoints
+from jlt.training.signals import Stopped, stop_on_signal
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are several times slower on two threads, the more so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """A store of some digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    source = open_source("digits")
+    for index in range(40):
+        image, label = source[index]
+        (folder / "images" / str(label)).mkdir(parents=True, exist_ok=True)
+        image.save(folder / "images" / str(label) / f"{index:04d}.png")
+    encoding = EncodeConfig(
+        images=str(folder / "images"), autoencoder="tiny", resolution=32, flips=False, dtype="float32"
+    )
+    encode(encoding, folder / "latents")
+    return folder / "latents"
+
+
+def base_config(latents: Path):
+    recipe = resolve_recipe("digits", LatentStore.open(latents).shape)
+    return dataclasses.replace(recipe, steps=STEPS, batch_size=8, log_every=5)
+
+
+def ablation_config(latents: Path, **changes) -> AblationConfig:
+    settings = {
+        "train": base_config(latents),
+        "prediction": ("x", "v"),
+        "loss_space": ("v",),
+        "patch_size": (1, 2),
+        "seed": (0,),
+        "sample": SampleConfig(num=20, steps=2),
+        "evaluations": 2,
+        "extractor": "digits",
+        "reference": "",
+        "title": "test",
+        "recipe": "digits",
+        **changes,
+    }
+    return AblationConfig(**settings)
+
+
+@pytest.fixture(scope="module")
+def finished(latents, tmp_path_factory) -> Path:
+    """A finished ablation of four systems; tests must not change it."""
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    ablate(ablation_config(latents), latents, out, workers=2, command="jlt ablate digits")
+    return out
+
+
+def modified(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- a whole ablation ----
+
+
+def test_an_ablation_holds_every_system_measured_along_its_training(finished):
+    summary = json.loads((finished / "ablation.json").read_text())
+    axes = {(system["prediction"], system["patch_size"]) for system in summary["systems"]}
+    assert axes == {("x", 1), ("x", 2), ("v", 1), ("v", 2)}
+    assert summary["command"] == "jlt ablate digits"
+    for system in summary["systems"]:
+        run = finished / system["run"]
+        assert [int(path.name[-7:]) for path in list_checkpoints(run)] == [5, 10]
+        assert verify_checkpoints(run) == []
+        results = [json.loads(path.read_text()) for path in (run / "evaluations").iterdir()]
+        assert sorted(result["step"] for result in results) == [5, 10]
+        assert all(result["metrics"]["count"] == 20 for result in results)
+        assert all(np.isfinite(result["metrics"]["frechet_distance"]) for result in results)
+        assert (run / "samples" / "grid.png").is_file()
+
+
+def test_the_systems_of_an_ablation_are_matched(finished):
+    matched = json.loads((finished / "ablation.json").read_text())["matched"]
+    assert matched["differs"] == ["network.patch_size", "prediction"]
+    draws, weights = matched["draws"], matched["initial_weights"]
+    assert set(draws) == set(weights) == {"x-v-p1-s0", "x-v-p2-s0", "v-v-p1-s0", "v-v-p2-s0"}
+    assert len(set(draws.values())) == 1
+    for patch_size in (1, 2):
+        assert weights[f"x-v-p{patch_size}-s0"] == weights[f"v-v-p{patch_size}-s0"]
+    assert len(set(weights.values())) == 2
+    # Not only the hashes: after training the networks differ, and all began from the same noise.
+    networks = [
+        load_tensors(list_checkpoints(finished / "runs" / f"{p}-v-p2-s0")[-1] / "network.safetensors") for p in "xv"
+    ]
+    assert any(not torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+
+
+def test_what_exists_is_kept(finished, latents, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = modified(out / "runs")
+    begun = time.monotonic()
+    ablate(ablation_config(latents), latents, out, workers=2, command="again")
+    seconds = time.monotonic() - begun
+    after = modified(out / "runs")
+    # Only the configuration of a run and its grid may be written anew.
+    changed = {Path(path).name for path in after if before.get(path) != after[path]}
+    assert set(after) == set(before)
+    assert changed <= {"config.json", "grid.png"}
+    assert file_bytes(out / "runs") == file_bytes(finished / "runs")
+    assert seconds < 60
+
+
+def test_other_settings_or_latents_are_refused_in_the_same_folder(finished, latents, tmp_path):
+    before = file_bytes(finished)
+    longer = dataclasses.replace(base_config(latents), steps=20)
+    for change, named in [
+        ({"train": longer}, "steps: 10 -> 20"),
+        ({"sample": SampleConfig(num=20, steps=3)}, "steps: 2 -> 3"),
+        ({"evaluations": 1}, "evaluations: 2 -> 1"),
+    ]:
+        with pytest.raises(JLTError, match=named):
+            ablate(ablation_config(latents, **change), latents, finished, workers=2, command="")
+    assert file_bytes(finished) == before
+
+
+# ---- the proof that runs are matched ----
+
+
+def test_matched_runs_differ_in_the_axes_alone(latents):
+    base = base_config(latents)
+    runs = [vary(base, prediction, space, 2, 1) for prediction in ("x", "v", "eps") for space in ("x", "v")]
+    assert check_matched([base, *runs]) == ["loss.space", "network.patch_size", "prediction", "seed"]
+    assert check_matched([base]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 16}, "batch_size"),
+        ({"steps": 11}, "steps"),
+        ({"loss": LossConfig(weighting="published")}, "loss.weighting"),
+        ({"optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=50)}, "optimizer.learning_rate"),
+        ({"ema": (0.9,)}, "ema"),
+    ],
+)
+def test_a_run_with_another_setting_is_refused_by_name(latents, change, named):
+    base = base_config(latents)
+    odd = dataclasses.replace(vary(base, "v", "v", 1, 0), **change)
+    with pytest.raises(JLTError, match=f"not matched: they also differ in {named}\\."):
+        check_matched([base, vary(base, "eps", "v", 1, 0), odd])
+
+
+def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
+    systems = systems_of(ablation_config(latents, seed=(0, 1)), latents, tmp_path, "cpu")
+    hashes = {system.run.name: f"of seed {system.config.seed}" for system in systems}
+    require_equal(systems, hashes, "random draws", lambda system: system.config.seed)
+    with pytest.raises(JLTError, match="their random draws differ"):
+        require_equal(systems, hashes, "random draws", lambda system: 0)
+    odd = {**hashes, "v-v-p2-s1": "another"}
+    with pytest.raises(JLTError, match=r"v-v-p2-s1.* are not matched|and v-v-p2-s1 are not matched"):
+        require_equal(systems, odd, "random draws", lambda system: system.config.seed)
+
+
+@pytest.mark.parametrize(
+    ("event", "key", "said"), [("end", "draws", "random draws differ"), ("start", "initial_weights", "weights differ")]
+)
+def test_runs_whose_logs_disagree_are_not_summarised(finished, latents, tmp_path, event, key, said):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    config, store = ablation_config(latents), LatentStore.open(latents)
+    systems = systems_of(config, latents, out, "cpu")
+    assert summarise(config, systems, store, [], "cpu")["matched"]["draws"]
+    log = out / "runs" / "v-v-p1-s0" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    changed = [{**line, key: "0" * 64} if line["event"] == event else line for line in lines]
+    assert changed != lines
+    log.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    with pytest.raises(JLTError, match=said):
+        summarise(config, systems, store, [], "cpu")
+
+
+# ---- processes ----
+
+
+def begin_job(argument: tuple[Path, bool]) -> None:
+    path, fails = argument
+    path.touch()
+    if fails:
+        raise JLTError(f"{path.name} failed")
+    time.sleep(0.3)
+
+
+def test_a_failing_job_fails_the_whole_and_the_rest_does_not_begin(tmp_path):
+    jobs = [(tmp_path / f"job{index}", index == 0) for index in range(6)]
+    with pytest.raises(JLTError, match="job0 failed"):
+        run_jobs(begin_job, jobs, 1, lambda: None)
+    # The worker may have taken the next one up before anybody could hear of the failure.
+    assert {path.name for path in tmp_path.iterdir()} <= {"job0", "job1"}
+
+
+def die_or_wait(argument: tuple[Path, bool]) -> None:
+    path, dies = argument
+    path.touch()
+    while dies and len(list(path.parent.iterdir())) < 2:
+        time.sleep(0.05)
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with stop_on_signal() as stop:
+        end = time.monotonic() + 60
+        while not stop and time.monotonic() < end:
+            time.sleep(0.05)
+    raise Stopped("Saved.")
+
+
+def test_a_worker_that_is_killed_ends_the_others_soon(tmp_path):
+    """As the kernel does where there is no memory left."""
+    begun = time.monotonic()
+    with pytest.raises(JLTError, match="worker"):
+        run_jobs(die_or_wait, [(tmp_path / "dies", True), (tmp_path / "waits", False)], 2, lambda: None)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path):
+    poisoned, out = tmp_path / "latents", tmp_path / "out"
+    shutil.copytree(latents, poisoned)
+    shard = poisoned / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    first, last = json.loads(content[8:begin])["latents"]["data_offsets"]
+    content[begin + first : begin + last] = np.full((last - first) // 4, np.nan, np.float32).tobytes()
+    shard.write_bytes(content)
+    with pytest.raises(JLTError, match=r"Step 0: the loss is nan"):
+        ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
+    assert not (out / "ablation.json").exists()
+    assert not list(out.glob("runs/*/checkpoints/*"))
+
+
+PREDICTIONS = ["x", "v", "eps"]
+LONG = {"--steps": 1500, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
+
+
+def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
+    words = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
+    words += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
+    return subprocess.Popen(
+        [sys.executable, "-m", "jlt.cli", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def running_ablation(latents: Path, out: Path):
+    """Yield an ablation whose two workers are in the middle of training; nothing of it outlives the block."""
+    process = start_ablation(latents, out)
+    try:
+        deadline = time.monotonic() + 120
+        while len([log for log in out.glob("runs/*/log.jsonl") if log.read_text().count("\n") > 2]) < 2:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+def alive_in_session(session: int) -> list[int]:
+    """Return the processes of a session that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def seconds_until_gone(session: int, limit: float) -> float:
+    begun = time.monotonic()
+    while alive_in_session(session):
+        assert time.monotonic() - begun < limit, f"still there: {alive_in_session(session)}"
+        time.sleep(0.1)
+    return time.monotonic() - begun
+
+
+def final_tensors(out: Path) -> dict[str, dict]:
+    tensors = {}
+    for run in sorted((out / "runs").iterdir()):
+        folder = list_checkpoints(run)[-1]
+        assert folder.name == f"step_{LONG['--steps']:07d}"
+        for path in folder.glob("*.safetensors"):
+            tensors[f"{run.name}/{path.name}"] = load_tensors(path)
+    return tensors
+
+
+@pytest.mark.slow
+def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latents, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with running_ablation(latents, parts) as process:
+        begun = {run.name for run in (parts / "runs").iterdir()}
+        assert len(begun) == 2
+        assert len(alive_in_session(process.pid)) >= 3
+        process.send_signal(signal.SIGTERM)
+        seconds_until_gone(process.pid, 30)
+        assert process.wait(timeout=5) == 1
+        said = process.stderr.read()
+    assert "The same words continue it." in said
+    assert "Traceback" not in said
+    # Both saved where they were, and the third did not begin.
+    assert {run.name for run in (parts / "runs").iterdir()} == begun
+    for name in begun:
+        saved = list_checkpoints(parts / "runs" / name)
+        assert saved
+        assert int(saved[-1].name[-7:]) % (LONG["--steps"] // 2)
+        assert verify_checkpoints(parts / "runs" / name) == []
+    assert not (parts / "ablation.json").exists()
+    for out in (whole, parts):
+        process = start_ablation(latents, out)
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    ours, theirs = final_tensors(parts), final_tensors(whole)
+    assert set(ours) == set(theirs)
+    assert len(ours) == 9
+    for name, tensors in ours.items():
+        assert all(torch.equal(value, theirs[name][key]) for key, value in tensors.items()), name
+    matched = [json.loads((out / "ablation.json").read_text())["matched"] for out in (whole, parts)]
+    assert matched[0] == matched[1]
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_killed_parent(latents, tmp_path):
+    with running_ablation(latents, tmp_path / "out") as process:
+        assert len(alive_in_session(process.pid)) >= 3
+        process.kill()
+        process.wait()
+        seconds_until_gone(process.pid, 10)

@@ -1,0 +1,356 @@
+"""Samples on disk: exactly those asked for, whatever was there before; and images that are read back or refused."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import file_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jlt.autoencoders.contract import Autoencoder
+from jlt.config import SampleConfig
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode_source
+from jlt.data.sources import Digits
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
+from jlt.evaluation.images import open_images
+from jlt.experiments.recipes import resolve_recipe
+from jlt.sampling.sampler import open_sampler
+from jlt.sampling.save import image_grid, save_samples
+from jlt.training.checkpoint import open_checkpoint
+from jlt.training.loop import train
+
+CONFIG = SampleConfig(num=23, batch_size=5, steps=3, cfg_scale=1.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are several times slower on two threads, the more so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class FewDigits(Digits):
+    """The first digits of the bundled set."""
+
+    def __len__(self):
+        return 40
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A network of the digits recipe after some steps, so that what it draws depends on noise, time and label."""
+    from jlt.autoencoders.registry import load_autoencoder
+
+    folder = tmp_path_factory.mktemp("samples")
+    encoding = EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False)
+    encode_source(FewDigits(), load_autoencoder("tiny"), encoding, folder / "latents")
+    store = LatentStore.open(folder / "latents")
+    config = dataclasses.replace(resolve_recipe("digits", store.shape), steps=60, batch_size=16, checkpoint_every=30)
+    train(config, store, folder / "run")
+    return open_checkpoint(folder / "run")
+
+
+@pytest.fixture
+def sampler(checkpoint):
+    def make(**changes):
+        return open_sampler(checkpoint, dataclasses.replace(CONFIG, **changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory) -> Path:
+    """What an undisturbed sampling leaves; tests must not change it."""
+    folder = tmp_path_factory.mktemp("whole") / "samples"
+    save_samples(open_sampler(checkpoint, CONFIG), folder, "png")
+    return folder
+
+
+def stack(folder: Path) -> np.ndarray:
+    return np.concatenate([images.numpy() for images, _ in open_images(folder).batches(7)])
+
+
+# ---- drawing into a folder ----
+
+
+def test_exactly_as_many_images_as_asked_where_batches_and_classes_do_not_divide(whole):
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == [*(f"{index:06d}.png" for index in range(23)), "protocol.json"]
+    images = stack(whole)
+    assert (images.shape, images.dtype) == ((23, 32, 32, 3), np.uint8)
+    # Each is an image of its own.
+    assert len({image.tobytes() for image in images}) == 23
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23, 64])
+def test_image_i_is_the_same_for_any_batch_size(sampler, whole, tmp_path, batch_size):
+    written = save_samples(sampler(batch_size=batch_size), tmp_path / "samples.d", "png")
+    assert file_bytes(written) == file_bytes(whole)
+
+
+def test_image_i_is_the_same_for_any_count(sampler, whole, tmp_path):
+    fewer = stack(save_samples(sampler(num=9), tmp_path / "fewer", "png"))
+    assert np.array_equal(fewer, stack(whole)[:9])
+
+
+def test_image_i_depends_on_seed_label_and_weights(sampler, whole, tmp_path):
+    first = stack(whole)[0]
+    for name, change in {"seed": {"seed": 1}, "label": {"labels": "7"}, "ema": {"ema": "none"}}.items():
+        other = stack(save_samples(sampler(num=1, **change), tmp_path / name, "png"))[0]
+        assert not np.array_equal(other, first), name
+
+
+def test_formats_hold_the_same_images(sampler, whole, tmp_path):
+    images = stack(whole)
+    array = save_samples(sampler(), tmp_path / "npz", "npz")
+    with np.load(array, allow_pickle=False) as file:
+        assert np.array_equal(file["arr_0"], images)
+        assert file["arr_1"].tolist() == [index % 10 for index in range(23)]
+    with Image.open(save_samples(sampler(), tmp_path / "grid", "grid")) as grid:
+        assert np.array_equal(np.asarray(grid), image_grid(images, 5))
+    for folder in ("npz", "grid"):
+        assert len(list((tmp_path / folder).iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"num": 22}, "count: 23 -> 22"),
+        ({"solver": "euler"}, "solver: 'heun' -> 'euler'"),
+        ({"cfg_interval": (0.1, 1.0)}, "cfg_interval"),
+        ({"ema": "none"}, "ema: '0.99' -> 'none'"),
+        ({"form": "npz"}, "format: 'png' -> 'npz'"),
+    ],
+)
+def test_images_of_another_protocol_are_refused_and_left(sampler, tmp_path, change, named):
+    form = change.get("form", "png")
+    change = {key: value for key, value in change.items() if key != "form"}
+    out = save_samples(sampler(), tmp_path / "out", "png")
+    before = file_bytes(out)
+    with pytest.raises(JLTError, match=named):
+        save_samples(sampler(**change), out, form)
+    assert file_bytes(out) == before
+
+
+def test_images_of_another_checkpoint_are_refused(checkpoint, sampler, tmp_path):
+    out = save_samples(sampler(), tmp_path / "out", "png")
+    earlier = open_checkpoint(checkpoint.folder.with_name("step_0000030"))
+    with pytest.raises(JLTError, match="checkpoint: "):
+        save_samples(open_sampler(earlier, CONFIG), out, "png")
+
+
+class BreakingAutoencoder(Autoencoder):
+    """Another autoencoder that stops decoding after some batches, as a process does that is killed."""
+
+    def __init__(self, inner: Autoencoder, batches: int) -> None:
+        self.inner, self.batches = inner, batches
+        self.name, self.channels, self.downsampling = inner.name, inner.channels, inner.downsampling
+        self.device = inner.device
+
+    def encode(self, images):
+        return self.inner.encode(images)
+
+    def decode(self, latents):
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        return self.inner.decode(latents)
+
+    def identity(self):
+        return self.inner.identity()
+
+    def to(self, device):
+        return self
+
+
+def interrupted(sampler, out: Path, form: str = "png") -> None:
+    """Leave what a sampling that is interrupted after two batches leaves."""
+    breaking = dataclasses.replace(sampler, autoencoder=BreakingAutoencoder(sampler.autoencoder, 2))
+    with pytest.raises(KeyboardInterrupt):
+        save_samples(breaking, out, form)
+
+
+def test_the_same_words_complete_an_interrupted_folder(sampler, whole, tmp_path):
+    out = tmp_path / "out"
+    interrupted(sampler(), out)
+    assert len(list(out.glob("*.png"))) == 10
+    # A disk that was full, or a copy that broke off.
+    torn = out / "000003.png"
+    torn.write_bytes(torn.read_bytes()[:100])
+    save_samples(sampler(), out, "png")
+    assert file_bytes(out) == file_bytes(whole)
+    save_samples(sampler(batch_size=4), out, "png")
+    assert file_bytes(out) == file_bytes(whole)
+
+
+@pytest.mark.parametrize("form", ["npz", "grid"])
+def test_an_interrupted_array_or_grid_is_absent_rather_than_short(sampler, tmp_path, form):
+    out = tmp_path / "out"
+    interrupted(sampler(), out, form)
+    assert [path.name for path in out.iterdir()] == ["protocol.json"]
+    assert save_samples(sampler(), out, form).exists()
+
+
+def test_what_a_kill_leaves_half_written_is_no_image(sampler, whole, tmp_path):
+    """A process that was killed while it wrote an image has left its temporary file."""
+    out = tmp_path / "out"
+    interrupted(sampler(), out)
+    (out / ".000010.4242.partial.png").write_bytes((whole / "000010.png").read_bytes()[:100])
+    save_samples(sampler(), out, "png")
+    assert np.array_equal(stack(out), stack(whole))
+
+
+# ---- the grid ----
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    columns=st.integers(1, 5),
+    gap=st.integers(0, 3),
+    height=st.integers(1, 4),
+    width=st.integers(1, 4),
+)
+def test_a_grid_holds_each_image_in_its_place_and_nothing_else(n, columns, gap, height, width):
+    images = np.random.default_rng(n).integers(0, 200, (n, height, width, 3), dtype=np.uint8)
+    grid = image_grid(images, columns, gap, background=255)
+    rows = -(-n // columns)
+    assert grid.shape == (rows * height + (rows - 1) * gap, columns * width + (columns - 1) * gap, 3)
+    rest = grid.copy()
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        area = (slice(top, top + height), slice(left, left + width))
+        assert np.array_equal(grid[area], image)
+        rest[area] = 255
+    assert (rest == 255).all()
+
+
+# ---- reading ----
+
+
+def array_file(path: Path, **arrays) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def pixels(*shape, dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+def test_an_array_is_read_with_its_labels(tmp_path):
+    images, labels = pixels(7, 4, 4, 3), np.arange(7, dtype=np.int32)
+    opened = open_images(array_file(tmp_path / "a.npz", arr_0=images, arr_1=labels))
+    batches = list(opened.batches(3))
+    assert opened.resolution == 4
+    assert [len(part) for part, _ in batches] == [3, 3, 1]
+    assert np.array_equal(np.concatenate([part.numpy() for part, _ in batches]), images)
+    assert np.concatenate([part.numpy() for _, part in batches]).tolist() == labels.tolist()
+    unlabelled = open_images(array_file(tmp_path / "b.npz", arr_0=images))
+    assert [labels for _, labels in unlabelled.batches(5)] == [None, None]
+
+
+class Trap:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_object_arrays_and_pickles_are_refused_and_not_run(tmp_path):
+    sprung = tmp_path / "sprung"
+    objects = array_file(tmp_path / "objects.npz", arr_0=np.array([Trap(sprung)], dtype=object))
+    bare = tmp_path / "bare.npz"
+    bare.write_bytes(pickle.dumps(Trap(sprung)))
+    for path in (objects, bare):
+        with pytest.raises(JLTError, match=path.name):
+            open_images(path)
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"arr_0": pixels(2, 4, 4, 3, dtype=np.float32)}, "holds float32 .*uint8"),
+        ({"arr_0": pixels(2, 4, 4, 3, dtype=np.int64)}, "holds int64 .*uint8"),
+        ({"arr_0": pixels(2, 4, 5, 3)}, "(2, 4, 5, 3).*square"),
+        ({"arr_0": pixels(2, 3, 4, 4)}, "(2, 3, 4, 4)"),
+        ({"arr_0": pixels(2, 4, 4)}, "(2, 4, 4)"),
+        ({"images": pixels(2, 4, 4, 3)}, "arr_0"),
+        ({"arr_0": pixels(0, 4, 4, 3)}, "no images"),
+        ({"arr_0": pixels(5, 4, 4, 3), "arr_1": np.arange(4)}, "5.*4|4.*5"),
+        ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.eye(2, dtype=np.int64)}, "arr_1|labels"),
+        ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.array(["cat", "dog"])}, "wrong.npz"),
+        ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.array([0.5, 1.5])}, "arr_1|labels"),
+    ],
+    ids=lambda value: "+".join(f"{v.dtype}{v.shape}" for v in value.values()) if isinstance(value, dict) else "",
+)
+def test_arrays_that_are_no_images_are_refused_with_what_they_hold(tmp_path, arrays, said):
+    path = array_file(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(JLTError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        list(open_images(path).batches(2))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "no zip", "bare array"])
+def test_damaged_arrays_are_refused_by_name(tmp_path, damage):
+    path = array_file(tmp_path / "damaged.npz", arr_0=pixels(9, 8, 8, 3))
+    content = bytearray(path.read_bytes())
+    if damage == "bare array":
+        np.save(tmp_path / "array.npy", pixels(9, 8, 8, 3))
+        path = path.with_name("array.npy").rename(path)
+    else:
+        flipped = content.copy()
+        flipped[len(content) // 2] ^= 1
+        path.write_bytes({"empty": b"", "truncated": content[:-60], "flipped": flipped, "no zip": b"text"}[damage])
+    with pytest.raises(JLTError, match=r"damaged\.npz"):
+        list(open_images(path).batches(4))
+
+
+def test_a_folder_is_read_in_the_order_of_names_as_rgb(tmp_path):
+    image = pixels(4, 4, 3)
+    Image.fromarray(image).save(tmp_path / "000001.png")
+    Image.fromarray(image[..., 0]).save(tmp_path / "000000.png")
+    (tmp_path / "protocol.json").write_text("{}")
+    opened = open_images(tmp_path)
+    ((images, labels),) = opened.batches(8)
+    assert (opened.resolution, labels) == (4, None)
+    assert np.array_equal(images[1].numpy(), image)
+    assert np.array_equal(images[0].numpy(), image[..., :1].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ({}, "holds no images"),
+        ({"a.png": (4, 4), "b.png": (5, 5)}, r"b\.png has 5x5 pixels, not 4x4"),
+        ({"a.png": (4, 4), "b.png": (4, 5)}, r"b\.png has 5x4 pixels, not 4x4"),
+        ({"a.png": (4, 6)}, r"a\.png has 6x4 pixels"),
+        ({"a.png": (4, 4), "b.png": None}, r"b\.png does not decode"),
+    ],
+)
+def test_folders_that_are_no_samples_are_refused(tmp_path, images, said):
+    for name, size in images.items():
+        if size is None:
+            (tmp_path / name).write_bytes(b"no image")
+        else:
+            Image.fromarray(pixels(*size, 3)).save(tmp_path / name)
+    with pytest.raises(JLTError, match=said):
+        list(open_images(tmp_path).batches(2))
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(JLTError, match="nowhere does not exist"):
+        open_images(tmp_path / "nowhere")

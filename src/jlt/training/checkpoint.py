@@ -175,6 +175,8 @@ def verify_checkpoints(path: Path) -> list[str]:
 
 
 def _problems(folder: Path) -> list[str]:
+    if not (folder / MANIFEST).is_file():
+        return [f"{folder / MANIFEST} is missing."]
     try:
         checkpoint = open_checkpoint(folder)
     except JLTError as error:

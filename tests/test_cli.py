@@ -234,7 +234,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback():
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
-    """A folder with some digits, a store of them and a run of a few steps on it; tests must not change it."""
+    """A folder with a store of the digits, a run of a few steps on it, and some images; tests must not change it."""
     folder = tmp_path_factory.mktemp("chain")
     source = open_source("digits")
     for index in range(60):
@@ -242,9 +242,9 @@ def chain(tmp_path_factory) -> Path:
         (folder / "images" / str(label)).mkdir(parents=True, exist_ok=True)
         image.save(folder / "images" / str(label) / f"{index:04d}.png")
     latents, run = folder / "latents", folder / "run"
-    encoding = ["--images", folder / "images", "--autoencoder", "tiny", "--resolution", 32]
+    encoding = ["--images", "digits", "--autoencoder", "tiny", "--resolution", 32, "--batch-size", 256]
     manifest = done("encode", *encoding, "--no-flips", "--dtype", "float32", "--out", latents)
-    assert (manifest["count"], manifest["channels"], manifest["height"]) == (60, 16, 4)
+    assert (manifest["count"], manifest["channels"], manifest["height"]) == (1797, 16, 4)
     words = ["--steps", 40, "--batch-size", 16, "--checkpoint-every", 20, "--log-every", 10]
     trained = done("train", "digits", "--latents", latents, "--out", run, *words)
     assert Path(trained["checkpoint"]) == run / "checkpoints" / "step_0000040"

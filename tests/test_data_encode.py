@@ -184,13 +184,11 @@ def test_other_words_on_the_same_folder_are_refused_with_the_difference(
                 patch.setattr(encode_module, "write_manifest", stop)
             make_store(folder)
         before = file_bytes(folder)
-        with pytest.raises(
-            JLTError, match=r"dtype was 'float32' and is now 'float16'; batch_size was 4 and is now 8\)"
-        ):
+        with pytest.raises(JLTError, match=r"batch_size: 4 -> 8; dtype: 'float32' -> 'float16'\)"):
             make_store(folder, dtype="float16", batch_size=8)
-        with pytest.raises(JLTError, match=r"source.count was 37 and is now 36\)"):
+        with pytest.raises(JLTError, match=r"source.count: 37 -> 36\)"):
             make_store(folder, count=36)
-        with pytest.raises(JLTError, match=r"autoencoder.normalisation.scale was 1.73.* and is now 1.5\)"):
+        with pytest.raises(JLTError, match=r"autoencoder.normalisation.scale: 1.73.* -> 1.5\)"):
             encode_source(NoiseSource(COUNT), PatchAutoencoder(scale=1.5), CONFIG, folder)
         assert file_bytes(folder) == before
 

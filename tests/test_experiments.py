@@ -16,15 +16,17 @@ import pytest
 import torch
 from data_helpers import file_bytes
 
-from jlt.config import LossConfig, OptimizerConfig, SampleConfig
+from jlt.config import LossConfig, OptimizerConfig, SampleConfig, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.sources import open_source
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
-from jlt.experiments.ablation import AblationConfig, ablate, check_matched, require_equal, summarise, systems_of
+from jlt.experiments.ablation import AblationConfig, ablate, check_matched, prove_matched, require_equal, systems_of
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.recipes import resolve_recipe, vary
+from jlt.networks.transformer import build_network
+from jlt.training import loop
 from jlt.training.checkpoint import list_checkpoints, load_tensors, verify_checkpoints
 from jlt.training.signals import Stopped, stop_on_signal
 
@@ -91,6 +93,11 @@ def modified(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def claims_to_be_matched(out: Path) -> bool:
+    path = out / "ablation.json"
+    return path.exists() and "matched" in json.loads(path.read_text())
+
+
 # ---- a whole ablation ----
 
 
@@ -134,10 +141,10 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     ablate(ablation_config(latents), latents, out, workers=2, command="again")
     seconds = time.monotonic() - begun
     after = modified(out / "runs")
-    # Only the configuration of a run and its grid may be written anew.
+    # Only what says whose a run is and its grid may be written anew.
     changed = {Path(path).name for path in after if before.get(path) != after[path]}
     assert set(after) == set(before)
-    assert changed <= {"config.json", "grid.png"}
+    assert changed <= {"config.json", "grid.png", ".lock"}
     assert file_bytes(out / "runs") == file_bytes(finished / "runs")
     assert seconds < 60
 
@@ -161,8 +168,13 @@ def test_other_settings_or_latents_are_refused_in_the_same_folder(finished, late
 def test_matched_runs_differ_in_the_axes_alone(latents):
     base = base_config(latents)
     runs = [vary(base, prediction, space, 2, 1) for prediction in ("x", "v", "eps") for space in ("x", "v")]
-    assert check_matched([base, *runs]) == ["loss.space", "network.patch_size", "prediction", "seed"]
-    assert check_matched([base]) == []
+    assert check_matched([to_dict(run) for run in (base, *runs)]) == [
+        "loss.space",
+        "network.patch_size",
+        "prediction",
+        "seed",
+    ]
+    assert check_matched([to_dict(base)]) == []
 
 
 @pytest.mark.parametrize(
@@ -179,7 +191,7 @@ def test_a_run_with_another_setting_is_refused_by_name(latents, change, named):
     base = base_config(latents)
     odd = dataclasses.replace(vary(base, "v", "v", 1, 0), **change)
     with pytest.raises(JLTError, match=f"not matched: they also differ in {named}\\."):
-        check_matched([base, vary(base, "eps", "v", 1, 0), odd])
+        check_matched([to_dict(run) for run in (base, vary(base, "eps", "v", 1, 0), odd)])
 
 
 def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
@@ -194,21 +206,31 @@ def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("event", "key", "said"), [("end", "draws", "random draws differ"), ("start", "initial_weights", "weights differ")]
+    ("planted", "said"),
+    [
+        ("another order", "their random draws differ"),
+        ("other weights", "their initial weights differ"),
+        ("another setting", "they also differ in optimizer.weight_decay"),
+    ],
 )
-def test_runs_whose_logs_disagree_are_not_summarised(finished, latents, tmp_path, event, key, said):
+def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, monkeypatch, planted, said):
+    """One run is replaced by one that was trained otherwise than the ablation says."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    config, store = ablation_config(latents), LatentStore.open(latents)
-    systems = systems_of(config, latents, out, "cpu")
-    assert summarise(config, systems, store, [], "cpu")["matched"]["draws"]
-    log = out / "runs" / "v-v-p1-s0" / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    changed = [{**line, key: "0" * 64} if line["event"] == event else line for line in lines]
-    assert changed != lines
-    log.write_text("".join(json.dumps(line) + "\n" for line in changed))
-    with pytest.raises(JLTError, match=said):
-        summarise(config, systems, store, [], "cpu")
+    systems = systems_of(ablation_config(latents), latents, out, "cpu")
+    assert prove_matched(systems)["matched"]["differs"] == ["network.patch_size", "prediction"]
+    odd = next(system for system in systems if system.run.name == "v-v-p1-s0")
+    config = odd.config
+    if planted == "another order":
+        config = dataclasses.replace(config, seed=1)
+    elif planted == "another setting":
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1))
+    else:
+        monkeypatch.setattr(loop, "build_network", lambda network, seed: build_network(network, seed + 1))
+    shutil.rmtree(odd.run)
+    loop.train(config, LatentStore.open(latents), odd.run)
+    with pytest.raises(JLTError, match=f"not matched: {said}"):
+        prove_matched(systems)
 
 
 # ---- processes ----
@@ -263,12 +285,12 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
     shard.write_bytes(content)
     with pytest.raises(JLTError, match=r"Step 0: the loss is nan"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
-    assert not (out / "ablation.json").exists()
+    assert not claims_to_be_matched(out)
     assert not list(out.glob("runs/*/checkpoints/*"))
 
 
 PREDICTIONS = ["x", "v", "eps"]
-LONG = {"--steps": 1500, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
+LONG = {"--steps": 800, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
 
 
 def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
@@ -351,7 +373,7 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         assert saved
         assert int(saved[-1].name[-7:]) % (LONG["--steps"] // 2)
         assert verify_checkpoints(parts / "runs" / name) == []
-    assert not (parts / "ablation.json").exists()
+    assert not claims_to_be_matched(parts)
     for out in (whole, parts):
         process = start_ablation(latents, out)
         _, said = process.communicate(timeout=200)

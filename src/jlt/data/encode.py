@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from jlt.data.shards import ShardWriter
 from jlt.data.sources import ImageSource, open_source
 from jlt.data.store import STATE_FOLDER, STORED_DTYPES, LatentStore
 from jlt.errors import JLTError
-from jlt.files import atomic_path, read_json, sha256_file, write_json
+from jlt.files import atomic_path, difference, lock_folder, read_json, sha256_file, write_json
 from jlt.progress import say, track
 
 CROP = "adm centre crop"
@@ -262,11 +261,7 @@ def _claimed(out: Path, words: dict[str, Any]) -> Iterator[None]:
             f"{out} holds other files and is left as it is: name a new or empty folder for the latent store."
         )
     state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JLTError(f"Another process is encoding into {out}: wait for it, or name another folder.") from error
+    with lock_folder(state):
         words_path = state / "words.json"
         # Words bind from the first finished shard on, so that a refused first attempt can be corrected in place.
         if words_path.exists() and any(state.glob("shard-*.json")):
@@ -278,15 +273,6 @@ def _claimed(out: Path, words: dict[str, Any]) -> Iterator[None]:
 
 
 def _require_same_words(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    before, now = _flatten(before), _flatten(now)
-    names = [name for name in now | before if before.get(name) != now.get(name)]
-    if names:
-        changes = "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)
-        raise JLTError(f"{out} was encoded with other words ({changes}): use those, or name another folder.")
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flatten(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
-    return flat
+    lines = difference(before, now)
+    if lines:
+        raise JLTError(f"{out} was encoded with other words ({'; '.join(lines)}): use those, or name another folder.")

@@ -260,7 +260,7 @@ def die_or_wait(argument: tuple[Path, bool]) -> None:
     if dies:
         os.kill(os.getpid(), signal.SIGKILL)
     with stop_on_signal() as stop:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 30
         while not stop and time.monotonic() < end:
             time.sleep(0.05)
     raise Stopped("Saved.")
@@ -271,7 +271,7 @@ def test_a_worker_that_is_killed_ends_the_others_soon(tmp_path):
     begun = time.monotonic()
     with pytest.raises(JLTError, match="worker"):
         run_jobs(die_or_wait, [(tmp_path / "dies", True), (tmp_path / "waits", False)], 2, lambda: None)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 20
 
 
 def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path):
@@ -290,7 +290,7 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
 
 
 PREDICTIONS = ["x", "v", "eps"]
-LONG = {"--steps": 800, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
+LONG = {"--steps": 400, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
 
 
 def start_ablation(latents: Path, out: Path) -> subprocess.Popen:

@@ -289,7 +289,7 @@ def test_object_arrays_and_pickles_are_refused_and_not_run(tmp_path):
         ({"arr_0": pixels(2, 4, 4)}, "(2, 4, 4)"),
         ({"images": pixels(2, 4, 4, 3)}, "arr_0"),
         ({"arr_0": pixels(0, 4, 4, 3)}, "no images"),
-        ({"arr_0": pixels(5, 4, 4, 3), "arr_1": np.arange(4)}, "5.*4|4.*5"),
+        ({"arr_0": pixels(5, 4, 4, 3), "arr_1": np.arange(4)}, "arr_1|labels"),
         ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.eye(2, dtype=np.int64)}, "arr_1|labels"),
         ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.array(["cat", "dog"])}, "wrong.npz"),
         ({"arr_0": pixels(2, 4, 4, 3), "arr_1": np.array([0.5, 1.5])}, "arr_1|labels"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shlex
 import sys
 import traceback
@@ -55,10 +57,19 @@ class RecipeVerb(Verb):
 
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
+    def reject_misspelt(self) -> None:
+        """Raise WrongWordsError for a remaining word that is nearly one of the verb's own options."""
+        own = [f"--{entry.name.replace('_', '-')}" for entry in dataclasses.fields(self)]
+        settings = [f"--{entry.name.replace('_', '-')}" for entry in dataclasses.fields(TrainConfig)]
+        for word in self.overrides:
+            if word.startswith("--") and "." not in word and word.replace("_", "-") not in settings:
+                raise unknown_name("option", word, [*own, *settings])
+
     def resolve(self, latents: Path | None) -> TrainConfig:
         """Return the recipe for a latent store's shape with the remaining words applied."""
         from jlt.data.manifest import read_manifest
 
+        self.reject_misspelt()
         base = resolve_recipe(self.recipe, read_manifest(latents).shape if latents else None)
         prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
         return renamed(tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, config=PARSING))
@@ -80,7 +91,7 @@ class Quickstart(Verb):
     seeds: tuple[int, ...] = (0,)
     """One training of each system per seed."""
     workers: int | None = None
-    """Systems trained side by side; by default two on a CPU and one on a GPU."""
+    """Systems side by side (default: 2 on a CPU, 1 on a GPU)."""
     steps: int | None = None
     """Training steps of each system, for a shorter look."""
 
@@ -257,9 +268,7 @@ class Evaluate(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(RecipeVerb):
-    """Train, measure and report systems that differ in the named axes and in nothing else.
-
-    For example:
+    """Train, measure and report systems that differ in the named axes and in nothing else. For example:
 
       jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
     """
@@ -278,7 +287,7 @@ class Ablate(RecipeVerb):
     evaluations: int = 6
     """Points of each training curve."""
     workers: int | None = None
-    """Systems trained side by side; by default two on a CPU and one on a GPU."""
+    """Systems side by side (default: 2 on a CPU, 1 on a GPU)."""
 
     def run(self) -> Result:
         from jlt.experiments.ablation import AblationConfig, ablate
@@ -388,7 +397,7 @@ def command_line() -> str:
 
 
 def _summary(verb: type[Verb]) -> str:
-    return (verb.__doc__ or "").partition(".")[0].partition(";")[0].partition(":")[0].replace("\n    ", " ") + "."
+    return re.split(r"[.;:](?=\s|$)", verb.__doc__ or "", maxsplit=1)[0].replace("\n    ", " ") + "."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -403,7 +412,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         return _explain(error)
-    print(json.dumps(result.data) if verb.json else result.text)
+    try:
+        print(json.dumps(result.data) if verb.json else result.text, flush=True)
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough; the interpreter must not complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0 if result.sound else 1
 
 

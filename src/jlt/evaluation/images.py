@@ -66,11 +66,14 @@ class ImageArray(StoredImages):
 
     def __init__(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 self.images = file["arr_0"]
-                self.labels = file["arr_1"].astype(np.int64) if "arr_1" in file else None
+                labels = file.get("arr_1")
         except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise JLTError(f"{path} is not an .npz of images under arr_0 ({error}).") from error
+        if labels is not None and not np.issubdtype(labels.dtype, np.integer):
+            raise JLTError(f"{path} holds labels (arr_1) that are {labels.dtype}, not whole numbers.")
+        self.labels = None if labels is None else labels.astype(np.int64)
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
             raise JLTError(f"{path} holds {self.images.dtype} {shape}: square images are uint8 (N, H, H, 3).")

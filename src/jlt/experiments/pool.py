@@ -43,8 +43,8 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
                 "The same words continue it."
             ) from error
         finally:
-            if waiting or stop:
-                stopping.set()
+            # After success nobody is left to hear it. After a killed worker all futures break, yet others still work.
+            stopping.set()
             pool.shutdown(wait=True, cancel_futures=True)
         if stop:
             raise Stopped("Stopped on request; everything up to here is saved.")

@@ -270,7 +270,7 @@ class Evaluate(Verb):
 class Ablate(RecipeVerb):
     """Train, measure and report systems that differ in the named axes and in nothing else. For example:
 
-      jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
+    jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
     """
 
     latents: Path

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_helpers import file_bytes
 from PIL import Image
 
@@ -22,15 +21,6 @@ from jlt.data.sources import open_source
 
 NAMES = ["quickstart", "encode", "verify", "analyze", "train", "sample", "evaluate", "ablate", "report", "benchmark"]
 SAMPLES = ["--num", 23, "--steps", 3, "--cfg-scale", 1.5]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are several times slower on two threads, the more so beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,6 @@ from jlt.training.signals import Stopped, stop_on_signal
 STEPS = 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are several times slower on two threads, the more so beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory) -> Path:
     """A store of some digits."""

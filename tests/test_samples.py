@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_helpers import file_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,15 +26,6 @@ from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
 CONFIG = SampleConfig(num=23, batch_size=5, steps=3, cfg_scale=1.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are several times slower on two threads, the more so beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class FewDigits(Digits):

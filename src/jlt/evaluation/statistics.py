@@ -1,4 +1,4 @@
-"""Sums over images, in float64 and mergeable: a result depends neither on batches nor on who counted which image."""
+"""Sums over images, in float64 and mergeable: beyond rounding, batches and who counted what do not matter."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from jlt.sampling.solvers import Velocity
 NOISE_END = 0.02
 """Least time at which an eps-prediction is asked: sampling begins at t = 0, where its readout is 0 / 0.
 
-The noise of t = 0 is taken for the z of this time, which moves a sample by 2%. On grids of up to 50 equal steps this
+The noise of t = 0 is taken for the z of this time. On grids of up to 50 equal steps this
 touches the first evaluation and no other.
 """
 

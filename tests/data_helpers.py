@@ -18,7 +18,7 @@ from jlt.autoencoders.contract import Autoencoder
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode_source
 from jlt.data.manifest import StoreManifest
-from jlt.data.sources import ImageSource
+from jlt.data.sources.contract import ImageSource
 
 
 class NoiseSource(ImageSource):

@@ -17,7 +17,7 @@ from data_helpers import file_bytes
 from PIL import Image
 
 from jlt.cli import VERBS, main
-from jlt.data.sources import open_source
+from jlt.data.sources.registry import open_source
 
 NAMES = ["quickstart", "encode", "verify", "analyze", "train", "sample", "evaluate", "ablate", "report", "benchmark"]
 SAMPLES = ["--num", 23, "--steps", 3, "--cfg-scale", 1.5]

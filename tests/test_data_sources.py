@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from jlt.data.crop import centre_crop
-from jlt.data.sources import ClassFolders, open_source
+from jlt.data.sources.folders import ClassFolders
+from jlt.data.sources.registry import open_source
 from jlt.errors import JLTError
 
 

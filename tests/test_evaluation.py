@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jlt.assets.digit_split import digit_split
 from jlt.assets.weights import read_metadata
-from jlt.data.sources import open_source
+from jlt.data.sources.registry import open_source
 from jlt.errors import JLTError
 from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier
 from jlt.evaluation.evaluate import Metrics, evaluate_images, reference_statistics

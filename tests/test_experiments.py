@@ -19,16 +19,16 @@ from data_helpers import file_bytes
 from jlt.config import LossConfig, OptimizerConfig, SampleConfig, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
-from jlt.data.sources import open_source
+from jlt.data.sources.registry import open_source
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.experiments.ablation import AblationConfig, ablate, check_matched, prove_matched, require_equal, systems_of
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.recipes import resolve_recipe, vary
 from jlt.networks.transformer import build_network
+from jlt.signals import Stopped, stop_on_signal
 from jlt.training import loop
 from jlt.training.checkpoint import list_checkpoints, load_tensors, verify_checkpoints
-from jlt.training.signals import Stopped, stop_on_signal
 
 STEPS = 10
 

@@ -15,7 +15,7 @@ from jlt.autoencoders.contract import Autoencoder
 from jlt.config import SampleConfig
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode_source
-from jlt.data.sources import Digits
+from jlt.data.sources.digits import Digits
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.evaluation.images import open_images

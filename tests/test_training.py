@@ -21,11 +21,11 @@ from jlt.data.order import SampleOrder
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.files import lock_folder
+from jlt.signals import StopRequest
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, step_folder, verify_checkpoints
 from jlt.training.draws import draw_step
 from jlt.training.ema import EMA
 from jlt.training.loop import initial_state, learning_rate, train, update
-from jlt.training.signals import StopRequest
 
 
 @pytest.fixture(scope="module")

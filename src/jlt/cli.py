@@ -423,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explain(error: BaseException) -> int:
     """Say in one sentence on stderr what went wrong, and return the exit code."""
-    from jlt.training.signals import Stopped
+    from jlt.signals import Stopped
 
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         say(f"{str(error) or 'Interrupted.'} The same words continue it.")

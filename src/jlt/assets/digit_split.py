@@ -27,7 +27,7 @@ def digit_split(size: int = 32) -> tuple[LabelledImages, LabelledImages]:
     both sides, and no random generator has to stay the same for ever.
     """
     from jlt.data.crop import centre_crop
-    from jlt.data.sources import open_source
+    from jlt.data.sources.registry import open_source
 
     source = open_source("digits")
     pairs = [source[index] for index in range(len(source))]

@@ -27,7 +27,8 @@ from jlt.data.config import EncodeConfig
 from jlt.data.crop import centre_crop
 from jlt.data.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, write_manifest
 from jlt.data.shards import ShardWriter
-from jlt.data.sources import ImageSource, open_source
+from jlt.data.sources.contract import ImageSource
+from jlt.data.sources.registry import open_source
 from jlt.data.store import STATE_FOLDER, STORED_DTYPES, LatentStore
 from jlt.errors import JLTError
 from jlt.files import atomic_path, difference, lock_folder, read_json, sha256_file, write_json

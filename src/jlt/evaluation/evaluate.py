@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from jlt.data.crop import centre_crop
-from jlt.data.sources import ImageSource
+from jlt.data.sources.contract import ImageSource
 from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.images import LabelledBatch

@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from jlt.data.sources import read_image
+from jlt.data.sources.contract import read_image
 from jlt.errors import JLTError
 
 LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]

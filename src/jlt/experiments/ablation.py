@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
-from jlt.data.sources import open_source
+from jlt.data.sources.registry import open_source
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import load_extractor

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jlt.config import SampleConfig
-from jlt.data.sources import open_source
+from jlt.data.sources.registry import open_source
 from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, reference_statistics
 from jlt.evaluation.features import FeatureExtractor, load_extractor
 from jlt.evaluation.images import open_images
@@ -23,8 +23,8 @@ from jlt.progress import say, track
 from jlt.protocol import default_device, versions
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import image_grid, save_image
+from jlt.signals import until_stopped
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
-from jlt.training.signals import until_stopped
 
 BATCH_SIZE = 250
 IMAGES_PER_DIMENSION = 10

@@ -14,7 +14,7 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.protocol import cores
-from jlt.training.signals import Stopped, obey_parent, stop_on_signal
+from jlt.signals import Stopped, obey_parent, stop_on_signal
 
 POLL_SECONDS = 1.0
 _stopping: Event | None = None

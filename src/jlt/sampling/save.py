@@ -14,7 +14,7 @@ from jlt.config import SampleFormat
 from jlt.files import atomic_path, claim_folder
 from jlt.progress import track
 from jlt.sampling.sampler import ImageBatch, ImageSampler
-from jlt.training.signals import until_stopped
+from jlt.signals import until_stopped
 
 PROTOCOL = "protocol.json"
 

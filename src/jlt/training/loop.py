@@ -24,11 +24,11 @@ from jlt.loss import denoising_loss
 from jlt.networks.transformer import Transformer, build_network
 from jlt.path import interpolate
 from jlt.progress import say, track
+from jlt.signals import Stopped, stop_on_signal
 from jlt.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, save_checkpoint
 from jlt.training.draws import StepDraws, draw_step
 from jlt.training.ema import EMA
 from jlt.training.run import RunLog, prepare_run, require_same_run
-from jlt.training.signals import Stopped, stop_on_signal
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from jlt.assets.digit_split import digit_split
 from jlt.assets.weights import ASSETS, save_weights
-from jlt.autoencoders.flux2 import WEIGHTS_FILE
+from jlt.autoencoders.pretrained import WEIGHTS_FILE
 from jlt.autoencoders.psnr import psnr
 from jlt.autoencoders.registry import load_autoencoder
 from jlt.progress import say, track

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,14 @@ class NoiseSource(ImageSource):
     name = "noise"
     class_names = ("a", "b", "c")
 
-    def __init__(self, count: int, bad: int | None = None) -> None:
+    def __init__(self, count: int, bad: Collection[int] = ()) -> None:
         self.count, self.bad = count, bad
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if index == self.bad:
+        if index in self.bad:
             return Image.new("F", (8, 8)), 0
         return Image.fromarray(noise_image(index)), index % 3
 
@@ -43,6 +46,15 @@ class NoiseSource(ImageSource):
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "noise", "count": self.count}
+
+
+class LethalSource(NoiseSource):
+    """Kills the process that reads image 20, as a full memory does."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
 
 def noise_image(index: int) -> np.ndarray:
@@ -60,7 +72,7 @@ class PatchAutoencoder(Autoencoder):
     def __init__(self, scale: float = 3**0.5, kind: str = "scale", delay: float = 0.0) -> None:
         self.scale, self.kind, self.delay = scale, kind, delay
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise_seeds: Sequence[int] | None = None) -> Tensor:
         time.sleep(self.delay)
         return functional.pixel_unshuffle(images, 4) * self.scale
 
@@ -76,7 +88,14 @@ class PatchAutoencoder(Autoencoder):
 
 
 CONFIG = EncodeConfig(
-    images="noise", autoencoder="patches", resolution=8, batch_size=4, shard_size=10, flips=True, dtype="float32"
+    images="noise",
+    autoencoder="patches",
+    resolution=8,
+    batch_size=4,
+    shard_size=10,
+    flips=True,
+    dtype="float32",
+    workers=0,
 )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from jlt.data.crop import centre_crop, to_rgb
+from jlt.data.sources.contract import decode_image
 from jlt.errors import JLTError
 
 
@@ -78,6 +82,42 @@ def test_crop_is_adms_pixel_for_pixel(width: int, height: int, size: int) -> Non
     np.testing.assert_array_equal(cropped, slow_centre_crop(pixels, size))
 
 
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(1, 70), height=st.integers(1, 70), size=st.integers(1, 20))
+def test_crop_is_adms_at_any_size(width: int, height: int, size: int) -> None:
+    # A strip of one pixel would be enlarged to size * size * length: slow in the slow implementation.
+    assume(max(width, height) * size / min(width, height) < 300)
+    pixels = np.random.default_rng(width * 100 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(centre_crop(Image.fromarray(pixels), size), slow_centre_crop(pixels, size))
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(JLTError, match="1 x 60000 pixels is too narrow"):
+        centre_crop(Image.new("L", (1, 60000)), 256)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation_is_that_of_pillow(kind: str, orientation: int) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(orientation).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind, exif=exif)
+    image = decode_image(buffer.getvalue(), str)
+    plain = Image.fromarray(np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(centre_crop(image, 5), centre_crop(plain, 5))
+    upright = Image.fromarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+    np.testing.assert_array_equal(centre_crop(image, 5, exif="apply"), centre_crop(upright, 5))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\xff" * 40])
+def test_damaged_exif_is_no_exif(exif: bytes) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), (9, 8, 7)).save(buffer, "JPEG", exif=exif)
+    image = decode_image(buffer.getvalue(), str)
+    np.testing.assert_array_equal(centre_crop(image, 4, exif="apply"), centre_crop(image, 4))
+
+
 def test_digits_are_enlarged_by_the_same_function() -> None:
     grey = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     expected = slow_centre_crop(np.repeat(grey[..., None], 3, axis=2), 32)
@@ -99,6 +139,39 @@ def test_modes_become_rgb_without_regard_to_alpha() -> None:
     assert pixel(palette) == (9, 8, 7)
     palette.info["transparency"] = b"\x00\x00"
     assert pixel(palette) == (9, 8, 7)
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_every_mode_of_pillow_is_converted_or_refused(mode: str) -> None:
+    image = Image.new(mode, (4, 4))
+    if mode == "F":
+        with pytest.raises(JLTError):
+            to_rgb(image)
+        return
+    assert centre_crop(image, 4, exif="apply").shape == (4, 4, 3)
+    # As PNG notes which colour is clear.
+    for transparency in {"P": (0, b"\x00"), "L": (0,), "1": (0,), "I;16": (0,), "RGB": ((0, 0, 0),)}.get(mode, ()):
+        image.info["transparency"] = transparency
+        assert centre_crop(image, 4, exif="apply").shape == (4, 4, 3)
+
+
+def test_what_pillow_cannot_convert_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pillow 13 converts every mode; earlier ones know no way out of LAB, for instance, and say so with a ValueError.
+    def refuse(image: Image.Image, mode: str) -> Image.Image:
+        raise ValueError(f"conversion from {image.mode} to {mode} not supported")
+
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(JLTError, match="mode LAB has no conversion to RGB"):
+        centre_crop(Image.new("LAB", (4, 4)), 4)
+
+
+def test_other_colour_models_keep_their_colours() -> None:
+    assert pixel(Image.new("RGBX", (1, 1), (10, 20, 30, 0))) == (10, 20, 30)
+    assert pixel(Image.new("HSV", (1, 1), (85, 255, 255))) == (0, 255, 0)
+    assert pixel(Image.new("YCbCr", (1, 1), (100, 128, 128))) == (100, 100, 100)
+    # Colours that were multiplied by an alpha of 1/2 or so are divided by it again.
+    assert pixel(Image.new("La", (1, 1), (50, 128))) == pytest.approx((100, 100, 100), abs=1)
+    assert pixel(Image.new("RGBa", (1, 1), (10, 50, 100, 128))) == pytest.approx((20, 100, 200), abs=1)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])

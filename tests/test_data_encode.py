@@ -16,12 +16,22 @@ import data_helpers
 import numpy as np
 import pytest
 import torch
-from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, expected_latents, file_bytes, make_store
+from data_helpers import (
+    CONFIG,
+    LethalSource,
+    NoiseSource,
+    PatchAutoencoder,
+    expected_latents,
+    file_bytes,
+    make_store,
+    noise_image,
+)
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
 from jlt.data import encode as encode_module
+from jlt.data import job as job_module
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode, encode_source
 from jlt.data.manifest import read_manifest
@@ -102,14 +112,16 @@ def stop(*args: object) -> None:
 
 @pytest.mark.parametrize(
     ("function", "call"),
-    [("sha256_file", 1), ("sha256_file", 4), ("write_manifest", 1), ("rmtree", 1)]
-    + [("write_json", call) for call in range(1, 6)],
+    [("encode.sha256_file", 1), ("encode.sha256_file", 4), ("encode.write_manifest", 1), ("encode.write_text", 1)]
+    + [("job.write_text", call) for call in range(1, 5)]
+    + [("rmtree", 1)],
 )
 def test_interrupted_between_any_two_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], function: str, call: int
 ) -> None:
-    owner = shutil if function == "rmtree" else encode_module
-    original, calls = getattr(owner, function), 0
+    module, _, name = function.rpartition(".")
+    owner = {"": shutil, "encode": encode_module, "job": job_module}[module]
+    original, calls = getattr(owner, name), 0
 
     def interrupted(*args: object, **kwargs: object) -> object:
         nonlocal calls
@@ -119,7 +131,7 @@ def test_interrupted_between_any_two_writes(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, function, interrupted)
+        patch.setattr(owner, name, interrupted)
         with pytest.raises(Stopped):
             make_store(tmp_path / "store")
     make_store(tmp_path / "store")
@@ -147,7 +159,7 @@ def test_resuming_keeps_sound_shards_and_remakes_the_others(
     assert file_bytes(folder) == whole
     said = capsys.readouterr().err
     assert "1 of 4 shards are there already" in said
-    assert "shard-00001.safetensors was damaged" in said
+    assert "shard-00001.safetensors is not what was written" in said
 
 
 @pytest.mark.slow
@@ -184,7 +196,7 @@ def test_other_words_on_the_same_folder_are_refused_with_the_difference(
                 patch.setattr(encode_module, "write_manifest", stop)
             make_store(folder)
         before = file_bytes(folder)
-        with pytest.raises(JLTError, match=r"batch_size: 4 -> 8; dtype: 'float32' -> 'float16'\)"):
+        with pytest.raises(JLTError, match=r"dtype: 'float32' -> 'float16'; encoding.batch_size: 4 -> 8\)"):
             make_store(folder, dtype="float16", batch_size=8)
         with pytest.raises(JLTError, match=r"source.count: 37 -> 36\)"):
             make_store(folder, count=36)
@@ -207,7 +219,7 @@ def test_foreign_content_is_left_alone(tmp_path: Path) -> None:
 
 def test_two_encodings_into_one_folder(tmp_path: Path) -> None:
     class Second(PatchAutoencoder):
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
+        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
             with pytest.raises(JLTError, match="Another process"):
                 make_store(tmp_path / "store")
             return super().encode(images)
@@ -219,7 +231,10 @@ def test_two_encodings_into_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("scale", "measured"), [(1.77 * 3**0.5, "1.7"), (0.4, "0.2")])
 def test_latents_that_are_not_normalised_are_refused_with_figures(tmp_path: Path, scale: float, measured: str) -> None:
     with pytest.raises(JLTError, match=rf"not normalised: their standard deviation is {measured}.*0.5 to 1.5"):
-        encode_source(NoiseSource(COUNT), PatchAutoencoder(scale), CONFIG, tmp_path / "store")
+        encode_source(NoiseSource(COUNT), PatchAutoencoder(scale), CONFIG, tmp_path / "several")
+    one_shard = dataclasses.replace(CONFIG, shard_size=COUNT)
+    with pytest.raises(JLTError, match="not normalised"):
+        encode_source(NoiseSource(COUNT), PatchAutoencoder(scale), one_shard, tmp_path / "store")
     assert not list((tmp_path / "store").glob("*.safetensors"))
     # Nothing was finished, so the folder takes the corrected words.
     make_store(tmp_path / "store")
@@ -235,7 +250,7 @@ def test_latents_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
     class Broken(PatchAutoencoder):
         batches = 0
 
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
+        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
             self.batches += 1
             latents = super().encode(images)
             if self.batches == 2:
@@ -249,13 +264,13 @@ def test_latents_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
 
 def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match=r"noise/23.png.*floating-point"):
-        encode_source(NoiseSource(COUNT, bad=23), PatchAutoencoder(), CONFIG, tmp_path / "noise")
+        encode_source(NoiseSource(COUNT, bad=[23]), PatchAutoencoder(), CONFIG, tmp_path / "noise")
     images = tmp_path / "images" / "a"
     images.mkdir(parents=True)
     Image.new("RGB", (9, 8), "red").save(images / "1.png")
     (images / "2.png").write_bytes((images / "1.png").read_bytes()[:40])
     config = dataclasses.replace(CONFIG, images=str(images.parent), autoencoder="pixels")
-    with pytest.raises(JLTError, match=r"a/2.png does not decode"):
+    with pytest.raises(JLTError, match=r"a/2.png is of no image format"):
         encode(config, tmp_path / "folder")
     Image.new("RGB", (9, 8), "red").save(images / "2.png")
     assert encode(config, tmp_path / "folder").count == 2
@@ -275,3 +290,112 @@ def test_shards_hold_where_their_latents_come_from(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
     index = np.concatenate([load_file(path)["index"] for path in sorted((tmp_path / "store").glob("*.safetensors"))])
     np.testing.assert_array_equal(index, np.arange(COUNT))
+
+
+def test_the_first_of_many_shards_is_judged_before_the_rest_is_made(tmp_path: Path) -> None:
+    class Counting(PatchAutoencoder):
+        images = 0
+
+        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
+            self.images += len(images)
+            return super().encode(images)
+
+    autoencoder = Counting(scale=0.4)
+    config = dataclasses.replace(CONFIG, batch_size=64, shard_size=256, flips=False)
+    with pytest.raises(JLTError, match="not normalised"):
+        encode_source(NoiseSource(3000), autoencoder, config, tmp_path / "store")
+    # Computing is ahead of writing, by no more than the 128 MiB that may wait.
+    assert autoencoder.images <= 3000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_and_listed_where_that_is_asked_for(tmp_path: Path, workers: int) -> None:
+    # A whole shard (10-19), a whole batch (20-23), the first and the last image.
+    bad = [0, *range(10, 20), *range(20, 24), 31, 36]
+    config = dataclasses.replace(CONFIG, on_bad_image="skip", workers=workers)
+    manifest = encode_source(NoiseSource(COUNT, bad), PatchAutoencoder(), config, tmp_path / "store")
+    good = [index for index in range(COUNT) if index not in bad]
+    assert [image.index for image in manifest.skipped] == bad
+    assert manifest.skipped[0].image == "noise/0.png"
+    assert "floating-point" in manifest.skipped[0].reason
+    assert (manifest.count, len(manifest.shards)) == (len(good), 3)
+    assert verify_store(tmp_path / "store") == []
+    store = LatentStore.open(tmp_path / "store")
+    for flip in (False, True):
+        latents, labels = store.gather(np.arange(len(good)), np.full(len(good), flip))
+        np.testing.assert_allclose(latents.numpy(), [expected_latents(i, flip) for i in good], atol=1e-6)
+        np.testing.assert_array_equal(labels.numpy(), np.array(good) % 3)
+    index = np.concatenate([load_file(path)["index"] for path in sorted((tmp_path / "store").glob("*.safetensors"))])
+    np.testing.assert_array_equal(index, good)
+    # A shard that lost rows is the same file as one that never had them, but for the positions.
+    values = np.array([expected_latents(i, flip) for i in good for flip in (False, True)])
+    assert manifest.std == pytest.approx(values.std(), rel=1e-6)
+
+
+def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path: Path) -> None:
+    source = NoiseSource(COUNT, [23])
+    with pytest.raises(JLTError, match=r"noise/23.png .*floating-point.*--on-bad-image skip"):
+        encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
+    skipping = dataclasses.replace(CONFIG, on_bad_image="skip")
+    encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
+    encode_source(source, PatchAutoencoder(), skipping, tmp_path / "whole")
+    assert file_bytes(tmp_path / "store") == file_bytes(tmp_path / "whole")
+
+
+def test_what_was_skipped_is_not_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = NoiseSource(COUNT, [3])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(encode_module, "write_manifest", stop)
+        skipping = dataclasses.replace(CONFIG, on_bad_image="skip")
+        encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
+    with pytest.raises(JLTError, match=r"earlier attempt skipped noise/3.png"):
+        encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, on_bad_image="skip")
+    with pytest.raises(JLTError, match="None of the 12 images"):
+        encode_source(NoiseSource(12, range(12)), PatchAutoencoder(), config, tmp_path / "store")
+
+
+def test_worker_processes_make_the_same_store(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    make_store(tmp_path / "store", workers=3)
+    assert file_bytes(tmp_path / "store") == whole
+
+
+def test_a_killed_worker_process_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(JLTError, match="killed, most likely for want of memory"):
+        encode_source(LethalSource(COUNT), PatchAutoencoder(), dataclasses.replace(CONFIG, workers=2), tmp_path / "s")
+
+
+def test_bfloat16_is_autocast_and_is_remembered(tmp_path: Path) -> None:
+    config = dict(images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32")
+    exact = encode(EncodeConfig(**config), tmp_path / "float32")
+    rounded = encode(EncodeConfig(**config, precision="bfloat16"), tmp_path / "bfloat16")
+    assert (exact.encoding or {})["precision"] == "float32"
+    assert (rounded.encoding or {})["precision"] == "bfloat16"
+    one, other = (LatentStore.open(tmp_path / name).gather(np.arange(1797))[0] for name in ("float32", "bfloat16"))
+    error = (one - other).square().mean().sqrt().item()
+    # A rounding to 8 bits per layer; equal latents would mean that nothing was cast.
+    assert 1e-4 < error < 0.05
+    with pytest.raises(JLTError, match="encoding.precision: 'bfloat16' -> 'float32'"):
+        encode(EncodeConfig(**config), tmp_path / "bfloat16")
+
+
+def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path / "store", preview=True)
+    with Image.open(tmp_path / "store" / "preview.png") as sheet:
+        pixels = np.array(sheet.convert("RGB"))
+    # The codec loses nothing, so both rows show the images themselves, enlarged 20 times, at 1 level of rounding.
+    originals = [np.kron(noise_image(index), np.ones((20, 20, 1))) for index in (0, 36)]
+    found = [
+        (row, column)
+        for original in originals
+        for row in range(0, pixels.shape[0] - 160)
+        for column in (12, 12 + 7 * 172)
+        if np.abs(pixels[row : row + 160, column : column + 160].astype(int) - original).max() <= 1
+    ]
+    assert [column for _, column in found] == [12, 12, 12 + 7 * 172, 12 + 7 * 172]
+    assert found[1][0] - found[0][0] == 164
+    assert "8 images over their reconstructions" in capsys.readouterr().err
+    assert verify_store(tmp_path / "store") == []

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_zoo import assert_is_zoo, write_zoo
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jlt.data.crop import centre_crop
 from jlt.data.sources.folders import ClassFolders
 from jlt.data.sources.registry import open_source
-from jlt.errors import JLTError
+from jlt.data.sources.splits import choose_split
+from jlt.errors import JLTError, WrongWordsError
 
 
 def save(path: Path, value: int = 0, mode: str = "RGB", **options: object) -> None:
@@ -75,31 +79,11 @@ def test_links_are_followed_and_loops_refused(tmp_path: Path) -> None:
         ClassFolders(tmp_path / "set")
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "options"),
-    [
-        ("grey.jpg", "L", {}),
-        ("cmyk.jpg", "CMYK", {}),
-        ("palette.png", "P", {"transparency": b"\x00"}),
-        ("palette.gif", "P", {}),
-        ("bilevel.tif", "1", {}),
-        ("alpha.png", "RGBA", {}),
-        ("grey_alpha.png", "LA", {}),
-        ("deep.png", "I;16", {}),
-        ("deep.tif", "I;16", {}),
-    ],
-)
-def test_every_kind_of_image_goes_through_the_crop(tmp_path: Path, name: str, mode: str, options: dict) -> None:
-    save(tmp_path / "a" / name, mode=mode, **options)
-    image, _ = ClassFolders(tmp_path)[0]
-    assert centre_crop(image, 4).shape == (4, 4, 3)
-
-
-def test_exif_rotation_is_ignored(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save(tmp_path / "a" / "rotated.jpg", exif=exif)
-    assert ClassFolders(tmp_path)[0][0].size == (6, 4)
+def test_every_kind_of_image_is_read_and_cropped(tmp_path: Path) -> None:
+    names = sorted(write_zoo(tmp_path))
+    source = ClassFolders(tmp_path)
+    assert source.class_names == ("bad", "common", "odd")
+    assert_is_zoo(pickle.loads(pickle.dumps(source)), names)
 
 
 def test_files_that_do_not_decode_are_named(tmp_path: Path) -> None:
@@ -131,5 +115,87 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="no file in any"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "one.parquet").write_bytes(b"")
-    with pytest.raises(JLTError, match="is a file"):
+    with pytest.raises(JLTError, match=r"one\.parquet does not read"):
         open_source(str(tmp_path / "one.parquet"))
+    (tmp_path / "notes.txt").write_text("images")
+    with pytest.raises(JLTError, match="neither .parquet nor .tar"):
+        open_source(str(tmp_path / "notes.txt"))
+
+
+def test_identity_is_the_hash_of_names_and_survives_any_bytes_in_them(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "z").mkdir()
+    for name in (b"two words.png", b"\xff\xfe.png", "ü.png".encode()):
+        Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/" + name)).touch()
+    source = pickle.loads(pickle.dumps(ClassFolders(tmp_path)))
+    listing = b"a\0z\0\0" + b"a/two words.png\0" + "a/ü.png\0".encode() + b"a/\xff\xfe.png\0"
+    assert source.identity()["listing_sha256"] == hashlib.sha256(listing).hexdigest()
+    assert [Path(source.describe(i)).exists() for i in range(3)] == [True] * 3
+
+
+def test_a_listing_is_small(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(2000):
+        (tmp_path / "a" / f"n01440764_{number}.JPEG").touch()
+    # A list of str takes 80 bytes for such a name before its characters are counted.
+    assert len(pickle.dumps(ClassFolders(tmp_path))) < 2000 * 40
+
+
+@pytest.mark.parametrize(("option", "value"), [("split", "train"), ("class_names", "names.txt")])
+def test_options_that_mean_nothing_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    save(tmp_path / "a" / "1.png")
+    words = option.replace("_", "-")
+    for spec in ("digits", str(tmp_path)):
+        with pytest.raises(WrongWordsError, match=f"--{words} has no meaning"):
+            open_source(spec, **{option: value})
+
+
+def touch(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).touch()
+    return [folder / name for name in names]
+
+
+def test_splits_are_told_apart_by_what_precedes_the_number(tmp_path: Path) -> None:
+    files = touch(tmp_path, *(f"train-0000{n}-of-00003-a1b2c3d4e5f60789.parquet" for n in (2, 0, 1)))
+    assert choose_split(files, None) == sorted(files)
+    files += touch(tmp_path, "validation-00000-of-00001.parquet", "imagenet1k-test-000.tar", "imagenet1k-test-001.tar")
+    with pytest.raises(WrongWordsError, match=r"imagenet1k-test \(2 files\), train \(3 files\), val"):
+        choose_split(files, None)
+    assert [file.name for file in choose_split(files, "imagenet1k-test")] == [
+        "imagenet1k-test-000.tar",
+        "imagenet1k-test-001.tar",
+    ]
+    with pytest.raises(WrongWordsError, match="did you mean validation"):
+        choose_split(files, "valid")
+    plain = touch(tmp_path, "1.tar", "0.tar")
+    assert choose_split(plain, None) == plain[::-1]
+    with pytest.raises(WrongWordsError, match="leave out --split"):
+        choose_split(plain, "train")
+
+
+def test_missing_and_stale_files_of_a_numbered_set_are_named(tmp_path: Path) -> None:
+    files = touch(tmp_path, *(f"train-{n:05d}-of-00009.parquet" for n in (0, 1, 3, 4, 5, 6, 8)))
+    with pytest.raises(JLTError, match="lacks 2 of the 9 files of train: fetch train-00002, train-00007"):
+        choose_split(files, None)
+    for stale in ("train-00001-of-00009-0123abcd.parquet", "train-00000-of-00010.parquet", "train-7.parquet"):
+        with pytest.raises(JLTError, match="several versions of train"):
+            choose_split([*files, *touch(tmp_path, stale)], None)
+
+
+def test_folders_that_are_not_one_collection(tmp_path: Path) -> None:
+    touch(tmp_path, "a-0.tar", "a-0.parquet")
+    with pytest.raises(JLTError, match="both .parquet and .tar"):
+        open_source(str(tmp_path))
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for name in ("a-0.tar.gz", "a-0.tgz", "a-0.tar.zst"):
+        file = touch(packed, name)[0]
+        for spec in (packed, file):
+            with pytest.raises(JLTError, match="decompress it first"):
+                open_source(str(spec))
+        file.unlink()
+    # What class folders were unpacked from may lie beside them.
+    touch(packed, "train.tar.gz")
+    save(packed / "a" / "1.png")
+    assert len(open_source(str(packed))) == 1

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import expected_latents, file_bytes, make_store
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jlt.data.manifest import StoreManifest, read_manifest, write_manifest
+from jlt.data.manifest import ShardRecord, SkippedImage, StoreManifest, read_manifest, write_manifest
 from jlt.data.shape import LatentShape
 from jlt.data.shards import ShardFile
 from jlt.data.store import LatentStore, verify_store
+from jlt.data.write import write_store
 from jlt.errors import JLTError
+from jlt.files import sealed_text, sha256_file
 
 COUNT = 37
 
@@ -29,6 +34,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound") / "store"
     make_store(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def victim(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose files every test puts back."""
+    return Path(shutil.copytree(sound, tmp_path_factory.mktemp("victim") / "store"))
 
 
 @pytest.fixture
@@ -109,19 +120,67 @@ def test_a_sound_store_has_no_problems(sound: Path) -> None:
     assert verify_store(sound) == []
 
 
-def test_every_flipped_bit_is_found_and_named(copy: Path) -> None:
-    rng = np.random.default_rng(0)
-    for name, content in file_bytes(copy).items():
-        places = [int(rng.integers(8 * len(content))) for _ in range(60)] + [0, 8 * 8, 8 * len(content) - 1]
-        for place in places:
-            damaged = bytearray(content)
-            damaged[place // 8] ^= 1 << place % 8
-            (copy / name).write_bytes(damaged)
-            problems = verify_store(copy)
-            assert len(problems) == 1, (name, place)
-            assert name in problems[0]
-        (copy / name).write_bytes(content)
-    assert verify_store(copy) == []
+@st.composite
+def damages(draw: st.DrawFn, content: bytes) -> bytes:
+    """Another content: changed bits, a zeroed tail, or another length."""
+    kind = draw(st.sampled_from(["bits", "zeros", "truncated", "too long"]))
+    place = draw(st.integers(0, len(content) - 1))
+    if kind == "bits":
+        damaged = bytearray(content)
+        for _ in range(draw(st.integers(1, 3))):
+            damaged[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
+        return bytes(damaged)
+    if kind == "zeros":
+        return content[:place] + bytes(len(content) - place)
+    return content[:place] if kind == "truncated" else content + draw(st.binary(min_size=1, max_size=9))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_damage_anywhere_is_found_in_exactly_that_file(victim: Path, data: st.DataObject) -> None:
+    contents = file_bytes(victim)
+    name = data.draw(st.sampled_from(sorted(contents)))
+    damaged = data.draw(damages(contents[name]))
+    assume(damaged != contents[name])
+    (victim / name).write_bytes(damaged)
+    try:
+        problems = verify_store(victim)
+        assert len(problems) == 1
+        assert [other for other in contents if other in problems[0].removesuffix("is not the manifest's.")] == [name]
+        with pytest.raises(JLTError, match=name):
+            LatentStore.open_verified(victim)
+    finally:
+        (victim / name).write_bytes(contents[name])
+
+
+@settings(deadline=None, max_examples=10)
+@given(pair=st.lists(st.sampled_from([f"shard-0000{shard}.safetensors" for shard in range(4)]), min_size=2, max_size=2))
+def test_shards_in_each_others_place_are_both_named(victim: Path, pair: list[str]) -> None:
+    assume(pair[0] != pair[1])
+    contents = file_bytes(victim)
+    for name, other in zip(pair, reversed(pair), strict=True):
+        (victim / name).write_bytes(contents[other])
+    try:
+        problems = verify_store(victim)
+        assert len(problems) == 2
+        assert [name in problem for name, problem in zip(sorted(pair), problems, strict=True)] == [True, True]
+    finally:
+        for name in pair:
+            (victim / name).write_bytes(contents[name])
+
+
+def test_only_reading_everything_finds_a_changed_value(copy: Path) -> None:
+    path = copy / "shard-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000] + b"\x01" + path.read_bytes()[-999:])
+    LatentStore.open(copy)
+    with pytest.raises(JLTError, match=r"damaged: .*shard-00002.*SHA-256"):
+        LatentStore.open_verified(copy)
+
+
+def test_verifying_short_work_says_nothing(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_store(sound) == []
+    assert len(LatentStore.open_verified(sound)) == COUNT
+    assert capsys.readouterr() == ("", "")
 
 
 def test_every_flipped_bit_of_a_manifest_is_refused_at_opening(copy: Path) -> None:
@@ -132,13 +191,6 @@ def test_every_flipped_bit_of_a_manifest_is_refused_at_opening(copy: Path) -> No
         (copy / "manifest.json").write_bytes(damaged)
         with pytest.raises(JLTError, match=r"manifest\.json"):
             LatentStore.open(copy)
-
-
-def test_a_zeroed_tail_is_found(copy: Path) -> None:
-    path = copy / "shard-00002.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:-512] + bytes(512))
-    assert [path.name in problem for problem in verify_store(copy)] == [True]
 
 
 def test_changed_files_are_refused_at_opening(copy: Path) -> None:
@@ -172,6 +224,47 @@ def test_all_problems_are_named(copy: Path) -> None:
     assert "shard-00003" not in found
 
 
+def test_things_that_are_no_files_are_named(copy: Path) -> None:
+    path = copy / "shard-00001.safetensors"
+    content = path.read_bytes()
+    changes = {
+        "is not a file": path.mkdir,
+        "is not a file\\.": lambda: os.mkfifo(path),
+        "is missing": lambda: path.symlink_to(copy / "nowhere"),
+        "cannot be read": lambda: path.symlink_to(path),
+    }
+    for wrong, change in changes.items():
+        path.unlink()
+        change()
+        with pytest.raises(JLTError, match=f"{path.name} {wrong}"):
+            LatentStore.open(copy)
+        assert len(verify_store(copy)) == 1
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.write_bytes(content)
+    (copy / "manifest.json").unlink()
+    os.mkfifo(copy / "manifest.json")
+    with pytest.raises(JLTError, match=r"manifest.json is not a file"):
+        LatentStore.open(copy)
+
+
+def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("jlt.data.store.sha256_file", refuse)
+    problems = verify_store(copy)
+    assert [problem.endswith("cannot be read (Permission denied).") for problem in problems] == [True] * 4
+
+
+def test_links_and_hidden_files_do_no_harm(copy: Path, tmp_path: Path) -> None:
+    shutil.move(copy / "shard-00000.safetensors", tmp_path / "elsewhere")
+    (copy / "shard-00000.safetensors").symlink_to(tmp_path / "elsewhere")
+    (copy / ".shard-00001.77.partial.safetensors").write_bytes(b"left by a killed process")
+    (copy / ".encoding").mkdir(exist_ok=True)
+    assert verify_store(copy) == []
+    LatentStore.open(copy).gather(np.arange(COUNT))
+
+
 def rewrite(folder: Path, **changes: object) -> None:
     """Write a manifest that is valid in itself, as a program that does not know better would."""
     content = {**vars(read_manifest(folder)), **changes}
@@ -194,12 +287,94 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(copy: Path) -> None:
     with pytest.raises(JLTError, match=r"labels from 0 to 2.*2 classes"):
         LatentStore.open(copy)
     assert len(verify_store(copy)) == 1
-    rewrite(copy, class_names=("a", "b", "c"), channels=47)
-    with pytest.raises(JLTError, match="48, 2, 2.*47, 2, 2"):
+    rewrite(copy, class_names=("a", "b", "c"), height=3)
+    with pytest.raises(JLTError, match="48, 2, 2.*48, 3, 2"):
         LatentStore.open(copy)
-    rewrite(copy, channels=48, dtype="float16")
+    rewrite(copy, height=2, dtype="float16")
     with pytest.raises(JLTError, match="F32.*F16"):
         LatentStore.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 36}, "counts other than its shards"),
+        ({"shards": ()}, "counts other than its shards"),
+        ({"count": 0, "shards": ()}, "whole numbers from 1"),
+        ({"height": -2}, "whole numbers from 1"),
+        ({"channels": 47}, "another number of channels"),
+        ({"channel_std": (1.0,)}, "another number of channels"),
+        ({"minimum": 9.0}, "minimum is above its maximum"),
+        ({"dtype": "bfloat16"}, "dtype is not known"),
+        ({"class_names": ()}, "names no classes"),
+        ({"class_names": 3}, "lacks fields"),
+        ({"shards": (ShardRecord("../a.safetensors", 37, 9, ""),)}, "shards lie in the folder"),
+        ({"shards": (ShardRecord("a", 20, 9, ""), ShardRecord("a", 17, 9, ""))}, "names a shard twice"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(copy: Path, changes: dict[str, object], message: str) -> None:
+    content = {**read_manifest(copy).content(), **json.loads(json.dumps(changes, default=vars))}
+    (copy / "manifest.json").write_text(sealed_text(content))
+    with pytest.raises(JLTError, match=rf"manifest\.json .*{message}"):
+        LatentStore.open(copy)
+    assert len(verify_store(copy)) == 1
+
+
+def test_a_manifest_with_a_number_that_is_none(copy: Path) -> None:
+    text = (copy / "manifest.json").read_text()
+    for number in ("NaN", "1e999"):
+        (copy / "manifest.json").write_text(re.sub(r'"mean": [^,]*', f'"mean": {number}', text, count=1))
+        with pytest.raises(JLTError, match=r"manifest\.json .*edited or damaged"):
+            LatentStore.open(copy)
+
+
+def replace_tensors(folder: Path, shard: int, **tensors: np.ndarray | None) -> None:
+    """Save a shard anew with other tensors, and seal a manifest that has its new hash."""
+    manifest = read_manifest(folder)
+    path = folder / manifest.shards[shard].file
+    changed = {name: values for name, values in {**load_file(path), **tensors}.items() if values is not None}
+    save_file(changed, path)
+    record = dataclasses.replace(manifest.shards[shard], bytes=path.stat().st_size, sha256=sha256_file(path))
+    rewrite(folder, shards=(*manifest.shards[:shard], record, *manifest.shards[shard + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (np.arange(10), "other images"),
+        (np.arange(19, 9, -1), "other images"),
+        (np.arange(11, 21), "other images"),
+        (np.arange(10, 20).astype(np.int32), "does not hold the position"),
+        (None, "does not hold the position"),
+    ],
+)
+def test_positions_that_are_not_those_of_the_source(copy: Path, index: np.ndarray | None, message: str) -> None:
+    replace_tensors(copy, 1, index=index)
+    problems = verify_store(copy)
+    assert len(problems) == 1
+    assert re.search(f"shard-00001.* {message}", problems[0])
+
+
+def test_images_that_are_neither_stored_nor_skipped(copy: Path) -> None:
+    assert read_manifest(copy).skipped == ()
+    rewrite(copy, skipped=(SkippedImage(3, "noise/3.png", "is no image"),))
+    assert ["37 latents and 1 skipped images, and 37 images" in problem for problem in verify_store(copy)] == [True]
+    rewrite(copy, skipped=(), source={"kind": "noise", "count": 38})
+    assert ["37 latents and 0 skipped images, and 38 images" in problem for problem in verify_store(copy)] == [True]
+
+
+def test_a_million_latents_open_within_a_second(tmp_path: Path) -> None:
+    rows, rng = 8000, np.random.default_rng(0)
+    latents = rng.normal(0, 1, (rows, 4, 1, 1)).astype(np.float16)
+    labels = rng.integers(0, 1000, rows)
+    write_store(tmp_path / "store", ({"latents": latents, "labels": labels} for _ in range(160)), 1000)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        store = LatentStore.open(tmp_path / "store")
+        seconds.append(time.perf_counter() - begin)
+    assert len(store) == 1_280_000
+    assert min(seconds) < 1
 
 
 def test_a_file_that_shrinks_while_open_is_an_error_and_no_crash(copy: Path) -> None:
@@ -209,13 +384,29 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_no_crash(copy: Path) -> 
         store.gather(np.array([0, 19]))
 
 
+def header_of(tensors: dict[str, list[object]]) -> bytes:
+    fields = {
+        name: dict(zip(("dtype", "shape", "data_offsets"), tensor, strict=True)) for name, tensor in tensors.items()
+    }
+    header = json.dumps(fields).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "truncated"),
         (b"\xff" * 8, "header claims"),
         (b"\x02" + bytes(7) + b"[]", "does not parse"),
-        (b"\x02" + bytes(7) + b"{}", "does not parse"),
+        (header_of({}) + b"more", "describes 10 bytes and the file has 14"),
+        (header_of({"a": ["F16", [2], [0, 2]]}) + bytes(2), "does not parse"),
+        (header_of({"a": ["F16", [1], [2, 4]]}) + bytes(4), "does not parse"),
+        (header_of({"a": ["F16", [1], [0, 2]], "b": ["F16", [1], [0, 2]]}) + bytes(2), "does not parse"),
+        (header_of({"a": ["F16", [-1, -1], [0, 2]]}) + bytes(2), "does not parse"),
+        (header_of({"a": ["F16", [1.0], [0, 2]]}) + bytes(2), "does not parse"),
+        (header_of({"a": ["X", [1], [0, -2]]}), "does not parse"),
+        (header_of({"a": ["F16", [1], [0, 2, 3]]}) + bytes(2), "does not parse"),
+        (b"\x40\x9c" + bytes(6) + b"[" * 40_000, "does not parse"),
         (b"\x05" + bytes(7) + b'{"a":', "does not parse"),
     ],
 )

@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
+from jlt import processes
 from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DIGITS_SAMPLING, renamed, resolve_recipe
-from jlt.progress import say
+from jlt.progress import silence
 
 Positional = tyro.conf.Positional
 Flat = tyro.conf.arg(name="")
@@ -105,11 +106,15 @@ class Quickstart(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(Verb):
-    """Encode images into a latent store.
+    """Encode images into a latent store, or adopt shards that the authors' program wrote.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m jlt encode ...
 
     For example:
 
       jlt encode --images digits --autoencoder tiny --resolution 32 --out latents
+
+      jlt encode --adopt shards --resolution 256
     """
 
     config: Annotated[EncodeConfig, Flat]
@@ -120,10 +125,44 @@ class Encode(Verb):
         from jlt.data.encode import encode
         from jlt.protocol import default_device
 
-        manifest = encode(self.config, self.out, default_device())
-        shape = f"{manifest.channels}x{manifest.height}x{manifest.width}"
-        text = f"{manifest.count} latents of {shape} in {self.out}, overall standard deviation {manifest.std:.3f}"
-        return Result(manifest.content(), text)
+        return _store_result(encode(self.config, self.out, default_device()), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopt(Verb):
+    """Make a latent store of the authors' shards, where they lie: write the manifest beside them.
+
+    For example:
+
+      jlt encode --adopt shards --resolution 256
+    """
+
+    adopt: Path
+    """Folder of latents_rank*_shard*.safetensors."""
+    autoencoder: str = "flux2"
+    """What made the latents, and will decode samples."""
+    autoencoder_path: str | None = None
+    """Where its weights are: a local folder or a Hub id."""
+    resolution: int | None = None
+    """Side of the images in pixels (default: the latents' height times the autoencoder's downsampling)."""
+    class_names: Path | None = None
+    """A text file with one class name a line (default: the numbers)."""
+
+    def run(self) -> Result:
+        from jlt.data.adopt import adopt
+        from jlt.data.sources.labels import read_class_names
+
+        names = read_class_names(self.class_names) if self.class_names else None
+        manifest = adopt(self.adopt, self.autoencoder, self.autoencoder_path, self.resolution, names)
+        return _store_result(manifest, self.adopt)
+
+
+def _store_result(manifest: Any, folder: Path) -> Result:
+    shape = f"{manifest.channels}x{manifest.height}x{manifest.width}"
+    text = f"{manifest.count} latents of {shape} in {folder}, overall standard deviation {manifest.std:.3f}"
+    if manifest.skipped:
+        text += f"; {len(manifest.skipped)} bad images are listed in its manifest"
+    return Result(manifest.content(), text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +370,14 @@ class Report(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark(Verb):
-    """Measure speed, utilisation and memory on this machine.
+class TrainBenchmark(Verb):
+    """The trainer's own update on random latents, against a matrix product in the same run.
 
     For example:
 
       jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
     """
 
-    what: Annotated[Literal["train"], Positional]
     preset: str = "JLT-B/1"
     batch_size: int = 8
     steps: int = 5
@@ -354,6 +392,79 @@ class Benchmark(Verb):
         measured = benchmark_train(self.preset, self.batch_size, self.steps, self.precision, self.compile)
         return Result(measured, benchmark_table(measured))
 
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmark(Verb):
+    """Reading latents as training does, against other ways of reading them in the same run.
+
+    For example:
+
+      jlt benchmark data --count 8000 --batch-size 256
+    """
+
+    latents: Path | None = None
+    """A store to read (default: a temporary one of random 128x16x16 latents)."""
+    count: int = 8000
+    """Latents in the temporary store."""
+    batch_size: int = 256
+    seconds: float = 1.0
+    """How long each way of reading is timed in each round."""
+
+    def run(self) -> Result:
+        from jlt.experiments.benchmark_data import benchmark_data
+        from jlt.report.table import data_benchmark_table
+
+        measured = benchmark_data(self.latents, self.count, self.batch_size, self.seconds)
+        return Result(measured, data_benchmark_table(measured))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeBenchmark(Verb):
+    """Encoding, against the autoencoder's bare forward on the same images in the same run.
+
+    For example:
+
+      jlt benchmark encode --images digits --autoencoder tiny --resolution 32
+    """
+
+    images: str = "digits"
+    """What to encode, as in jlt encode; repeated until there are --num."""
+    autoencoder: str = "tiny"
+    autoencoder_path: str | None = None
+    resolution: int = 32
+    num: int = 4096
+    """Images to encode."""
+    batch_size: int = 32
+    precision: Literal["float32", "bfloat16"] = "float32"
+    workers: int | None = None
+    """Processes that decode images (default: one per core, none for a bundled set)."""
+
+    def run(self) -> Result:
+        from jlt.data.config import EncodeConfig
+        from jlt.experiments.benchmark_encode import benchmark_encode
+        from jlt.report.table import encode_benchmark_table
+
+        config = EncodeConfig(
+            images=self.images,
+            autoencoder=self.autoencoder,
+            autoencoder_path=self.autoencoder_path,
+            resolution=self.resolution,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            workers=self.workers,
+        )
+        measured = benchmark_encode(config, self.num)
+        return Result(measured, encode_benchmark_table(measured))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Verb):
+    """Measure speed, utilisation and memory on this machine: of training, of reading data, of encoding."""
+
+    what: Annotated[Literal["train", "data", "encode"], Positional]
+
+
+BENCHMARKS: dict[str, type[Verb]] = {"train": TrainBenchmark, "data": DataBenchmark, "encode": EncodeBenchmark}
 
 VERBS: tuple[type[Verb], ...] = (
     Quickstart,
@@ -373,17 +484,25 @@ DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sa
 
 def parse(arguments: Sequence[str]) -> Verb:
     """Return the verb that the words make; wrong ones are a SystemExit of 2 or an WrongWordsError."""
-    named = {verb.__name__.lower(): verb for verb in VERBS}
+    if arguments[:1] == ["benchmark"]:
+        return _parse(list(arguments[1:]), BENCHMARKS, "jlt benchmark", Benchmark.__doc__ or "")
+    named: dict[str, type[Verb]] = {verb.__name__.lower(): verb for verb in VERBS}
+    if any(word.partition("=")[0] == "--adopt" for word in arguments):
+        named["encode"] = Adopt
+    return _parse(list(arguments), named, "jlt", DESCRIPTION)
+
+
+def _parse(arguments: list[str], named: dict[str, type[Verb]], prog: str, description: str) -> Verb:
     # The list of verbs shows one line for each; the help of a verb shows its example too.
     chosen = arguments[0] if arguments else None
     if chosen and not chosen.startswith("-") and chosen not in named:
-        raise unknown_name("verb", chosen, named)
+        raise unknown_name("verb" if prog == "jlt" else "benchmark", chosen, named)
     kinds = [
         Annotated[verb, tyro.conf.subcommand(name, description=None if name == chosen else _summary(verb))]
         for name, verb in named.items()
     ]
     union: Any = Union[tuple(kinds)]  # noqa: UP007
-    options: dict[str, Any] = {"prog": "jlt", "description": DESCRIPTION, "config": PARSING}
+    options: dict[str, Any] = {"prog": prog, "description": description, "config": PARSING}
     verb, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
     if isinstance(verb, RecipeVerb):
         return dataclasses.replace(verb, overrides=tuple(rest))
@@ -403,6 +522,9 @@ def _summary(verb: type[Verb]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 when done, 1 on failure and 2 when the words were wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if processes.rank() > 0:
+        # The first process speaks for all; an error is said by whom it befell.
+        silence()
     try:
         verb = parse(words)
         result = verb.run()
@@ -412,6 +534,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         return _explain(error)
+    if processes.rank() > 0:
+        return 0 if result.sound else 1
     try:
         print(json.dumps(result.data) if verb.json else result.text, flush=True)
     except BrokenPipeError:
@@ -426,11 +550,13 @@ def _explain(error: BaseException) -> int:
     from jlt.signals import Stopped
 
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        say(f"{str(error) or 'Interrupted.'} The same words continue it.")
+        sentence = f"{str(error) or 'Interrupted.'} The same words continue it."
     elif isinstance(error, JLTError):
-        say(f"jlt: {error}")
+        sentence = f"jlt: {error}"
     else:
-        say(f"jlt: {type(error).__name__}: {error} (--debug shows where)")
+        sentence = f"jlt: {type(error).__name__}: {error} (--debug shows where)"
+    process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
+    print(f"{process}{sentence}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, WrongWordsError) else 1
 
 

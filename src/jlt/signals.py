@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_SECONDS = 1.0
 _parent_asks: Callable[[], bool] = lambda: False  # noqa: E731
 
 
@@ -28,12 +31,22 @@ class StopRequest:
         return self.received or _parent_asks()
 
 
-def obey_parent(asks: Callable[[], bool]) -> None:
-    """In a worker process: ignore signals, which reach a whole group at once, and stop when `asks` says so."""
+def follow_parent(parent: int, asks: Callable[[], bool] = lambda: False) -> None:
+    """In a worker process: leave the signals, which reach a whole group at once, to the parent process.
+
+    Stop when `asks` says so, and end with a parent that was killed, so that no orphan works on beside its successor.
+    """
     global _parent_asks
     _parent_asks = asks
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
 
 
 @contextlib.contextmanager

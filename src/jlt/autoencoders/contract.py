@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from jlt.errors import JLTError
 
+Posterior = Literal["mode", "sample"]
+
 
 class Autoencoder(abc.ABC):
     """A frozen codec between images and latents of mean 0 and variance 1 in every channel.
 
     `channels` is the channel count of a latent, `downsampling` the image pixels per latent position along one side,
     `device` where the weights lie, and `held_out_psnr` the reconstruction of held-out images in dB that its makers
-    measured, None where they did not say.
+    measured, None where they did not say. `posterior` says which latent of an image is returned: the `mode` of the
+    codec's distribution, or a `sample` of it.
     """
 
     name: str
@@ -25,12 +29,17 @@ class Autoencoder(abc.ABC):
     downsampling: int
     device: torch.device
     held_out_psnr: float | None = None
+    posterior: Posterior = "mode"
 
     @abc.abstractmethod
-    def encode(self, images: Float[Tensor, "n 3 hh ww"]) -> Float[Tensor, "n c h w"]:
+    def encode(
+        self, images: Float[Tensor, "n 3 hh ww"], noise_seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "n c h w"]:
         """Return the float32 latents of images in [-1, 1], on the autoencoder's device.
 
-        Deterministic: the mode where the codec has a distribution. JLTError if a side is no multiple of `downsampling`.
+        `noise_seeds`, one per image, is needed by a codec that samples (`posterior == "sample"`) and ignored by the
+        others: a latent is a function of its image and its seed, whatever the batch. JLTError if a side is no multiple
+        of `downsampling`.
         """
 
     @abc.abstractmethod
@@ -42,7 +51,7 @@ class Autoencoder(abc.ABC):
         """Return what makes this codec this one, as JSON values; equal identities give equal latents.
 
         Keys: name, source, class, weights_sha256 (None without weights), normalisation (its `kind`, `none` if latents
-        are left as they are), channels, downsampling; held_out_psnr where it is known.
+        are left as they are), posterior, channels, downsampling; held_out_psnr where it is known.
         """
 
     @abc.abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ class PixelAutoencoder(Autoencoder):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    def encode(
+        self,
+        images: Float[Tensor, "n 3 h w"],
+        noise_seeds: Sequence[int] | None = None,  # noqa: ARG002
+    ) -> Float[Tensor, "n 3 h w"]:
         """Return the images themselves."""
         return images.to(self.device, torch.float32)
 
@@ -38,6 +43,7 @@ class PixelAutoencoder(Autoencoder):
             "class": type(self).__name__,
             "weights_sha256": None,
             "normalisation": {"kind": "none"},
+            "posterior": self.posterior,
             "channels": self.channels,
             "downsampling": self.downsampling,
         }

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from typing import Literal
+
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from jlt.errors import JLTError
 
+MOST_PIXELS = 2**27
+"""A narrow strip can grow without bound when its short side is enlarged; this is 400 MB of RGB."""
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF tag 0x0112 (EXIF 2.3, 4.6.4 A); ROTATE counts against the clock."""
 
-def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+
+def centre_crop(
+    image: Image.Image, size: int, exif: Literal["ignore", "apply"] = "ignore"
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Return the central `size` x `size` pixels, 0..255, of the image whose short side was brought to `size`.
 
     Pixel for pixel the crop of ADM: halved by a box filter while the short side is at least twice `size`, then bicubic,
-    then cropped. A short side below `size` is enlarged by the same bicubic step. JLTError for a mode without a range.
+    then cropped. A short side below `size` is enlarged by the same bicubic step. With exif="apply" the image is first
+    turned as its camera noted; the field's protocol ignores that. (Of TIFF files Pillow applies it in any case.)
+    JLTError for a mode without a range, and for a strip so narrow that it would be enlarged beyond 2**27 pixels.
     """
-    image = to_rgb(image)
-    while min(image.size) >= 2 * size:
-        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = _resize(image, round(image.width * scale), round(image.height * scale), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    rgb = to_rgb(image)
+    turn = ORIENTATIONS.get(_orientation(image)) if exif == "apply" else None
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    while min(rgb.size) >= 2 * size:
+        rgb = _resize(rgb, rgb.width // 2, rgb.height // 2, Image.Resampling.BOX)
+    scale = size / min(rgb.size)
+    width, height = round(rgb.width * scale), round(rgb.height * scale)
+    if width * height > MOST_PIXELS:
+        raise JLTError(f"An image of {image.width} x {image.height} pixels is too narrow to be cropped: take it out.")
+    rgb = _resize(rgb, width, height, Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(rgb.crop((left, top, left + size, top + size)))
+
+
+def _orientation(image: Image.Image) -> int:
+    # Damaged EXIF, of which there is much, is no EXIF: the parser raises whatever it trips over, or warns.
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        return int(image.getexif().get(0x0112, 1))
+    return 1
 
 
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
@@ -31,10 +66,10 @@ def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resamplin
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in 8-bit RGB as the field's protocol does: alpha and EXIF rotation are ignored.
+    """Return the image in 8-bit RGB as the field's protocol does: alpha is ignored.
 
     16-bit grey is scaled from 0..65535, where Pillow's own conversion would clip it at 255. JLTError for floating-point
-    images and for integers beyond 16 bits, since nothing says which value is white.
+    images and for integers beyond 16 bits, since nothing says which value is white, and for what Pillow cannot convert.
     """
     if image.mode == "RGB":
         return image
@@ -45,7 +80,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         # By way of RGBA the colours are the same, without Pillow's warning that the transparency is lost.
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    if image.mode == "La":
+        # Grey that was multiplied by its alpha has one way out.
+        image = image.convert("LA")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise JLTError(f"An image of Pillow's mode {image.mode} has no conversion to RGB: save it as RGB.") from error
 
 
 def _sixteen_to_eight_bits(image: Image.Image) -> UInt8[np.ndarray, "h w"]:

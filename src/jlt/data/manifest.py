@@ -27,29 +27,42 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class SkippedImage:
+    """An image of the source that is not in the store, and why."""
+
+    index: int
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StoreManifest:
     """Everything a reader must know about a latent store.
 
-    `autoencoder` and `source` are the identities of what made the latents. `channel_mean`, `channel_std` and `std` (of
-    all values) are measured on the latents as stored, both orientations together.
+    `autoencoder` and `source` are the identities of what made the latents, `encoding` the other words that decided them
+    (crop, exif, precision, batch_size, shard_size), None where latents that something else made were adopted.
+    The moments and extremes are measured on the latents as stored, both orientations together; `mean` and `std` are of
+    all values.
     """
 
     autoencoder: dict[str, Any]
     source: dict[str, Any]
+    encoding: dict[str, Any] | None
     resolution: int
-    crop: str
     flips: bool
     dtype: str
-    batch_size: int
-    shard_size: int
     channels: int
     height: int
     width: int
     class_names: tuple[str, ...]
     count: int
+    skipped: tuple[SkippedImage, ...]
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...]
-    std: float
     shards: tuple[ShardRecord, ...]
 
     @property
@@ -72,9 +85,14 @@ def write_manifest(folder: Path, manifest: StoreManifest) -> None:
 
 
 def read_manifest(folder: Path) -> StoreManifest:
-    """Read a manifest; JLTError if it is missing, damaged, edited, or of another schema version."""
+    """Read a manifest; JLTError if it is missing, damaged, edited, of another schema version, or contradicts itself."""
     path = folder / MANIFEST_NAME
-    content = read_sealed_json(path)
+    if path.exists() and not path.is_file():
+        raise JLTError(f"{path} is not a file.")
+    try:
+        content = read_sealed_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise JLTError(f"{path} cannot be read, or was edited or damaged ({error}).") from error
     if content.get("schema") != SCHEMA:
         raise JLTError(f"{path} has schema version {content.get('schema')}, this version of jlt reads {SCHEMA}.")
     return _from_content(path, content)
@@ -87,10 +105,32 @@ def _from_content(path: Path, content: dict[str, Any]) -> StoreManifest:
     del fields["schema"]
     try:
         fields["shards"] = tuple(ShardRecord(**record) for record in fields["shards"])
+        fields["skipped"] = tuple(SkippedImage(**image) for image in fields["skipped"])
         manifest = StoreManifest(**fields)
+        fault = _fault(manifest)
     except (KeyError, TypeError) as error:
         raise JLTError(f"{path} lacks fields of a latent store's manifest or has unknown ones ({error}).") from error
-    for record in manifest.shards:
-        if Path(record.file).name != record.file:
-            raise JLTError(f"{path} names {record.file!r} as a shard: shards lie in the folder of their manifest.")
+    if fault:
+        raise JLTError(f"{path} was not written by jlt: {fault}.")
     return manifest
+
+
+def _fault(manifest: StoreManifest) -> str | None:
+    """Return what contradicts itself in a manifest, whoever sealed it; TypeError where a value is of another kind."""
+    shards = manifest.shards
+    sizes = [manifest.resolution, manifest.channels, manifest.height, manifest.width, manifest.count]
+    sizes += [size for record in shards for size in (record.count, record.bytes)]
+    for record in shards:
+        if Path(record.file).name != record.file:
+            return f"it names {record.file!r} as a shard, and shards lie in the folder of their manifest"
+    sound = {
+        "its sizes and counts are not all whole numbers from 1 on": all(type(n) is int and n > 0 for n in sizes),
+        "it counts other than its shards do": manifest.count == sum(record.count for record in shards),
+        "it names a shard twice": len({record.file for record in shards}) == len(shards),
+        "its dtype is not known": manifest.dtype in ("float16", "float32"),
+        "it has moments of another number of channels": {manifest.channels}
+        == {len(manifest.channel_mean), len(manifest.channel_std)},
+        "its minimum is above its maximum": manifest.minimum <= manifest.maximum,
+        "it names no classes": len(manifest.class_names) > 0,
+    }
+    return next((fault for fault, holds in sound.items() if not holds), None)

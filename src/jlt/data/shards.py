@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlt.errors import JLTError
 
-ITEM_BYTES = {"F16": 2, "F32": 4, "I64": 8}
+ITEM_BYTES = {"F16": 2, "F32": 4, "I32": 4, "I64": 8}
 MAX_HEADER_BYTES = 100_000_000
 CACHE_LINE_BYTES = 64
+ROWS_PER_COPY = 256
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            # Without waiting, which opening a pipe would do for ever.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise JLTError(f"{path} cannot be read ({error.strerror}).") from error
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise JLTError(f"{path} is not a file.")
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -63,9 +69,14 @@ class ShardFile:
         if read != len(buffer):
             raise JLTError(f"{self.path} ends before byte {offset + len(buffer)}: it is truncated.")
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._descriptor).st_size
+
     def read_entries(self) -> dict[str, TensorEntry]:
-        """Parse the header; JLTError if it is not one, or does not describe a file of this size."""
-        size = os.fstat(self._descriptor).st_size
+        """Parse the header; JLTError if it is not one, or does not describe every byte of this file once."""
+        size = self.size
         prefix = bytearray(8)
         self.read_into(memoryview(prefix), 0)
         (length,) = struct.unpack("<Q", prefix)
@@ -77,23 +88,41 @@ class ShardFile:
         self.read_into(memoryview(header), 8)
         try:
             fields = json.loads(header)
+            fields.pop("__metadata__", None)
+            ends = _checked_ends(fields)
             entries = {
                 name: TensorEntry(field["dtype"], tuple(field["shape"]), 8 + length + field["data_offsets"][0])
                 for name, field in fields.items()
-                if name != "__metadata__"
             }
-            end = max(8 + length + field["data_offsets"][1] for name, field in fields.items() if name != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise JLTError(f"{self.path} is damaged or not a safetensors file: its header does not parse.") from error
-        if end != size:
-            raise JLTError(f"{self.path} is damaged: its header describes {end} bytes and the file has {size}.")
+        if 8 + length + ends != size:
+            raise JLTError(
+                f"{self.path} is damaged: its header describes {8 + length + ends} bytes and the file has {size}."
+            )
         return entries
 
     def read_array(self, entry: TensorEntry) -> np.ndarray:
-        """Return a whole I64 tensor (labels, index)."""
-        values = np.empty(entry.shape, dtype="<i8")
+        """Return a whole tensor of integers (labels, index) as int64."""
+        values = np.empty(entry.shape, dtype={"I32": "<i4", "I64": "<i8"}[entry.dtype])
         self.read_into(values.data.cast("B"), entry.offset)
-        return values
+        return values.astype(np.int64, copy=False)
+
+
+def _checked_ends(fields: dict[str, Any]) -> int:
+    """Return where the last tensor ends; ValueError unless they lie side by side and are as large as they say."""
+    end = 0
+    for field in sorted(fields.values(), key=lambda field: field["data_offsets"]):
+        shape, (start, stop) = field["shape"], field["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError("sizes and places are whole numbers")
+        if start != end or stop < start:
+            raise ValueError("tensors overlap or leave a gap")
+        item_bytes = ITEM_BYTES.get(field["dtype"])
+        if item_bytes is not None and stop - start != math.prod(shape) * item_bytes:
+            raise ValueError("a tensor is not as large as its shape says")
+        end = stop
+    return end
 
 
 class ShardWriter:
@@ -135,3 +164,23 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+
+def keep_rows(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Rewrite a shard to the first rows of its tensors, as many as the given dtypes and shapes say."""
+    shorter = path.with_name(f"{path.stem}.shorter{path.suffix}")
+    try:
+        file = ShardFile(path)
+        entries = file.read_entries()
+        with ShardWriter(shorter, tensors) as writer:
+            for name, (_, shape) in tensors.items():
+                entry = entries[name]
+                for start in range(0, shape[0], ROWS_PER_COPY):
+                    count = min(ROWS_PER_COPY, shape[0] - start)
+                    # Which numbers these bytes are does not matter on the way from one file to another.
+                    rows = np.empty((count, *shape[1:]), f"V{ITEM_BYTES[entry.dtype]}")
+                    file.read_into(rows.data.cast("B"), entry.offset + start * entry.row_bytes)
+                    writer.write(name, start, rows)
+        shorter.replace(path)
+    finally:
+        shorter.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ the store's size, and makes of a file that got shorter an error with its name in
 from __future__ import annotations
 
 import functools
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from jlt.data.shape import LatentShape
 from jlt.data.shards import ShardFile, TensorEntry
 from jlt.errors import JLTError
 from jlt.files import sha256_file
+from jlt.progress import track
 
 STATE_FOLDER = ".encoding"
 STORED_DTYPES = {"float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}
@@ -33,8 +35,8 @@ VERIFY_THREADS = 8
 class LatentStore:
     """A finished store, opened for reading; safe to read from several threads.
 
-    Opening checks the manifest, the presence and size of every shard, every shard's header and every label; hashes are
-    checked by `verify_store`.
+    `open` checks the manifest, the presence and size of every shard, every shard's header and every label;
+    `open_verified` and `verify_store` read everything and check hashes too.
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
@@ -60,11 +62,16 @@ class LatentStore:
         folder = Path(path)
         _require_finished(folder)
         manifest = read_manifest(folder)
-        problems = _file_problems(folder, manifest)
-        if problems:
-            more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
-            raise JLTError(f"The latent store {folder} is damaged: {' '.join(problems[:3])}{more}")
+        _require_sound(folder, [*filter(None, map(functools.partial(_file_problem, folder), manifest.shards))])
+        _require_sound(folder, _stray_problems(folder, manifest))
         return cls(folder, manifest)
+
+    @classmethod
+    def open_verified(cls, path: str | Path) -> LatentStore:
+        """Open a store after reading it whole, as `verify_store` does; JLTError names the damaged files."""
+        store = cls.open(path)
+        _require_sound(store.folder, verify_store(path))
+        return store
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -95,13 +102,23 @@ class LatentStore:
             "manifest_sha256": manifest.sha256(),
         }
 
+    def empty(self, count: int) -> Float[Tensor, "{count} c h w"]:
+        """Return memory for `count` latents in the stored dtype, of no particular content."""
+        shape = self.shape
+        dtype = STORED_DTYPES[self.manifest.dtype][1]
+        return torch.empty((count, shape.channels, shape.height, shape.width), dtype=dtype)
+
     def gather(
-        self, indices: Int64[np.ndarray, " n"], flips: Bool[np.ndarray, " n"] | None = None
+        self,
+        indices: Int64[np.ndarray, " n"],
+        flips: Bool[np.ndarray, " n"] | None = None,
+        out: Float[Tensor, "n c h w"] | None = None,
     ) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """Return the latents, in the stored dtype, and labels at the given indices, 0..len-1, in that order.
 
-        `flips` asks per latent for the flipped orientation. IndexError for an index out of range, JLTError if flips are
-        asked for and not stored, or if a file cannot be read.
+        `flips` asks per latent for the flipped orientation. The latents are read into `out` where it is given, which
+        has to be as `empty(n)` makes it; fresh memory costs up to half the time again. IndexError for an index out of
+        range, ValueError for another `out`, JLTError if flips are asked for and not stored, or if a file cannot be read.
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices from {indices.min()} to {indices.max()} in a store of {len(self)} latents")
@@ -109,9 +126,7 @@ class LatentStore:
             raise JLTError(
                 f"The latent store {self.folder} holds no flipped latents: encode with flips, or train without."
             )
-        shape = self.shape
-        dtype = STORED_DTYPES[self.manifest.dtype][1]
-        latents = torch.empty((len(indices), shape.channels, shape.height, shape.width), dtype=dtype)
+        latents = self._checked_out(out, len(indices)) if out is not None else self.empty(len(indices))
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         orientation = 0 if flips is None else flips.astype(np.int64)
         offsets = self._offsets[orientation, shards] + (indices - self._starts[shards]) * self._row_bytes
@@ -122,6 +137,16 @@ class LatentStore:
         """Yield all latents, unflipped, with their labels in store order; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.gather(np.arange(start, min(start + batch_size, len(self))))
+
+    def _checked_out(self, out: Tensor, count: int) -> Tensor:
+        manifest = self.manifest
+        wanted = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
+        if (tuple(out.shape), out.dtype) != wanted or out.device.type != "cpu" or not out.is_contiguous():
+            raise ValueError(
+                f"out has to be contiguous {wanted[1]} of {wanted[0]} in host memory, got {out.dtype} of "
+                f"{tuple(out.shape)} on {out.device}"
+            )
+        return out
 
     def _read_rows(self, latents: Tensor, shards: np.ndarray, offsets: np.ndarray) -> None:
         # Rows that follow each other both in the file and in the result are one read; reads go forward in each file.
@@ -134,24 +159,34 @@ class LatentStore:
         order = np.lexsort((offsets[begins], shards[begins]))
         begins, ends = begins[order], ends[order]
         runs = (shards[begins], offsets[begins], begins * self._row_bytes, ends * self._row_bytes)
+        current = -1
         for shard, offset, begin, end in zip(*(column.tolist() for column in runs), strict=True):
-            self._file(self.manifest.shards[shard].file).read_into(buffer[begin:end], offset)
+            if shard != current:
+                current, file = shard, self._file(self.manifest.shards[shard].file)
+            file.read_into(buffer[begin:end], offset)
 
 
 def verify_store(path: str | Path) -> list[str]:
-    """Read a whole store and return every problem found, each naming its file; an empty list means it is sound."""
+    """Read a whole store and return every problem found, each naming its file; an empty list means it is sound.
+
+    Found are missing, additional, longer and shorter files, every change to the bytes of a shard or of the manifest,
+    and a manifest that does not fit what its shards hold. Not found is what somebody changed who also wrote the hashes
+    anew, as long as sizes, labels and positions fit each other. Hidden files are nobody's concern.
+    """
     folder = Path(path)
     try:
         _require_finished(folder)
         manifest = read_manifest(folder)
     except JLTError as error:
         return [str(error)]
-    problems = _file_problems(folder, manifest)
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        problems += filter(None, pool.map(functools.partial(_hash_problem, folder), manifest.shards))
+        damages = pool.map(functools.partial(shard_problem, folder), manifest.shards)
+        problems = [*filter(None, track(damages, f"verifying {folder}", total=len(manifest.shards)))]
+    problems += _stray_problems(folder, manifest)
     if not problems:
         try:
             LatentStore(folder, manifest)
+            _check_positions(folder, manifest)
         except JLTError as error:
             problems.append(str(error))
     return problems
@@ -165,39 +200,82 @@ def _require_finished(folder: Path) -> None:
     raise JLTError(f"{folder} is not a latent store: it has no {MANIFEST_NAME}.")
 
 
-def _file_problems(folder: Path, manifest: StoreManifest) -> list[str]:
-    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-    problems = []
-    for record in manifest.shards:
-        size = sizes.pop(record.file, None)
-        if size is None:
-            problems.append(f"{folder / record.file} is missing.")
-        elif size != record.bytes:
-            wrong = "truncated" if size < record.bytes else "too long"
-            problems.append(f"{folder / record.file} is {wrong}: {size} bytes, and the manifest says {record.bytes}.")
-    return problems + [f"{folder / name} is not in the manifest." for name in sorted(sizes)]
+def _require_sound(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
+        raise JLTError(f"The latent store {folder} is damaged: {' '.join(problems[:3])}{more}")
 
 
-def _hash_problem(folder: Path, record: ShardRecord) -> str | None:
+def _file_problem(folder: Path, record: ShardRecord) -> str | None:
     path = folder / record.file
-    if not path.exists() or path.stat().st_size != record.bytes:
-        return None  # named already
-    return None if sha256_file(path) == record.sha256 else f"{path} is damaged: its SHA-256 is not the manifest's."
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return f"{path} is missing."
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})."
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is not a file."
+    if status.st_size != record.bytes:
+        wrong = "truncated" if status.st_size < record.bytes else "too long"
+        return f"{path} is {wrong}: {status.st_size} bytes, and the manifest says {record.bytes}."
+    return None
+
+
+def _stray_problems(folder: Path, manifest: StoreManifest) -> list[str]:
+    found = {entry.name for entry in folder.glob("*.safetensors") if not entry.name.startswith(".")}
+    strays = found - {record.file for record in manifest.shards}
+    return [f"{folder / name} is not in the manifest." for name in sorted(strays)]
+
+
+def shard_problem(folder: Path, record: ShardRecord) -> str | None:
+    """Return what is wrong with a shard of a store, after reading it whole; None if it is what was written."""
+    path = folder / record.file
+    if problem := _file_problem(folder, record):
+        return problem
+    try:
+        sound = sha256_file(path) == record.sha256
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})."
+    return None if sound else f"{path} is damaged: its SHA-256 is not the manifest's."
+
+
+def _check_positions(folder: Path, manifest: StoreManifest) -> None:
+    """Raise JLTError unless every image of the source is stored, in order, or listed as skipped."""
+    if manifest.encoding is None:
+        return  # nobody knows the positions of adopted latents
+    skipped, images = [image.index for image in manifest.skipped], manifest.source.get("count")
+    if manifest.count + len(skipped) != images:
+        raise JLTError(
+            f"{folder / MANIFEST_NAME} counts {manifest.count} latents and {len(skipped)} skipped images, "
+            f"and {images} images in the source."
+        )
+    expected = np.setdiff1d(np.arange(images), np.array(skipped, dtype=np.int64))
+    for record in manifest.shards:
+        file = ShardFile(folder / record.file)
+        entry = file.read_entries().get("index")
+        if entry is None or (entry.dtype, entry.shape) != ("I64", (record.count,)):
+            raise JLTError(f"{file.path} does not hold the position in the source of each of its latents.")
+        if not np.array_equal(file.read_array(entry), expected[: record.count]):
+            raise JLTError(f"{file.path} holds other images than those that are its turn, or not in their order.")
+        expected = expected[record.count :]
 
 
 def _checked_header(file: ShardFile, record: ShardRecord, manifest: StoreManifest) -> dict[str, TensorEntry]:
     entries = file.read_entries()
-    latents = (STORED_DTYPES[manifest.dtype][0], (record.count, manifest.channels, manifest.height, manifest.width))
-    expected = {"latents": latents, "labels": ("I64", (record.count,))}
-    if manifest.flips:
-        expected["latents_flip"] = latents
-    for name, (dtype, shape) in expected.items():
+    latents = (record.count, manifest.channels, manifest.height, manifest.width)
+    names = ("latents", "latents_flip") if manifest.flips else ("latents",)
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    # Adopted shards may hold either integer.
+    expected = {"labels": (("I64", "I32"), (record.count,))}
+    expected |= dict.fromkeys(names, ((STORED_DTYPES[manifest.dtype][0],), latents))
+    for name, (dtypes, shape) in expected.items():
         if name not in entries:
             raise JLTError(f"{file.path} holds no {name}.")
         found = entries[name]
-        if (found.dtype, found.shape) != (dtype, shape):
+        if found.dtype not in dtypes or found.shape != shape:
             raise JLTError(
-                f"{file.path} holds {name} as {found.dtype} {found.shape}, and the manifest says {dtype} {shape}."
+                f"{file.path} holds {name} as {found.dtype} {found.shape}, and the manifest says {dtypes[0]} {shape}."
             )
     return entries
 

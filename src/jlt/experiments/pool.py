@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,9 +12,8 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.protocol import cores
-from jlt.signals import Stopped, obey_parent, stop_on_signal
+from jlt.signals import POLL_SECONDS, Stopped, follow_parent, stop_on_signal
 
-POLL_SECONDS = 1.0
 _stopping: Event | None = None
 
 
@@ -66,12 +63,4 @@ def _begin_worker(parent: int, threads: int, stopping: Event) -> None:
     _stopping = stopping
     torch.set_num_threads(threads)
     progress.silence()
-    obey_parent(stopping.is_set)
-    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
-
-
-def _leave_with_parent(parent: int) -> None:
-    """End this process when its parent was killed, so that no orphan writes into a run that is started again."""
-    while os.getppid() == parent:
-        time.sleep(POLL_SECONDS)
-    os._exit(1)
+    follow_parent(parent, stopping.is_set)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
-from jlt.autoencoders.registry import load_autoencoder
+from jlt.autoencoders.registry import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
 from jlt.config import SampleConfig, to_dict
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network
+from jlt.progress import say
 from jlt.protocol import versions
 from jlt.sampling.generate import decode_to_uint8, labels_for, sample_latents
 from jlt.sampling.guidance import NOISE_END, Denoiser
@@ -93,13 +95,31 @@ def open_sampler(
 
 
 def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str) -> Autoencoder:
-    """Load the autoencoder that made some latents; JLTError if what is found holds other weights."""
-    autoencoder = load_autoencoder(identity["name"], path, device)
+    """Load the autoencoder that made some latents, from `path` or from where it was loaded when it made them.
+
+    JLTError if what is found decodes otherwise: by its weights, its normalisation or its sizes. Latents that were
+    adopted name no weights: any of the right sizes are taken, and a line says so.
+    """
+    autoencoder = load_autoencoder(identity["name"], path or _recorded_place(identity), device)
     found = autoencoder.identity()
-    if found["weights_sha256"] != identity["weights_sha256"]:
-        raise JLTError(
-            f"The latents were made by the autoencoder {identity['name']!r} with weights "
-            f"{identity['weights_sha256']}, the one from {found['source']} has {found['weights_sha256']}: "
-            "name the right one with --autoencoder-path."
-        )
+    decisive = ["channels", "downsampling"]
+    if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
+        say(f"The latents name no weights of their autoencoder: those from {found['source']} decode them unchecked.")
+    else:
+        decisive = ["weights_sha256", "normalisation", *decisive]
+    for key in decisive:
+        if found[key] != identity[key]:
+            raise JLTError(
+                f"The latents were made by the autoencoder {identity['name']!r} with {key} {identity[key]}, "
+                f"the one from {found['source']} has {found[key]}: name the right one with --autoencoder-path."
+            )
     return autoencoder
+
+
+def _recorded_place(identity: dict[str, Any]) -> str | None:
+    """Return the folder or Hub id of an identity; None, the usual place, if it is none or a folder that is gone."""
+    name, source = identity["name"], identity["source"]
+    gone = Path(source).is_absolute() and not Path(source).exists()
+    if source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES):
+        return None
+    return source

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from jlt.assets.weights import weights_sha256
 from jlt.config import TrainConfig
+from jlt.data.loader import read_ahead
 from jlt.data.order import SampleOrder
 from jlt.data.store import LatentStore
 from jlt.draws import derive_seed, normal_per_sample
@@ -29,6 +31,9 @@ from jlt.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoin
 from jlt.training.draws import StepDraws, draw_step
 from jlt.training.ema import EMA
 from jlt.training.run import RunLog, prepare_run, require_same_run
+
+DrawnBatch = tuple[StepDraws, Float[Tensor, "b c h w"], Int64[Tensor, "b"]]
+"""The draws of a step, with the latents and labels that they ask for."""
 
 
 @dataclass
@@ -97,8 +102,8 @@ def _train(config: TrainConfig, store: LatentStore, run: Path, device: torch.dev
         return complete[-1]
     log = RunLog(run, state.step)
     log.write("start", step=state.step, initial_weights=state.initial_weights, draws=state.draws_digest)
-    with stop_on_signal() as stop:
-        for _ in track(_steps(config, store, state, log), config.name, total=config.steps - state.step):
+    with stop_on_signal() as stop, contextlib.closing(_read_batches(config, store, state)) as batches:
+        for _ in track(_steps(config, batches, state, log), config.name, total=config.steps - state.step):
             if stop or state.step == config.steps or state.step % config.checkpoint_every == 0:
                 folder = save_checkpoint(run, state.step, config, store.identity(), state.tensors(), state.facts())
             if stop and state.step < config.steps:
@@ -107,17 +112,22 @@ def _train(config: TrainConfig, store: LatentStore, run: Path, device: torch.dev
     return folder
 
 
-def _steps(config: TrainConfig, store: LatentStore, state: TrainState, log: RunLog) -> Iterator[int]:
-    """Yield after every update, logging each `log_every` steps."""
+def _read_batches(config: TrainConfig, store: LatentStore, state: TrainState) -> Generator[DrawnBatch, None, None]:
+    """Yield the draws and latents of the remaining steps; while one is computed, a thread prepares the next."""
     order = SampleOrder(len(store), derive_seed(config.seed, "order"))
+    draws = (draw_step(config, order, step, 0, config.batch_size) for step in range(state.step, config.steps))
+    return read_ahead(store, draws, config.batch_size, next(state.network.parameters()).device)
+
+
+def _steps(config: TrainConfig, batches: Iterable[DrawnBatch], state: TrainState, log: RunLog) -> Iterator[int]:
+    """Yield after every update, logging each `log_every` steps."""
     forward: Callable[..., Tensor] = torch.compile(state.network) if config.compile else state.network
     losses: list[Tensor] = []
     last = time.perf_counter()
     begun = last - state.seconds
-    while state.step < config.steps:
-        draws = draw_step(config, order, state.step, 0, config.batch_size)
+    for draws, latents, labels in batches:
         state.draws_digest = draws.digest(state.draws_digest)
-        loss, grad_norm = update(config, state, forward, *load_batch(config, store, draws, state), draws.t)
+        loss, grad_norm = update(config, state, forward, *prepare_batch(config, draws, latents, labels), draws.t)
         losses.append(loss)
         state.step += 1
         if state.step % config.log_every == 0 or state.step == config.steps:
@@ -135,16 +145,14 @@ def _steps(config: TrainConfig, store: LatentStore, state: TrainState, log: RunL
         yield state.step
 
 
-def load_batch(
-    config: TrainConfig, store: LatentStore, draws: StepDraws, state: TrainState
+def prepare_batch(
+    config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Tensor
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Tensor]:
-    """Return clean latents, scaled noise and labels (the null class where dropped), on the network's device."""
-    device = next(state.network.parameters()).device
-    latents, labels = store.gather(draws.indices, draws.flips if config.flips else None)
+    """Return clean latents in float32, scaled noise and labels (the null class where dropped), on the latents' device."""
+    x = latents.float()
+    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
     labels = torch.where(draws.dropped, config.network.num_classes, labels)
-    x = latents.to(device, torch.float32)
-    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], device)
-    return x, eps, labels.to(device)
+    return x, eps, labels.to(x.device)
 
 
 def update(

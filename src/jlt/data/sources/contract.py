@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
+import io
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from jlt.errors import JLTError
 
@@ -26,8 +29,8 @@ class BadImageError(JLTError):
 class ImageSource(abc.ABC):
     """A fixed sequence of labelled images, whose labels index `class_names`.
 
-    Sources go to worker processes, so they pickle small and open their files when they are first read from.
-    `in_memory` says that reading an image costs nothing worth a process of its own.
+    Sources go to worker processes, so they pickle small and open their files when they are first read from. Within a
+    process one thread reads at a time. `in_memory` says that reading an image costs nothing worth a process of its own.
     """
 
     name: str
@@ -53,12 +56,42 @@ class ImageSource(abc.ABC):
         """Return what makes this sequence of images this one, as JSON values; equal sources have equal identities."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Return a fully decoded image in the file's own mode and size; BadImageError names a file that does not decode."""
+def require_index(index: int, source: ImageSource) -> None:
+    """Raise IndexError outside 0..count-1: counting from the end would find an image and miss its label."""
+    if not 0 <= index < len(source):
+        raise IndexError(f"image {index} of {len(source)}")
+
+
+def absolute(path: Path) -> Path:
+    """Return the absolute path of a folder or file; a link to a file keeps its name, as the Hub's cache needs."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
+def read_image(path: Path, describe: Callable[[], str] | None = None) -> Image.Image:
+    """Return the decoded image of a file as `decode_image` does; without `describe` a BadImageError names the path."""
+    describe = describe or (lambda: str(path))
     try:
-        # A copy is detached from its file, which formats with several frames would keep open.
-        with path.open("rb") as file:
-            return Image.open(file).copy()
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImageError(describe(), f"cannot be read ({error.strerror})") from error
+    return decode_image(data, describe)
+
+
+def decode_image(data: bytes, describe: Callable[[], str]) -> Image.Image:
+    """Return the first frame of the image that the bytes of a file hold, in the file's own mode and size.
+
+    BadImageError, with what `describe` returns, where they do not decode.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of damaged EXIF, which has no bearing on the pixels, and of sizes below its own limit.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            image.load()
     except Exception as error:
         # Decoders raise whatever their format's parsing trips over (OSError, SyntaxError, struct.error, ...).
-        raise BadImageError(str(path), f"does not decode as an image ({error})") from error
+        reason = "holds no bytes" if not data else "is of no image format that Pillow knows"
+        if not isinstance(error, UnidentifiedImageError):
+            reason = f"does not decode as an image ({error})"
+        raise BadImageError(describe(), reason) from error
+    return image

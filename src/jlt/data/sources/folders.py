@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jlt.data.sources.contract import ImageSource, read_image
+from jlt.data.sources.contract import ImageSource, read_image, require_index
 from jlt.errors import JLTError
 
 
@@ -30,37 +30,40 @@ class ClassFolders(ImageSource):
             self.class_names = tuple(sorted(entry.name for entry in entries if _is_class_folder(entry)))
         if not self.class_names:
             raise JLTError(f"{folder} holds no class folders: put the images of each class in a folder of its own.")
-        self._files: list[str] = []
-        starts = [0]
+        listing, counts = bytearray(), []
         for class_name in self.class_names:
-            self._files += [f"{class_name}/{file}" for file in sorted(_files_below(self.folder / class_name))]
-            starts.append(len(self._files))
-        if not self._files:
+            files = sorted(_files_below(self.folder / class_name))
+            listing += b"".join(os.fsencode(f"{class_name}/{file}") + b"\0" for file in files)
+            counts.append(len(files))
+        if not listing:
             raise JLTError(f"{folder} holds {len(self.class_names)} class folders, and no file in any of them.")
-        # A label per class boundary instead of one per image keeps a collection of millions small.
-        self._starts = np.array(starts)
+        # One string of all names, and a label per class boundary, keep a collection of millions small and quick to
+        # hand to another process.
+        self._names = bytes(listing)
+        self._ends = np.flatnonzero(np.frombuffer(listing, dtype=np.uint8) == 0)
+        self._starts = np.cumsum([0, *counts])
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        # Counting from the end would find the file and miss the label.
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+        require_index(index, self)
         label = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return read_image(self.folder / self._files[index]), label
+        return read_image(self._path(index)), label
 
     def describe(self, index: int) -> str:
         """Return the path of the file."""
-        return str(self.folder / self._files[index])
+        return str(self._path(index))
 
     def identity(self) -> dict[str, Any]:
         """Return the folder, the count and the SHA-256 of all class and file names, which leaves out the content."""
-        listing = hashlib.sha256()
-        for name in (*self.class_names, "", *self._files):
-            listing.update(os.fsencode(name) + b"\0")
-        count = len(self)
-        return {"kind": "folder", "path": str(self.folder), "count": count, "listing_sha256": listing.hexdigest()}
+        classes = b"".join(os.fsencode(name) + b"\0" for name in (*self.class_names, ""))
+        listing = hashlib.sha256(classes + self._names).hexdigest()
+        return {"kind": "folder", "path": str(self.folder), "count": len(self), "listing_sha256": listing}
+
+    def _path(self, index: int) -> Path:
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return self.folder / os.fsdecode(self._names[start : int(self._ends[index])])
 
 
 def _is_class_folder(entry: os.DirEntry[str]) -> bool:

@@ -1,0 +1,8 @@
+"""`python -m jlt`, and so `torchrun ... -m jlt`."""
+
+import sys
+
+from jlt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

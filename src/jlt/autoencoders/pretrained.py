@@ -1,0 +1,199 @@
+"""What the autoencoders of diffusers share: loading them whole or not at all, their posterior, their identity.
+
+z is a latent as the model makes it, before normalisation: the mode of the model's Gaussian posterior or a sample of it,
+mean + std * noise.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jlt.assets.weights import read_metadata, weights_sha256
+from jlt.autoencoders.contract import Autoencoder, Posterior
+from jlt.draws import normal_per_sample
+from jlt.errors import JLTError
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model of diffusers, where it came from (a full path or a Hub id), and the PSNR that its file states in dB."""
+
+    model: Any
+    source: str
+    held_out_psnr: float | None
+
+
+class PretrainedAutoencoder(Autoencoder):
+    """A frozen autoencoder of diffusers; subclasses say how z is normalised, and set their sizes."""
+
+    def __init__(self, pretrained: Pretrained, name: str, posterior: Posterior = "mode") -> None:
+        # Convolutions over channels-last memory are the faster ones, on this project's CPUs by a third.
+        self._vae = pretrained.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.name = name
+        self.source = pretrained.source
+        self.held_out_psnr = pretrained.held_out_psnr
+        self.posterior = posterior
+        self.device = self._vae.device
+
+    @abc.abstractmethod
+    def normalise(self, z: Float[Tensor, "n z zh zw"]) -> Float[Tensor, "n c h w"]:
+        """Return the float32 latents of z."""
+
+    @abc.abstractmethod
+    def denormalise(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n z zh zw"]:
+        """Return the z of float32 latents: the reverse of `normalise`."""
+
+    @abc.abstractmethod
+    def normalisation(self) -> dict[str, Any]:
+        """Return the kind of the normalisation, and those of its numbers that are no weights, as JSON values."""
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "n 3 hh ww"], noise_seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "n c h w"]:
+        """Return the normalised mode of the posterior, or a sample of it, drawn from one seed per image.
+
+        Under autocast the network alone computes in half precision. JLTError if a side is no multiple of
+        `downsampling`; ValueError if seeds are needed and there is not one for each image.
+        """
+        self.check_images(images)
+        images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+        distribution = self._vae.encode(images).latent_dist
+        z = distribution.mode().float() if self.posterior == "mode" else _sample(distribution, noise_seeds)
+        return self.normalise(z).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
+        """Return the decoded images, clamped to [-1, 1]; JLTError for a wrong channel count."""
+        self.check_latents(latents)
+        z = self.denormalise(latents.to(self.device, torch.float32))
+        images = self._vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        return images.float().clamp(-1, 1).contiguous()
+
+    def identity(self) -> dict[str, Any]:
+        """Return names, sizes, normalisation and the hash of all weights, batch-norm statistics included."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "class": type(self._vae).__name__,
+            "weights_sha256": self._weights_sha256,
+            "normalisation": self.normalisation(),
+            "posterior": self.posterior,
+            "channels": self.channels,
+            "downsampling": self.downsampling,
+            "held_out_psnr": self.held_out_psnr,
+        }
+
+    def to(self, device: torch.device | str) -> PretrainedAutoencoder:
+        """Move the weights in place and return the autoencoder."""
+        self._vae.to(device)
+        self.device = self._vae.device
+        return self
+
+    @functools.cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self._vae.state_dict())
+
+
+def _sample(distribution: DiagonalGaussianDistribution, seeds: Sequence[int] | None) -> Float[Tensor, "n z zh zw"]:
+    mean, std = distribution.mean.float(), (distribution.logvar.float() / 2).exp()
+    if seeds is None or len(seeds) != len(mean):
+        raise ValueError(f"{len(mean)} images need {len(mean)} noise seeds, not {0 if seeds is None else len(seeds)}")
+    # Drawn on the CPU, so that every kind of device gives an image the same noise.
+    return mean + std * normal_per_sample(seeds, mean.shape[1:]).to(mean.device)
+
+
+def load_pretrained(model_class: type[Any], path: str) -> Pretrained:
+    """Load a model as diffusers saves it: a folder, or a folder or Hub id that holds it in itself or under `vae`.
+
+    JLTError if there is none, if it is of another class or cannot be read, or if a weight is missing or left over.
+    Only safetensors are read: a pickle runs no code.
+    """
+    kind = model_class.__name__
+    location, subfolders = _places(path)
+    with _as_jlt_error(path, kind):
+        subfolder, config = _read_config(model_class, location, subfolders)
+    if (found := config.get("_class_name", kind)) != kind:
+        raise JLTError(
+            f"{path} is of the class {found}, not {kind}: name another --autoencoder or another --autoencoder-path."
+        )
+    with _as_jlt_error(path, kind):
+        model, loading = model_class.from_pretrained(
+            location,
+            subfolder=subfolder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    # diffusers fills what is missing with random numbers and a line in its log.
+    if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
+        raise JLTError(f"{path} is not an {kind}: {len(wrong)} weights do not match, {wrong[0]!r} first.")
+    if (seen := model.config.in_channels) != 3:
+        raise JLTError(f"{path} encodes images of {seen} channels: an autoencoder of RGB images is needed.")
+    weights = Path(location, subfolder or "", WEIGHTS_FILE)
+    psnr = read_metadata(weights).get("held_out_psnr") if weights.is_file() else None
+    return Pretrained(model, location, float(psnr) if psnr else None)
+
+
+@contextmanager
+def _as_jlt_error(path: str, kind: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            # diffusers passes huggingface_hub an argument that this one has retired.
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", category=UserWarning)
+            yield
+    # A damaged config.json makes diffusers fail in any way at all.
+    except Exception as error:
+        raise JLTError(
+            f"{path} could not be loaded as an {kind} ({textwrap.shorten(str(error), 300)}): name a folder that "
+            "diffusers saved, or a Hub id that can be reached, with --autoencoder-path."
+        ) from error
+
+
+def _read_config(
+    model_class: type[Any], location: str, subfolders: Sequence[str | None]
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the first of the folders that has a configuration, and what is in it."""
+    for subfolder in subfolders:
+        try:
+            config = model_class.load_config(location, subfolder=subfolder)
+        except OSError:
+            if subfolder == subfolders[-1]:
+                raise
+            continue
+        if isinstance(config, dict):
+            return subfolder, config
+    raise ValueError("its config.json holds no JSON object")
+
+
+def _places(path: str) -> tuple[str, tuple[str | None, ...]]:
+    """Return a full path or Hub id, and the folders in it where the model can be, None for itself."""
+    folder = Path(path).expanduser()
+    for subfolder in ("vae", None):
+        if (folder / (subfolder or "") / "config.json").is_file():
+            return str(folder.resolve()), (subfolder,)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise JLTError(
+            f"{path} has no config.json, neither in itself nor in a folder vae: name an autoencoder with "
+            "--autoencoder-path, a folder that diffusers saved or a Hub id such as organisation/name."
+        )
+    # What is on the Hub is seen only by asking for it: whole pipelines hold a vae, autoencoders lie open.
+    return path, ("vae", None)

@@ -1,0 +1,99 @@
+"""A look before a long wait: originals over their reconstructions from the latents as they will be stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from jlt.autoencoders.psnr import psnr
+from jlt.data.batch import encode_batch
+from jlt.data.images import PixelBatch, load_batch
+from jlt.data.job import EncodingJob
+from jlt.data.sources.contract import BadImageError
+from jlt.errors import JLTError
+from jlt.files import atomic_path
+from jlt.progress import say
+
+PREVIEW_NAME = "preview.png"
+IMAGES = 8
+MIN_SIDE, MARGIN, TITLE_SIZE, TEXT_SIZE = 160, 12, 18, 15
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def preview(job: EncodingJob) -> float:
+    """Write `preview.png` into the folder of the store and return the PSNR in dB over the images on it.
+
+    The images are spread evenly over the source. JLTError if none of them can be used.
+    """
+    pixels, labels = _spread(job)
+    encoded = encode_batch(job, pixels)
+    reconstructed = job.autoencoder.decode(encoded.latents["latents"].float()).cpu()
+    originals = torch.from_numpy(pixels.pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    overall = psnr(originals, reconstructed)
+    captions = [
+        f"{label}\n{psnr(original[None], other[None]):.1f} dB"
+        for label, original, other in zip(labels, originals, reconstructed, strict=True)
+    ]
+    decoded = ((reconstructed + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    path = job.out / PREVIEW_NAME
+    with atomic_path(path) as temporary:
+        _draw(pixels.pixels, decoded, captions, _title(job, overall)).save(temporary)
+    say(f"{path}: {len(captions)} images over their reconstructions, {overall:.1f} dB.")
+    return overall
+
+
+def _title(job: EncodingJob, overall: float) -> str:
+    config = job.config
+    how = f"{config.resolution} px, {config.precision}, stored as {config.dtype}"
+    return f"{job.autoencoder.name}, {how}: originals above, reconstructions below, {overall:.1f} dB over all"
+
+
+def _spread(job: EncodingJob) -> tuple[PixelBatch, list[str]]:
+    """Return up to `IMAGES` usable images, from the start, the end and between, with their classes' names."""
+    total = len(job.source)
+    picks = sorted({round(place) for place in np.linspace(0, total - 1, IMAGES)})
+    loaded = [load_batch(job.source, range(row, row + 1), job.config.resolution, job.config.exif) for row in picks]
+    bad = [image for batch in loaded for image in batch.bad]
+    if bad and job.config.on_bad_image == "stop":
+        raise BadImageError(bad[0].image, bad[0].reason)
+    if len(bad) == len(loaded):
+        raise JLTError(f"None of {len(bad)} images of {job.source.name} can be used, {bad[0].image} first.")
+    index, labels, pixels = (
+        np.concatenate([getattr(batch, name) for batch in loaded]) for name in ("index", "labels", "pixels")
+    )
+    names = [job.source.class_names[label] for label in labels.tolist()]
+    return PixelBatch(range(0, total), index, labels, pixels, tuple(bad)), names
+
+
+def _draw(
+    above: UInt8[np.ndarray, "n s s 3"], below: UInt8[np.ndarray, "n s s 3"], captions: list[str], title: str
+) -> Image.Image:
+    side = above.shape[1] * -(-MIN_SIDE // above.shape[1])
+    title_font, font = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(TEXT_SIZE)
+    top, caption_height = 2 * MARGIN + TITLE_SIZE, 2 * (TEXT_SIZE + 6)
+    width = max(MARGIN + len(above) * (side + MARGIN), 2 * MARGIN + round(title_font.getlength(title)))
+    sheet = Image.new("RGB", (width, top + 2 * side + 4 + caption_height + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, title_font)
+    for column, caption in enumerate(captions):
+        left = MARGIN + column * (side + MARGIN)
+        for row, images in enumerate((above, below)):
+            # Small images are enlarged pixel by pixel, so that nothing is smoothed over.
+            shown = Image.fromarray(images[column]).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left, top + row * (side + 4)))
+        draw.multiline_text((left, top + 2 * side + 10), _fitted(caption, font, side), INK, font)
+    return sheet
+
+
+def _fitted(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """Return a caption whose lines are cut to a width in pixels."""
+    return "\n".join(_cut(line, font, width) for line in caption.split("\n"))
+
+
+def _cut(line: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    kept = len(line)
+    while kept > 1 and font.getlength(line[:kept] + "…" * (kept < len(line))) > width:
+        kept -= 1
+    return line[:kept] + "…" * (kept < len(line))

@@ -1,0 +1,158 @@
+"""Several processes that do one piece of work: started by torchrun (or anything that sets the same variables).
+
+Only what they must agree on goes between them, over gloo, which needs no GPU. A process that dies breaks the
+connection, so that the others fail at their next agreement instead of waiting for ever.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jlt.errors import JLTError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+T = TypeVar("T")
+# Processes may finish their shares far apart; a dead one is noticed by its connection, not by the clock.
+PATIENCE = timedelta(days=7)
+
+
+def rank() -> int:
+    """Return the number of this process among all, 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes work together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Return how many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+class Group(abc.ABC):
+    """The processes that work together, as one of them sees them: its number `rank` of `size`."""
+
+    rank: int
+    size: int
+
+    @abc.abstractmethod
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` in the first process and return its result in all; its JLTError ends all, said once."""
+
+    @abc.abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+
+    @abc.abstractmethod
+    def add(self, name: str, amount: int) -> int:
+        """Add to a number that all processes share, and return what it is now."""
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Return when every process has come here; JLTError if one has died."""
+
+
+class Alone(Group):
+    """A process by itself."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Return the result of `work`."""
+        return work()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return a list of the value."""
+        return [value]
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a number and return what it is now."""
+        self._counts[name] = self._counts.get(name, 0) + amount
+        return self._counts[name]
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Processes(Group):
+    """Several processes, connected."""
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self._store, self.rank, self.size = store, rank, size
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` in the first process and return its result in all; its JLTError ends all, said once."""
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        error: JLTError | None = None
+        if self.rank == 0:
+            try:
+                outcome = [work(), None]
+            except JLTError as raised:
+                error, outcome = raised, [None, str(raised)]
+        dist.broadcast_object_list(outcome, src=0)
+        if error:
+            raise error
+        if outcome[1] is not None:
+            raise SystemExit(1)
+        return outcome[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a number that all processes share, and return what it is now."""
+        return self._store.add(f"jlt/{name}", amount)
+
+    def wait(self) -> None:
+        """Return when every process has come here; JLTError if one has died."""
+        import torch.distributed as dist
+
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise JLTError(
+                f"Another process of this work ended early, so process {self.rank} ends too: see what that one said."
+            ) from error
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Group]:
+    """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one."""
+    if world_size() == 1:
+        yield Alone()
+        return
+    import torch.distributed as dist
+
+    store, number, size = next(iter(dist.rendezvous("env://")))
+    store.set_timeout(PATIENCE)
+    own = dist.PrefixStore("gloo", store)
+    dist.init_process_group("gloo", store=own, rank=number, world_size=size, timeout=PATIENCE)
+    try:
+        yield Processes(store, number, size)
+    finally:
+        dist.destroy_process_group()

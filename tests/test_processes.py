@@ -1,0 +1,146 @@
+"""Several processes under torchrun: the same store as one process makes, whatever dies on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, file_bytes, make_store
+from PIL import Image
+
+from jlt.data.encode import encode_source
+from jlt.data.job import EncodingJob
+from jlt.data.store import verify_store
+from jlt.errors import JLTError
+from jlt.processes import Alone, Group
+
+WORDS = ["--images", "digits", "--autoencoder", "pixels", "--resolution", "8", "--batch-size", "16"]
+
+
+def torchrun(count: int, *words: str) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return [*run, "-m", "jlt", "encode", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that a single process makes."""
+    out = tmp_path_factory.mktemp("alone") / "store"
+    words = [sys.executable, "-m", "jlt", "encode", *WORDS, "--shard-size", "100", "--out", str(out)]
+    subprocess.run(words, check=True, capture_output=True, env=environment())
+    return file_bytes(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, alone: dict[str, bytes], count: int) -> None:
+    words = torchrun(count, *WORDS, "--shard-size", "100", "--out", str(tmp_path / "store"))
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert file_bytes(tmp_path / "store") == alone
+    # The result is said once.
+    assert done.stdout.count("1797 latents") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    out = tmp_path / "store"
+    words = [*WORDS, "--shard-size", "100", "--out", str(out)]
+    with subprocess.Popen(torchrun(2, *words), stderr=subprocess.DEVNULL, env=environment()) as run:
+        deadline = time.monotonic() + 60
+        while not list((out / ".encoding").glob("shard-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        killed = workers_of(run.pid)[-1]
+        os.kill(killed, signal.SIGKILL)
+        began = time.monotonic()
+        assert run.wait(timeout=60) != 0
+        assert time.monotonic() - began < 60
+    assert not (out / "manifest.json").exists()
+    subprocess.run(torchrun(3, *words), check=True, capture_output=True, env=environment(), timeout=120)
+    assert file_bytes(out) == alone
+
+
+def workers_of(parent: int) -> list[int]:
+    """The child processes, oldest first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_said_by_it_and_ends_all(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * number, 200, 9)).save(folder / f"{number}.png")
+    (folder / "6.png").write_bytes(b"not an image")
+    words = ["--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8", "--shard-size", "2"]
+    words += ["--workers", "0", "--out", str(tmp_path / "store")]
+    began = time.monotonic()
+    done = subprocess.run(torchrun(2, *words), capture_output=True, text=True, env=environment(), timeout=120)
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1
+    assert f"[process 1] jlt: {folder / '6.png'}" in done.stderr
+    # The one traceback is torchrun's own.
+    assert done.stderr.count("Traceback") == 1
+    done = subprocess.run(
+        torchrun(2, *words, "--on-bad-image", "skip"), capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert verify_store(tmp_path / "store") == []
+
+
+@pytest.mark.slow
+def test_refusals_are_said_once(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = torchrun(2, *WORDS, "--out", str(tmp_path))
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("holds other files") == 1
+
+
+class Pair(Alone):
+    """A group of two, of which the other is played by the test."""
+
+    size = 2
+
+    def __init__(self, theirs: object) -> None:
+        super().__init__()
+        self.theirs = theirs
+
+    def gather(self, value: object) -> list[object]:
+        return [value, self.theirs]
+
+
+def test_processes_that_found_different_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = EncodingJob(NoiseSource(36), PatchAutoencoder(), CONFIG, tmp_path).words()
+
+    @contextlib.contextmanager
+    def joined() -> object:
+        yield Pair(other)
+
+    monkeypatch.setattr("jlt.data.encode.joined", joined)
+    with pytest.raises(JLTError, match=r"Process 1 would encode something else.*source.count: 37 -> 36"):
+        encode_source(NoiseSource(37), PatchAutoencoder(), CONFIG, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_one_process_is_a_group_of_its_own(tmp_path: Path) -> None:
+    group: Group = Alone()
+    assert (group.rank, group.size, group.gather(3), group.on_first(lambda: 4)) == (0, 1, [3], 4)
+    assert [group.add("images", 2), group.add("other", 5), group.add("images", 1)] == [2, 5, 3]
+    make_store(tmp_path / "store")
+    assert verify_store(tmp_path / "store") == []

@@ -1,0 +1,103 @@
+"""Which autoencoder decodes samples: the one that made the latents, found again and compared with what they say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from jlt.assets.weights import ASSETS
+from jlt.autoencoders.registry import load_autoencoder
+from jlt.errors import JLTError
+from jlt.sampling.sampler import matching_autoencoder
+
+KL = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture
+def kl_folder(tmp_path) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**KL).save_pretrained(tmp_path / "kl")
+    return tmp_path / "kl"
+
+
+def recorded(name, path=None, **changes):
+    """The identity of an autoencoder as a checkpoint gives it back: through JSON."""
+    return {**json.loads(json.dumps(load_autoencoder(name, path).identity())), **changes}
+
+
+@pytest.mark.parametrize("name", ["tiny", "pixels"])
+def test_what_comes_with_the_package_is_found_by_its_name(name, capsys):
+    found = matching_autoencoder(recorded(name), None, "cpu")
+    assert found.identity() == recorded(name)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_recorded_folder_is_used_again(kl_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    identity = recorded("kl", "kl")
+    # Sampling starts somewhere else.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert matching_autoencoder(identity, None, "cpu").identity() == identity
+    shutil.move(kl_folder, tmp_path / "moved")
+    with pytest.raises(JLTError, match=r"kl has no config\.json.* --autoencoder-path"):
+        matching_autoencoder(identity, None, "cpu")
+    moved = matching_autoencoder(identity, str(tmp_path / "moved"), "cpu").identity()
+    assert moved == {**identity, "source": str(tmp_path / "moved")}
+
+
+def test_a_path_goes_before_the_recorded_folder(kl_folder, tmp_path):
+    identity = recorded("kl", str(kl_folder))
+    shutil.copytree(kl_folder, tmp_path / "copy")
+    (kl_folder / "config.json").write_text("damaged")
+    assert matching_autoencoder(identity, str(tmp_path / "copy"), "cpu").identity()["source"] == str(tmp_path / "copy")
+
+
+def test_where_the_recorded_folder_is_gone_the_usual_place_does_if_its_weights_are_the_same(tmp_path):
+    shutil.copytree(ASSETS / "tiny", tmp_path / "tiny")
+    identity = recorded("tiny", str(tmp_path / "tiny"))
+    assert matching_autoencoder(identity, None, "cpu").identity()["source"] == str(tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny")
+    assert matching_autoencoder(identity, None, "cpu").identity()["source"] == "bundled"
+    with pytest.raises(JLTError, match="with weights_sha256 00, the one from bundled has .*--autoencoder-path"):
+        matching_autoencoder({**identity, "weights_sha256": "00"}, None, "cpu")
+
+
+def test_other_factors_beside_the_same_weights_are_refused(kl_folder):
+    """They are in config.json alone: no hash of weights sees them, and every image would be decoded wrongly."""
+    identity = recorded("kl", str(kl_folder))
+    config = json.loads((kl_folder / "config.json").read_text())
+    (kl_folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    assert recorded("kl", str(kl_folder))["weights_sha256"] == identity["weights_sha256"]
+    with pytest.raises(JLTError, match="normalisation .*0.18215.* has .*0.13025"):
+        matching_autoencoder(identity, None, "cpu")
+
+
+def test_how_the_posterior_was_stored_does_not_matter(kl_folder):
+    identity = recorded("kl", str(kl_folder), posterior="sample")
+    assert matching_autoencoder(identity, None, "cpu").posterior == "mode"
+    # Latents of before there was a choice do not say.
+    del identity["posterior"]
+    matching_autoencoder(identity, None, "cpu")
+
+
+def test_adopted_latents_are_decoded_unchecked_with_a_line_that_says_so(kl_folder, capsys):
+    adopted = recorded("kl", str(kl_folder), weights_sha256=None, normalisation={"kind": "as adopted"})
+    assert matching_autoencoder(adopted, None, "cpu").channels == 4
+    assert capsys.readouterr().err == (
+        f"The latents name no weights of their autoencoder: those from {kl_folder} decode them unchecked.\n"
+    )
+    with pytest.raises(JLTError, match="with channels 16, .* has 4: name the right one"):
+        matching_autoencoder({**adopted, "channels": 16}, None, "cpu")
+    with pytest.raises(JLTError, match="with downsampling 8, .* has 2: name the right one"):
+        matching_autoencoder({**adopted, "downsampling": 8}, None, "cpu")

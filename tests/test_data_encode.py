@@ -26,6 +26,7 @@ from data_helpers import (
     make_store,
     noise_image,
 )
+from image_zoo import write_zoo
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
@@ -344,10 +345,11 @@ def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path: Path) ->
 
 def test_what_was_skipped_is_not_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = NoiseSource(COUNT, [3])
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    skipping = dataclasses.replace(CONFIG, on_bad_image="skip")
+    with monkeypatch.context() as patch:
         patch.setattr(encode_module, "write_manifest", stop)
-        skipping = dataclasses.replace(CONFIG, on_bad_image="skip")
-        encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
+        with pytest.raises(Stopped):
+            encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
     with pytest.raises(JLTError, match=r"earlier attempt skipped noise/3.png"):
         encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
 
@@ -369,9 +371,9 @@ def test_a_killed_worker_process_is_an_error_that_says_so(tmp_path: Path) -> Non
 
 
 def test_bfloat16_is_autocast_and_is_remembered(tmp_path: Path) -> None:
-    config = dict(images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32")
-    exact = encode(EncodeConfig(**config), tmp_path / "float32")
-    rounded = encode(EncodeConfig(**config, precision="bfloat16"), tmp_path / "bfloat16")
+    config = EncodeConfig("digits", "tiny", resolution=32, batch_size=256, flips=False, dtype="float32")
+    exact = encode(config, tmp_path / "float32")
+    rounded = encode(dataclasses.replace(config, precision="bfloat16"), tmp_path / "bfloat16")
     assert (exact.encoding or {})["precision"] == "float32"
     assert (rounded.encoding or {})["precision"] == "bfloat16"
     one, other = (LatentStore.open(tmp_path / name).gather(np.arange(1797))[0] for name in ("float32", "bfloat16"))
@@ -379,7 +381,7 @@ def test_bfloat16_is_autocast_and_is_remembered(tmp_path: Path) -> None:
     # A rounding to 8 bits per layer; equal latents would mean that nothing was cast.
     assert 1e-4 < error < 0.05
     with pytest.raises(JLTError, match="encoding.precision: 'bfloat16' -> 'float32'"):
-        encode(EncodeConfig(**config), tmp_path / "bfloat16")
+        encode(config, tmp_path / "bfloat16")
 
 
 def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,3 +401,65 @@ def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: 
     assert found[1][0] - found[0][0] == 164
     assert "8 images over their reconstructions" in capsys.readouterr().err
     assert verify_store(tmp_path / "store") == []
+
+
+def test_a_damaged_store_is_repaired_in_place(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    folder = tmp_path / "store"
+    make_store(folder)
+    flipped, lost = folder / "shard-00001.safetensors", folder / "shard-00003.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x7f")
+    lost.unlink()
+    with pytest.raises(JLTError, match=r"shard-00003.safetensors is missing.*--repair"):
+        make_store(folder)
+    untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    make_store(folder, repair=True)
+    assert file_bytes(folder) == whole
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
+
+
+def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path: Path) -> None:
+    class Drifted(PatchAutoencoder):
+        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
+            return super().encode(images) * (1 + 2**-20)
+
+    folder = tmp_path / "store"
+    make_store(folder)
+    damaged = folder / "shard-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    before = file_bytes(folder)
+    config = dataclasses.replace(CONFIG, repair=True)
+    with pytest.raises(JLTError, match=r"shard-00001.safetensors was left as it is.*new folder"):
+        encode_source(NoiseSource(COUNT), Drifted(), config, folder)
+    after = file_bytes(folder)
+    after.pop(".encoding/.lock")
+    assert after == before
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 37 images in two orientations of 48 x 2 x 2 float32 numbers: 57 kB.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50_000))
+    with pytest.raises(JLTError, match=r"take 5.68e-05 GB, and .* has 5e-05 GB free"):
+        make_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_with_every_kind_of_image(tmp_path: Path, exif: str, workers: int) -> None:
+    animals = write_zoo(tmp_path / "zoo")
+    config = EncodeConfig(
+        str(tmp_path / "zoo"), "pixels", resolution=32, batch_size=5, shard_size=8, flips=False, dtype="float32"
+    )
+    config = dataclasses.replace(config, exif=exif, workers=workers)
+    with pytest.raises(JLTError, match=r"zoo/bad/empty.jpg holds no bytes"):
+        encode(config, tmp_path / "store")
+    manifest = encode(dataclasses.replace(config, on_bad_image="skip"), tmp_path / "store")
+    listed = {Path(image.image).relative_to(tmp_path / "zoo").as_posix(): image.reason for image in manifest.skipped}
+    assert sorted(listed) == [name for name, animal in animals.items() if animal.reason]
+    assert all(animals[name].reason in reason for name, reason in listed.items())
+    assert (manifest.encoding or {})["exif"] == exif
+    good = {name: animal for name, animal in animals.items() if not animal.reason}
+    latents, labels = LatentStore.open(tmp_path / "store").gather(np.arange(len(good)))
+    for latent, label, (name, animal) in zip(latents, labels.tolist(), good.items(), strict=True):
+        assert manifest.class_names[label] == name.partition("/")[0]
+        pixels = (latent.permute(1, 2, 0).numpy() + 1) * 127.5
+        assert np.abs(pixels - animal.crop(exif)).max() <= animal.tolerance + 1e-3, name

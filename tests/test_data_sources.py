@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from jlt.data.sources.folders import ClassFolders
-from jlt.data.sources.registry import open_source
+from jlt.data.sources.registry import open_source, reopen_source
+from jlt.data.sources.selected import Selected
 from jlt.data.sources.splits import choose_split
 from jlt.errors import JLTError, WrongWordsError
 
@@ -199,3 +202,61 @@ def test_folders_that_are_not_one_collection(tmp_path: Path) -> None:
     touch(packed, "train.tar.gz")
     save(packed / "a" / "1.png")
     assert len(open_source(str(packed))) == 1
+
+
+def test_postscript_is_no_image_and_starts_no_other_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "ran"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    picture = tmp_path / "images" / "a" / "picture.jpg"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(JLTError, match="picture.jpg is of no image format"):
+        ClassFolders(picture.parent.parent)[0]
+    assert not marker.exists()
+
+
+def test_a_source_is_opened_again_from_its_identity(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a" / "1.png", 5)
+    for source in (open_source("digits"), open_source(str(tmp_path / "images"))):
+        identity = json.loads(json.dumps(source.identity()))
+        assert reopen_source(identity).identity() == identity
+    save(tmp_path / "images" / "a" / "2.png", 5)
+    with pytest.raises(JLTError, match="changed since they were encoded"):
+        reopen_source(identity)
+    with pytest.raises(JLTError, match="not at hand.*'adopted'"):
+        reopen_source({"kind": "adopted", "count": 5})
+
+
+def test_the_split_and_names_of_a_source_are_part_of_its_identity(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:
+            for name, content in (("1.png", png(9)), ("1.cls", b"1")):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    source = open_source(str(tmp_path), "test", str(names))
+    identity = json.loads(json.dumps(source.identity()))
+    assert (identity["split"], identity["class_names"]) == ("test", str(names))
+    assert reopen_source(identity).class_names == ("cat", "dog")
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_selected_images_are_those_of_their_positions() -> None:
+    digits = open_source("digits")
+    some = Selected(digits, np.array([5, 0, 5]))
+    assert [some.describe(index) for index in range(len(some))] == [digits.describe(index) for index in (5, 0, 5)]
+    assert [some[index][1] for index in range(3)] == [digits[index][1] for index in (5, 0, 5)]
+    assert some.identity() != Selected(digits, np.array([5, 5, 0])).identity()
+    with pytest.raises(IndexError):
+        some[3]

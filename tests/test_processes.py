@@ -144,3 +144,47 @@ def test_one_process_is_a_group_of_its_own(tmp_path: Path) -> None:
     assert [group.add("images", 2), group.add("other", 5), group.add("images", 1)] == [2, 5, 3]
     make_store(tmp_path / "store")
     assert verify_store(tmp_path / "store") == []
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images that take a while to decode."""
+    folder = tmp_path_factory.mktemp("photographs") / "class"
+    folder.mkdir()
+    noise = Image.effect_noise((900, 900), 60).convert("RGB")
+    for number in range(120):
+        noise.rotate(number, expand=False).save(folder / f"{number:03d}.jpg", quality=95)
+    return folder.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
+    tmp_path: Path, photographs: Path, signal_number: int
+) -> None:
+    out = tmp_path / "store"
+    words = [sys.executable, "-m", "jlt", "encode", "--images", str(photographs), "--autoencoder", "pixels"]
+    words += ["--resolution", "64", "--batch-size", "4", "--shard-size", "12", "--workers", "2", "--out"]
+    with subprocess.Popen([*words, str(out)], stderr=subprocess.PIPE, text=True, env=environment()) as run:
+        deadline = time.monotonic() + 60
+        while len(list((out / ".encoding").glob("shard-*.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        children = workers_of(run.pid)
+        run.send_signal(signal_number)
+        _, said = run.communicate(timeout=30)
+    assert len(children) >= 2
+    if signal_number == signal.SIGKILL:
+        assert run.returncode == -signal.SIGKILL
+    else:
+        assert run.returncode == 1
+        assert "The same words continue it" in said
+        assert not list(out.glob(".shard-*"))
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert not (out / "manifest.json").exists()
+    again = subprocess.run([*words, str(out)], check=True, capture_output=True, text=True, env=environment())
+    assert "10 shards are there already" in again.stderr
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True, env=environment())
+    assert file_bytes(out) == file_bytes(tmp_path / "whole")

@@ -326,7 +326,7 @@ def test_a_folder_is_read_in_the_order_of_names_as_rgb(tmp_path):
         ({"a.png": (4, 4), "b.png": (5, 5)}, r"b\.png has 5x5 pixels, not 4x4"),
         ({"a.png": (4, 4), "b.png": (4, 5)}, r"b\.png has 5x4 pixels, not 4x4"),
         ({"a.png": (4, 6)}, r"a\.png has 6x4 pixels"),
-        ({"a.png": (4, 4), "b.png": None}, r"b\.png does not decode"),
+        ({"a.png": (4, 4), "b.png": None}, r"b\.png is of no image format"),
     ],
 )
 def test_folders_that_are_no_samples_are_refused(tmp_path, images, said):

@@ -19,7 +19,7 @@ class EncodeConfig:
     autoencoder_path: str | None = None
     """Where the autoencoder's weights are: a local folder or a Hub id."""
     split: str | None = None
-    """Which split to encode, where the files of several lie in one folder (train-00000-of-00294.parquet, ...)."""
+    """Which split to encode, where the files of several lie in one folder (train of train-00000-of-00294.parquet)."""
     class_names: str | None = None
     """A text file with one class name a line, for images whose labels are bare numbers."""
     resolution: int = 256

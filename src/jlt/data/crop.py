@@ -12,6 +12,7 @@ from PIL import Image
 
 from jlt.errors import JLTError
 
+Exif = Literal["ignore", "apply"]
 MOST_PIXELS = 2**27
 """A narrow strip can grow without bound when its short side is enlarged; this is 400 MB of RGB."""
 ORIENTATIONS = {
@@ -26,9 +27,7 @@ ORIENTATIONS = {
 """What makes an image upright, by its EXIF tag 0x0112 (EXIF 2.3, 4.6.4 A); ROTATE counts against the clock."""
 
 
-def centre_crop(
-    image: Image.Image, size: int, exif: Literal["ignore", "apply"] = "ignore"
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def centre_crop(image: Image.Image, size: int, exif: Exif = "ignore") -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Return the central `size` x `size` pixels, 0..255, of the image whose short side was brought to `size`.
 
     Pixel for pixel the crop of ADM: halved by a box filter while the short side is at least twice `size`, then bicubic,

@@ -21,12 +21,12 @@ from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.registry import load_autoencoder
 from jlt.data.batch import EncodedBatch, encode_batch, require_finite
 from jlt.data.config import EncodeConfig
-from jlt.data.images import load_batches
+from jlt.data.images import bad_image, load_batches
 from jlt.data.job import EncodingJob, FinishedShard
 from jlt.data.manifest import MANIFEST_NAME, ShardRecord, SkippedImage, StoreManifest, read_manifest, write_manifest
 from jlt.data.preview import preview
 from jlt.data.shards import ShardWriter, keep_rows
-from jlt.data.sources.contract import BadImageError, ImageSource
+from jlt.data.sources.contract import ImageSource
 from jlt.data.sources.registry import open_source
 from jlt.data.statistics import LatentSums
 from jlt.data.store import STATE_FOLDER, VERIFY_THREADS, LatentStore, shard_problem
@@ -157,7 +157,7 @@ def _encoded(job: EncodingJob, shards: Sequence[int]) -> Generator[EncodedBatch,
     workers = _workers(job, len(batches))
     for pixels in load_batches(job.source, batches, job.config.resolution, job.config.exif, workers):
         if pixels.bad and job.config.on_bad_image == "stop":
-            raise BadImageError(pixels.bad[0].image, pixels.bad[0].reason)
+            raise bad_image(pixels.bad[0])
         yield encode_batch(job, pixels)
 
 

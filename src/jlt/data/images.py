@@ -13,18 +13,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from jlt.data.crop import centre_crop
+from jlt.data.crop import Exif, centre_crop
 from jlt.data.manifest import SkippedImage
 from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.errors import JLTError
 from jlt.signals import follow_parent
 
-Exif = Literal["ignore", "apply"]
 BATCHES_AHEAD = 2
 """Batches in work or waiting per worker; with fewer, workers would idle while a slow image holds up its successors."""
 
@@ -67,6 +65,11 @@ def load_batch(source: ImageSource, rows: range, size: int, exif: Exif) -> Pixel
             labels.append(label)
     usable = (np.array(index, dtype=np.int64), np.array(labels, dtype=np.int64), pixels[: len(index)])
     return PixelBatch(rows, *usable, tuple(bad))
+
+
+def bad_image(found: SkippedImage) -> JLTError:
+    """Return the error for an image that nobody asked to skip."""
+    return JLTError(f"{found.image} {found.reason}: mend it, take it out, or encode with --on-bad-image skip.")
 
 
 def load_batches(

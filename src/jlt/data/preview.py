@@ -9,9 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jlt.autoencoders.psnr import psnr
 from jlt.data.batch import encode_batch
-from jlt.data.images import PixelBatch, load_batch
+from jlt.data.images import PixelBatch, bad_image, load_batch
 from jlt.data.job import EncodingJob
-from jlt.data.sources.contract import BadImageError
 from jlt.errors import JLTError
 from jlt.files import atomic_path
 from jlt.progress import say
@@ -57,7 +56,7 @@ def _spread(job: EncodingJob) -> tuple[PixelBatch, list[str]]:
     loaded = [load_batch(job.source, range(row, row + 1), job.config.resolution, job.config.exif) for row in picks]
     bad = [image for batch in loaded for image in batch.bad]
     if bad and job.config.on_bad_image == "stop":
-        raise BadImageError(bad[0].image, bad[0].reason)
+        raise bad_image(bad[0])
     if len(bad) == len(loaded):
         raise JLTError(f"None of {len(bad)} images of {job.source.name} can be used, {bad[0].image} first.")
     index, labels, pixels = (

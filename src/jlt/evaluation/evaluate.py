@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from jlt.data.crop import centre_crop
+from jlt.data.crop import Exif
+from jlt.data.images import load_pixels
 from jlt.data.sources.contract import ImageSource
 from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
@@ -31,13 +32,20 @@ class Metrics:
     count: int
 
 
-def reference_statistics(source: ImageSource, extractor: FeatureExtractor, resolution: int) -> FeatureStatistics:
-    """Return the feature statistics of all images of a source, brought to `resolution` pixels by the ADM crop."""
+def reference_statistics(
+    source: ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
+) -> FeatureStatistics:
+    """Return the feature statistics of all images of a source, brought to `resolution` pixels by the ADM crop.
+
+    BadImageError for an image that does not decode.
+    """
     protocol = {"extractor": extractor.identity(), "images": source.identity(), "resolution": resolution}
+    if exif != "ignore":
+        protocol["exif"] = exif
     statistics = FeatureStatistics(extractor.dimension, protocol)
     for start in track(range(0, len(source), BATCH_SIZE), f"Reference features of {source.name}"):
         indices = range(start, min(start + BATCH_SIZE, len(source)))
-        images = np.stack([centre_crop(source[index][0], resolution) for index in indices])
+        images = np.stack([load_pixels(source, index, resolution, exif)[0] for index in indices])
         statistics.update(extractor(torch.from_numpy(images)).pooled)
     return statistics
 

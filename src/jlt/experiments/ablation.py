@@ -14,8 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
-from jlt.data.sources.registry import open_source
+from jlt.data.sources.contract import ImageSource
+from jlt.data.sources.registry import reopen_source
+from jlt.data.sources.selected import Selected
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import load_extractor
@@ -120,7 +124,9 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     claim(out, config, store)
     with lock_folder(out):
         images = config.reference or images_of(store)
-        save_reference(reference_path(config, out), images, load_extractor(config.extractor), store.manifest.resolution)
+        exif = (store.manifest.encoding or {}).get("exif", "ignore")
+        extractor = load_extractor(config.extractor)
+        save_reference(reference_path(config, out), images, extractor, store.manifest.resolution, exif)
         summary = {"command": command, **describe(config, systems, store, device)}
         # Written before the work too, so that an ablation under way can be reported on.
         write_json(out / "ablation.json", summary)
@@ -131,13 +137,14 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     return summary
 
 
-def images_of(store: LatentStore) -> str:
-    """Return the words that open the images of a store; JLTError if they are no longer what was encoded."""
-    source = store.manifest.source
-    words = source.get("path", source["kind"])
-    if open_source(words).identity() != source:
-        raise JLTError(f"The images in {words} changed since they were encoded: name real images with --reference.")
-    return words
+def images_of(store: LatentStore) -> ImageSource:
+    """Return the images that a store was encoded from; JLTError if they are not at hand, or changed since."""
+    try:
+        source = reopen_source(store.manifest.source)
+    except JLTError as error:
+        raise JLTError(f"{error} Name real images with --reference.") from error
+    skipped = [image.index for image in store.manifest.skipped]
+    return Selected(source, np.delete(np.arange(len(source)), skipped)) if skipped else source
 
 
 def reference_path(config: AblationConfig, out: Path) -> Path:

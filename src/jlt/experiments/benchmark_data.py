@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from jlt.data.loader import read_ahead
+from jlt.data.loader import DEPTH, read_ahead
 from jlt.data.order import SampleOrder
 from jlt.data.shards import ShardFile
 from jlt.data.store import LatentStore
@@ -42,6 +42,7 @@ COPIED_BATCHES = 8
 """Batches that the memory copy takes in turn, so that its source is not in the processor's cache."""
 READ_BEFORE = 4
 """Batches taken before each measurement: whatever a way had read ahead while the others were measured."""
+WORKER_TIMEOUT_SECONDS = 120
 LARGE_COUNT, LARGE_SHARDS = 1_280_000, 160
 SMALL_EPOCH, LARGE_EPOCH = 1_000, 100_000
 
@@ -172,7 +173,7 @@ def _loader(store: LatentStore, requests: Iterator[Asked], batch_size: int, devi
 
 
 def _memory_map(store: LatentStore, requests: Iterator[Asked], batch_size: int) -> Way:
-    """Copy row after row out of memory maps into one buffer."""
+    """Copy row after row out of memory maps into two buffers in turn, as many as the loader has."""
     names = ("latents", "latents_flip") if store.manifest.flips else ("latents",)
     maps, places = [], []
     for shard, record in enumerate(store.manifest.shards):
@@ -180,8 +181,8 @@ def _memory_map(store: LatentStore, requests: Iterator[Asked], batch_size: int) 
         entries = ShardFile(path).read_entries()
         maps.append([_map(path, entries[name].offset, entries[name].shape, store) for name in names])
         places += [(shard, row) for row in range(record.count)]
-    buffer = store.empty(batch_size).numpy()
-    for asked in requests:
+    buffers = itertools.cycle([store.empty(batch_size).numpy() for _ in range(DEPTH)])
+    for asked, buffer in zip(requests, buffers, strict=False):
         for k, (index, flip) in enumerate(zip(asked.indices.tolist(), asked.flips.tolist(), strict=True)):
             shard, row = places[index]
             buffer[k] = maps[shard][flip][row]
@@ -194,9 +195,9 @@ def _map(path: Path, offset: int, shape: tuple[int, ...], store: LatentStore) ->
 
 def _memory_copy(store: LatentStore, batch_size: int) -> Way:
     """Copy batches that lie in memory already: what no reader of files can pass on one thread."""
-    buffer = store.empty(batch_size).numpy()
-    source = np.ones((COPIED_BATCHES, *buffer.shape), dtype=buffer.dtype)
-    for batch in itertools.cycle(source):
+    buffers = [store.empty(batch_size).numpy() for _ in range(DEPTH)]
+    source = np.ones((COPIED_BATCHES, *buffers[0].shape), dtype=buffers[0].dtype)
+    for batch, buffer in zip(itertools.cycle(source), itertools.cycle(buffers), strict=False):
         np.copyto(buffer, batch)
         yield buffer
 
@@ -220,20 +221,30 @@ def _per_sample(store: LatentStore, requests: Iterator[Asked], workers: int) -> 
     batches = (list(zip(asked.indices.tolist(), asked.flips.tolist(), strict=True)) for asked in requests)
     context = "spawn" if workers else None  # a fork of a process with threads may hang
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        PerSampleDataset(store), batch_sampler=batches, num_workers=workers, multiprocessing_context=context
+        PerSampleDataset(store),
+        batch_sampler=batches,
+        num_workers=workers,
+        multiprocessing_context=context,
+        timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
     )
     yield from loader
 
 
 def _computing(store: LatentStore, asked: Asked) -> Callable[[], Tensor]:
-    """Return matrix products that take one thread about twice as long as reading a batch takes."""
-    matrix = torch.rand(256, 256)
-
-    def product() -> Tensor:
-        return matrix @ matrix
+    """Return products on one thread that take about twice as long as reading a batch takes."""
+    product = functools.partial(_product, torch.rand(512, 512))
 
     repeats = math.ceil(2 * _best(lambda: store.gather(asked.indices, asked.flips)) / _best(product))
     return lambda: [product() for _ in range(repeats)][-1]
+
+
+def _product(matrix: Tensor) -> Tensor:
+    # On more threads the products would take the core that the reader is to have.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = matrix @ matrix
+    torch.set_num_threads(threads)
+    return result
 
 
 def _best(work: Callable[[], Any], repeats: int = 9) -> float:

@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
@@ -23,6 +23,7 @@ from jlt.data.images import load_batch
 from jlt.data.job import EncodingJob
 from jlt.data.sources.contract import ImageSource
 from jlt.data.sources.registry import open_source
+from jlt.data.sources.selected import Selected
 from jlt.errors import WrongWordsError
 from jlt.experiments.benchmark import peak_memory
 from jlt.protocol import default_device, machine, versions
@@ -34,26 +35,9 @@ FEW, MANY = 1_000, 100_000
 """Sizes of the two collections whose peak memory is compared."""
 
 
-class Repeated(ImageSource):
-    """A source repeated, or cut, to a number of images."""
-
-    def __init__(self, source: ImageSource, count: int) -> None:
-        self.source, self.count = source, count
-        self.name, self.class_names, self.in_memory = source.name, source.class_names, source.in_memory
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.source[index % len(self.source)]
-
-    def describe(self, index: int) -> str:
-        """Return where the image comes from."""
-        return self.source.describe(index % len(self.source))
-
-    def identity(self) -> dict[str, Any]:
-        """Return the source's identity and how many images were made of it."""
-        return {"kind": "repeated", "count": self.count, "of": self.source.identity()}
+def repeated(source: ImageSource, count: int) -> ImageSource:
+    """Return a source repeated, or cut, to a number of images."""
+    return Selected(source, np.arange(count) % len(source))
 
 
 def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
@@ -64,7 +48,7 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
     """
     if num < 1:
         raise WrongWordsError("A benchmark needs at least one image.")
-    source = Repeated(open_source(config.images, config.split, config.class_names), num)
+    source = repeated(open_source(config.images, config.split, config.class_names), num)
     autoencoder = load_autoencoder(config.autoencoder, config.autoencoder_path, default_device(), config.posterior)
     images = _images(EncodingJob(source, autoencoder, config, Path()))
     bare, encoding = [], []
@@ -130,5 +114,5 @@ def _fresh_peak_mib(count: int) -> float:
 def _peak_mib_of_encoding(count: int) -> float:
     torch.set_num_threads(1)
     config = EncodeConfig("digits", "pixels", resolution=8, batch_size=256, flips=False)
-    _encoding_seconds(Repeated(open_source("digits"), count), load_autoencoder("pixels"), config)
+    _encoding_seconds(repeated(open_source("digits"), count), load_autoencoder("pixels"), config)
     return peak_memory("cpu") / 2**20

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from jlt.config import SampleConfig
+from jlt.data.crop import Exif
+from jlt.data.sources.contract import ImageSource
 from jlt.data.sources.registry import open_source
 from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, reference_statistics
 from jlt.evaluation.features import FeatureExtractor, load_extractor
@@ -33,20 +35,25 @@ GRID_COLUMNS = 8
 """Samples of each class in the grid of a finished run."""
 
 
-def open_reference(words: str, extractor: FeatureExtractor, resolution: int) -> FeatureStatistics:
+def open_reference(
+    images: str | ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
+) -> FeatureStatistics:
     """Read statistics from an .npz, or measure those of a source of images; JLTError for another extractor's."""
-    if words.endswith(".npz"):
-        statistics = FeatureStatistics.load(Path(words))
+    if isinstance(images, str) and images.endswith(".npz"):
+        statistics = FeatureStatistics.load(Path(images))
     else:
-        statistics = reference_statistics(open_source(words), extractor, resolution)
+        source = open_source(images) if isinstance(images, str) else images
+        statistics = reference_statistics(source, extractor, resolution, exif)
     check_reference(statistics, extractor)
     return statistics
 
 
-def save_reference(path: Path, words: str, extractor: FeatureExtractor, resolution: int) -> None:
+def save_reference(
+    path: Path, images: str | ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
+) -> None:
     """Write the statistics of a source of images once."""
     if not path.exists():
-        open_reference(words, extractor, resolution).save(path)
+        open_reference(images, extractor, resolution, exif).save(path)
 
 
 def evaluate_sampler(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import io
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class BadImageError(JLTError):
         self.image, self.reason = image, reason
 
     def __str__(self) -> str:
-        return f"{self.image} {self.reason}: mend it, take it out, or encode with --on-bad-image skip."
+        return f"{self.image} {self.reason}: mend it or take it out."
 
 
 class ImageSource(abc.ABC):
@@ -86,7 +87,7 @@ def decode_image(data: bytes, describe: Callable[[], str]) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of damaged EXIF, which has no bearing on the pixels, and of sizes below its own limit.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
             image.load()
     except Exception as error:
         # Decoders raise whatever their format's parsing trips over (OSError, SyntaxError, struct.error, ...).
@@ -95,3 +96,10 @@ def decode_image(data: bytes, describe: Callable[[], str]) -> Image.Image:
             reason = f"does not decode as an image ({error})"
         raise BadImageError(describe(), reason) from error
     return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that Pillow decodes by itself: for EPS it would start another program on the file."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name != "EPS")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,15 @@ class Parquet(ImageSource):
     of a row group; going back, or on by many rows, reads the row group up to there.
     """
 
-    def __init__(self, path: Path, files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path],
+        class_names: tuple[str, ...] | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = absolute(path)
+        self._options = dict(options or {})
         self.name = self.path.name
         self._files = [absolute(file) for file in files]
         tables = [_Opened(file) for file in self._files]
@@ -92,7 +99,13 @@ class Parquet(ImageSource):
 
     def identity(self) -> dict[str, Any]:
         """Return the path, the count and the SHA-256 of class names, files, their sizes, and all labels."""
-        return {"kind": "parquet", "path": str(self.path), "count": len(self), "listing_sha256": self._listing}
+        return {
+            "kind": "parquet",
+            "path": str(self.path),
+            "count": len(self),
+            "listing_sha256": self._listing,
+            **self._options,
+        }
 
     def _row(self, group: int, row: int) -> Any:
         """The value of the image column in a row of a row group, the groups of all files being counted on."""

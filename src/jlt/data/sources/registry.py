@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from jlt.data.sources.contract import ImageSource
+from jlt.data.sources.contract import ImageSource, absolute
 from jlt.data.sources.digits import Digits
 from jlt.data.sources.folders import ClassFolders
 from jlt.data.sources.labels import read_class_names
@@ -14,6 +16,8 @@ from jlt.data.sources.tar import TarShards
 from jlt.errors import JLTError, WrongWordsError, unknown_name
 
 BUNDLED = ("digits",)
+REOPENED = (*BUNDLED, "folder", "parquet", "tar")
+"""Kinds of sources that their identity alone leads back to."""
 SHARDED: dict[str, type[Parquet] | type[TarShards]] = {".parquet": Parquet, ".tar": TarShards}
 """Sources that are made of files with many images each, by the ending of these files."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
@@ -44,7 +48,20 @@ def open_source(spec: str, split: str | None = None, class_names: str | None = N
         return ClassFolders(path)
     names = None if class_names is None else read_class_names(Path(class_names).expanduser())
     chosen = files if path.is_file() else choose_split(files, split)
-    return SHARDED[files[0].suffix](path, chosen, names)
+    options = {"split": split, "class_names": class_names and str(absolute(Path(class_names).expanduser()))}
+    given = {name: value for name, value in options.items() if value is not None}
+    return SHARDED[files[0].suffix](path, chosen, names, given)
+
+
+def reopen_source(identity: Mapping[str, Any]) -> ImageSource:
+    """Open the source that an identity describes; JLTError if it is no longer what it was."""
+    if identity["kind"] not in REOPENED:
+        raise JLTError(f"The images themselves are not at hand: the latents say {identity['kind']!r} of their origin.")
+    words = identity.get("path", identity["kind"])
+    source = open_source(words, identity.get("split"), identity.get("class_names"))
+    if source.identity() != identity:
+        raise JLTError(f"The images in {words} changed since they were encoded.")
+    return source
 
 
 def _require_sharded(file: Path) -> Path:

@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -54,8 +54,15 @@ class TarShards(ImageSource):
     Opening reads all headers and labels, and remembers where each image lies, so that any image is one read.
     """
 
-    def __init__(self, path: Path, files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path],
+        class_names: tuple[str, ...] | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = absolute(path)
+        self._options = dict(options or {})
         self.name = self.path.name
         self._files = [absolute(file) for file in files]
         index = _Index()
@@ -100,7 +107,13 @@ class TarShards(ImageSource):
 
     def identity(self) -> dict[str, Any]:
         """Return the path, the count and the SHA-256 of class names, files and members with their sizes and labels."""
-        return {"kind": "tar", "path": str(self.path), "count": len(self), "listing_sha256": self._listing}
+        return {
+            "kind": "tar",
+            "path": str(self.path),
+            "count": len(self),
+            "listing_sha256": self._listing,
+            **self._options,
+        }
 
     def _path_of(self, index: int) -> Path:
         return self._files[int(np.searchsorted(self._file_starts, index, side="right")) - 1]

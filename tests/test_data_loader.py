@@ -183,9 +183,13 @@ def test_leaving_early_ends_the_thread(store: LatentStore, taken: int) -> None:
 
 
 def test_an_exception_of_the_consumer_ends_the_thread(store: LatentStore) -> None:
-    with pytest.raises(KeyError), contextlib.closing(read_ahead(store, asked(100), BATCH)) as batches:
-        for _ in batches:
-            raise KeyError
+    def consume() -> None:
+        with contextlib.closing(read_ahead(store, asked(100), BATCH)) as batches:
+            for _ in batches:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        consume()
     assert readers() == []
 
 

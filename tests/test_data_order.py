@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,17 +40,60 @@ def test_any_split_gives_the_same_sequence(size: int, seed: int, start: int, cou
 
 
 @settings(deadline=None)
-@given(SIZES, SEEDS, st.integers(0, 50), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 5]), st.integers(1, 40))
-def test_processes_and_workers_share_one_sequence(
-    size: int, seed: int, step: int, world: int, workers: int, per_process: int
+@given(
+    st.integers(1, 120),
+    SEEDS,
+    st.integers(0, 10**9),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.randoms(use_true_random=False),
+)
+def test_processes_and_workers_together_see_every_sample_once_an_epoch(
+    size: int, seed: int, epoch: int, world: int, workers: int, per_process: int, shuffled: random.Random
 ) -> None:
+    """Each of W processes reads its share of every global batch, its K workers take the steps in turn, in any order."""
     batch = world * per_process
-    expected = SampleOrder(size, seed).indices(step * batch, batch)
-    for rank in range(world):
-        # Steps are dealt to workers in turn, each with an order of its own.
-        worker = [SampleOrder(size, seed) for _ in range(workers)][step % workers]
-        part = worker.indices(step * batch + rank * per_process, per_process)
-        np.testing.assert_array_equal(part, expected[rank * per_process : (rank + 1) * per_process])
+    first, last = epoch * size, (epoch + 1) * size
+    # All steps whose batch touches the epoch; what they hold of its neighbours is left out below.
+    reads = [(step, rank) for step in range(first // batch, (last - 1) // batch + 1) for rank in range(world)]
+    shuffled.shuffle(reads)
+    orders = {(rank, worker): SampleOrder(size, seed) for rank in range(world) for worker in range(workers)}
+    seen: dict[int, tuple[int, bool]] = {}
+    for step, rank in reads:
+        start, order = step * batch + rank * per_process, orders[rank, step % workers]
+        drawn = zip(order.indices(start, per_process).tolist(), order.flips(start, per_process).tolist(), strict=True)
+        for position, pair in enumerate(drawn, start):
+            assert position not in seen
+            seen[position] = pair
+    pairs = [seen[position] for position in range(first, last)]
+    assert sorted(index for index, _ in pairs) == list(range(size))
+    alone = SampleOrder(size, seed)
+    assert pairs == [*zip(alone.indices(first, size).tolist(), alone.flips(first, size).tolist(), strict=True)]
+
+
+def test_a_jump_costs_the_same_anywhere() -> None:
+    def seconds(position: int) -> float:
+        order = SampleOrder(100_000, 0)
+        begun = time.perf_counter()
+        order.indices(position, 256)
+        order.flips(position, 256)
+        return time.perf_counter() - begun
+
+    # Replaying even the epochs before 10^12, ten million of them, would take a day.
+    near, far = (min(seconds(position) for _ in range(5)) for position in (0, 10**12))
+    assert far < 3 * near
+
+
+def test_a_batch_is_a_slice_of_an_epoch_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = SampleOrder._draw_epoch
+    monkeypatch.setattr(SampleOrder, "_draw_epoch", lambda self, epoch: (drawn.append(epoch), draw(self, epoch))[1])
+    order = SampleOrder(100, 0)
+    for start in range(0, 1000, 7):
+        order.indices(start, 7)
+        order.flips(start, 7)
+    assert drawn == list(range(11))
 
 
 def test_epochs_seeds_and_flips_differ() -> None:

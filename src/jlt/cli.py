@@ -109,12 +109,11 @@ class Encode(Verb):
     """Encode images into a latent store, or adopt shards that the authors' program wrote.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m jlt encode ...
+    Shards of the authors' program are adopted where they lie: jlt encode --adopt DIR
 
     For example:
 
       jlt encode --images digits --autoencoder tiny --resolution 32 --out latents
-
-      jlt encode --adopt shards --resolution 256
     """
 
     config: Annotated[EncodeConfig, Flat]
@@ -223,6 +222,8 @@ class Train(RecipeVerb):
     """Folder of the latent store."""
     out: Path | None = None
     """Folder of the run."""
+    verify_latents: bool = False
+    """Read the whole store first, and compare it with its hashes."""
     print_config: bool = False
     """Print the resolved run and leave."""
 
@@ -236,7 +237,8 @@ class Train(RecipeVerb):
         from jlt.protocol import default_device
         from jlt.training.loop import train
 
-        checkpoint = train(config, LatentStore.open(self.latents), self.out, default_device())
+        store = (LatentStore.open_verified if self.verify_latents else LatentStore.open)(self.latents)
+        checkpoint = train(config, store, self.out, default_device())
         return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")
 
 
@@ -424,15 +426,15 @@ class EncodeBenchmark(Verb):
 
     For example:
 
-      jlt benchmark encode --images digits --autoencoder tiny --resolution 32
+      jlt benchmark encode --autoencoder flux2 --images photos --num 64
     """
 
     images: str = "digits"
     """What to encode, as in jlt encode; repeated until there are --num."""
     autoencoder: str = "tiny"
     autoencoder_path: str | None = None
-    resolution: int = 32
-    num: int = 4096
+    resolution: int = 256
+    num: int = 256
     """Images to encode."""
     batch_size: int = 32
     precision: Literal["float32", "bfloat16"] = "float32"

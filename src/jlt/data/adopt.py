@@ -87,12 +87,7 @@ def adopt(
     records, sums = _read_all(folder, shards, words, threads)
     manifest = StoreManifest(
         **words,
-        mean=sums.mean,
-        std=sums.std,
-        minimum=sums.minimum,
-        maximum=sums.maximum,
-        channel_mean=tuple(sums.channel_mean.tolist()),
-        channel_std=tuple(sums.channel_std.tolist()),
+        **sums.moments(),
         shards=records,
     )
     write_manifest(folder, manifest)

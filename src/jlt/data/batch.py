@@ -36,18 +36,25 @@ def encode_batch(job: EncodingJob, batch: PixelBatch) -> EncodedBatch:
     """Encode a batch of pixels in the orientations that are stored."""
     device = job.autoencoder.device
     # Channels stay last in memory, which is how the autoencoders' convolutions want them.
-    images = torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(batch.pixels).to(device).float().div_(127.5).sub_(1).permute(0, 3, 1, 2)
     latents, largest = {}, {}
     for name in job.orientations:
         oriented = images.flip(3) if name == "latents_flip" else images
-        exact = _encode_images(job, oriented, [derive_seed(0, name, index) for index in batch.index.tolist()])
+        exact = _encode_images(job, oriented, _noise_seeds(job, name, batch))
         latents[name] = exact.to(STORED_DTYPES[job.config.dtype][1])
         largest[name] = exact.abs().amax(dim=(1, 2, 3)) if len(exact) else exact.new_empty(0)
     return EncodedBatch(batch.rows, batch.index, batch.labels, latents, largest, batch.bad)
 
 
+def _noise_seeds(job: EncodingJob, orientation: str, batch: PixelBatch) -> list[int] | None:
+    """Return what a sampled posterior is drawn with: a function of the image's place in the source alone."""
+    if job.autoencoder.posterior == "mode":
+        return None
+    return [derive_seed(0, orientation, index) for index in batch.index.tolist()]
+
+
 def _encode_images(
-    job: EncodingJob, images: Float[Tensor, "n 3 s s"], noise_seeds: list[int]
+    job: EncodingJob, images: Float[Tensor, "n 3 s s"], noise_seeds: list[int] | None
 ) -> Float[Tensor, "n c h w"]:
     expected = (len(images), job.autoencoder.channels, job.side, job.side)
     if not len(images):

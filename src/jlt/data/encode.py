@@ -1,8 +1,8 @@
 """Encoding: images through a frozen autoencoder into a latent store, once, so that training never sees a pixel.
 
-Worker processes decode images, a thread computes latents, and the main thread writes, each ahead of the next. Every
-process takes its share of the shards. A shard is written whole or not at all, with a note of its hash and sums, and the
-manifest comes last. Started again with the same words, an encoding keeps the sound shards and makes the others.
+Worker processes decode images ahead of the autoencoder, and a thread writes latents behind it. Every process takes its
+share of the shards. A shard is written whole or not at all, with a note of its hash and sums, and the manifest comes
+last. Started again with the same words, an encoding keeps the sound shards and makes the others.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jlt.ahead import ahead
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.registry import load_autoencoder
+from jlt.behind import Behind
 from jlt.data.batch import EncodedBatch, encode_batch, require_finite
 from jlt.data.config import EncodeConfig
 from jlt.data.images import bad_image, load_batches
@@ -37,7 +37,7 @@ from jlt.progress import bar, say
 from jlt.protocol import cores
 from jlt.signals import until_stopped
 
-BYTES_AHEAD = 2**27
+BYTES_BEHIND = 2**27
 """Latents that may wait to be written, so that computing goes on while a finished shard is flushed and hashed."""
 MAX_WORKERS = 16
 BATCHES_PER_WORKER = 4
@@ -143,11 +143,16 @@ def _make_shards(job: EncodingJob, missing: Missing, group: Group) -> None:
     total = sum(len(job.rows(shard)) for shard in missing)
     if not total:
         return
-    batches = contextlib.closing(ahead(_encoded(job, list(share)), max(2, BYTES_AHEAD // job.batch_bytes)))
+    depth = max(2, BYTES_BEHIND // job.batch_bytes)
     start = time.monotonic()
-    with batches as latents, bar(f"encoding {job.source.name}", total) as shown:
-        for images in until_stopped(_written(job, share, latents)):
-            done = group.add("images", images)
+    with (
+        bar(f"encoding {job.source.name}", total) as shown,
+        Behind[EncodedBatch](lambda batches: _write_shards(job, share, batches), depth) as writer,
+        contextlib.closing(_encoded(job, list(share))) as batches,
+    ):
+        for batch in until_stopped(batches):
+            writer.put(batch)
+            done = group.add("images", len(batch.rows))
             shown.show(done, f"{done / (time.monotonic() - start):.3g} img/s")
 
 
@@ -169,8 +174,8 @@ def _workers(job: EncodingJob, num_batches: int) -> int:
     return min(MAX_WORKERS, max(1, cores() // local_world_size()), num_batches // BATCHES_PER_WORKER)
 
 
-def _written(job: EncodingJob, shards: Missing, batches: Iterator[EncodedBatch]) -> Iterator[int]:
-    """Write the batches of some shards, yielding the number of images in each as they are done."""
+def _write_shards(job: EncodingJob, shards: Missing, batches: Iterator[EncodedBatch]) -> None:
+    """Write the batches of some shards, which come in order."""
     for shard, must_be in shards.items():
         count, sums = 0, LatentSums.zero(job.autoencoder.channels)
         skipped: list[SkippedImage] = []
@@ -181,7 +186,6 @@ def _written(job: EncodingJob, shards: Missing, batches: Iterator[EncodedBatch])
                     sums = sums.merge(_write_batch(job, writer, count, batch))
                     count += len(batch.index)
                     skipped += batch.bad
-                    yield len(batch.rows)
             if skipped:
                 keep_rows(temporary, job.layout(count))
             if shard == 0 and (count >= ENOUGH_TO_JUDGE or job.num_shards == 1):

@@ -168,12 +168,7 @@ class EncodingJob:
             width=self.side,
             count=sum(record.count for record in shards),
             skipped=skipped,
-            mean=sums.mean,
-            std=sums.std,
-            minimum=sums.minimum,
-            maximum=sums.maximum,
-            channel_mean=tuple(sums.channel_mean.tolist()),
-            channel_std=tuple(sums.channel_std.tolist()),
+            **sums.moments(),
             shards=shards,
         )
 

@@ -7,6 +7,10 @@ Epoch e is the permutation that sorts `size` random 64-bit keys, the raw output 
   stream of a NumPy bit generator may not: a run continues in its own order after an upgrade;
 - a format-preserving (Feistel) permutation, which needs no memory and yet is only as uniform as its rounds are many:
   sorted random keys reach every permutation alike, at 16 bytes a sample and 0.1 s an epoch for a million samples.
+
+A jump to any position is O(1) in that position: it draws the one or two epochs that the batch lies in and nothing
+before them, so a run that continues at step 10^9 waits as long as one that begins. Drawing an epoch is O(size log size)
+once in each process that reads from it; every further batch of that epoch is a slice.
 """
 
 from __future__ import annotations

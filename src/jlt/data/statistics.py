@@ -87,6 +87,17 @@ class LatentSums:
         """Standard deviation of all values, about the mean of all."""
         return float(np.sqrt(max(np.mean(self.squares) / self.values - self.mean**2, 0)))
 
+    def moments(self) -> dict[str, Any]:
+        """Return moments and extremes by the names that a store's manifest has for them."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "channel_mean": tuple(self.channel_mean.tolist()),
+            "channel_std": tuple(self.channel_std.tolist()),
+        }
+
     def require_normalised(self, autoencoder: str) -> None:
         """Refuse latents of a scale that noise of unit variance was not meant for (DESIGN 7.10), with the figures."""
         low, high = STD_RANGE

@@ -25,11 +25,15 @@ from jlt.data.shards import ShardFile, TensorEntry
 from jlt.errors import JLTError
 from jlt.files import sha256_file
 from jlt.progress import track
+from jlt.protocol import cores
 
 STATE_FOLDER = ".encoding"
 STORED_DTYPES = {"float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}
 MAX_OPEN_SHARDS = 256
 VERIFY_THREADS = 8
+READING_THREADS = min(8, cores())
+BYTES_PER_THREAD = 2**22
+"""With less to read than this, handing it to another thread takes longer than reading it."""
 
 
 class LatentStore:
@@ -55,6 +59,7 @@ class LatentStore:
             self._offsets[:, shard] = [header[name].offset for name in names]
             self._labels[self._starts[shard] : self._starts[shard + 1]] = _checked_labels(file, header, manifest)
         self._row_bytes = header["latents"].row_bytes
+        self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="jlt-store")
 
     @classmethod
     def open(cls, path: str | Path) -> LatentStore:
@@ -112,13 +117,13 @@ class LatentStore:
         self,
         indices: Int64[np.ndarray, " n"],
         flips: Bool[np.ndarray, " n"] | None = None,
-        out: Float[Tensor, "n c h w"] | None = None,
+        out: Float[Tensor, "..."] | None = None,
     ) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """Return the latents, in the stored dtype, and labels at the given indices, 0..len-1, in that order.
 
         `flips` asks per latent for the flipped orientation. The latents are read into `out` where it is given, which
         has to be as `empty(n)` makes it; fresh memory costs up to half the time again. IndexError for an index out of
-        range, ValueError for another `out`, JLTError if flips are asked for and not stored, or if a file cannot be read.
+        range, ValueError for another `out`, JLTError if flips are asked for and not stored or a file cannot be read.
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices from {indices.min()} to {indices.max()} in a store of {len(self)} latents")
@@ -158,9 +163,20 @@ class LatentStore:
         ends = np.concatenate([begins[1:], [len(offsets)]])
         order = np.lexsort((offsets[begins], shards[begins]))
         begins, ends = begins[order], ends[order]
-        runs = (shards[begins], offsets[begins], begins * self._row_bytes, ends * self._row_bytes)
+        runs = [shards[begins], offsets[begins], begins * self._row_bytes, ends * self._row_bytes]
+        pieces = min(READING_THREADS, len(begins), -(-len(buffer) // BYTES_PER_THREAD))
+        columns = [[part.tolist() for part in np.array_split(run, pieces)] for run in runs]
+        first, *others = zip(*columns, strict=True)
+        elsewhere = [self._readers.submit(self._read_runs, buffer, *share) for share in others]
+        self._read_runs(buffer, *first)
+        for reading in elsewhere:
+            reading.result()
+
+    def _read_runs(
+        self, buffer: memoryview, shards: list[int], offsets: list[int], begins: list[int], ends: list[int]
+    ) -> None:
         current = -1
-        for shard, offset, begin, end in zip(*(column.tolist() for column in runs), strict=True):
+        for shard, offset, begin, end in zip(shards, offsets, begins, ends, strict=True):
             if shard != current:
                 current, file = shard, self._file(self.manifest.shards[shard].file)
             file.read_into(buffer[begin:end], offset)

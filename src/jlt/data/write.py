@@ -50,12 +50,7 @@ def write_store(folder: Path, shards: Iterable[dict[str, np.ndarray]], classes: 
         class_names=tuple(map(str, range(classes))),
         count=sum(record.count for record in records),
         skipped=(),
-        mean=sums.mean,
-        std=sums.std,
-        minimum=sums.minimum,
-        maximum=sums.maximum,
-        channel_mean=tuple(sums.channel_mean.tolist()),
-        channel_std=tuple(sums.channel_std.tolist()),
+        **sums.moments(),
         shards=tuple(records),
     )
     write_manifest(folder, manifest)

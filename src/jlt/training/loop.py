@@ -148,7 +148,7 @@ def _steps(config: TrainConfig, batches: Iterable[DrawnBatch], state: TrainState
 def prepare_batch(
     config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Tensor
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Tensor]:
-    """Return clean latents in float32, scaled noise and labels (the null class where dropped), on the latents' device."""
+    """Return clean latents in float32, scaled noise and labels (the null class where dropped), where latents are."""
     x = latents.float()
     eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
     labels = torch.where(draws.dropped, config.network.num_classes, labels)

@@ -118,7 +118,23 @@ def test_the_example_of_a_verb_can_be_parsed(verb):
 
     example = re.search(r"For example:\s+jlt (.*)", jlt(verb, "--help").out)[1]
     parsed = parse(example.split())
-    assert type(parsed).__name__.lower() == verb
+    assert type(parsed).__name__.lower() in (verb, f"train{verb}")
+
+
+@pytest.mark.parametrize("what", ["train", "data", "encode"])
+def test_every_benchmark_explains_itself(what):
+    from jlt.cli import parse
+
+    answer = jlt("benchmark", what, "--help")
+    assert (answer.code, answer.err) == (0, "")
+    example = re.search(r"For example:\s+jlt (.*)", answer.out)[1]
+    assert type(parse(example.split())).__name__.lower() == f"{what}benchmark"
+
+
+def test_adoption_explains_itself():
+    answer = jlt("encode", "--adopt", "somewhere", "--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert "beside them" in answer.out
 
 
 # ---- wrong words ----

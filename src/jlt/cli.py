@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -461,7 +462,12 @@ class EncodeBenchmark(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Verb):
-    """Measure speed, utilisation and memory on this machine: of training, of reading data, of encoding."""
+    """Measure speed, utilisation and memory on this machine: of training, of reading data, of encoding.
+
+    For example:
+
+      jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
+    """
 
     what: Annotated[Literal["train", "data", "encode"], Positional]
 
@@ -487,7 +493,7 @@ DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sa
 def parse(arguments: Sequence[str]) -> Verb:
     """Return the verb that the words make; wrong ones are a SystemExit of 2 or an WrongWordsError."""
     if arguments[:1] == ["benchmark"]:
-        return _parse(list(arguments[1:]), BENCHMARKS, "jlt benchmark", Benchmark.__doc__ or "")
+        return _parse(list(arguments[1:]), BENCHMARKS, "jlt benchmark", inspect.getdoc(Benchmark) or "")
     named: dict[str, type[Verb]] = {verb.__name__.lower(): verb for verb in VERBS}
     if any(word.partition("=")[0] == "--adopt" for word in arguments):
         named["encode"] = Adopt

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +42,15 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Return how many of the processes run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def watch_over_all(pool: ProcessPoolExecutor) -> None:
+    """Make sure that the death of any process of a pool is noticed: call it after the last submission.
+
+    Python's pool wakes its watching thread for a submission before it starts a process for it, so that this process may
+    be overlooked until the next submission or result.
+    """
+    pool.submit(int)
 
 
 class Group(abc.ABC):

@@ -21,6 +21,7 @@ from jlt.data.crop import Exif, centre_crop
 from jlt.data.manifest import SkippedImage
 from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.errors import JLTError
+from jlt.processes import watch_over_all
 from jlt.signals import follow_parent
 
 BATCHES_AHEAD = 2
@@ -87,6 +88,7 @@ def load_batches(
             waiting.append(pool.submit(_work, rows))
             if len(waiting) > workers * BATCHES_AHEAD:
                 yield waiting.popleft().result()
+        watch_over_all(pool)
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:

@@ -69,14 +69,14 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
         "ratio": rate / bare_rate,
         "ratio_by_round": [one / other for one, other in zip(bare[1:], encoding[1:], strict=True)],
         "peak_memory_mib": peak_memory(autoencoder.device.type) / 2**20,
-        "memory_mib_by_images": {count: _fresh_peak_mib(count) for count in (FEW, MANY)},
+        "memory_mib_by_images": {str(count): _fresh_peak_mib(count) for count in (FEW, MANY)},
         "threads": torch.get_num_threads(),
         "machine": machine(autoencoder.device),
         "versions": versions(),
     }
 
 
-def _images(job: EncodingJob) -> list[Float[Tensor, "n 3 s s"]]:
+def _images(job: EncodingJob) -> list[Float[Tensor, "_ 3 s s"]]:
     """Return every batch of images in [-1, 1]; beyond `IMAGE_BYTES` the first ones again."""
     config = job.config
     batches = [rows for shard in range(job.num_shards) for rows in job.batches(shard)]
@@ -86,7 +86,7 @@ def _images(job: EncodingJob) -> list[Float[Tensor, "n 3 s s"]]:
     return [images[number % kept][: len(rows)].to(job.autoencoder.device) for number, rows in enumerate(batches)]
 
 
-def _bare_seconds(autoencoder: Autoencoder, images: list[Float[Tensor, "n 3 s s"]], config: EncodeConfig) -> float:
+def _bare_seconds(autoencoder: Autoencoder, images: list[Float[Tensor, "_ 3 s s"]], config: EncodeConfig) -> float:
     device = autoencoder.device.type
     start = time.perf_counter()
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):

@@ -11,6 +11,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from jlt.errors import JLTError
+from jlt.processes import watch_over_all
 from jlt.protocol import cores
 from jlt.signals import POLL_SECONDS, Stopped, follow_parent, stop_on_signal
 
@@ -28,6 +29,7 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
     with stop_on_signal() as stop:
         pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=setup)
         waiting: set[Future[None]] = {pool.submit(_run, job, argument) for argument in arguments}
+        watch_over_all(pool)
         try:
             while waiting and not stop:
                 done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)

@@ -1,0 +1,82 @@
+"""The encoding benchmark: its figures follow from each other, and both sides do the same work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jlt.autoencoders.registry import load_autoencoder
+from jlt.data.config import EncodeConfig
+from jlt.data.job import EncodingJob
+from jlt.data.sources.registry import open_source
+from jlt.errors import WrongWordsError
+from jlt.experiments import benchmark_encode as module
+from jlt.experiments.benchmark_encode import benchmark_encode, repeated
+from jlt.report.table import encode_benchmark_table
+
+CONFIG = EncodeConfig("digits", "tiny", resolution=32, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def measured(module_patch: pytest.MonkeyPatch) -> dict:
+    module_patch.setattr(module, "MANY", 2000)
+    return benchmark_encode(CONFIG, 40)
+
+
+@pytest.fixture(scope="module")
+def module_patch() -> pytest.MonkeyPatch:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def test_figures(measured: dict) -> None:
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    assert measured["ratio"] == pytest.approx(measured["img_per_second"] / measured["bare_img_per_second"])
+    assert (measured["images"], measured["orientations"]) == (40, 2)
+    assert 0 < measured["ratio"] < 2
+    # A fresh process with torch, and little else.
+    few, many = measured["memory_mib_by_images"].values()
+    assert 100 < few < 1000
+    assert many < few * 1.1
+    table = encode_benchmark_table(measured)
+    assert "2,000 small images" in table
+    assert f"{measured['ratio']:.1%}" in table
+
+
+def test_both_sides_encode_the_same_images_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    tiny = load_autoencoder("tiny")
+    inner = tiny.encode
+
+    def encode(images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
+        seen.append(images.clone())
+        return inner(images, noise_seeds)
+
+    monkeypatch.setattr(tiny, "encode", encode)
+    source = repeated(open_source("digits"), 40)
+    job = EncodingJob(source, tiny, CONFIG, Path("unused"))
+    images = module._images(job)
+    module._bare_seconds(tiny, images, CONFIG)
+    bare = list(seen)
+    seen.clear()
+    module._encoding_seconds(source, tiny, CONFIG)
+    assert [len(batch) for batch in bare] == [len(batch) for batch in seen] == [16, 16, 16, 16, 8, 8]
+    for one, other in zip(bare[::2], seen[::2], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_repeated_images_come_in_turn() -> None:
+    digits = open_source("digits")
+    source = repeated(digits, 4000)
+    assert len(source) == 4000
+    np.testing.assert_array_equal(np.array(source[1797 + 5][0]), np.array(digits[5][0]))
+
+
+def test_no_images_are_wrong_words() -> None:
+    with pytest.raises(WrongWordsError, match="at least one image"):
+        benchmark_encode(CONFIG, 0)

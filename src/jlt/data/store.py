@@ -1,8 +1,8 @@
 """The latent store: random and sequential reading of encoded images, and the check of all that is stored.
 
-Rows are read with `preadv` straight into the result. Next to a memory map that is as fast (faster on pages not mapped
-before, slower on those that were), reads a latent from disk in one request, keeps the resident memory independent of
-the store's size, and makes of a file that got shorter an error with its name instead of a SIGBUS.
+Rows are read with `preadv` straight into the result, by a few threads. Next to a memory map that is as fast, asks a
+disk for a latent in one request and for several at once, keeps the resident memory independent of the store's size, and
+makes of a file that got shorter an error with its name instead of a SIGBUS.
 """
 
 from __future__ import annotations

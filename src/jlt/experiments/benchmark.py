@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,8 @@ def peak_memory(device: str) -> int:
         # Rather than getrusage, whose figure a process on Linux inherits from the one that started it.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _seconds(work: Callable[[], Any], device: str) -> float:

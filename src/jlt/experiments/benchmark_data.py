@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import math
-import resource
 import shutil
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from jlt.data.shards import ShardFile
 from jlt.data.store import LatentStore
 from jlt.data.write import write_store
 from jlt.errors import JLTError, WrongWordsError
+from jlt.experiments.benchmark import peak_memory
 from jlt.progress import say
 from jlt.protocol import cores, default_device, machine, versions
 
@@ -305,13 +305,4 @@ def read_epoch(folder: str, batch_size: int = 256) -> None:
     steps = math.ceil(len(store) / batch_size)
     batches = read_ahead(store, itertools.islice(_requests(store, len(store), batch_size), steps), batch_size)
     read = sum(len(latents) for _, latents, _ in batches)
-    print(json.dumps({"read": read, "peak": _peak_resident()}))
-
-
-def _peak_resident() -> int:
-    """Return the peak resident bytes of this program."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Unlike ru_maxrss, this starts at zero with the program and not with the process that it was forked from.
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"read": read, "peak": peak_memory("cpu")}))

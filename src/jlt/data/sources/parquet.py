@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from jlt.data.sources.contract import BadImageError, ImageSource, absolute, decode_image, read_image, require_index
+from jlt.data.sources.contract import BadImageError, decode_image, read_image, require_index
 from jlt.data.sources.labels import numbered_classes, sorted_classes
+from jlt.data.sources.sharded import ShardedSource
 from jlt.errors import JLTError, WrongWordsError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ BUFFER_BYTES = 1 << 20
 """Bytes of a row group that are read at a time."""
 
 
-class Parquet(ImageSource):
+class Parquet(ShardedSource):
     """The rows of parquet files with the columns `image` and `label`.
 
     `image` is a struct of `bytes` and `path`, or the bytes themselves; where a row has a path alone, the file is
@@ -39,6 +40,8 @@ class Parquet(ImageSource):
     of a row group; going back, or on by many rows, reads the row group up to there.
     """
 
+    kind = "parquet"
+
     def __init__(
         self,
         path: Path,
@@ -46,10 +49,7 @@ class Parquet(ImageSource):
         class_names: tuple[str, ...] | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        self.path = absolute(path)
-        self._options = dict(options or {})
-        self.name = self.path.name
-        self._files = [absolute(file) for file in files]
+        super().__init__(path, files, options)
         tables = [_Opened(file) for file in self._files]
         for table in tables[1:]:
             if not table.columns_equal(tables[0]):
@@ -66,7 +66,7 @@ class Parquet(ImageSource):
         self._has_paths = tables[0].has_paths
         self._cursor: _Cursor | None = None
         self.class_names, self._labels = self._read_labels(tables, class_names)
-        self._listing = self._hash_listing()
+        self.listing_sha256 = self._hash_listing()
 
     def __len__(self) -> int:
         return int(self._group_starts[-1])
@@ -96,16 +96,6 @@ class Parquet(ImageSource):
             if self._has_paths and (path := _read_path(self._files[number], row)):
                 return f"{place} ({path})"
         return place
-
-    def identity(self) -> dict[str, Any]:
-        """Return the path, the count and the SHA-256 of class names, files, their sizes, and all labels."""
-        return {
-            "kind": "parquet",
-            "path": str(self.path),
-            "count": len(self),
-            "listing_sha256": self._listing,
-            **self._options,
-        }
 
     def _row(self, group: int, row: int) -> Any:
         """The value of the image column in a row of a row group, the groups of all files being counted on."""

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jlt.data.sources.contract import ImageSource, absolute, decode_image, require_index
+from jlt.data.sources.contract import decode_image, require_index
 from jlt.data.sources.labels import MOST_CLASSES, no_class, numbered_classes, sorted_classes
+from jlt.data.sources.sharded import ShardedSource
 from jlt.errors import JLTError, WrongWordsError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -43,7 +44,7 @@ class Member(NamedTuple):
         return self.name.rpartition(".")[2].lower()
 
 
-class TarShards(ImageSource):
+class TarShards(ShardedSource):
     """The samples of tar files: neighbouring members with the same key (the name up to its first dot).
 
     A sample has one image and a label: a member `.cls` that holds an integer, else `.json` with `label` or `cls`, an
@@ -54,6 +55,8 @@ class TarShards(ImageSource):
     Opening reads all headers and labels, and remembers where each image lies, so that any image is one read.
     """
 
+    kind = "tar"
+
     def __init__(
         self,
         path: Path,
@@ -61,10 +64,7 @@ class TarShards(ImageSource):
         class_names: tuple[str, ...] | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        self.path = absolute(path)
-        self._options = dict(options or {})
-        self.name = self.path.name
-        self._files = [absolute(file) for file in files]
+        super().__init__(path, files, options)
         index = _Index()
         starts = [0]
         for file in self._files:
@@ -84,7 +84,7 @@ class TarShards(ImageSource):
         else:
             raise WrongWordsError(f"--class-names has no meaning for {path}: its labels are names already.")
         index.listing.update(json.dumps(self.class_names).encode())
-        self._listing = index.listing.hexdigest()
+        self.listing_sha256 = index.listing.hexdigest()
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -104,16 +104,6 @@ class TarShards(ImageSource):
         path = self._path_of(index)
         with _opened(path) as file:
             return f"{path.name} member {_any_member(path, file, int(self._headers[index])).name}"
-
-    def identity(self) -> dict[str, Any]:
-        """Return the path, the count and the SHA-256 of class names, files and members with their sizes and labels."""
-        return {
-            "kind": "tar",
-            "path": str(self.path),
-            "count": len(self),
-            "listing_sha256": self._listing,
-            **self._options,
-        }
 
     def _path_of(self, index: int) -> Path:
         return self._files[int(np.searchsorted(self._file_starts, index, side="right")) - 1]

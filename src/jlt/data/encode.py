@@ -64,9 +64,10 @@ def encode_source(source: ImageSource, autoencoder: Autoencoder, config: EncodeC
     with joined() as group, contextlib.ExitStack() as held:
         _require_one_mind(group, job)
         missing = group.on_first(lambda: _begin(job, held))
-        _make_shards(job, missing, group)
-        group.wait()
-        group.on_first(lambda: _complete(job))
+        if missing is not None:
+            _make_shards(job, missing, group)
+            group.wait()
+            group.on_first(lambda: _complete(job))
     return read_manifest(out)
 
 
@@ -83,31 +84,37 @@ Missing = dict[int, str | None]
 """The shards to make, each with the SHA-256 that it must get where a finished store is repaired."""
 
 
-def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing:
-    """Claim the folder for as long as `held` lasts, and return what is missing from it."""
-    words, finished = job.words(), (job.out / MANIFEST_NAME).exists()
-    if finished:
+def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
+    """Claim the folder for as long as `held` lasts, and return what is missing; None for a finished store."""
+    words, missing = job.words(), None
+    if (job.out / MANIFEST_NAME).exists():
         content = read_manifest(job.out).content()
         _require_same_words(job.out, {name: content[name] for name in words}, words)
-        missing = _damaged(job, held) if job.config.repair else _nothing(job)
+        if job.config.repair:
+            missing = _damaged(job, held)
+        else:
+            _require_whole(job)
     else:
         held.enter_context(_claimed(job.out, words))
         missing = dict.fromkeys(job.missing())
         _require_space(job, missing)
-    if 0 < len(missing) < job.num_shards:
+    if missing and len(missing) < job.num_shards:
         say(f"{job.out}: {job.num_shards - len(missing)} of {job.num_shards} shards are there already")
     if job.config.preview:
         preview(job)
     return missing
 
 
-def _nothing(job: EncodingJob) -> Missing:
-    """Return that nothing is missing from a finished store; JLTError if a look at its files says otherwise."""
+def _require_whole(job: EncodingJob) -> None:
+    """Raise a JLTError if a look at the files of a finished store shows damage."""
     try:
         LatentStore.open(job.out)
     except JLTError as error:
         raise JLTError(f"{error} Damaged shards are made again with --repair.") from error
-    return {}
+    if (job.out / STATE_FOLDER).is_dir():
+        # Left by a process that was killed right after it had written the manifest, unless somebody repairs.
+        with contextlib.suppress(JLTError), lock_folder(job.out / STATE_FOLDER):
+            shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
 
 
 def _damaged(job: EncodingJob, held: contextlib.ExitStack) -> Missing:

@@ -24,7 +24,7 @@ from jlt.data.statistics import LatentSums
 from jlt.data.store import STATE_FOLDER, STORED_DTYPES, VERIFY_THREADS
 from jlt.errors import JLTError
 from jlt.files import read_sealed_json, sealed_text, sha256_file, write_text
-from jlt.progress import say
+from jlt.progress import say, track
 
 CROP = "adm centre crop"
 
@@ -133,7 +133,8 @@ class EncodingJob:
     def missing(self) -> list[int]:
         """Return the shards that no earlier attempt finished, or that were damaged since."""
         with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-            sound = list(pool.map(self._is_sound, range(self.num_shards)))
+            found = pool.map(self._is_sound, range(self.num_shards))
+            sound = list(track(found, "checking finished shards", total=self.num_shards))
         return [shard for shard in range(self.num_shards) if not sound[shard]]
 
     def _is_sound(self, shard: int) -> bool:

@@ -20,6 +20,7 @@ from jlt.data.sources.contract import decode_image, require_index
 from jlt.data.sources.labels import MOST_CLASSES, no_class, numbered_classes, sorted_classes
 from jlt.data.sources.sharded import ShardedSource
 from jlt.errors import JLTError, WrongWordsError
+from jlt.progress import track
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -67,7 +68,7 @@ class TarShards(ShardedSource):
         super().__init__(path, files, options)
         index = _Index()
         starts = [0]
-        for file in self._files:
+        for file in track(self._files, f"reading the headers of {self.name}"):
             index.add(file)
             starts.append(len(index.labels))
         if not index.labels:

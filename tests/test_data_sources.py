@@ -260,3 +260,10 @@ def test_selected_images_are_those_of_their_positions() -> None:
     assert some.identity() != Selected(digits, np.array([5, 5, 0])).identity()
     with pytest.raises(IndexError):
         some[3]
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "1.png")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    with pytest.raises(JLTError, match=r"2\.png is not a file"):
+        ClassFolders(tmp_path)[1]

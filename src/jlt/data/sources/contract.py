@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import io
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,9 @@ def read_image(path: Path, describe: Callable[[], str] | None = None) -> Image.I
     """Return the decoded image of a file as `decode_image` does; without `describe` a BadImageError names the path."""
     describe = describe or (lambda: str(path))
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # Reading from a pipe would wait for ever.
+            raise BadImageError(describe(), "is not a file")
         data = path.read_bytes()
     except OSError as error:
         raise BadImageError(describe(), f"cannot be read ({error.strerror})") from error

@@ -67,6 +67,37 @@ def test_what_the_thread_raises_comes_out_of_put() -> None:
     assert threads() == []
 
 
+def test_a_failure_is_noticed_long_before_the_queue_is_full() -> None:
+    def use(items: Iterator[int]) -> None:
+        raise OSError("disk full")
+
+    put: list[int] = []
+    with pytest.raises(OSError, match="disk full"):
+        put_slowly(use, put)
+    assert len(put) < 1000
+
+
+def put_slowly(use, put: list[int]) -> None:
+    with Behind[int](use, depth=100_000) as behind:
+        for item in range(100_000):
+            behind.put(item)
+            put.append(item)
+            time.sleep(0.001)
+
+
+def test_what_waits_is_dropped_when_the_loop_fails() -> None:
+    used: list[int] = []
+
+    def use(items: Iterator[int]) -> None:
+        for item in items:
+            used.append(item)
+            time.sleep(0.02)
+
+    with pytest.raises(KeyError):
+        fail_after(use, 200, depth=200)
+    assert len(used) < 20
+
+
 def put_for_ever(use) -> None:
     with Behind[int](use, depth=1) as behind:
         while True:
@@ -101,8 +132,8 @@ def test_a_failing_loop_ends_the_thread_which_cleans_up(waiting: int) -> None:
     assert threads() == []
 
 
-def fail_after(use, waiting: int) -> None:
-    with Behind[int](use, depth=2) as behind:
+def fail_after(use, waiting: int, depth: int = 2) -> None:
+    with Behind[int](use, depth) as behind:
         for item in range(waiting):
             behind.put(item)
         raise KeyError

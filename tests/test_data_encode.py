@@ -301,12 +301,12 @@ def test_the_first_of_many_shards_is_judged_before_the_rest_is_made(tmp_path: Pa
             self.images += len(images)
             return super().encode(images)
 
-    autoencoder = Counting(scale=0.4)
+    autoencoder = Counting(scale=0.4, delay=0.01)
     config = dataclasses.replace(CONFIG, batch_size=64, shard_size=256, flips=False)
     with pytest.raises(JLTError, match="not normalised"):
-        encode_source(NoiseSource(3000), autoencoder, config, tmp_path / "store")
-    # Computing is ahead of writing, by no more than the 128 MiB that may wait.
-    assert autoencoder.images <= 3000
+        encode_source(NoiseSource(6000), autoencoder, config, tmp_path / "store")
+    # All latents would fit into the queue, and yet the failure of the writer is noticed at once.
+    assert autoencoder.images < 1500
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -352,6 +352,9 @@ def test_what_was_skipped_is_not_passed_over_in_silence(tmp_path: Path, monkeypa
             encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
     with pytest.raises(JLTError, match=r"earlier attempt skipped noise/3.png"):
         encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
+    encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
+    with pytest.raises(JLTError, match=r"earlier attempt skipped noise/3.png"):
+        encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
@@ -366,7 +369,7 @@ def test_worker_processes_make_the_same_store(tmp_path: Path, whole: dict[str, b
 
 
 def test_a_killed_worker_process_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with pytest.raises(JLTError, match="killed, most likely for want of memory"):
+    with pytest.raises(JLTError, match="killed for want of memory"):
         encode_source(LethalSource(COUNT), PatchAutoencoder(), dataclasses.replace(CONFIG, workers=2), tmp_path / "s")
 
 
@@ -463,3 +466,90 @@ def test_a_folder_with_every_kind_of_image(tmp_path: Path, exif: str, workers: i
         assert manifest.class_names[label] == name.partition("/")[0]
         pixels = (latent.permute(1, 2, 0).numpy() + 1) * 127.5
         assert np.abs(pixels - animal.crop(exif)).max() <= animal.tolerance + 1e-3, name
+
+
+def test_threads_are_part_of_the_words_and_nothing_else_decides_their_number(tmp_path: Path) -> None:
+    config = EncodeConfig("digits", "tiny", resolution=32, shard_size=900, flips=False, dtype="float32")
+    before = torch.get_num_threads()
+    stores = {}
+    for environment, threads in ((1, 2), (2, 2), (2, 1)):
+        torch.set_num_threads(environment)
+        folder = tmp_path / f"{environment}-{threads}"
+        manifest = encode(dataclasses.replace(config, threads=threads), folder)
+        assert torch.get_num_threads() == environment
+        assert (manifest.encoding or {})["threads"] == threads
+        stores[environment, threads] = file_bytes(folder)
+    torch.set_num_threads(before)
+    assert stores[1, 2] == stores[2, 2]
+    assert stores[2, 1]["manifest.json"] != stores[2, 2]["manifest.json"]
+
+
+def test_the_manifest_says_what_made_the_store(tmp_path: Path) -> None:
+    (made_with,) = make_store(tmp_path / "store").made_with
+    assert made_with["torch"] == torch.__version__
+    assert made_with["device"].startswith("cpu ")
+
+
+def test_a_store_continued_elsewhere_says_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "write_manifest", stop)
+        with pytest.raises(Stopped):
+            make_store(tmp_path / "store")
+    (tmp_path / "store" / "shard-00002.safetensors").unlink()
+    elsewhere = {"device": "another", "torch": "0", "pillow": "0"}
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module.EncodingJob, "made_with", lambda self: elsewhere)
+        manifest = make_store(tmp_path / "store")
+    assert len(manifest.made_with) == 2
+    assert elsewhere in manifest.made_with
+
+
+def test_a_shard_of_words_that_were_given_up_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is killed between renaming a shard and noting it; then other words are tried."""
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module.EncodingJob, "remember", stop)
+        with pytest.raises(Stopped):
+            make_store(tmp_path / "store")
+    stray = tmp_path / "store" / "shard-00003.safetensors"
+    stray.write_bytes((tmp_path / "store" / "shard-00000.safetensors").read_bytes())
+    make_store(tmp_path / "store", shard_size=COUNT)
+    assert verify_store(tmp_path / "store") == []
+
+
+def test_a_repair_does_not_hide_what_it_cannot_mend(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    make_store(folder)
+    (folder / "shard-00009.safetensors").write_bytes(b"of somebody else")
+    (folder / ".shard-00001.5.partial.safetensors").write_bytes(b"left by a killed repair")
+    for repair in (False, True):
+        with pytest.raises(JLTError, match=r"shard-00009.safetensors is not in the manifest"):
+            make_store(folder, repair=repair)
+    assert not list(folder.glob(".shard-*"))
+
+
+def test_a_store_among_its_images_is_refused(tmp_path: Path) -> None:
+    write_zoo(tmp_path / "zoo")
+    with pytest.raises(JLTError, match="lies among the images"):
+        encode(EncodeConfig(str(tmp_path / "zoo"), "pixels", resolution=32), tmp_path / "zoo" / "latents")
+    assert not (tmp_path / "zoo" / "latents").exists()
+
+
+def test_shards_without_a_manifest_are_not_other_files(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.raises(JLTError, match="whose manifest is lost"):
+        make_store(tmp_path / "store")
+
+
+def test_a_preview_looks_on_where_all_its_picks_are_bad(tmp_path: Path) -> None:
+    picks = sorted({round(place) for place in np.linspace(0, COUNT - 1, 8)})
+    config = dataclasses.replace(CONFIG, preview=True, on_bad_image="skip")
+    encode_source(NoiseSource(COUNT, picks), PatchAutoencoder(), config, tmp_path / "store")
+    assert (tmp_path / "store" / "preview.png").is_file()
+
+
+def test_a_preview_far_below_what_was_promised_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_zoo(tmp_path / "zoo")
+    config = EncodeConfig(str(tmp_path / "zoo"), "tiny", resolution=32, preview=True, on_bad_image="skip", workers=0)
+    encode(config, tmp_path / "store")
+    assert "not the images that it was made for" in capsys.readouterr().err

@@ -278,3 +278,18 @@ def test_worker_processes_read_from_a_source_that_was_read_from(tmp_path: Path, 
         assert content(source) == expected
         assert other.get(60) == expected
     assert len(pickle.dumps(source)) < 50 * 40 + 2000
+
+
+def test_a_size_below_zero_is_damage_and_no_endless_loop(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        entry = tarfile.TarInfo("1.png")
+        entry.size = 3
+        tar.addfile(entry, io.BytesIO(b"abc"))
+    content = bytearray(path.read_bytes())
+    content[124:136] = b"-0000001000\0"
+    content[148:156] = b" " * 8
+    content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
+    path.write_bytes(content)
+    with pytest.raises(JLTError, match=r"a\.tar"):
+        TarShards(tmp_path, [path])

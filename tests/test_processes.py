@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, file_bytes, make_store
 from PIL import Image
 
@@ -19,8 +20,9 @@ from jlt.data.job import EncodingJob
 from jlt.data.store import verify_store
 from jlt.errors import JLTError
 from jlt.processes import Alone, Group
+from jlt.protocol import default_device
 
-WORDS = ["--images", "digits", "--autoencoder", "pixels", "--resolution", "8", "--batch-size", "16"]
+WORDS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
 
 
 def torchrun(count: int, *words: str) -> list[str]:
@@ -29,7 +31,8 @@ def torchrun(count: int, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """As a shell has it: torchrun gives its processes one thread each, a process by itself gets all cores."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,15 @@ def test_processes_that_found_different_images_are_refused(tmp_path: Path, monke
     with pytest.raises(JLTError, match=r"Process 1 would encode something else.*source.count: 37 -> 36"):
         encode_source(NoiseSource(37), PatchAutoencoder(), CONFIG, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_processes_of_one_machine_share_its_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert default_device() == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert default_device() == "cuda:2"
 
 
 def test_one_process_is_a_group_of_its_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import Full, Queue
@@ -10,7 +11,6 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 _END: Any = object()
-_ABANDONED: Any = object()
 POLL_SECONDS = 0.1
 
 
@@ -22,30 +22,30 @@ class Behind(Generic[T]):
     """A thread that runs `use` on an iterator of the items that are put, up to `depth` of them waiting.
 
     A context manager: leaving it waits until all is used up; leaving it by an exception ends the thread at its next
-    item. What the thread raises is raised by the next `put`, or on leaving.
+    item, whatever waits. What the thread raises is raised by the next `put`, or on leaving.
     """
 
     def __init__(self, use: Callable[[Iterator[T]], None], depth: int) -> None:
         self._queue: Queue[T] = Queue(depth)
+        self._abandoned = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-behind")
         self._using = self._pool.submit(use, self._items())
 
     def put(self, item: T) -> None:
         """Hand over an item, waiting while too many are there already."""
-        while True:
+        while not self._using.done():
             try:
                 self._queue.put(item, timeout=POLL_SECONDS)
-                return
             except Full:
-                if self._using.done():
-                    break
+                continue
+            return
         self._using.result()
 
     def _items(self) -> Iterator[T]:
-        while (item := self._queue.get()) is not _END:
-            if item is _ABANDONED:
-                raise Abandoned
+        while (item := self._queue.get()) is not _END and not self._abandoned:
             yield item
+        if self._abandoned:
+            raise Abandoned
 
     def __enter__(self) -> Behind[T]:
         return self
@@ -53,8 +53,9 @@ class Behind(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._using.done():
-            self.put(_END if error is None else _ABANDONED)
+        self._abandoned = error is not None
+        with contextlib.suppress(Exception):
+            self.put(_END)
         self._pool.shutdown(wait=True)
         if error is None:
             self._using.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -110,7 +111,7 @@ class Encode(Verb):
     """Encode images into a latent store, or adopt shards that the authors' program wrote.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m jlt encode ...
-    Shards of the authors' program are adopted where they lie: jlt encode --adopt DIR
+    Shards of the authors' program are adopted where they lie: jlt encode --adopt DIR (with --help for its options)
 
     For example:
 
@@ -161,7 +162,9 @@ def _store_result(manifest: Any, folder: Path) -> Result:
     shape = f"{manifest.channels}x{manifest.height}x{manifest.width}"
     text = f"{manifest.count} latents of {shape} in {folder}, overall standard deviation {manifest.std:.3f}"
     if manifest.skipped:
-        text += f"; {len(manifest.skipped)} bad images are listed in its manifest"
+        first, more = manifest.skipped[0], len(manifest.skipped) - 1
+        text += f"\nnot in it, and listed in its manifest: {first.image}, which {first.reason}"
+        text += f", and {more} more" if more else ""
     return Result(manifest.content(), text)
 
 
@@ -559,6 +562,10 @@ def _explain(error: BaseException) -> int:
 
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         sentence = f"{str(error) or 'Interrupted.'} The same words continue it."
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        sentence = "jlt: The disk is full. What was saved stays good; make room, and the same words continue it."
+    elif isinstance(error, OSError) and error.strerror:
+        sentence = f"jlt: {error.strerror}: {error.filename}" if error.filename else f"jlt: {error.strerror}"
     elif isinstance(error, JLTError):
         sentence = f"jlt: {error}"
     else:

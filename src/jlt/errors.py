@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 20
+"""Known names that an error lists."""
+
 
 class JLTError(Exception):
     """Something the user can mend; its text is one clear sentence that says what is wrong and what to do."""
@@ -19,5 +22,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> WrongWordsError:
     names = list(known)
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}."
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names[:SHOWN])}{more}."
     return WrongWordsError(f"There is no {kind} named {name!r}: {hint}")

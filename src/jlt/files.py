@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from jlt.errors import JLTError
 
 LOCK = ".lock"
+LONG_LIST = 8
+"""Lists with more values than this are not shown whole in a message."""
 
 
 @contextlib.contextmanager
@@ -101,9 +104,22 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") 
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += difference(a, b, f"{where}{key}.")
+        elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) > LONG_LIST:
+            # One line for all: a thousand class names may differ.
+            first = next((place for place in range(len(a)) if a[place] != b[place]), None)
+            if first is not None:
+                lines.append(f"{where}{key}[{first}]: {_short(a[first])} -> {_short(b[first])}")
         elif a != b:
-            lines.append(f"{where}{key}: {a!r} -> {b!r}")
+            lines.append(f"{where}{key}: {_short(a)} -> {_short(b)}")
     return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > LONG_LIST:
+        return f"{len(value)} values"
+    text = repr(value)
+    # What tells hashes apart is at their beginning.
+    return text if not re.fullmatch(r"'[0-9a-f]{64}'", text) else f"{text[:13]}...'"
 
 
 def claim_folder(

@@ -61,7 +61,7 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def on_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process and return its result in all; its JLTError ends all, said once."""
+        """Run `work` in the first process and return its result in all; its error ends all, said once."""
 
     @abc.abstractmethod
     def gather(self, value: Any) -> list[Any]:
@@ -109,20 +109,21 @@ class Processes(Group):
         self._store, self.rank, self.size = store, rank, size
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process and return its result in all; its JLTError ends all, said once."""
+        """Run `work` in the first process and return its result in all; its error ends all, said once."""
         import torch.distributed as dist
 
-        outcome: list[Any] = [None, None]
-        error: JLTError | None = None
+        outcome: list[Any] = [None, False]
+        failure: Exception | None = None
         if self.rank == 0:
             try:
-                outcome = [work(), None]
-            except JLTError as raised:
-                error, outcome = raised, [None, str(raised)]
-        dist.broadcast_object_list(outcome, src=0)
-        if error:
-            raise error
-        if outcome[1] is not None:
+                outcome = [work(), False]
+            except Exception as error:
+                failure, outcome = error, [None, True]
+        with _together(self.rank):
+            dist.broadcast_object_list(outcome, src=0)
+        if failure:
+            raise failure
+        if outcome[1]:
             raise SystemExit(1)
         return outcome[0]
 
@@ -131,7 +132,8 @@ class Processes(Group):
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _together(self.rank):
+            dist.all_gather_object(values, value)
         return values
 
     def add(self, name: str, amount: int) -> int:
@@ -142,12 +144,18 @@ class Processes(Group):
         """Return when every process has come here; JLTError if one has died."""
         import torch.distributed as dist
 
-        try:
+        with _together(self.rank):
             dist.barrier()
-        except RuntimeError as error:
-            raise JLTError(
-                f"Another process of this work ended early, so process {self.rank} ends too: see what that one said."
-            ) from error
+
+
+@contextlib.contextmanager
+def _together(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise JLTError(
+            f"Another process of this work ended early, so process {rank} ends too: see what that one said."
+        ) from error
 
 
 @contextlib.contextmanager

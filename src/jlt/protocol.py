@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from jlt import __version__
+from jlt.processes import local_rank, world_size
 
 
 def versions() -> dict[str, str]:
@@ -39,5 +40,7 @@ def _processor() -> str:
 
 
 def default_device() -> str:
-    """Return `cuda` where there is a GPU and `cpu` elsewhere."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return `cuda` where there is a GPU and `cpu` elsewhere; processes of one machine share its GPUs out."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{local_rank() % torch.cuda.device_count()}" if world_size() > 1 else "cuda"

@@ -31,6 +31,16 @@ class StopRequest:
         return self.received or _parent_asks()
 
 
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Hold signals back for the duration of a block: processes begun in it are deaf until `follow_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def follow_parent(parent: int, asks: Callable[[], bool] = lambda: False) -> None:
     """In a worker process: leave the signals, which reach a whole group at once, to the parent process.
 
@@ -40,6 +50,7 @@ def follow_parent(parent: int, asks: Callable[[], bool] = lambda: False) -> None
     _parent_asks = asks
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING_SIGNALS)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 

@@ -200,7 +200,7 @@ def _shape_words(
     entry, count = shards[0].latents["latents"], sum(len(shard.labels) for shard in shards)
     _, channels, height, width = entry.shape
     usual, source = _usual(autoencoder, path)
-    resolution = resolution or height * usual.downsampling
+    resolution = height * usual.downsampling if resolution is None else resolution
     downsampling = resolution // height
     unusual = (channels, downsampling) != (usual.channels, usual.downsampling)
     if resolution % height or downsampling < 1 or (path is None and unusual):
@@ -220,7 +220,7 @@ def _shape_words(
     }
     form = {"flips": "latents_flip" in shards[0].latents, "dtype": DTYPES[entry.dtype]}
     sizes = {"resolution": resolution, "channels": channels, "height": height, "width": width, "count": count}
-    adopted = {"source": {"kind": "adopted", "count": count}, "encoding": None, "skipped": ()}
+    adopted = {"source": {"kind": "adopted", "count": count}, "encoding": None, "skipped": (), "made_with": ()}
     return {"autoencoder": identity, **adopted, **sizes, **form}
 
 
@@ -255,19 +255,13 @@ def _adopted_before(folder: Path, words: dict[str, Any]) -> StoreManifest:
     """Return the manifest of a store that is there already; JLTError if other words made it."""
     manifest = LatentStore.open(folder).manifest
     before = {name: getattr(manifest, name) for name in words}
-    lines = difference(_comparable(before), _comparable(words))
+    lines = difference(*(json.loads(json.dumps(side)) for side in (before, words)))
     if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise JLTError(
-            f"{folder} was adopted with other words ({'; '.join(lines[:3])}{more}): use those, or remove its "
-            f"{MANIFEST_NAME} to adopt it anew."
+            f"{folder} was adopted with other words ({'; '.join(lines)}): use those, or remove its {MANIFEST_NAME} to "
+            "adopt it anew."
         )
     return manifest
-
-
-def _comparable(words: dict[str, Any]) -> dict[str, Any]:
-    # Classes by number, so that a difference names the class and not a thousand of them.
-    return json.loads(json.dumps({**words, "class_names": dict(enumerate(words["class_names"]))}))
 
 
 def _read_all(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +33,25 @@ class EncodedBatch:
     latents: dict[str, Float[Tensor, "n c h w"]]
     largest: dict[str, Float[Tensor, " n"]]
     bad: tuple[SkippedImage, ...]
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """Compute, for the duration of a block, so that equal images give equal bits on equal devices.
+
+    On a CPU the number of threads is part of it; on a GPU it means no TF32 and no kernels that are chosen by chance.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    convolutions: Any = cudnn.conv  # type: ignore[attr-defined]
+    before = torch.get_num_threads(), convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic
+    try:
+        torch.set_num_threads(threads)
+        convolutions.fp32_precision = products.fp32_precision = "ieee"
+        cudnn.deterministic = True
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic = before[1:]
 
 
 def encode_batch(job: EncodingJob, batch: PixelBatch) -> EncodedBatch:

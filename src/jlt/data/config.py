@@ -15,7 +15,7 @@ class EncodeConfig:
     images: str
     """A folder of class folders, parquet files or tar shards; or digits."""
     autoencoder: str
-    """flux2, kl, tiny or pixels."""
+    """flux2, kl, pixels, or tiny (bundled, for digits)."""
     autoencoder_path: str | None = None
     """Its weights: a local folder or a Hub id."""
     split: str | None = None
@@ -30,12 +30,14 @@ class EncodeConfig:
     """What to store of kl's posterior; a sample is fixed per image."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the autoencoder's arithmetic; bfloat16 means autocast."""
+    threads: int = 2
+    """Of the autoencoder on a CPU, where they decide the last bits."""
     batch_size: int = 32
     """Images per pass through the autoencoder."""
     shard_size: int = 8192
     """Images per file; a restart continues after the last whole file."""
     flips: bool = True
-    """Store every image mirrored too."""
+    """Store mirrored images too (--no-flips: do not)."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the latents on disk."""
     on_bad_image: OnBadImage = "stop"

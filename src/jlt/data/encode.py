@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.registry import load_autoencoder
 from jlt.behind import Behind
-from jlt.data.batch import EncodedBatch, encode_batch, require_finite
+from jlt.data.batch import EncodedBatch, encode_batch, exact_arithmetic, require_finite
 from jlt.data.config import EncodeConfig
 from jlt.data.images import bad_image, load_batches
 from jlt.data.job import EncodingJob, FinishedShard
@@ -27,6 +27,7 @@ from jlt.data.manifest import MANIFEST_NAME, ShardRecord, SkippedImage, StoreMan
 from jlt.data.preview import preview
 from jlt.data.shards import ShardWriter, keep_rows
 from jlt.data.sources.contract import ImageSource
+from jlt.data.sources.folders import ClassFolders
 from jlt.data.sources.registry import open_source
 from jlt.data.statistics import LatentSums
 from jlt.data.store import STATE_FOLDER, VERIFY_THREADS, LatentStore, shard_problem
@@ -60,6 +61,7 @@ def encode(config: EncodeConfig, out: Path, device: str = "cpu") -> StoreManifes
 
 def encode_source(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> StoreManifest:
     """Encode an opened source with a loaded autoencoder; otherwise as `encode`."""
+    _require_outside(source, out)
     job = EncodingJob(source, autoencoder, config, out)
     with joined() as group, contextlib.ExitStack() as held:
         _require_one_mind(group, job)
@@ -69,6 +71,12 @@ def encode_source(source: ImageSource, autoencoder: Autoencoder, config: EncodeC
             group.wait()
             group.on_first(lambda: _complete(job))
     return read_manifest(out)
+
+
+def _require_outside(source: ImageSource, out: Path) -> None:
+    """Raise a JLTError for a store among class folders: the next look at the images would take it for a class."""
+    if isinstance(source, ClassFolders) and out.resolve().is_relative_to(source.folder):
+        raise JLTError(f"{out} lies among the images in {source.folder}: name a folder elsewhere.")
 
 
 def _require_one_mind(group: Group, job: EncodingJob) -> None:
@@ -90,13 +98,17 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
     if (job.out / MANIFEST_NAME).exists():
         content = read_manifest(job.out).content()
         _require_same_words(job.out, {name: content[name] for name in words}, words)
+        job.require_policy(read_manifest(job.out).skipped)
         if job.config.repair:
             missing = _damaged(job, held)
         else:
             _require_whole(job)
+            say(f"{job.out} is finished already; jlt verify compares it with its hashes.")
     else:
         held.enter_context(_claimed(job.out, words))
         missing = dict.fromkeys(job.missing())
+        finished = (job.recall(shard) for shard in range(job.num_shards) if shard not in missing)
+        job.require_policy([image for shard in finished for image in shard.skipped])
         _require_space(job, missing)
     if missing and len(missing) < job.num_shards:
         say(f"{job.out}: {job.num_shards - len(missing)} of {job.num_shards} shards are there already")
@@ -110,7 +122,7 @@ def _require_whole(job: EncodingJob) -> None:
     try:
         LatentStore.open(job.out)
     except JLTError as error:
-        raise JLTError(f"{error} Damaged shards are made again with --repair.") from error
+        raise JLTError(f"{error} --repair makes missing and damaged shards again; others are yours to move.") from error
     if (job.out / STATE_FOLDER).is_dir():
         # Left by a process that was killed right after it had written the manifest, unless somebody repairs.
         with contextlib.suppress(JLTError), lock_folder(job.out / STATE_FOLDER):
@@ -120,11 +132,14 @@ def _require_whole(job: EncodingJob) -> None:
 def _damaged(job: EncodingJob, held: contextlib.ExitStack) -> Missing:
     """Hold a finished store for repair, and return those of its shards that are not what the manifest says."""
     held.enter_context(lock_folder(job.out / STATE_FOLDER))
+    _remove_leftovers(job.out)
     records = {record.file: record for record in read_manifest(job.out).shards}
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         problems = dict(
             zip(records, pool.map(lambda record: shard_problem(job.out, record), records.values()), strict=True)
         )
+    for problem in filter(None, problems.values()):
+        say(f"{problem} It is made again.")
     names = {shard: job.shard_path(shard).name for shard in range(job.num_shards)}
     return {shard: records[name].sha256 for shard, name in names.items() if problems.get(name)}
 
@@ -142,6 +157,7 @@ def _complete(job: EncodingJob) -> None:
     if not (job.out / MANIFEST_NAME).exists():
         write_manifest(job.out, job.manifest())
     shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
+    LatentStore.open(job.out)
 
 
 def _make_shards(job: EncodingJob, missing: Missing, group: Group) -> None:
@@ -154,6 +170,7 @@ def _make_shards(job: EncodingJob, missing: Missing, group: Group) -> None:
     start = time.monotonic()
     with (
         bar(f"encoding {job.source.name}", total) as shown,
+        exact_arithmetic(job.config.threads),
         Behind[EncodedBatch](lambda batches: _write_shards(job, share, batches), depth) as writer,
         contextlib.closing(_encoded(job, list(share))) as batches,
     ):
@@ -201,17 +218,18 @@ def _write_shards(job: EncodingJob, shards: Missing, batches: Iterator[EncodedBa
             sha256 = sha256_file(temporary)
             if must_be not in (None, sha256):
                 raise JLTError(
-                    f"{path} was left as it is: made again it is another one than the manifest says, since the images, "
-                    "the libraries or the processor have changed. Encode into a new folder."
+                    f"{path} was left as it is: made again it is another one than the manifest says. The images have "
+                    f"changed, or what makes latents of them: {job.made_with()} now, "
+                    f"{list(read_manifest(job.out).made_with)} then. Encode into a new folder."
                 )
         if must_be:
             continue
         if count:
             record = ShardRecord(path.name, count, path.stat().st_size, sha256)
-            job.remember(shard, FinishedShard(record, sums, tuple(skipped)))
+            job.remember(shard, FinishedShard(record, sums, tuple(skipped), job.made_with()))
         else:
             path.unlink()
-            job.remember(shard, FinishedShard(None, None, tuple(skipped)))
+            job.remember(shard, FinishedShard(None, None, tuple(skipped), job.made_with()))
 
 
 def _write_batch(job: EncodingJob, writer: ShardWriter, row: int, batch: EncodedBatch) -> LatentSums:
@@ -236,6 +254,8 @@ def _claimed(out: Path, words: dict[str, Any]) -> Iterator[None]:
     state = out / STATE_FOLDER
     if out.exists() and not out.is_dir():
         raise JLTError(f"{out} is a file: name a folder for the latent store.")
+    if not state.is_dir() and any(out.glob("shard-*.safetensors")):
+        raise JLTError(f"{out} holds shards of a store whose manifest is lost: encode into a new folder.")
     if not state.is_dir() and out.is_dir() and any(out.iterdir()):
         raise JLTError(
             f"{out} holds other files and is left as it is: name a new or empty folder for the latent store."
@@ -246,10 +266,22 @@ def _claimed(out: Path, words: dict[str, Any]) -> Iterator[None]:
         # Words bind from the first finished shard on, so that a refused first attempt can be corrected in place.
         if words_path.exists() and any(state.glob("shard-*.json")):
             _require_same_words(out, read_sealed_json(words_path), words)
+        else:
+            # A shard that was not noted may be of other words.
+            _remove(out.glob("shard-*.safetensors"))
         write_text(words_path, sealed_text(words))
-        for leftover in out.glob(".shard-*.partial*"):
-            leftover.unlink()
+        _remove_leftovers(out)
         yield
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed processes were writing."""
+    _remove(out.glob(".shard-*.partial*"))
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink()
 
 
 def _require_same_words(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

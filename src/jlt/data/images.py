@@ -22,7 +22,7 @@ from jlt.data.manifest import SkippedImage
 from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.errors import JLTError
 from jlt.processes import watch_over_all
-from jlt.signals import follow_parent
+from jlt.signals import follow_parent, unheard
 
 BATCHES_AHEAD = 2
 """Batches in work or waiting per worker; with fewer, workers would idle while a slow image holds up its successors."""
@@ -85,7 +85,8 @@ def load_batches(
     waiting: deque[Future[PixelBatch]] = deque()
     try:
         for rows in batches:
-            waiting.append(pool.submit(_work, rows))
+            with unheard():
+                waiting.append(pool.submit(_work, rows))
             if len(waiting) > workers * BATCHES_AHEAD:
                 yield waiting.popleft().result()
         watch_over_all(pool)
@@ -93,7 +94,8 @@ def load_batches(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise JLTError(
-            "A process that decodes images was killed, most likely for want of memory: try fewer --workers."
+            "A process that decodes images ended: killed for want of memory (try fewer --workers), or unable to start "
+            "(a script that encodes guards itself with `if __name__ == '__main__':`)."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
+import torch
+
 from jlt.autoencoders.contract import Autoencoder
 from jlt.data.config import EncodeConfig
 from jlt.data.manifest import ShardRecord, SkippedImage, StoreManifest
@@ -39,12 +42,18 @@ class FinishedShard:
     record: ShardRecord | None
     sums: LatentSums | None
     skipped: tuple[SkippedImage, ...]
+    made_with: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values from which `from_json` makes the same facts."""
         record = dataclasses.asdict(self.record) if self.record else None
         skipped = [dataclasses.asdict(image) for image in self.skipped]
-        return {"record": record, "sums": self.sums.to_json() if self.sums else None, "skipped": skipped}
+        return {
+            "record": record,
+            "sums": self.sums.to_json() if self.sums else None,
+            "skipped": skipped,
+            "made_with": self.made_with,
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> FinishedShard:
@@ -52,7 +61,7 @@ class FinishedShard:
         record = ShardRecord(**fields["record"]) if fields["record"] else None
         skipped = tuple(SkippedImage(**image) for image in fields["skipped"])
         sums = LatentSums.from_json(fields["sums"]) if fields["sums"] else None
-        return cls(record, sums, skipped)
+        return cls(record, sums, skipped, fields["made_with"])
 
 
 class EncodingJob:
@@ -61,6 +70,8 @@ class EncodingJob:
     def __init__(self, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> None:
         if min(config.resolution, config.batch_size, config.shard_size) < 1:
             raise JLTError("Resolution, batch size and shard size have to be at least 1.")
+        if config.threads < 1 or (config.workers or 0) < 0:
+            raise JLTError("An autoencoder has at least one thread, and there are no fewer than 0 workers.")
         if config.resolution % autoencoder.downsampling:
             raise JLTError(
                 f"A resolution of {config.resolution} is not a multiple of {autoencoder.downsampling}, "
@@ -78,6 +89,8 @@ class EncodingJob:
         encoding = {"crop": CROP} | {
             name: getattr(config, name) for name in ("exif", "precision", "batch_size", "shard_size")
         }
+        # On a GPU they decide nothing.
+        encoding["threads"] = config.threads if self.autoencoder.device.type == "cpu" else None
         words = {
             "autoencoder": self.identity,
             "source": self.source.identity(),
@@ -98,10 +111,6 @@ class EncodingJob:
         """Return the positions that go through the autoencoder together, in order."""
         rows, size = self.rows(shard), self.config.batch_size
         return [range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-
-    def shard_of(self, rows: range) -> int:
-        """Return the shard that a batch belongs to."""
-        return rows.start // self.config.shard_size
 
     def layout(self, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the tensors of a shard with their dtypes and shapes."""
@@ -148,12 +157,22 @@ class EncodingJob:
         say(f"{path} is not what was written, or what was noted of it is not: it is made again.")
         return False
 
+    def require_policy(self, skipped: Sequence[SkippedImage]) -> None:
+        """Raise a JLTError if images were skipped by an earlier attempt and that is not what is asked for now."""
+        if skipped and self.config.on_bad_image == "stop":
+            raise JLTError(f"An earlier attempt skipped {_count(skipped)}: go on with --on-bad-image skip.")
+
+    def made_with(self) -> dict[str, str]:
+        """Return the device and the versions on which the last bits of latents depend."""
+        device = self.autoencoder.device
+        cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+        return {"device": name, "torch": torch.__version__, "pillow": PIL.__version__}
+
     def manifest(self) -> StoreManifest:
         """Return the manifest of the finished shards; JLTError if there are none, or latents of a wrong scale."""
         finished = [self.recall(shard) for shard in range(self.num_shards)]
         skipped = tuple(image for shard in finished for image in shard.skipped)
-        if skipped and self.config.on_bad_image == "stop":
-            raise JLTError(f"An earlier attempt skipped {_count(skipped)}: go on with --on-bad-image skip.")
         shards = tuple(shard.record for shard in finished if shard.record)
         if not shards:
             raise JLTError(f"None of the {len(self.source)} images of {self.source.name} can be used.")
@@ -169,6 +188,7 @@ class EncodingJob:
             width=self.side,
             count=sum(record.count for record in shards),
             skipped=skipped,
+            made_with=tuple({tuple(sorted(shard.made_with.items())): shard.made_with for shard in finished}.values()),
             **sums.moments(),
             shards=shards,
         )

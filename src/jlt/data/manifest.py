@@ -40,7 +40,8 @@ class StoreManifest:
     """Everything a reader must know about a latent store.
 
     `autoencoder` and `source` are the identities of what made the latents, `encoding` the other words that decided them
-    (crop, exif, precision, batch_size, shard_size), None where latents that something else made were adopted.
+    (crop, exif, precision, batch_size, shard_size, threads), None where latents that something else made were adopted.
+    `made_with` lists the devices and versions that made the shards: one, unless an encoding was continued elsewhere.
     The moments and extremes are measured on the latents as stored, both orientations together; `mean` and `std` are of
     all values.
     """
@@ -57,6 +58,7 @@ class StoreManifest:
     class_names: tuple[str, ...]
     count: int
     skipped: tuple[SkippedImage, ...]
+    made_with: tuple[dict[str, str], ...]
     mean: float
     std: float
     minimum: float

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from jlt.autoencoders.psnr import psnr
-from jlt.data.batch import encode_batch
+from jlt.data.batch import encode_batch, exact_arithmetic
 from jlt.data.images import PixelBatch, bad_image, load_batch
 from jlt.data.job import EncodingJob
 from jlt.errors import JLTError
@@ -17,6 +17,8 @@ from jlt.progress import say
 
 PREVIEW_NAME = "preview.png"
 IMAGES = 8
+FAR_BELOW = 10.0
+"""Decibels."""
 MIN_SIDE, MARGIN, TITLE_SIZE, TEXT_SIZE = 160, 12, 18, 15
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -27,8 +29,9 @@ def preview(job: EncodingJob) -> float:
     The images are spread evenly over the source. JLTError if none of them can be used.
     """
     pixels, labels = _spread(job)
-    encoded = encode_batch(job, pixels)
-    reconstructed = job.autoencoder.decode(encoded.latents["latents"].float()).cpu()
+    with exact_arithmetic(job.config.threads):
+        encoded = encode_batch(job, pixels)
+        reconstructed = job.autoencoder.decode(encoded.latents["latents"].float()).cpu()
     originals = torch.from_numpy(pixels.pixels).permute(0, 3, 1, 2) / 127.5 - 1
     overall = psnr(originals, reconstructed)
     captions = [
@@ -40,6 +43,9 @@ def preview(job: EncodingJob) -> float:
     with atomic_path(path) as temporary:
         _draw(pixels.pixels, decoded, captions, _title(job, overall)).save(temporary)
     say(f"{path}: {len(captions)} images over their reconstructions, {overall:.1f} dB.")
+    promised = job.autoencoder.held_out_psnr
+    if promised and overall < promised - FAR_BELOW:
+        say(f"The autoencoder's makers measured {promised:.1f} dB: these are not the images that it was made for.")
     return overall
 
 
@@ -58,12 +64,20 @@ def _spread(job: EncodingJob) -> tuple[PixelBatch, list[str]]:
     if bad and job.config.on_bad_image == "stop":
         raise bad_image(bad[0])
     if len(bad) == len(loaded):
-        raise JLTError(f"None of {len(bad)} images of {job.source.name} can be used, {bad[0].image} first.")
+        loaded = [_first_usable(job)]
     index, labels, pixels = (
         np.concatenate([getattr(batch, name) for batch in loaded]) for name in ("index", "labels", "pixels")
     )
     names = [job.source.class_names[label] for label in labels.tolist()]
     return PixelBatch(range(0, total), index, labels, pixels, tuple(bad)), names
+
+
+def _first_usable(job: EncodingJob) -> PixelBatch:
+    for row in range(len(job.source)):
+        batch = load_batch(job.source, range(row, row + 1), job.config.resolution, job.config.exif)
+        if len(batch.index):
+            return batch
+    raise JLTError(f"None of the {len(job.source)} images of {job.source.name} can be used.")
 
 
 def _draw(

@@ -50,6 +50,7 @@ def write_store(folder: Path, shards: Iterable[dict[str, np.ndarray]], classes: 
         class_names=tuple(map(str, range(classes))),
         count=sum(record.count for record in records),
         skipped=(),
+        made_with=(),
         **sums.moments(),
         shards=tuple(records),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.registry import load_autoencoder
+from jlt.data.batch import exact_arithmetic
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode_source
 from jlt.data.images import load_batch
@@ -70,7 +71,7 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
         "ratio_by_round": [one / other for one, other in zip(bare[1:], encoding[1:], strict=True)],
         "peak_memory_mib": peak_memory(autoencoder.device.type) / 2**20,
         "memory_mib_by_images": {str(count): _fresh_peak_mib(count) for count in (FEW, MANY)},
-        "threads": torch.get_num_threads(),
+        "threads": config.threads,
         "machine": machine(autoencoder.device),
         "versions": versions(),
     }
@@ -89,7 +90,10 @@ def _images(job: EncodingJob) -> list[Float[Tensor, "_ 3 s s"]]:
 def _bare_seconds(autoencoder: Autoencoder, images: list[Float[Tensor, "_ 3 s s"]], config: EncodeConfig) -> float:
     device = autoencoder.device.type
     start = time.perf_counter()
-    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with (
+        exact_arithmetic(config.threads),
+        torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"),
+    ):
         for batch in images:
             for _ in range(1 + config.flips):
                 autoencoder.encode(batch, range(len(batch)))

@@ -13,7 +13,7 @@ from typing import Any
 from jlt.errors import JLTError
 from jlt.processes import watch_over_all
 from jlt.protocol import cores
-from jlt.signals import POLL_SECONDS, Stopped, follow_parent, stop_on_signal
+from jlt.signals import POLL_SECONDS, Stopped, follow_parent, stop_on_signal, unheard
 
 _stopping: Event | None = None
 
@@ -28,8 +28,9 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
     setup = (os.getpid(), max(1, cores() // workers), stopping)
     with stop_on_signal() as stop:
         pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=setup)
-        waiting: set[Future[None]] = {pool.submit(_run, job, argument) for argument in arguments}
-        watch_over_all(pool)
+        with unheard():
+            waiting: set[Future[None]] = {pool.submit(_run, job, argument) for argument in arguments}
+            watch_over_all(pool)
         try:
             while waiting and not stop:
                 done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)

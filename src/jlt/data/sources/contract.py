@@ -77,8 +77,11 @@ def read_image(path: Path, describe: Callable[[], str] | None = None) -> Image.I
             # Reading from a pipe would wait for ever.
             raise BadImageError(describe(), "is not a file")
         data = path.read_bytes()
+    except (FileNotFoundError, PermissionError, IsADirectoryError, ValueError) as error:
+        raise BadImageError(describe(), f"cannot be read ({getattr(error, 'strerror', error)})") from error
     except OSError as error:
-        raise BadImageError(describe(), f"cannot be read ({error.strerror})") from error
+        # The disk's fault or the network's, which says nothing about the image: none is skipped for it.
+        raise JLTError(f"{describe()} cannot be read ({error.strerror}).") from error
     return decode_image(data, describe)
 
 
@@ -93,6 +96,8 @@ def decode_image(data: bytes, describe: Callable[[], str]) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=_formats())
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         # Decoders raise whatever their format's parsing trips over (OSError, SyntaxError, struct.error, ...).
         reason = "holds no bytes" if not data else "is of no image format that Pillow knows"

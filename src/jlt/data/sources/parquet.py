@@ -182,9 +182,10 @@ class _Opened:
         noted = (self.schema.metadata or {}).get(b"huggingface", b"{}")
         try:
             names = json.loads(noted)["info"]["features"]["label"]["names"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
-        return tuple(names) if names and all(isinstance(name, str) for name in names) else None
+        sound = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        return tuple(names) if sound and len(set(names)) == len(names) else None
 
     def label_numbers(self) -> Int[np.ndarray, " n"]:
         """The labels of all rows."""

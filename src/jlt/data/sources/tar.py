@@ -198,7 +198,7 @@ def _read_cls(sample: str, file: BinaryIO, member: Member) -> int:
 def _read_json(sample: str, file: BinaryIO, member: Member) -> dict[str, Any]:
     try:
         fields = json.loads(os.pread(file.fileno(), member.size, member.start))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JLTError(f"{sample} has a .json that does not parse ({error}).") from error
     if not isinstance(fields, dict):
         raise JLTError(f"{sample} has a .json that is no object with a `label`.")
@@ -230,6 +230,8 @@ def _members(path: Path, file: BinaryIO) -> Iterator[Member]:
         is_note = block[156:157] == b"x"
         if member is None or (is_note and _is_about_content(file, member)):
             member, is_note = _any_member(path, file, offset), False
+        if member.size < 0:
+            raise JLTError(f"{path} is damaged: {member.name} has a size of {member.size} bytes.")
         if member.start + member.size > end:
             raise _truncated(path)
         offset = _after(member)
@@ -258,7 +260,7 @@ def _plain_member(block: bytes, offset: int) -> Member | None:
     except ValueError:
         return None
     # The checksum counts its own eight bytes as spaces.
-    if checksum != sum(block) - sum(block[148:156]) + 8 * 32:
+    if size < 0 or checksum != sum(block) - sum(block[148:156]) + 8 * 32:
         return None
     name = block[:100].partition(b"\0")[0]
     # GNU tar keeps times where POSIX has the beginning of a long name.

@@ -95,7 +95,7 @@ def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
 WAYS = {
     "loader": "the trainer's loader",
     "loader_float32": "... with conversion to float32",
-    "gather": "gather into new memory, no thread",
+    "gather": "gather into new memory, not ahead",
     "memory_map": "rows copied out of memory maps",
     "memory_copy": "copy of batches in memory",
     "per_sample_alone": "per sample through safetensors",

@@ -120,7 +120,7 @@ class Encode(Verb):
 
     config: Annotated[EncodeConfig, Flat]
     out: Path
-    """Folder of the store; the same words continue an interrupted encoding."""
+    """Folder of the store; the same words continue it."""
 
     def run(self) -> Result:
         from jlt.data.encode import encode

@@ -13,7 +13,7 @@ class EncodeConfig:
     """Which images go through which autoencoder, and how the latents are stored."""
 
     images: str
-    """A folder of class folders, parquet files or tar shards; or digits."""
+    """Folder of class folders, parquet or tar files; or digits."""
     autoencoder: str
     """flux2, kl, pixels, or tiny (bundled, for digits)."""
     autoencoder_path: str | None = None
@@ -21,7 +21,7 @@ class EncodeConfig:
     split: str | None = None
     """One of several splits in a folder (train of train-00000-of-00294)."""
     class_names: str | None = None
-    """Text file, a class name a line, for labels that are numbers."""
+    """Text file that names the classes, one a line."""
     resolution: int = 256
     """Side of the centre crop in pixels."""
     exif: Literal["ignore", "apply"] = "ignore"
@@ -31,11 +31,11 @@ class EncodeConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the autoencoder's arithmetic; bfloat16 means autocast."""
     threads: int = 2
-    """Of the autoencoder on a CPU, where they decide the last bits."""
+    """Of the autoencoder on a CPU; they decide last bits."""
     batch_size: int = 32
     """Images per pass through the autoencoder."""
     shard_size: int = 8192
-    """Images per file; a restart continues after the last whole file."""
+    """Images per file, the unit of a restart."""
     flips: bool = True
     """Store mirrored images too (--no-flips: do not)."""
     dtype: Literal["float16", "float32"] = "float16"

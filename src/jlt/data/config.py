@@ -37,9 +37,9 @@ class EncodeConfig:
     shard_size: int = 8192
     """Images per file, the unit of a restart."""
     flips: bool = True
-    """Store mirrored images too (--no-flips: do not)."""
+    """Whether mirrored images are stored too."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Number format of the latents on disk."""
+    """Number format on disk."""
     on_bad_image: OnBadImage = "stop"
     """Stop and name it, or list it in the manifest and go on."""
     workers: int | None = None

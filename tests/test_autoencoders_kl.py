@@ -363,3 +363,14 @@ def test_autocast_ends_before_the_normalisation(tmp_path):
     # Steps of float32 near 1000 are 6e-5; the deviation divides by a quarter.
     latents = under_autocast(autoencoder.encode, images, [1, 2])
     torch.testing.assert_close(latents.double(), (z - 1000) / 0.25, rtol=0, atol=1e-3)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(address: tuple[str, int], timeout: float) -> None:
+        raise OSError(f"no way to {address[0]}")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("jlt.autoencoders.pretrained.getproxies", dict)
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    with pytest.raises(JLTError, match=r"nobody/nothing is no folder here, and the Hub at \S+ cannot be reached"):
+        load_autoencoder("kl", "nobody/nothing")

@@ -169,11 +169,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent
 
 
-def hear_interrupts() -> None:
-    """In the child: a shell lets what it starts in the background ignore Ctrl-C, these tests included."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
@@ -182,9 +177,9 @@ def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
     out = tmp_path / "store"
     words = [sys.executable, "-m", "jlt", "encode", "--images", str(photographs), "--autoencoder", "pixels"]
     words += ["--resolution", "64", "--batch-size", "4", "--shard-size", "12", "--workers", "2", "--out"]
-    with subprocess.Popen(
-        [*words, str(out)], stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=hear_interrupts
-    ) as run:
+    # A shell lets what it starts in the background ignore Ctrl-C, these tests included.
+    hearing = ["env", "--default-signal=INT", *words, str(out)]
+    with subprocess.Popen(hearing, stderr=subprocess.PIPE, text=True, env=environment()) as run:
         deadline = time.monotonic() + 60
         while len(list((out / ".encoding").glob("shard-*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -472,8 +472,6 @@ class Benchmark(Verb):
       jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
     """
 
-    what: Annotated[Literal["train", "data", "encode"], Positional]
-
 
 BENCHMARKS: dict[str, type[Verb]] = {"train": TrainBenchmark, "data": DataBenchmark, "encode": EncodeBenchmark}
 

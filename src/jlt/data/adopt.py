@@ -24,6 +24,7 @@ from jaxtyping import Float, Int64, UInt64
 from jlt.autoencoders.registry import USUAL_PLACES
 from jlt.data.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, write_manifest
 from jlt.data.shards import ShardFile, TensorEntry
+from jlt.data.sources.labels import MOST_CLASSES
 from jlt.data.statistics import LatentSums
 from jlt.data.store import VERIFY_THREADS, LatentStore
 from jlt.errors import JLTError, WrongWordsError, unknown_name
@@ -32,8 +33,6 @@ from jlt.progress import say, track
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 DTYPES = {"F16": "float16", "F32": "float32"}
-MAX_UNNAMED = 1_000_000
-"""Largest label that is believed without a list of names."""
 BLOCK_BYTES = 1 << 20
 """Bytes that each thread reads at a time; summing them in float64 takes ten times their memory."""
 
@@ -246,7 +245,7 @@ def _class_names(shards: Sequence[_Shard], names: Sequence[str] | None) -> tuple
             classes = f"there are {len(names)} class names" if names is not None else "classes count from 0"
             raise JLTError(f"{shard.path} holds labels from {low} to {high}, and {classes}.")
         largest = max(largest, high)
-    if names is None and largest > MAX_UNNAMED:
+    if names is None and largest > MOST_CLASSES:
         raise JLTError(f"{largest} is a label: so many classes have to be named, with --class-names.")
     return tuple(names) if names is not None else tuple(map(str, range(largest + 1)))
 

@@ -39,7 +39,7 @@ class EncodedBatch:
 def exact_arithmetic(threads: int) -> Iterator[None]:
     """Compute, for the duration of a block, so that equal images give equal bits on equal devices.
 
-    On a CPU the number of threads is part of it; on a GPU it means no TF32 and no kernels that are chosen by chance.
+    On a CPU the number of threads is part of it; on a GPU it means no TF32 and none but cuDNN's deterministic kernels.
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     convolutions: Any = cudnn.conv  # type: ignore[attr-defined]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-OnBadImage = Literal["stop", "skip"]
-
 
 @dataclass(frozen=True)
 class EncodeConfig:
@@ -40,7 +38,7 @@ class EncodeConfig:
     """Whether mirrored images are stored too."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format on disk."""
-    on_bad_image: OnBadImage = "stop"
+    on_bad_image: Literal["stop", "skip"] = "stop"
     """Stop and name it, or list it in the manifest and go on."""
     workers: int | None = None
     """Processes that decode images (default: one per core)."""

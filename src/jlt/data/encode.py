@@ -96,11 +96,12 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
     """Claim the folder for as long as `held` lasts, and return what is missing; None for a finished store."""
     words, missing = job.words(), None
     if (job.out / MANIFEST_NAME).exists():
-        content = read_manifest(job.out).content()
+        manifest = read_manifest(job.out)
+        content = manifest.content()
         _require_same_words(job.out, {name: content[name] for name in words}, words)
-        job.require_policy(read_manifest(job.out).skipped)
+        job.require_policy(manifest.skipped)
         if job.config.repair:
-            missing = _damaged(job, held)
+            missing = _damaged(job, manifest, held)
         else:
             _require_whole(job)
             say(f"{job.out} is finished already; jlt verify compares it with its hashes.")
@@ -129,19 +130,18 @@ def _require_whole(job: EncodingJob) -> None:
             shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
 
 
-def _damaged(job: EncodingJob, held: contextlib.ExitStack) -> Missing:
+def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitStack) -> Missing:
     """Hold a finished store for repair, and return those of its shards that are not what the manifest says."""
     held.enter_context(lock_folder(job.out / STATE_FOLDER))
     _remove_leftovers(job.out)
-    records = {record.file: record for record in read_manifest(job.out).shards}
+    shards = {job.shard_path(shard).name: shard for shard in range(job.num_shards)}
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        problems = dict(
-            zip(records, pool.map(lambda record: shard_problem(job.out, record), records.values()), strict=True)
-        )
-    for problem in filter(None, problems.values()):
+        problems = list(pool.map(lambda record: shard_problem(job.out, record), manifest.shards))
+    for problem in filter(None, problems):
         say(f"{problem} It is made again.")
-    names = {shard: job.shard_path(shard).name for shard in range(job.num_shards)}
-    return {shard: records[name].sha256 for shard, name in names.items() if problems.get(name)}
+    return {
+        shards[record.file]: record.sha256 for record, problem in zip(manifest.shards, problems, strict=True) if problem
+    }
 
 
 def _require_space(job: EncodingJob, missing: Missing) -> None:

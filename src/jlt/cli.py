@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from jlt import processes
-from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, to_dict
+from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
-from jlt.experiments.recipes import DIGITS_SAMPLING, renamed, resolve_recipe
+from jlt.experiments.recipes import DEFAULT_IMAGES, DIGITS_SAMPLING, renamed, resolve_recipe
 from jlt.progress import silence
 
 Positional = tyro.conf.Positional
@@ -73,9 +73,11 @@ class RecipeVerb(Verb):
         from jlt.data.manifest import read_manifest
 
         self.reject_misspelt()
-        base = resolve_recipe(self.recipe, read_manifest(latents).shape if latents else None)
+        manifest = read_manifest(latents) if latents else None
+        base = resolve_recipe(self.recipe, manifest.shape if manifest else None)
         prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
-        return renamed(tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, config=PARSING))
+        config = tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, config=PARSING)
+        return renamed(in_steps(config, manifest.count if manifest else DEFAULT_IMAGES[self.recipe]))
 
 
 @dataclass(frozen=True, kw_only=True)

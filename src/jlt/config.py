@@ -17,7 +17,11 @@ from jlt.errors import JLTError, unknown_name
 Prediction = Literal["x", "eps", "v"]
 LossSpace = Literal["x", "eps", "v"]
 Weighting = Literal["published", "matched"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+Parallel = Literal["ddp", "fsdp"]
 PREDICTIONS: tuple[Prediction, ...] = typing.get_args(Prediction)
+MAX_SIGMA_REL = 0.28
+"""Just below 12**-0.5, the relative width of a plain average over all of training."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -50,8 +54,6 @@ class NetworkConfig:
     """In-context class tokens (JiT); 0 uses none."""
     context_start: int = 0
     """Block before which the in-context class tokens enter."""
-    checkpoint_blocks: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more compute."""
 
     def __post_init__(self) -> None:
         p = self.patch_size
@@ -109,57 +111,6 @@ class TimestepConfig:
         _require(self.shift > 0, f"shift must be positive, not {self.shift}.")
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up, then a constant learning rate."""
-
-    learning_rate: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    grad_clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}.")
-        _require(self.grad_clip > 0, f"grad_clip must be positive, not {self.grad_clip}.")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run, resolved."""
-
-    name: str
-    prediction: Prediction
-    network: NetworkConfig
-    loss: LossConfig = field(default_factory=LossConfig)
-    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    noise_scale: float = 1.0
-    """s in eq. 1."""
-    batch_size: int = 1024
-    """Global batch: samples per update over all processes."""
-    steps: int = 250_000
-    label_dropout: float = 0.1
-    """Share of labels replaced by the null class, for guidance."""
-    flips: bool = False
-    """Train on stored mirror images too, chosen at random for each sample."""
-    ema: tuple[float, ...] = (0.9999, 0.9996)
-    seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """bfloat16 is autocast: weights, optimiser and EMA stay in float32."""
-    compile: bool = False
-    """torch.compile the network; needs a C++ compiler on a CPU."""
-    log_every: int = 100
-    checkpoint_every: int = 10_000
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size > 0 and self.steps > 0, "batch_size and steps must be positive.")
-        _require(self.log_every > 0 and self.checkpoint_every > 0, "log_every and checkpoint_every must be positive.")
-        _require(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), not {self.label_dropout}.")
-        _require(self.noise_scale > 0, f"noise_scale must be positive, not {self.noise_scale}.")
-        _require(all(0 < decay < 1 for decay in self.ema), f"EMA decays must lie in (0, 1), not {self.ema}.")
-
-
 Solver = Literal["euler", "heun"]
 SampleFormat = Literal["png", "npz", "grid"]
 
@@ -180,7 +131,7 @@ class SampleConfig:
     """equal, random, or a list such as 3,7,7 that is repeated."""
     seed: int = 0
     ema: str = ""
-    """Decay of the EMA to sample from, `none` for the raw weights; empty takes the first one of the run."""
+    """An EMA decay (0.9999), a length to rebuild (sigma_rel=0.07) or none; empty takes the run's first decay."""
     batch_size: int = 250
     precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -189,6 +140,123 @@ class SampleConfig:
         _require(0 <= low < high <= 1, f"cfg_interval must satisfy 0 <= low < high <= 1, not {low} {high}.")
         _require(self.num > 0 and self.steps > 0 and self.batch_size > 0, "num, steps and batch_size must be positive.")
         _require(0 <= self.t_eps < 1, f"t_eps must lie in [0, 1), not {self.t_eps}.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What a training run draws and measures at intervals."""
+
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=1000))
+    reference: str = ""
+    """Real images or an .npz of their statistics; empty takes the images that the latents were made from."""
+    features: str = "digits"
+    """Feature extractor."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then a constant learning rate or half a cosine down to zero at the last step."""
+
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    decayed: Literal["matrices", "all"] = "matrices"
+    """What weight_decay shrinks: the matrices of linear layers, or biases, scales and embeddings too."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    warmup_epochs: float = 0.0
+    """Warm-up in epochs of the latent store, where warmup_steps is 0."""
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}.")
+        _require(self.grad_clip > 0, f"grad_clip must be positive, not {self.grad_clip}.")
+        _require(self.weight_decay >= 0, f"weight_decay must not be negative, and is {self.weight_decay}.")
+        _require(self.warmup_steps >= 0 and self.warmup_epochs >= 0, "A warm-up cannot be negative.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, resolved."""
+
+    name: str
+    prediction: Prediction
+    network: NetworkConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    noise_scale: float = 1.0
+    """s in eq. 1."""
+    batch_size: int = 1024
+    """Global batch: samples per update over all processes, micro_batch_size * accumulation * processes."""
+    steps: int = 250_000
+    epochs: float = 0.0
+    """Length in epochs of the latent store, which replaces steps; 0 leaves them."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null class, for guidance."""
+    flips: bool = False
+    """Train on stored mirror images too, chosen at random for each sample."""
+    ema: tuple[float, ...] = (0.9999, 0.9996)
+    """Decays of the exponential moving averages of the weights."""
+    power_ema: tuple[float, ...] = (0.05, 0.1)
+    """Relative widths sigma_rel of the power-function averages (Karras et al. 2024), from whose snapshots any other
+    length is rebuilt after training."""
+    seed: int = 0
+    precision: Precision = "bfloat16"
+    """bfloat16 is autocast: weights, optimiser and EMA stay in float32. tf32 is float32 with a GPU's fast products."""
+    init_from: str = ""
+    """Run or checkpoint whose weights training starts from; other class counts and grids are adapted."""
+    init_ema: str = ""
+    """Which of its weights: an EMA, `none` for the raw ones; empty takes the first EMA."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped for a loss or gradient that is not finite, before the run ends."""
+    micro_batch_size: int = 0
+    """Samples that one process puts through the network at a time; 0 follows from the other numbers."""
+    accumulation: int = 0
+    """Micro-batches whose gradients make one update; 0 follows from the other numbers."""
+    parallel: Parallel = "ddp"
+    """How several processes share the work: ddp keeps the whole state in each, fsdp a part of it (large networks)."""
+    compile: bool = False
+    """torch.compile the network; needs a C++ compiler on a CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more compute."""
+    log_every: int = 100
+    checkpoint_every: int = 10_000
+    keep_last: int = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept too; 0 is none."""
+    snapshot_every: int = 10_000
+    """Steps between snapshots of the power-function averages."""
+    sample_every: int = 0
+    """Steps between grids of samples from the same noise and labels; 0 draws none."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 makes none."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How sample grids are drawn and evaluations made."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too, into RUN/tensorboard."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Send the log to Weights & Biases, or write it into RUN/wandb for later."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0 and self.steps > 0, "batch_size and steps must be positive.")
+        _require(self.epochs >= 0, f"epochs must not be negative, and is {self.epochs}.")
+        _require(
+            self.log_every > 0 and self.checkpoint_every > 0 and self.snapshot_every > 0,
+            "log_every, checkpoint_every and snapshot_every must be positive.",
+        )
+        counts = ("micro_batch_size", "accumulation", "keep_last", "keep_every", "sample_every", "evaluate_every")
+        for name in counts:
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}.")
+        _require(self.max_skipped > 0, f"max_skipped must be positive, not {self.max_skipped}.")
+        _require(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), not {self.label_dropout}.")
+        _require(self.noise_scale > 0, f"noise_scale must be positive, not {self.noise_scale}.")
+        _require(all(0 < decay < 1 for decay in self.ema), f"EMA decays must lie in (0, 1), not {self.ema}.")
+        _require(
+            all(0 < width < MAX_SIGMA_REL for width in self.power_ema),
+            f"power_ema widths must lie in (0, {MAX_SIGMA_REL}), not {self.power_ema}.",
+        )
 
 
 C = TypeVar("C")
@@ -233,3 +301,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         f"{where} must be {hint.__name__}, not {value!r}.",
     )
     return value
+
+
+def in_steps(config: TrainConfig, images: int) -> TrainConfig:
+    """Return the run with its length and warm-up in steps, where they are in epochs of `images` samples."""
+    optimizer, per_epoch = config.optimizer, images / config.batch_size
+    warmup = optimizer.warmup_steps or round(optimizer.warmup_epochs * per_epoch)
+    optimizer = dataclasses.replace(optimizer, warmup_steps=warmup, warmup_epochs=0.0)
+    steps = max(1, round(config.epochs * per_epoch)) if config.epochs else config.steps
+    return dataclasses.replace(config, optimizer=optimizer, steps=steps, epochs=0.0)

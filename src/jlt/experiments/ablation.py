@@ -96,7 +96,9 @@ def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) ->
     reference, systems = reference_path(config, out), []
     axes = itertools.product(config.seed, config.patch_size, config.loss_space, config.prediction)
     for seed, patch_size, loss_space, prediction in axes:
-        varied = replace(vary(config.train, prediction, loss_space, patch_size, seed), checkpoint_every=every)
+        varied = vary(config.train, prediction, loss_space, patch_size, seed)
+        # Checkpoints are what is measured, so all of them stay.
+        varied = replace(varied, checkpoint_every=every, keep_last=0)
         run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}-s{seed}"
         systems.append(System(varied, run, latents, reference, config.extractor, config.sample, device))
     return sorted(systems, key=lambda system: system.config.network.patch_size)

@@ -19,6 +19,7 @@ from jlt.networks.sizes import size_name, sized_network
 Recipe = Callable[[LatentShape], TrainConfig]
 
 IMAGENET_IMAGES = 1_281_167
+DIGITS_IMAGES = 1_797
 DIGITS = LatentShape(channels=16, height=4, width=4, num_classes=10)
 """The bundled digits at 32x32 through the bundled autoencoder."""
 
@@ -30,9 +31,7 @@ def imagenet256(prediction: Prediction, size: str, patch_size: int, latents: Lat
         name=system_name(prediction, size, patch_size),
         prediction=prediction,
         network=sized_network(size, patch_size, latents),
-        optimizer=OptimizerConfig(
-            learning_rate=5e-5 * batch_size / 256, warmup_steps=round(5 * IMAGENET_IMAGES / batch_size)
-        ),
+        optimizer=OptimizerConfig(learning_rate=5e-5 * batch_size / 256, warmup_epochs=5),
         batch_size=batch_size,
         steps=250_000,
         flips=True,
@@ -52,6 +51,8 @@ def digits(prediction: Prediction, patch_size: int, latents: LatentShape) -> Tra
         precision="float32",
         log_every=50,
         checkpoint_every=250,
+        keep_last=0,
+        snapshot_every=100,
     )
 
 
@@ -75,6 +76,7 @@ RECIPES: dict[str, Recipe] = {
     "digits": _digits_recipe("x", 1),
 }
 DEFAULT_LATENTS = {name: DIGITS if name == "digits" else FLUX2_IMAGENET256 for name in RECIPES}
+DEFAULT_IMAGES = {name: DIGITS_IMAGES if name == "digits" else IMAGENET_IMAGES for name in RECIPES}
 
 
 def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig:

@@ -30,6 +30,8 @@ class Transformer(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = False
+        """Recompute each block in the backward pass: less memory, about a third more compute."""
         size, patch_values = config.hidden_size, config.channels * config.patch_size**2
         rows, columns = config.height // config.patch_size, config.width // config.patch_size
 
@@ -58,7 +60,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             if self.context is not None and index == config.context_start:
                 tokens = self.context(tokens, class_embedding)
-            if config.checkpoint_blocks and self.training:
+            if self.checkpoint_blocks and self.training:
                 tokens = checkpoint(block, tokens, condition, self.rotary_positions, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, self.rotary_positions)

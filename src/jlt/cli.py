@@ -239,12 +239,9 @@ class Train(RecipeVerb):
             return Result(to_dict(config), json.dumps(to_dict(config), indent=2))
         if self.latents is None or self.out is None:
             raise WrongWordsError("Training needs --latents DIR and --out RUN.")
-        from jlt.data.store import LatentStore
-        from jlt.protocol import default_device
-        from jlt.training.loop import train
+        from jlt.experiments.training import train_and_watch
 
-        store = (LatentStore.open_verified if self.verify_latents else LatentStore.open)(self.latents)
-        checkpoint = train(config, store, self.out, default_device())
+        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
         return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")
 
 

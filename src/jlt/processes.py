@@ -15,9 +15,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlt.errors import JLTError
+from jlt.signals import Stopped
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 # Processes may finish their shares far apart; a dead one is noticed by its connection, not by the clock.
@@ -103,27 +104,29 @@ class Alone(Group):
 
 
 class Processes(Group):
-    """Several processes, connected."""
+    """Several processes, connected; `control` is the group of torch.distributed over which they agree."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._store, self.rank, self.size = store, rank, size
+    def __init__(self, store: Store, rank: int, size: int, control: ProcessGroup | None) -> None:
+        self._store, self.rank, self.size, self._control = store, rank, size, control
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process and return its result in all; its error ends all, said once."""
         import torch.distributed as dist
 
-        outcome: list[Any] = [None, False]
+        outcome: list[Any] = [None, ""]
         failure: Exception | None = None
         if self.rank == 0:
             try:
-                outcome = [work(), False]
+                outcome = [work(), ""]
             except Exception as error:
-                failure, outcome = error, [None, True]
-        with _together(self.rank):
-            dist.broadcast_object_list(outcome, src=0)
+                failure, outcome = error, [None, "stopped" if isinstance(error, Stopped) else "failed"]
+        with together():
+            dist.broadcast_object_list(outcome, src=0, group=self._control)
         if failure:
             raise failure
-        if outcome[1]:
+        if outcome[1] == "stopped":
+            raise Stopped("Stopped on request.")
+        if outcome[1] == "failed":
             raise SystemExit(1)
         return outcome[0]
 
@@ -132,8 +135,8 @@ class Processes(Group):
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        with _together(self.rank):
-            dist.all_gather_object(values, value)
+        with together():
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
     def add(self, name: str, amount: int) -> int:
@@ -144,33 +147,58 @@ class Processes(Group):
         """Return when every process has come here; JLTError if one has died."""
         import torch.distributed as dist
 
-        with _together(self.rank):
-            dist.barrier()
+        with together():
+            dist.barrier(group=self._control)
 
 
 @contextlib.contextmanager
-def _together(rank: int) -> Iterator[None]:
+def together() -> Iterator[None]:
+    """Turn the broken connection that a process sees when another one has ended into a JLTError."""
     try:
         yield
     except RuntimeError as error:
+        if not _is_broken_connection(error):
+            raise
         raise JLTError(
-            f"Another process of this work ended early, so process {rank} ends too: see what that one said."
+            f"Another process of this work ended early, so process {rank()} ends too: see what that one said."
         ) from error
 
 
+def _is_broken_connection(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection"))
+
+
 @contextlib.contextmanager
-def joined() -> Iterator[Group]:
-    """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one."""
+def joined(device: str = "cpu") -> Iterator[Group]:
+    """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one.
+
+    They agree over gloo, and add up what lies on `device` over what is fast there. One that dies or hangs ends all.
+    """
     if world_size() == 1:
         yield Alone()
         return
+    import torch
     import torch.distributed as dist
+
+    from jlt.heartbeat import Heartbeat
 
     store, number, size = next(iter(dist.rendezvous("env://")))
     store.set_timeout(PATIENCE)
-    own = dist.PrefixStore("gloo", store)
-    dist.init_process_group("gloo", store=own, rank=number, world_size=size, timeout=PATIENCE)
-    try:
-        yield Processes(store, number, size)
-    finally:
-        dist.destroy_process_group()
+    control = None
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+        own = dist.PrefixStore("nccl", store)
+        dist.init_process_group("nccl", store=own, rank=number, world_size=size, device_id=torch.device(device))
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    else:
+        own = dist.PrefixStore("gloo", store)
+        dist.init_process_group("gloo", store=own, rank=number, world_size=size, timeout=PATIENCE)
+    group = Processes(store, number, size, control)
+    with Heartbeat(store.clone(), number, size):
+        yield group
+        # Whoever leaves first would seem to have died.
+        group.wait()
+    # Not after an error: where a process is missing, taking the group down together may wait for it.
+    dist.destroy_process_group()

@@ -3,70 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from jlt.config import TrainConfig
+from jlt.config import Precision, TrainConfig
+from jlt.data.order import SampleOrder
 from jlt.draws import normal_per_sample
 from jlt.errors import WrongWordsError
 from jlt.experiments.systems import preset
+from jlt.measure import matmul_rate, peak_memory, seconds_of
 from jlt.networks.flops import training_flops
-from jlt.networks.transformer import count_parameters
+from jlt.networks.transformer import Transformer, count_parameters
+from jlt.processes import Alone
 from jlt.protocol import default_device, machine, versions
-from jlt.training.loop import initial_state, update
+from jlt.training.batch import split_batch
+from jlt.training.draws import draw_step
+from jlt.training.state import initial_state
+from jlt.training.step import Stepper, float32_products
 
-MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
 WARMUP_STEPS = 3
 
 
-def benchmark_train(
-    name: str, batch_size: int, steps: int, precision: Literal["float32", "bfloat16"], compile: bool
-) -> dict[str, Any]:
+def benchmark_train(name: str, batch_size: int, steps: int, precision: Precision, compile: bool) -> dict[str, Any]:
     """Measure training steps of a named network on random latents; times are medians over `steps` steps.
 
-    The step is the trainer's: forward, loss, backward, clipping, AdamW and two EMAs. MFU divides its arithmetic, by the
-    usual count of three forwards, by the rate of the best of several matrix products before and after.
+    The step is the trainer's: forward, loss, backward, clipping, AdamW and all averages. MFU divides its arithmetic, by
+    the usual count of three forwards, by the rate of the best of several matrix products before and after.
     """
+    if steps < 1:
+        raise WrongWordsError("A benchmark needs at least one measured step.")
     device = default_device()
     prediction, network = preset(name)
     config = TrainConfig(
         name=name, prediction=prediction, network=network, batch_size=batch_size, precision=precision, compile=compile
     )
-    state = initial_state(config, torch.device(device))
-    forward: Callable[..., torch.Tensor] = torch.compile(state.network) if compile else state.network
-    shape = (network.channels, network.height, network.width)
-    x, eps = (normal_per_sample(range(start, start + batch_size), shape, device) for start in (0, batch_size))
-    labels = torch.arange(batch_size, device=device) % network.num_classes
-    t = torch.linspace(0.05, 0.95, batch_size)
-
-    def step() -> None:
-        update(config, state, forward, x, eps, labels, t)
-
-    if steps < 1:
-        raise WrongWordsError("A benchmark needs at least one measured step.")
-    dtype = getattr(torch, precision)
-    rate = matmul_rate(dtype, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    warmup = sum(_seconds(step, device) for _ in range(WARMUP_STEPS))
-    seconds = statistics.median(_seconds(step, device) for _ in range(steps))
-    memory = peak_memory(device)
-    rate = max(rate, matmul_rate(dtype, device))
+    step = trainer_step(config, device)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with float32_products(config):
+        rate = matmul_rate(dtype, device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        warmup = sum(seconds_of(step, device) for _ in range(WARMUP_STEPS))
+        seconds = statistics.median(seconds_of(step, device) for _ in range(steps))
+        memory = peak_memory(device)
+        rate = max(rate, matmul_rate(dtype, device))
     flops = training_flops(network)
+    with torch.device("meta"):
+        parameters = count_parameters(Transformer(network))
     return {
         "preset": name,
         "batch_size": batch_size,
         "precision": precision,
         "compile": compile,
         "steps": steps,
-        "parameters": count_parameters(state.network),
+        "parameters": parameters,
         "network": dataclasses.asdict(network),
         "img_per_second": batch_size / seconds,
         "seconds_per_step": seconds,
@@ -82,31 +75,18 @@ def benchmark_train(
     }
 
 
-def matmul_rate(dtype: torch.dtype, device: str, repeats: int = 7) -> float:
-    """Return the best rate of a square matrix product in operations per second."""
-    n = MATMUL_SIZES[device]
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
+def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:
+    """Return a function that makes one of the trainer's updates on random latents."""
+    network = config.network
+    state = initial_state(config, device)
+    stepper = Stepper(config, state, split_batch(config, 1), Alone())
+    shape = (network.channels, network.height, network.width)
+    latents = normal_per_sample(range(config.batch_size), shape, device)
+    labels = torch.arange(config.batch_size) % network.num_classes
+    draws = draw_step(config, SampleOrder(config.batch_size, 0), 0)
 
+    def step() -> None:
+        stepper.apply(stepper.differentiate(draws, latents, labels, asked=False))
+        state.ema.update(state.step)
 
-def peak_memory(device: str) -> int:
-    """Return the peak memory in bytes: of the GPU where there is one, of the process elsewhere."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Rather than getrusage, whose figure a process on Linux inherits from the one that started it.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _seconds(work: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return step

@@ -4,10 +4,14 @@ checkpoints/step_0000500/
     network.safetensors, ema_0.99.safetensors, ..., optimizer.safetensors
     state.json       step, digest of all draws so far, hash of the initial weights
     manifest.json    configuration, latent space, SHA-256 of every file; written last
+snapshots/step_0000500/
+    ema_sigma_rel=0.05.safetensors, ...
+    manifest.json    step, number of updates, SHA-256 of every file; written last
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -32,8 +36,9 @@ from jlt.files import (
     write_text,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,13 @@ class Checkpoint:
     latents: Mapping[str, Any]
     """Identity of the latent store that it was trained on, its autoencoder's included."""
     files: Mapping[str, str]
+    updates: int
+    """Steps that changed the weights."""
+
+    @property
+    def run(self) -> Path:
+        """The run folder that it lies in."""
+        return self.folder.parent.parent
 
     @property
     def sha256(self) -> str:
@@ -54,7 +66,7 @@ class Checkpoint:
         return sealed_sha256({"step": self.step, "files": tensors})
 
     def ema_names(self) -> list[str]:
-        """Return the decays that are stored, as the words that name them."""
+        """Return the averages that are stored, by the words that name them."""
         return [name.removeprefix("ema_").removesuffix(".safetensors") for name in self.files if name[:4] == "ema_"]
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -64,11 +76,11 @@ class Checkpoint:
 
     def read_state(self) -> dict[str, Any]:
         """Read `state.json` after checking its hash."""
-        check_file(self.folder / "state.json", self.files["state.json"])
-        return read_json(self.folder / "state.json")
+        check_file(self.folder / STATE, self.files[STATE])
+        return read_json(self.folder / STATE)
 
     def weights(self, ema: str) -> dict[str, Tensor]:
-        """Return the network's weights: of an EMA decay, `none` for the raw ones, empty for the first EMA."""
+        """Return the network's weights: of a stored average, `none` for the raw ones, empty for the first average."""
         names = self.ema_names()
         chosen = ema or (names[0] if names else "none")
         if chosen != "none" and chosen not in names:
@@ -84,6 +96,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise JLTError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; OSError where the disk is full."""
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
 def check_file(path: Path, sha256: str) -> None:
     """Raise a JLTError unless the file exists and has this hash."""
     if not path.is_file():
@@ -92,34 +114,42 @@ def check_file(path: Path, sha256: str) -> None:
         raise JLTError(f"{path} is damaged: its content does not match the hash in {MANIFEST}.")
 
 
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Tensors to write, by file and name."""
+
+
 def save_checkpoint(
-    run: Path,
-    step: int,
-    config: TrainConfig,
-    latents: Mapping[str, Any],
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    run: Path, config: TrainConfig, latents: Mapping[str, Any], tensors: Tensors, state: Mapping[str, Any]
 ) -> Path:
-    """Write a checkpoint beside its place and rename it there: a kill at any moment leaves none or all of it."""
-    final = step_folder(run, step)
+    """Write the checkpoint of `state["step"]`; a kill at any moment leaves none or all of it."""
+    step, updates = state["step"], state["updates"]
+    facts = {"step": step, "updates": updates, "config": to_dict(config), "latents": latents}
+    return _write_folder(step_folder(run, step), tensors, facts, state)
+
+
+def save_snapshot(run: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
+    """Write a snapshot of the power-function averages; a kill at any moment leaves none or all of it."""
+    facts = {"step": state["step"], "updates": state["updates"]}
+    return _write_folder(snapshot_folder(run, state["step"]), tensors, facts)
+
+
+def _write_folder(
+    final: Path, tensors: Tensors, facts: Mapping[str, Any], state: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a folder beside its place, flush it to disk, its manifest last, and rename it there."""
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for name, values in tensors.items():
-            save_file({key: value.contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
-        write_json(partial / "state.json", {**state, "step": step})
+            write_tensors(partial / f"{name}.safetensors", values)
+        if state is not None:
+            write_json(partial / STATE, state)
         files = sorted(partial.iterdir())
         for path in files:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        manifest = {
-            "schema": SCHEMA,
-            "step": step,
-            "config": to_dict(config),
-            "latents": latents,
-            "files": {path.name: sha256_file(path) for path in files},
-        }
+        manifest = {"schema": SCHEMA, **facts, "files": {path.name: sha256_file(path) for path in files}}
         write_text(partial / MANIFEST, sealed_text(manifest))
         partial.rename(final)
     finally:
@@ -128,9 +158,29 @@ def save_checkpoint(
     return final
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint or a snapshot; a kill at any moment leaves all of it, or nothing that looks like one."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed processes left half written or half removed; nobody else may be writing."""
+    for parent in ("checkpoints", "snapshots"):
+        for leftover in (*run.glob(f"{parent}/.step_*.partial"), *run.glob(f"{parent}/.step_*.removed")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Return where a run keeps the checkpoint of a step."""
     return run / "checkpoints" / f"step_{step:07d}"
+
+
+def snapshot_folder(run: Path, step: int) -> Path:
+    """Return where a run keeps the snapshot of a step."""
+    return run / "snapshots" / f"step_{step:07d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -141,6 +191,26 @@ def list_checkpoints(run: Path) -> list[Path]:
         if not (folder / MANIFEST).is_file():
             raise JLTError(f"{folder} has no {MANIFEST}: it is damaged; delete it to continue from the one before.")
     return folders
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint or snapshot by its folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints (0: all) and those at multiples of `keep_every` (0: none)."""
+    folders = sorted(run.glob("checkpoints/step_*"))
+    for folder in folders[:-keep_last] if keep_last else []:
+        if not (keep_every and step_of(folder) % keep_every == 0):
+            remove_folder(folder)
+
+
+def remove_later_snapshots(run: Path, step: int) -> None:
+    """Remove snapshots of steps that will be taken anew."""
+    for folder in run.glob("snapshots/step_*"):
+        if step_of(folder) > step:
+            remove_folder(folder)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -160,7 +230,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = from_dict(TrainConfig, manifest["config"])
     except JLTError as error:
         raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
-    return Checkpoint(folder, manifest["step"], config, manifest["latents"], manifest["files"])
+    return Checkpoint(folder, manifest["step"], config, manifest["latents"], manifest["files"], manifest["updates"])
 
 
 def is_checkpoint_or_run(path: Path) -> bool:

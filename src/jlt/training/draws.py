@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from jlt.timesteps import times_from_uniform
 
 @dataclass(frozen=True)
 class StepDraws:
-    """The draws of samples `first` to `first + n` of one step's global batch."""
+    """The draws of some samples of one step's global batch."""
 
     indices: np.ndarray
     """Positions in the latent store, int64."""
@@ -28,28 +29,42 @@ class StepDraws:
     dropped: Bool[Tensor, "n"]
     """Whether each label is replaced by the null class."""
     noise_seeds: list[int]
+    digest: str = ""
+    """Hash over all draws of the run up to this step, so that two runs can prove equal draws."""
 
-    def digest(self, previous: str) -> str:
-        """Chain these draws onto the digest of all that came before, so that two runs can prove equal draws."""
+    def part(self, of: slice) -> StepDraws:
+        """Return the draws of some of these samples."""
+        return StepDraws(
+            self.indices[of], self.flips[of], self.t[of], self.dropped[of], self.noise_seeds[of], self.digest
+        )
+
+    def chained(self, previous: str) -> StepDraws:
+        """Return these draws with the digest that follows from the one before."""
         fingerprint = hashlib.sha256(previous.encode())
         seeds = np.array(self.noise_seeds, dtype=np.int64)
         for part in (self.indices, self.flips, self.t.numpy(), self.dropped.numpy(), seeds):
             fingerprint.update(np.ascontiguousarray(part).tobytes())
-        return fingerprint.hexdigest()
+        return replace(self, digest=fingerprint.hexdigest())
 
 
-def draw_step(config: TrainConfig, order: SampleOrder, step: int, first: int, count: int) -> StepDraws:
-    """Draw samples [first, first + count) of the global batch of a step."""
-    share = slice(first, first + count)
-    numbers = torch.rand(2, config.batch_size, dtype=torch.float64, generator=generator(config.seed, "step", step))
-    position = step * config.batch_size + first
-    flips = order.flips(position, count) if config.flips else np.zeros(count, dtype=bool)
+def draw_steps(config: TrainConfig, order: SampleOrder, steps: range, digest: str) -> Iterator[StepDraws]:
+    """Yield the draws of whole batches, chained onto the digest of what came before."""
+    for step in steps:
+        draws = draw_step(config, order, step).chained(digest)
+        digest = draws.digest
+        yield draws
+
+
+def draw_step(config: TrainConfig, order: SampleOrder, step: int) -> StepDraws:
+    """Draw the global batch of a step."""
+    count = config.batch_size
+    numbers = torch.rand(2, count, dtype=torch.float64, generator=generator(config.seed, "step", step))
     # Uniform numbers are multiples of 2^-53; half of one keeps them off 0, where the inverse distribution is infinite.
-    uniform = numbers[0, share] + 2.0**-54
+    uniform = numbers[0] + 2.0**-54
     return StepDraws(
-        indices=order.indices(position, count),
-        flips=flips,
+        indices=order.indices(step * count, count),
+        flips=order.flips(step * count, count) if config.flips else np.zeros(count, dtype=bool),
         t=times_from_uniform(uniform, config.timesteps).float(),
-        dropped=numbers[1, share] < config.label_dropout,
-        noise_seeds=[derive_seed(config.seed, "noise", step, sample) for sample in range(first, first + count)],
+        dropped=numbers[1] < config.label_dropout,
+        noise_seeds=[derive_seed(config.seed, "noise", step, sample) for sample in range(count)],
     )

@@ -1,31 +1,71 @@
-"""Exponential moving averages of the weights, in float32 beside the network."""
+"""Averages of the weights, in float32 beside the network: exponential ones and power functions of time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from jlt.config import TrainConfig
+from jlt.training.parallel import local, put
+from jlt.training.power_ema import decay, format_ema_words, gamma_from_sigma_rel
+
 
 class EMA:
-    """One average per decay: average <- decay * average + (1 - decay) * weights after every update."""
+    """average <- beta average + (1 - beta) weights after every update, one average by each rule for beta.
 
-    def __init__(self, network: nn.Module, decays: tuple[float, ...]) -> None:
+    Named by their decay (`0.9999`), or by their relative width (`sigma_rel=0.05`) where beta grows with the updates.
+    """
+
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         self._weights = dict(network.named_parameters())
-        self.averages = {
-            decay: {name: weight.detach().float().clone() for name, weight in self._weights.items()} for decay in decays
+        self._betas = {f"{beta:g}": partial(_constant, beta) for beta in config.ema}
+        self._power = [format_ema_words(width) for width in config.power_ema]
+        for name, width in zip(self._power, config.power_ema, strict=True):
+            self._betas[name] = partial(decay, gamma=gamma_from_sigma_rel(width))
+        self.averages: dict[str, dict[str, Tensor]] = {
+            name: {key: weight.detach().float().clone() for key, weight in self._weights.items()}
+            for name in self._betas
+        }
+
+    def power_averages(self) -> dict[str, dict[str, Tensor]]:
+        """Return the averages from which others can be rebuilt."""
+        return {name: self.averages[name] for name in self._power}
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Move every average towards the weights that the network has after so many updates."""
+        weights = [local(weight.detach()) for weight in self._weights.values()]
+        for name, average in self.averages.items():
+            torch._foreach_lerp_(list(map(local, average.values())), weights, 1 - self._betas[name](updates))
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, Tensor]:
+        """Return the squared L2 distance of this process's part of the weights from each average."""
+        weights = [local(weight.detach()) for weight in self._weights.values()]
+        return {
+            name: _squared_norm(torch._foreach_sub(weights, list(map(local, average.values()))))
+            for name, average in self.averages.items()
         }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move every average towards the network's current weights."""
-        weights = [weight.detach() for weight in self._weights.values()]
-        for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
+    def squared_norm(self) -> Tensor:
+        """Return the squared L2 norm of this process's part of the weights."""
+        return _squared_norm([local(weight.detach()) for weight in self._weights.values()])
 
     @torch.no_grad()
-    def load(self, decay: float, values: Mapping[str, Tensor]) -> None:
+    def load(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Replace one average by stored values of the same names and shapes."""
-        for name, average in self.averages[decay].items():
-            average.copy_(values[name])
+        for key, average in self.averages[name].items():
+            put(average, values[key])
+
+
+def _constant(beta: float, updates: int) -> float:
+    del updates
+    return beta
+
+
+def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(tensors))).square().sum()

@@ -1,219 +1,261 @@
-"""The training loop: draw, predict, weigh, update, average, log, save."""
+"""The training loop: read, update, judge, average, log, save, watch."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
-import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from jlt.assets.weights import weights_sha256
-from jlt.config import TrainConfig
+from jlt.config import TrainConfig, in_steps
 from jlt.data.loader import read_ahead
 from jlt.data.order import SampleOrder
 from jlt.data.store import LatentStore
-from jlt.draws import derive_seed, normal_per_sample
+from jlt.draws import derive_seed
 from jlt.errors import JLTError
 from jlt.files import lock_folder
-from jlt.loss import denoising_loss
-from jlt.networks.transformer import Transformer, build_network
-from jlt.path import interpolate
-from jlt.progress import say, track
-from jlt.signals import Stopped, stop_on_signal
-from jlt.training.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, save_checkpoint
-from jlt.training.draws import StepDraws, draw_step
-from jlt.training.ema import EMA
-from jlt.training.run import RunLog, prepare_run, require_same_run
+from jlt.processes import Alone, Group, together
+from jlt.signals import Stopped, StopRequest, stop_on_signal
+from jlt.training.batch import split_batch
+from jlt.training.checkpoint import list_checkpoints, open_checkpoint, remove_later_snapshots, step_folder, sweep
+from jlt.training.draws import StepDraws, draw_steps
+from jlt.training.journal import Journal
+from jlt.training.meter import Meter
+from jlt.training.run import prepare_run
+from jlt.training.saver import Saver
+from jlt.training.state import initial_state, resume
+from jlt.training.step import Outcome, Stepper, Verdict, float32_products
 
-DrawnBatch = tuple[StepDraws, Float[Tensor, "b c h w"], Int64[Tensor, "b"]]
-"""The draws of a step, with the latents and labels that they ask for."""
-
-
-@dataclass
-class TrainState:
-    """All that changes while training, and so all that a checkpoint holds."""
-
-    network: Transformer
-    optimizer: torch.optim.AdamW
-    ema: EMA
-    step: int
-    draws_digest: str
-    initial_weights: str
-    seconds: float = 0.0
-    """Time spent in training, over all sessions."""
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return every tensor to save, by file and name."""
-        averages = {f"ema_{decay:g}": values for decay, values in self.ema.averages.items()}
-        return {"network": _weights(self.network), "optimizer": self._moments(), **averages}
-
-    def facts(self) -> dict[str, Any]:
-        """Return what else a checkpoint holds, for `state.json`."""
-        return {
-            "draws": self.draws_digest,
-            "initial_weights": self.initial_weights,
-            "seconds": self.seconds,
-            "device": next(self.network.parameters()).device.type,
-        }
-
-    def _moments(self) -> dict[str, Tensor]:
-        return {
-            f"{key}/{name}": value
-            for name, parameter in self.network.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's tensors in place."""
-        self.network.load_state_dict(checkpoint.read("network.safetensors"))
-        moments = checkpoint.read("optimizer.safetensors")
-        for name, parameter in self.network.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {key: moments[f"{key}/{name}"].to(parameter.device) for key in keys}
-        for decay in self.ema.averages:
-            self.ema.load(decay, checkpoint.read(f"ema_{decay:g}.safetensors"))
+DrawnBatch = tuple[StepDraws, Float[Tensor, "share c h w"], Int64[Tensor, "share"]]
+"""The draws of this process's share of a step, with the latents and labels that they ask for."""
 
 
-def train(config: TrainConfig, store: LatentStore, run: Path, device: torch.device | str = "cpu") -> Path:
-    """Train to `config.steps`, continuing from the newest checkpoint in `run`; return the last checkpoint's folder.
+class Watcher(abc.ABC):
+    """Something that looks at a run's checkpoints at intervals, such as an evaluation."""
 
-    Raises JLTError where the store does not fit the network, the folder holds another run or the loss is not finite,
-    and Stopped after saving when the process was asked to end.
-    """
-    check_store(config, store)
-    prepare_run(run, config, store.identity())
-    with lock_folder(run):
-        return _train(config, store, run, torch.device(device))
+    @abc.abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step has to be looked at, and was not yet."""
 
-
-def _train(config: TrainConfig, store: LatentStore, run: Path, device: torch.device) -> Path:
-    state = initial_state(config, device)
-    complete = list_checkpoints(run)
-    if complete:
-        resume(state, open_checkpoint(complete[-1]), config, store.identity())
-    if state.step >= config.steps:
-        return complete[-1]
-    log = RunLog(run, state.step)
-    log.write("start", step=state.step, initial_weights=state.initial_weights, draws=state.draws_digest)
-    with stop_on_signal() as stop, contextlib.closing(_read_batches(config, store, state)) as batches:
-        for _ in track(_steps(config, batches, state, log), config.name, total=config.steps - state.step):
-            if stop or state.step == config.steps or state.step % config.checkpoint_every == 0:
-                folder = save_checkpoint(run, state.step, config, store.identity(), state.tensors(), state.facts())
-            if stop and state.step < config.steps:
-                raise Stopped(f"Stopped at step {state.step} of {config.steps}; {folder} is saved.")
-    log.write("end", step=state.step, seconds=state.seconds, draws=state.draws_digest)
-    return folder
+    @abc.abstractmethod
+    def look(self, checkpoint: Path) -> dict[str, Any]:
+        """Look at a checkpoint, and return what the log says of it: an `event` and its values."""
 
 
-def _read_batches(config: TrainConfig, store: LatentStore, state: TrainState) -> Generator[DrawnBatch, None, None]:
-    """Yield the draws and latents of the remaining steps; while one is computed, a thread prepares the next."""
-    order = SampleOrder(len(store), derive_seed(config.seed, "order"))
-    draws = (draw_step(config, order, step, 0, config.batch_size) for step in range(state.step, config.steps))
-    return read_ahead(store, draws, config.batch_size, next(state.network.parameters()).device)
-
-
-def _steps(config: TrainConfig, batches: Iterable[DrawnBatch], state: TrainState, log: RunLog) -> Iterator[int]:
-    """Yield after every update, logging each `log_every` steps."""
-    forward: Callable[..., Tensor] = torch.compile(state.network) if config.compile else state.network
-    losses: list[Tensor] = []
-    last = time.perf_counter()
-    begun = last - state.seconds
-    for draws, latents, labels in batches:
-        state.draws_digest = draws.digest(state.draws_digest)
-        loss, grad_norm = update(config, state, forward, *prepare_batch(config, draws, latents, labels), draws.t)
-        losses.append(loss)
-        state.step += 1
-        if state.step % config.log_every == 0 or state.step == config.steps:
-            now = time.perf_counter()
-            log.write(
-                "step",
-                step=state.step,
-                loss=torch.stack(losses).mean().item(),
-                learning_rate=learning_rate(config, state.step - 1),
-                grad_norm=grad_norm,
-                img_per_second=len(losses) * config.batch_size / (now - last),
-            )
-            losses, last = [], now
-        state.seconds = time.perf_counter() - begun
-        yield state.step
-
-
-def prepare_batch(
-    config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Tensor
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Tensor]:
-    """Return clean latents in float32, scaled noise and labels (the null class where dropped), where latents are."""
-    x = latents.float()
-    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
-    labels = torch.where(draws.dropped, config.network.num_classes, labels)
-    return x, eps, labels.to(x.device)
-
-
-def update(
+def train(
     config: TrainConfig,
-    state: TrainState,
-    forward: Callable[..., Tensor],
-    x: Float[Tensor, "b c h w"],
-    eps: Float[Tensor, "b c h w"],
-    labels: Tensor,
-    t: Float[Tensor, "b"],
-) -> tuple[Tensor, float]:
-    """Make one update and return the loss and the gradient norm before clipping; a non-finite one updates nothing."""
-    sample = interpolate(x, eps, t.to(x.device))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = forward(sample.z, sample.t, labels)
-    loss = denoising_loss(config.prediction, output.float(), sample, config.loss).mean()
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.grad_clip).item()
-    if not math.isfinite(grad_norm):
-        raise JLTError(
-            f"Step {state.step}: the loss is {loss.item():g} and the gradient norm {grad_norm:g}. Nothing was updated; "
-            "lower the learning rate, or look for values in the latents that are not finite."
+    store: LatentStore,
+    run: Path,
+    device: torch.device | str = "cpu",
+    group: Group | None = None,
+    watchers: Sequence[Watcher] = (),
+) -> Path:
+    """Train to the run's last step, continuing from the newest checkpoint in `run`; return the last one's folder.
+
+    Every process of a group calls it with the same arguments but for its device. Raises JLTError where the store does
+    not fit the network, the batch does not divide, the folder holds another run or the loss stays not finite, and
+    Stopped after saving when any process was asked to end.
+    """
+    group = group or Alone()
+    config = in_steps(config, len(store))
+    with contextlib.ExitStack() as held, float32_products(config):
+        group.on_first(lambda: _claim(held, run, config, store, group.size))
+        return Training(config, store, run, torch.device(device), group, watchers).to_the_end()
+
+
+def _claim(held: contextlib.ExitStack, run: Path, config: TrainConfig, store: LatentStore, processes: int) -> None:
+    """Refuse what cannot be trained, and make the folder this run's for as long as the stack holds."""
+    check_store(config, store)
+    split_batch(config, processes)
+    prepare_run(run, config, store.identity())
+    held.enter_context(lock_folder(run))
+    sweep(run)
+
+
+class Training:
+    """One process's part in a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: LatentStore,
+        run: Path,
+        device: torch.device,
+        group: Group,
+        watchers: Sequence[Watcher],
+    ) -> None:
+        self.config, self.store, self.run, self.group = config, store, run, group
+        self.split, self.watchers = split_batch(config, group.size), watchers
+        complete = group.on_first(lambda: list_checkpoints(run))
+        self.state = initial_state(config, device, group, resumed=bool(complete))
+        if complete:
+            resume(self.state, open_checkpoint(complete[-1]), config, store.identity())
+        self.journal = Journal(run, config, self.state.step) if group.rank == 0 else None
+        self.pending: Verdict | None = None
+        self.stopping = False
+
+    def to_the_end(self) -> Path:
+        """Make the remaining updates and return the folder of the last checkpoint."""
+        with self.journal or contextlib.nullcontext():
+            # A run that ended between a save and a look.
+            self._watch()
+            if self.state.step < self.config.steps:
+                self._train()
+        return step_folder(self.run, self.state.step)
+
+    def _train(self) -> None:
+        config, state, group = self.config, self.state, self.group
+        if group.rank == 0:
+            remove_later_snapshots(self.run, state.step)
+        self.stepper = Stepper(config, state, self.split, group)
+        self.meter = Meter(config, state, self.split, group)
+        self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
+        self._log_start()
+        with stop_on_signal() as asked, self.saver, contextlib.closing(self._batches()) as batches:
+            while state.step < config.steps:
+                self._step(batches, asked)
+            self.saver.wait()
+        self._log("end", seconds=state.seconds, draws=state.draws_digest)
+
+    def _log_start(self) -> None:
+        self._log(
+            "start",
+            processes=self.group.size,
+            micro_batch_size=self.split.micro_batch_size,
+            accumulation=self.split.accumulation,
+            parallel=self.config.parallel,
+            device=self.state.device.type,
+            matmul_gflops=self.meter.matmul_rate / 1e9,
+            initial_weights=self.state.initial_weights,
+            draws=self.state.draws_digest,
         )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update()
-    return loss.detach(), grad_norm
+
+    def _batches(self) -> Generator[DrawnBatch, None, None]:
+        """Yield this process's share of the remaining steps; while one is computed, a thread prepares the next."""
+        share = self.split.share
+        begin = self.group.rank * share
+        order = SampleOrder(len(self.store), derive_seed(self.config.seed, "order"))
+        steps = draw_steps(self.config, order, range(self.state.step, self.config.steps), self.state.draws_digest)
+        return read_ahead(
+            self.store, (draws.part(slice(begin, begin + share)) for draws in steps), share, self.state.device
+        )
+
+    def _step(self, batches: Iterator[DrawnBatch], asked: StopRequest) -> None:
+        """Make one update; then log, save and look where it is time."""
+        config, state = self.config, self.state
+        before = time.perf_counter()
+        draws, latents, labels = next(batches)
+        self.meter.waited(time.perf_counter() - before)
+        with _telling(state.step):
+            outcome = self.stepper.differentiate(draws, latents, labels, bool(asked))
+            self._settle()
+            self.pending = self.stepper.apply(outcome)
+        state.draws_digest = draws.digest
+        self.meter.add(outcome)
+        last = state.step == config.steps or self.stopping
+        if state.step % config.log_every == 0 or last:
+            self._settle()
+            self._log("step", **self.meter.read())
+        self._save(last)
+        if self.stopping and state.step < config.steps:
+            self.saver.wait()
+            # Whoever started the processes may kill the rest of them when the first has left.
+            self.group.wait()
+            self._log("stopped")
+            raise Stopped(
+                f"Stopped at step {state.step} of {config.steps}; {step_folder(self.run, state.step)} is saved."
+            )
+
+    def _settle(self) -> None:
+        """Take in whether the last update was sound: move the averages, or count it as skipped."""
+        if self.pending is None:
+            return
+        verdict, self.pending = self.pending, None
+        skipped, stop = verdict.read()
+        self.stopping = self.stopping or stop
+        if not skipped:
+            self.state.skipped_in_a_row = 0
+            self.state.updates += 1
+            self.state.ema.update(self.state.updates)
+            return
+        self.state.skipped_in_a_row += 1
+        self._report_skipped(verdict.outcome)
+
+    def _report_skipped(self, outcome: Outcome) -> None:
+        """Log which processes and samples an update was skipped for; JLTError if too many were, one after the other."""
+        bad = (~outcome.losses.isfinite()).cpu().numpy()
+        found = self.group.gather(outcome.draws.indices[bad].tolist())
+        processes = [rank for rank, samples in enumerate(found) if samples]
+        samples = [sample for share in found for sample in share]
+        loss, grad_norm = outcome.loss.item(), outcome.grad_norm.item()
+        self._log("skipped", step=outcome.step + 1, processes=processes, samples=samples)
+        where = f" in process {', '.join(map(str, processes))}" if processes else ""
+        which = f", at the samples {', '.join(map(str, samples[:8]))}" if samples else ""
+        what = f"Step {outcome.step}: the loss is {loss:g} and the gradient norm {grad_norm:g}{where}{which}."
+        if self.state.skipped_in_a_row >= self.config.max_skipped:
+            raise JLTError(
+                f"{what} That is update {self.state.skipped_in_a_row} in a row that is not finite; none of them was "
+                "applied or saved. Lower the learning rate, or look for values in the latents that are not finite."
+            )
+
+    def _save(self, last: bool) -> None:
+        """Write what is due at this step, and let those look who are waiting for it."""
+        config, step = self.config, self.state.step
+        self.saver.check()
+        snapshot = step % config.snapshot_every == 0 and bool(config.power_ema)
+        watched = any(watcher.due(step) for watcher in self.watchers)
+        if not (last or snapshot or watched or step % config.checkpoint_every == 0):
+            return
+        self._settle()
+        if snapshot:
+            self.saver.snapshot()
+        if last or watched or step % config.checkpoint_every == 0:
+            self.saver.checkpoint()
+        if watched and not self.stopping:
+            self.saver.wait()
+            before = time.perf_counter()
+            self._watch()
+            self.meter.pause(time.perf_counter() - before)
+
+    def _watch(self) -> None:
+        """Show the newest checkpoint to the watchers that wait for it, in the first process; the others wait."""
+        for watcher in self.watchers:
+            if watcher.due(self.state.step):
+                self.group.on_first(partial(self._look, watcher))
+
+    def _look(self, watcher: Watcher) -> None:
+        try:
+            self._log(**watcher.look(step_folder(self.run, self.state.step)))
+        except (JLTError, RuntimeError) as error:
+            # What only looks on never ends a training.
+            self._log("failed", error=str(error))
+
+    def _log(self, event: str, **values: Any) -> None:
+        if self.journal is not None:
+            self.journal.write(event, **{"step": self.state.step, **values})
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of the update after `step` updates: linear warm-up, then constant."""
-    return config.optimizer.learning_rate * min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
-
-
-def initial_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """Return the state before the first update: a function of the configuration alone."""
-    network = build_network(config.network, derive_seed(config.seed, "weights")).to(device)
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    return TrainState(network, optimizer, EMA(network, config.ema), 0, "", weights_sha256(network.state_dict()))
-
-
-def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
-    """Continue from a checkpoint of this very run; JLTError if it is of another one."""
-    require_same_run(checkpoint, config, latents)
-    stored = checkpoint.read_state()
-    if stored["device"] != state.facts()["device"]:
-        say(f"The run was on {stored['device']} so far: noise is a function of the kind of device, so it changes here.")
-    if stored["initial_weights"] != state.initial_weights:
-        say("The initial weights of this run come from another version of PyTorch; it continues from its checkpoint.")
-    state.restore(checkpoint)
-    state.step, state.draws_digest = checkpoint.step, stored["draws"]
-    state.initial_weights, state.seconds = stored["initial_weights"], stored["seconds"]
+@contextlib.contextmanager
+def _telling(step: int) -> Iterator[None]:
+    """Say in an error at which step it came."""
+    try:
+        with together():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise JLTError(
+            f"Step {step}: there is not enough memory on {error}. Take a smaller --micro-batch-size, "
+            "--gradient-checkpointing, or --parallel fsdp with more processes."
+        ) from error
+    except Exception as error:
+        error.add_note(f"at step {step}")
+        raise
 
 
 def check_store(config: TrainConfig, store: LatentStore) -> None:
@@ -228,7 +270,3 @@ def check_store(config: TrainConfig, store: LatentStore) -> None:
             f"The network takes latents of {wanted[0]}x{wanted[1]}x{wanted[2]} with {wanted[3]} classes, "
             f"the store holds {found[0]}x{found[1]}x{found[2]} with {found[3]}."
         )
-
-
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The run folder: its configuration, its log, and what may be continued in it."""
+"""The run folder: its configuration, and what may be continued in it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Any
 
 from jlt.config import TrainConfig, to_dict
 from jlt.errors import JLTError
-from jlt.files import claim_folder, difference, write_text
+from jlt.files import claim_folder, difference
 from jlt.training.checkpoint import Checkpoint
 
-FREE_TO_CHANGE = {"name", "steps", "log_every", "checkpoint_every"}
-"""Settings that do not enter the arithmetic of a step, so that a run may continue with others."""
+FREE_TO_CHANGE = {
+    *("name", "max_skipped", "micro_batch_size", "accumulation", "parallel", "compile", "gradient_checkpointing"),
+    *("log_every", "checkpoint_every", "keep_last", "keep_every", "snapshot_every"),
+    *("sample_every", "evaluate_every", "evaluation", "tensorboard", "wandb"),
+}
+"""Settings of how a run is executed, saved and watched, so that it may continue with others."""
+
+
+def free_to_change(config: TrainConfig) -> set[str]:
+    """Return the settings that may change while a run is continued; a cosine schedule binds its length."""
+    return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
 
 
 def resolved(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,35 +32,13 @@ def resolved(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Create a run folder, or make sure that an existing one is this same run; a JLTError shows what differs."""
-    claim_folder(run, "config.json", resolved(config, latents), free=FREE_TO_CHANGE)
+    claim_folder(run, "config.json", resolved(config, latents), free=free_to_change(config))
 
 
 def require_same_run(checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Raise a JLTError if a checkpoint's configuration or latents are not those of the run that wants to continue."""
     lines = difference(resolved(checkpoint.config, checkpoint.latents), resolved(config, latents))
-    bound = [line for line in lines if line.partition(":")[0] not in FREE_TO_CHANGE]
+    free = free_to_change(config)
+    bound = [line for line in lines if line.partition(":")[0].partition(".")[0] not in free]
     if bound:
         raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {'; '.join(bound)}.")
-
-
-class RunLog:
-    """`log.jsonl`: one object per line, appended; lines after a resumed step are dropped first."""
-
-    def __init__(self, run: Path, resumed_step: int) -> None:
-        self.path = run / "log.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
-
-    def write(self, event: str, **values: Any) -> None:
-        """Append one event."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        # The last line of a killed run may be torn.
-        return float("inf")

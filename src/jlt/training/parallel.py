@@ -1,0 +1,115 @@
+"""One network in several processes, by PyTorch's own engines: DDP keeps all of it in each, FSDP2 a part of it.
+
+Whatever the engine, the state is read and written as whole tensors, so that checkpoints know nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from jlt.config import TrainConfig
+from jlt.networks.transformer import Transformer
+from jlt.processes import Group
+
+
+def shard(network: Transformer, config: TrainConfig, group: Group) -> None:
+    """Leave in this process its part of each parameter, where the run asks for FSDP; the modules gather as they run."""
+    if config.parallel != "fsdp" or group.size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # The output is a view, and nobody writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(next(network.parameters()).device.type, (group.size,))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+class Parallel:
+    """A network's forward in this process, whose gradients become the mean over all processes.
+
+    Call it within `accumulating` for all micro-batches of an update but the last.
+    """
+
+    def __init__(self, network: Transformer, config: TrainConfig, group: Group) -> None:
+        self.network = network
+        network.checkpoint_blocks = config.gradient_checkpointing
+        if config.compile:
+            _compile(network, whole=group.size == 1)
+        self.forward: Callable[..., Tensor] = network
+        self._unsynchronised: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        if group.size == 1:
+            return
+        if config.parallel == "fsdp":
+            self._unsynchronised = self._fsdp_unsynchronised
+        else:
+            device = next(network.parameters()).device
+            ids = [device.index] if device.type == "cuda" else None
+            ddp = nn.parallel.DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+            self.forward, self._unsynchronised = ddp, ddp.no_sync
+
+    def accumulating(self, more: bool) -> AbstractContextManager[None]:
+        """Return a context in which gradients stay in this process, if more micro-batches of the update follow."""
+        return self._unsynchronised() if more else contextlib.nullcontext()
+
+    def rehearse(self, micro_batch_size: int) -> None:
+        """Make one pass on zeros and forget its gradients.
+
+        DDP lays its buckets out anew after the first backward pass, and with them the order in which sums are taken.
+        After a rehearsal, a run that begins and one that continues add in the same order.
+        """
+        config = self.network.config
+        device = next(self.network.parameters()).device
+        z = torch.zeros(micro_batch_size, config.channels, config.height, config.width, device=device)
+        labels = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
+        self.forward(z, z.new_zeros(micro_batch_size), labels).sum().backward()
+        self.network.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def _fsdp_unsynchronised(self) -> Iterator[None]:
+        self.network.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+
+def _compile(network: Transformer, whole: bool) -> None:
+    # Block by block, gradients are ready one after the other, and travel while the rest is computed.
+    for module in [network] if whole else network.blocks:
+        module.compile()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this process may have a part; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies in this process, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Copy whole values into a tensor of which this process may have a part."""
+    if isinstance(tensor, DTensor):
+        # Every process has read the same values, so each keeps its part of its own.
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+def sum_over(tensor: Tensor, group: Group) -> Tensor:
+    """Add up a tensor over all processes in place, without waiting for the result, and return it."""
+    if group.size > 1:
+        dist.all_reduce(tensor)
+    return tensor

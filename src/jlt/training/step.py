@@ -1,0 +1,159 @@
+"""One update of the weights: draw, predict, weigh, differentiate, judge, apply; without waiting for the device.
+
+Whether an update is sound (its loss and gradient are finite) is decided on the device, where the optimiser reads it.
+The host learns of it one step later, when the device has long moved on, and then moves the averages or counts the step
+as skipped. So a run stays a step ahead of its device, and still nothing enters an average that is no update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from jlt.config import TrainConfig
+from jlt.draws import normal_per_sample
+from jlt.loss import denoising_loss
+from jlt.path import interpolate
+from jlt.processes import Group
+from jlt.training.batch import BatchSplit
+from jlt.training.draws import StepDraws
+from jlt.training.optimizer import learning_rate
+from jlt.training.parallel import Parallel, sum_over
+from jlt.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step has found before it is applied; tensors lie on the device.
+
+    `loss` and `grad_norm` (before clipping) are those of the global batch, `losses` those of this process's samples;
+    `failed` counts the processes whose loss is not finite, `asked` those that were asked to stop.
+    """
+
+    step: int
+    draws: StepDraws
+    losses: Float[Tensor, "share"]
+    loss: Float[Tensor, ""]
+    grad_norm: Float[Tensor, ""]
+    failed: Float[Tensor, ""]
+    asked: Float[Tensor, ""]
+
+    @property
+    def unsound(self) -> Bool[Tensor, ""]:
+        """Whether the update must not be applied; the same in all processes."""
+        return ~(self.grad_norm.isfinite() & self.loss.isfinite() & (self.failed == 0))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome on its way to the host."""
+
+    outcome: Outcome
+    values: Float[Tensor, "2"]
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Verdict:
+        """Start to copy whether an outcome is sound, and whether anybody was asked to stop."""
+        values = torch.stack((outcome.unsound.float(), outcome.asked))
+        if values.device.type != "cuda":
+            return cls(outcome, values, None)
+        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+        return cls(outcome, host, torch.cuda.current_stream(values.device).record_event())
+
+    def read(self) -> tuple[bool, bool]:
+        """Return whether the update was skipped, and whether to stop; waits for the copy."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        skipped, stop = (value > 0 for value in self.values.tolist())
+        return skipped, stop
+
+
+class Stepper:
+    """Makes the updates of a run in one process, for its share of every batch."""
+
+    def __init__(self, config: TrainConfig, state: TrainState, split: BatchSplit, group: Group) -> None:
+        self.config, self.state, self.split, self.group = config, state, split, group
+        self.parallel = Parallel(state.network, config, group)
+        if group.size > 1:
+            self.parallel.rehearse(split.micro_batch_size)
+
+    def differentiate(
+        self, draws: StepDraws, latents: Float[Tensor, "share c h w"], labels: Int64[Tensor, "share"], asked: bool
+    ) -> Outcome:
+        """Leave the gradient of the global batch's loss in the parameters, clipped, and return what was found."""
+        losses = []
+        for part in micro_batches(self.split):
+            more = part.stop < self.split.share
+            with self.parallel.accumulating(more):
+                losses.append(self._accumulate(draws.part(part), latents[part], labels[part]))
+        share = torch.cat(losses)
+        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(asked))))
+        total, failed, asked_of = sum_over(local, self.group)
+        grad_norm = self._clip()
+        return Outcome(self.state.step, draws, share, total / self.config.batch_size, grad_norm, failed, asked_of)
+
+    def apply(self, outcome: Outcome) -> Verdict:
+        """Update the weights, unless the outcome is unsound."""
+        optimizer = self.state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.state.step)
+        # The protocol of PyTorch's gradient scaler: a fused optimiser changes nothing where this is 1.
+        optimizer.grad_scale, optimizer.found_inf = None, outcome.unsound.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return Verdict.of(outcome)
+
+    def _accumulate(self, draws: StepDraws, latents: Tensor, labels: Tensor) -> Float[Tensor, "micro"]:
+        x, eps, labels = prepare_batch(self.config, draws, latents, labels)
+        sample = interpolate(x, eps, draws.t.to(x.device, non_blocking=True))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            output = self.parallel.forward(sample.z, sample.t, labels)
+        losses = denoising_loss(self.config.prediction, output.float(), sample, self.config.loss)
+        # Engines take the mean over processes, of which each has the same number of samples.
+        (losses.sum() / self.split.share).backward()
+        return losses.detach()
+
+    def _clip(self) -> Float[Tensor, ""]:
+        parameters = list(self.state.network.parameters())
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, norm)
+        return norm
+
+
+def micro_batches(split: BatchSplit) -> Iterator[slice]:
+    """Yield the micro-batches of a process's share, in order."""
+    for start in range(0, split.share, split.micro_batch_size):
+        yield slice(start, start + split.micro_batch_size)
+
+
+def prepare_batch(
+    config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Int64[Tensor, "b"]
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
+    """Return clean latents in float32, scaled noise and labels (the null class where dropped), where latents are."""
+    x = latents.float()
+    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
+    labels = torch.where(draws.dropped, config.network.num_classes, labels)
+    return x, eps, labels.to(x.device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def float32_products(config: TrainConfig) -> Iterator[None]:
+    """Let a GPU multiply float32 matrices as the run's precision says, for the duration of a block."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before

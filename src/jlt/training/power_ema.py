@@ -38,8 +38,6 @@ from jlt.errors import JLTError, WrongWordsError
 
 WIDEST = 12**-0.5
 """sigma_rel of the plain mean of all updates; a power-function average is narrower."""
-NEGLIGIBLE = 1e-10
-"""Coefficients below this count as 0: hundreds of them change less than float32 resolves, and none has to be read."""
 WORDS = "sigma_rel="
 
 
@@ -53,8 +51,8 @@ class Snapshot(NamedTuple):
 class Combination(NamedTuple):
     """How to rebuild an average: one coefficient per snapshot, and what they miss.
 
-    residual: ||sum_i x_i p_i - p_r|| / ||p_r||; the relative error where the weights of different updates are
-    independent. Those of a training change slowly, and err less.
+    residual: ||sum_i x_i p_i - p_r|| / ||p_r||, resolved down to 1e-7. It is the relative error where the weights of
+    different updates are independent; those of a training change slowly, and err less.
     """
 
     coefficients: Float64[np.ndarray, " n"]
@@ -101,20 +99,22 @@ def cosines(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Float64[np
 def coefficients(snapshots: Sequence[Snapshot], target_updates: int, target_sigma_rel: float) -> Combination:
     """Return how to rebuild the average of length `target_sigma_rel` at update `target_updates` (A6).
 
-    Snapshots may come in any order and more than once. One taken after the target gets 0, because it contains weights
-    that the target cannot; a snapshot that is the target gets 1, and the others 0. JLTError where no snapshot was
-    taken up to the target or a length lies outside (0, 12^-1/2), ValueError for updates below 1.
+    Snapshots may come in any order. One taken after the target gets 0, because it contains weights that the target
+    cannot, and so does a repeated one; a snapshot that is the target gets 1, and all others 0. The residual is small at
+    updates at which snapshots were taken, and large between them: nothing stored knows the latest weights there.
+    JLTError where no snapshot was taken up to the target or a length lies outside (0, 12^-1/2), ValueError for updates
+    below 1.
     """
     target = Snapshot(target_updates, target_sigma_rel)
     found = np.zeros(len(snapshots))
     if target in snapshots:
-        found[list(snapshots).index(target)] = 1.0
+        found[snapshots.index(target)] = 1.0
         return Combination(found, 0.0)
-    usable = [i for i, snapshot in enumerate(snapshots) if snapshot.updates <= target.updates]
-    if not usable:
+    stored = list(dict.fromkeys(snapshot for snapshot in snapshots if snapshot.updates <= target.updates))
+    if not stored:
         raise JLTError(f"No average was stored up to update {target_updates}: nothing can be rebuilt there.")
-    fitted, residual = _fit([snapshots[i] for i in usable], target)
-    found[usable] = np.where(np.abs(fitted) < NEGLIGIBLE, 0.0, fitted)
+    fitted, residual = _fit(stored, target)
+    found[[snapshots.index(snapshot) for snapshot in stored]] = fitted
     return Combination(found, residual)
 
 
@@ -176,7 +176,7 @@ def _fit(stored: Sequence[Snapshot], target: Snapshot) -> tuple[Float64[np.ndarr
     gram, overlap = cosines(stored, stored), cosines(stored, [target])[:, 0]
     scale = _norms([target]) / _norms(stored)
     system = np.block([[gram, scale[:, None]], [scale[None, :], np.zeros((1, 1))]])
-    # Equal or nearly equal snapshots make it singular; of all solutions the smallest then shares out evenly.
+    # Nearly equal snapshots make it nearly singular; of all solutions the smallest then shares out evenly.
     y = np.linalg.lstsq(system, np.append(overlap, 1.0), rcond=None)[0][:-1]
     squared = 1 - 2 * overlap @ y + y @ gram @ y
     return y * scale, math.sqrt(max(float(squared), 0.0))

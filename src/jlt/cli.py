@@ -25,6 +25,8 @@ from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DEFAULT_IMAGES, DIGITS_SAMPLING, renamed, resolve_recipe
 from jlt.progress import silence
 
+STOPPED = os.EX_TEMPFAIL
+"""Exit code of work that was asked to stop and is saved: the code by which a job asks to be run again."""
 Positional = tyro.conf.Positional
 Flat = tyro.conf.arg(name="")
 
@@ -528,7 +530,7 @@ def _summary(verb: type[Verb]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 when done, 1 on failure and 2 when the words were wrong."""
+    """Run the command line; returns 0 when done, 1 on failure, 2 when the words were wrong, 75 when asked to stop."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if processes.rank() > 0:
         # The first process speaks for all; an error is said by whom it befell.
@@ -568,7 +570,10 @@ def _explain(error: BaseException) -> int:
     else:
         sentence = f"jlt: {type(error).__name__}: {error} (--debug shows where)"
     process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
-    print(f"{process}{sentence}", file=sys.stderr, flush=True)
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    print(f"{process}{sentence}{where}", file=sys.stderr, flush=True)
+    if isinstance(error, Stopped):
+        return STOPPED
     return 2 if isinstance(error, WrongWordsError) else 1
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request: finish the step, save, and leave."""
+"""SIGTERM, Ctrl-C and SIGUSR1, by which clusters warn, as a request: finish the step, save, and leave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
-STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 1.0
 _parent_asks: Callable[[], bool] = lambda: False  # noqa: E731
 
@@ -62,7 +62,7 @@ def _leave_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request for the duration of a block; a second one acts at once.
+    """Turn a stopping signal into a request for the duration of a block; a second one acts at once.
 
     A signal that this process ignores stays ignored.
     """

@@ -14,16 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
-from jlt.data.sources.contract import ImageSource
-from jlt.data.sources.registry import reopen_source
-from jlt.data.sources.selected import Selected
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import load_extractor
-from jlt.experiments.evaluate import evaluate_run, final_grid, save_reference
+from jlt.experiments.evaluate import draw_grid, evaluate_run, images_of, save_reference
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.progress import AblationProgress
 from jlt.experiments.recipes import vary
@@ -109,7 +104,8 @@ def run_system(system: System) -> None:
     train(system.config, LatentStore.open(system.latents), system.run, system.device)
     reference, extractor = str(system.reference), system.extractor
     evaluate_run(system.run, system.evaluated_steps, reference, extractor, system.sample, system.device)
-    final_grid(system.run, system.config.steps, system.sample, system.device)
+    last = open_checkpoint(step_folder(system.run, system.config.steps))
+    draw_grid(last, system.sample, system.device, system.run / "samples" / "grid.png")
 
 
 def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None, command: str) -> dict[str, Any]:
@@ -137,16 +133,6 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
         summary |= prove_matched(systems)
         write_json(out / "ablation.json", summary)
     return summary
-
-
-def images_of(store: LatentStore) -> ImageSource:
-    """Return the images that a store was encoded from; JLTError if they are not at hand, or changed since."""
-    try:
-        source = reopen_source(store.manifest.source)
-    except JLTError as error:
-        raise JLTError(f"{error} Name real images with --reference.") from error
-    skipped = [image.index for image in store.manifest.skipped]
-    return Selected(source, np.delete(np.arange(len(source)), skipped)) if skipped else source
 
 
 def reference_path(config: AblationConfig, out: Path) -> Path:

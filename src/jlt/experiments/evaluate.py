@@ -15,7 +15,10 @@ import numpy as np
 from jlt.config import SampleConfig
 from jlt.data.crop import Exif
 from jlt.data.sources.contract import ImageSource
-from jlt.data.sources.registry import open_source
+from jlt.data.sources.registry import open_source, reopen_source
+from jlt.data.sources.selected import Selected
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
 from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, reference_statistics
 from jlt.evaluation.features import FeatureExtractor, load_extractor
 from jlt.evaluation.images import open_images
@@ -32,7 +35,7 @@ BATCH_SIZE = 250
 IMAGES_PER_DIMENSION = 10
 """Fewer images than this for each dimension of the features get a warning."""
 GRID_COLUMNS = 8
-"""Samples of each class in the grid of a finished run."""
+"""Samples of each class in a grid."""
 
 
 def open_reference(
@@ -54,6 +57,16 @@ def save_reference(
     """Write the statistics of a source of images once."""
     if not path.exists():
         open_reference(images, extractor, resolution, exif).save(path)
+
+
+def images_of(store: LatentStore) -> ImageSource:
+    """Return the images that a store was encoded from; JLTError if they are not at hand, or changed since."""
+    try:
+        source = reopen_source(store.manifest.source)
+    except JLTError as error:
+        raise JLTError(f"{error} Name real images with --reference.") from error
+    skipped = [image.index for image in store.manifest.skipped]
+    return Selected(source, np.delete(np.arange(len(source)), skipped)) if skipped else source
 
 
 def evaluate_sampler(
@@ -152,13 +165,10 @@ def remove_stale(run: Path, checkpoint: Checkpoint) -> None:
             path.unlink()
 
 
-def final_grid(run: Path, step: int, config: SampleConfig, device: str) -> Path:
-    """Draw the grid of a run's last checkpoint: a row per class, from noise that is the same for every run."""
-    path = run / "samples" / "grid.png"
-    checkpoint = open_checkpoint(step_folder(run, step))
+def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: Path) -> None:
+    """Draw a checkpoint's grid of samples: a row per class, from noise that is the same for every checkpoint."""
     num_classes = min(10, checkpoint.config.network.num_classes)
     labels = [row for row in range(num_classes) for _ in range(GRID_COLUMNS)]
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
     images = np.concatenate([batch.images.numpy() for batch in open_sampler(checkpoint, settings, device).batches()])
     save_image(image_grid(images, GRID_COLUMNS), path)
-    return path

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jlt.config import TrainConfig
+from jlt.config import TrainConfig, in_steps
 from jlt.data.store import LatentStore
+from jlt.experiments.watch import watchers_of
 from jlt.processes import joined
 from jlt.protocol import default_device
 from jlt.training.loop import train
@@ -18,4 +19,6 @@ def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool 
     with joined(device) as group:
         if verify:
             group.on_first(lambda: LatentStore.open_verified(latents))
-        return train(config, store, run, device, group)
+        config = in_steps(config, len(store))
+        watchers = watchers_of(config, store, device, first=group.rank == 0)
+        return train(config, store, run, device, group, watchers)

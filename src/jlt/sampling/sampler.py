@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jlt.progress import say
 from jlt.protocol import versions
 from jlt.sampling.generate import decode_to_uint8, labels_for, sample_latents
 from jlt.sampling.guidance import NOISE_END, Denoiser
+from jlt.training.averages import choose_weights
 from jlt.training.checkpoint import Checkpoint
 
 
@@ -39,7 +40,8 @@ class ImageSampler:
     denoiser: Denoiser
     autoencoder: Autoencoder
     config: SampleConfig
-    ema: str
+    ema: Mapping[str, Any]
+    """What a protocol says of the weights: the words that name them and, where they were rebuilt, what from."""
     device: str
 
     def batches(self, done: Callable[[range], bool] | None = None) -> Iterator[ImageBatch]:
@@ -64,7 +66,7 @@ class ImageSampler:
             "checkpoint": self.checkpoint.sha256,
             **settings,
             "eps_first_time": NOISE_END,
-            "ema": self.ema,
+            **self.ema,
             "count": self.config.num,
             "device": self.device,
             "autoencoder": self.autoencoder.identity(),
@@ -85,12 +87,13 @@ def open_sampler(
         raise JLTError(
             "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."
         )
-    ema = config.ema or (checkpoint.ema_names() or ["none"])[0]
+    chosen = choose_weights(checkpoint, config.ema)
     network = build_network(train.network, seed=0)
-    network.load_state_dict(checkpoint.weights(ema))
+    network.load_state_dict(chosen.tensors)
     network.to(device).eval().requires_grad_(False)
     denoiser = Denoiser(network, train.prediction, train.network.num_classes, config.t_eps)
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
+    ema = {"ema": chosen.ema} | ({"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {})
     return ImageSampler(checkpoint, denoiser, autoencoder, config, ema, device)
 
 

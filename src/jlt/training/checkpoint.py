@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jlt.config import TrainConfig, from_dict, to_dict
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError
 from jlt.files import (
     fsync_folder,
     read_json,
@@ -42,22 +42,15 @@ STATE = "state.json"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk, its manifest read."""
+class StepFolder:
+    """A folder of tensors on disk that belongs to a step of a run, its manifest read."""
 
     folder: Path
     step: int
-    config: TrainConfig
-    latents: Mapping[str, Any]
-    """Identity of the latent store that it was trained on, its autoencoder's included."""
-    files: Mapping[str, str]
     updates: int
     """Steps that changed the weights."""
-
-    @property
-    def run(self) -> Path:
-        """The run folder that it lies in."""
-        return self.folder.parent.parent
+    files: Mapping[str, str]
+    """SHA-256 by name."""
 
     @property
     def sha256(self) -> str:
@@ -74,18 +67,29 @@ class Checkpoint:
         check_file(self.folder / name, self.files[name])
         return load_tensors(self.folder / name)
 
+
+@dataclass(frozen=True)
+class SnapshotFolder(StepFolder):
+    """The power-function averages of a step."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(StepFolder):
+    """Everything that a run continues from."""
+
+    config: TrainConfig
+    latents: Mapping[str, Any]
+    """Identity of the latent store that it was trained on, its autoencoder's included."""
+
+    @property
+    def run(self) -> Path:
+        """The run folder that it lies in."""
+        return self.folder.parent.parent
+
     def read_state(self) -> dict[str, Any]:
         """Read `state.json` after checking its hash."""
         check_file(self.folder / STATE, self.files[STATE])
         return read_json(self.folder / STATE)
-
-    def weights(self, ema: str) -> dict[str, Tensor]:
-        """Return the network's weights: of a stored average, `none` for the raw ones, empty for the first average."""
-        names = self.ema_names()
-        chosen = ema or (names[0] if names else "none")
-        if chosen != "none" and chosen not in names:
-            raise unknown_name("EMA in this checkpoint", chosen, [*names, "none"])
-        return self.read("network.safetensors" if chosen == "none" else f"ema_{chosen}.safetensors")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -223,14 +227,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if not complete:
             raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
         folder = complete[-1]
-    manifest = read_sealed_json(folder / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
+    manifest = _read_manifest(folder)
     try:
         config = from_dict(TrainConfig, manifest["config"])
     except JLTError as error:
         raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
-    return Checkpoint(folder, manifest["step"], config, manifest["latents"], manifest["files"], manifest["updates"])
+    facts = (manifest["step"], manifest["updates"], manifest["files"])
+    return Checkpoint(folder, *facts, config, manifest["latents"])
+
+
+def list_snapshots(run: Path) -> list[SnapshotFolder]:
+    """Return the snapshots of a run, oldest first."""
+    folders = sorted(run.glob("snapshots/step_*"))
+    manifests = map(_read_manifest, folders)
+    return [
+        SnapshotFolder(folder, manifest["step"], manifest["updates"], manifest["files"])
+        for folder, manifest in zip(folders, manifests, strict=True)
+    ]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_sealed_json(folder / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
+    return manifest
 
 
 def is_checkpoint_or_run(path: Path) -> bool:
@@ -239,23 +259,23 @@ def is_checkpoint_or_run(path: Path) -> bool:
 
 
 def verify_checkpoints(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, or with all of a run's, by name; an empty list means they are sound."""
+    """Return what is wrong with a checkpoint, or with all of a run's and its snapshots; empty if they are sound."""
     folders = sorted(path.glob("checkpoints/step_*")) or [path]
-    return [problem for folder in folders for problem in _problems(folder)]
+    return [problem for folder in [*folders, *sorted(path.glob("snapshots/step_*"))] for problem in _problems(folder)]
 
 
 def _problems(folder: Path) -> list[str]:
     if not (folder / MANIFEST).is_file():
         return [f"{folder / MANIFEST} is missing."]
     try:
-        checkpoint = open_checkpoint(folder)
+        files = _read_manifest(folder)["files"]
     except JLTError as error:
         return [str(error)]
     problems = []
-    for name, sha256 in checkpoint.files.items():
+    for name, sha256 in files.items():
         try:
             check_file(folder / name, sha256)
         except JLTError as error:
             problems.append(str(error))
-    known = {*checkpoint.files, MANIFEST}
+    known = {*files, MANIFEST}
     return problems + [f"{extra} is not in the manifest." for extra in folder.iterdir() if extra.name not in known]

@@ -12,6 +12,7 @@ from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import Transformer
 from jlt.progress import say
+from jlt.training.averages import choose_weights
 from jlt.training.checkpoint import open_checkpoint
 
 CLASSES = "class_embedding.weight"
@@ -29,9 +30,9 @@ def start_from(network: Transformer, config: TrainConfig) -> None:
             f"{checkpoint.folder} predicts {checkpoint.config.prediction}, and this run {config.prediction}: "
             "the same output means something else. Start from a checkpoint of the same prediction."
         )
-    weights = adapt_weights(checkpoint.weights(config.init_ema), network.state_dict(), str(checkpoint.folder))
-    network.load_state_dict(weights)
-    say(f"Starting from the weights of {checkpoint.folder}.")
+    chosen = choose_weights(checkpoint, config.init_ema)
+    network.load_state_dict(adapt_weights(chosen.tensors, network.state_dict(), str(checkpoint.folder)))
+    say(f"Starting from the weights ({chosen.ema}) of {checkpoint.folder}.")
 
 
 def adapt_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -42,11 +42,14 @@ class Watcher(abc.ABC):
 
     @abc.abstractmethod
     def due(self, step: int) -> bool:
-        """Whether the checkpoint of this step has to be looked at, and was not yet."""
+        """Whether the checkpoint of this step is looked at: a function of the step, the same in all processes."""
 
     @abc.abstractmethod
-    def look(self, checkpoint: Path) -> dict[str, Any]:
-        """Look at a checkpoint, and return what the log says of it: an `event` and its values."""
+    def look(self, checkpoint: Path) -> dict[str, Any] | None:
+        """Look at a checkpoint, and return what the log says of it: an `event` and its values; None if it was before.
+
+        Called in the first process only.
+        """
 
 
 def train(
@@ -232,7 +235,8 @@ class Training:
 
     def _look(self, watcher: Watcher) -> None:
         try:
-            self._log(**watcher.look(step_folder(self.run, self.state.step)))
+            if seen := watcher.look(step_folder(self.run, self.state.step)):
+                self._log(**seen)
         except (JLTError, RuntimeError) as error:
             # What only looks on never ends a training.
             self._log("failed", error=str(error))

@@ -50,6 +50,7 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave time out that was spent on something else, such as drawing samples."""
         self._since += seconds
+        self._begun += seconds
 
     def add(self, outcome: Outcome) -> None:
         """Count a step."""

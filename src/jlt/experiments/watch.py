@@ -1,0 +1,82 @@
+"""Those who look at a run while it goes on: grids of samples from the same noise, and evaluations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jlt.config import EvaluationConfig, TrainConfig
+from jlt.data.store import LatentStore
+from jlt.evaluation.features import load_extractor
+from jlt.experiments.evaluate import (
+    draw_grid,
+    evaluate_sampler,
+    evaluation_path,
+    images_of,
+    open_reference,
+    sampler_protocol,
+    write_evaluation,
+)
+from jlt.sampling.sampler import open_sampler
+from jlt.training.checkpoint import MANIFEST, open_checkpoint
+from jlt.training.loop import Watcher
+
+
+def watchers_of(config: TrainConfig, store: LatentStore, device: str, first: bool) -> list[Watcher]:
+    """Return those whom a run asks for; JLTError, in the `first` process, for a reference that cannot be had."""
+    watchers: list[Watcher] = []
+    if config.sample_every:
+        watchers.append(GridWatcher(config, device))
+    if config.evaluate_every:
+        watchers.append(EvaluationWatcher(config, device, store if first else None))
+    return watchers
+
+
+class GridWatcher(Watcher):
+    """Draws a grid of samples, from the same noise and labels each time."""
+
+    def __init__(self, config: TrainConfig, device: str) -> None:
+        self._every, self._last = config.sample_every, config.steps
+        self._sample, self._device = config.evaluation.sample, device
+
+    def due(self, step: int) -> bool:
+        """Whether a grid is drawn at this step."""
+        return step > 0 and (step % self._every == 0 or step == self._last)
+
+    def look(self, checkpoint: Path) -> dict[str, Any] | None:
+        """Draw a checkpoint's grid into the run, unless it is there."""
+        opened = open_checkpoint(checkpoint)
+        path = opened.run / "samples" / f"{checkpoint.name}.png"
+        if path.exists() and path.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime:
+            return None
+        draw_grid(opened, self._sample, self._device, path)
+        return {"event": "sampled", "file": f"samples/{path.name}"}
+
+
+class EvaluationWatcher(Watcher):
+    """Measures samples against the reference, as `jlt evaluate` does."""
+
+    def __init__(self, config: TrainConfig, device: str, store: LatentStore | None) -> None:
+        """Only the process that looks has a `store`, and measures or reads the reference at once."""
+        self._every, self._last, self._device = config.evaluate_every, config.steps, device
+        self._config: EvaluationConfig = config.evaluation
+        if store is not None:
+            self._extractor = load_extractor(self._config.features, device)
+            words = self._config.reference or images_of(store)
+            exif = (store.manifest.encoding or {}).get("exif", "ignore")
+            self._reference = open_reference(words, self._extractor, store.manifest.resolution, exif)
+
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is measured."""
+        return step > 0 and (step % self._every == 0 or step == self._last)
+
+    def look(self, checkpoint: Path) -> dict[str, Any] | None:
+        """Measure a checkpoint and write the result into its run, unless it is there."""
+        opened = open_checkpoint(checkpoint)
+        sampler = open_sampler(opened, self._config.sample, self._device)
+        path = evaluation_path(opened.run, opened.step, sampler_protocol(sampler, self._reference, self._extractor))
+        if path.exists():
+            return None
+        result = evaluate_sampler(sampler, self._reference, self._extractor)
+        write_evaluation(opened.run, result)
+        return {"event": "evaluated", "file": f"evaluations/{path.name}", "metrics": result["metrics"]}

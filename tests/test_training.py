@@ -4,85 +4,28 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import NoiseSource, PatchAutoencoder
+from training_helpers import (
+    assert_same_checkpoint,
+    config_for,
+    logged,
+    newest_step,
+    start_training,
+)
 
-from jlt.config import LossConfig, NetworkConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode_source
+from jlt.config import LossConfig, TrainConfig, from_dict, to_dict
 from jlt.data.order import SampleOrder
-from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.files import lock_folder
 from jlt.signals import StopRequest
-from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, step_of, verify_checkpoints
+from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, verify_checkpoints
 from jlt.training.draws import draw_step, draw_steps
 from jlt.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store") / "latents"
-    config = EncodeConfig(images="noise", autoencoder="patches", resolution=8, flips=True, dtype="float32")
-    encode_source(NoiseSource(50), PatchAutoencoder(), config, folder)
-    return LatentStore.open(folder)
-
-
-def config_for(store, **changes):
-    shape = store.shape
-    network = NetworkConfig(
-        channels=shape.channels,
-        height=shape.height,
-        width=shape.width,
-        num_classes=shape.num_classes,
-        hidden_size=16,
-        depth=2,
-        num_heads=2,
-    )
-    settings = {
-        "name": "test",
-        "prediction": "x",
-        "network": network,
-        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
-        "batch_size": 16,
-        "steps": 12,
-        "ema": (0.9, 0.5),
-        "power_ema": (0.1,),
-        "max_skipped": 1,
-        "flips": True,
-        "precision": "float32",
-        "log_every": 2,
-        "checkpoint_every": 4,
-        **changes,
-    }
-    return TrainConfig(**settings)
-
-
-def files_of(run, step):
-    return {name: load_tensors(step_folder(run, step) / name) for name in open_checkpoint(run).files if name[-1] == "s"}
-
-
-def assert_same_checkpoint(a, b, step):
-    ours, theirs = files_of(a, step), files_of(b, step)
-    averages = {f"ema_{name}.safetensors" for name in ("0.9", "0.5", "sigma_rel=0.1")}
-    assert set(ours) == {"network.safetensors", "optimizer.safetensors", *averages}
-    for name, tensors in ours.items():
-        assert set(tensors) == set(theirs[name])
-        for key, value in tensors.items():
-            assert torch.equal(value, theirs[name][key]), f"{name} {key}"
-
-
-def logged(run):
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(event["step"], event["loss"], event["grad_norm"]) for event in events if event["event"] == "step"]
-
 
 GOLDEN_LOSSES = [3.00891, 3.972793, 3.282918, 3.471992, 2.158367, 2.938058]
 
@@ -115,32 +58,6 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(store, tmp_path, s
     assert all(whole[step][1] == parts[step][1] for step in shared)
     states = [open_checkpoint(tmp_path / name).read_state() for name in ("whole", "parts")]
     assert states[0]["draws"] == states[1]["draws"]
-
-
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from jlt.config import TrainConfig, from_dict
-from jlt.data.store import LatentStore
-from jlt.training.loop import train
-import json
-torch.set_num_threads(1)
-config = from_dict(TrainConfig, json.loads(sys.argv[1]))
-print("begin", flush=True)
-train(config, LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
-"""
-
-
-def start_training(config, store, run):
-    words = [sys.executable, "-c", SCRIPT, json.dumps(to_dict(config)), str(store.folder), str(run)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with process.stdout as output:
-        assert output.readline() == "begin\n"
-    return process
-
-
-def newest_step(run):
-    return max((step_of(folder) for folder in run.glob("checkpoints/step_*")), default=0)
 
 
 @pytest.mark.slow

@@ -153,20 +153,19 @@ class Training:
     def _step(self, batches: Iterator[DrawnBatch], asked: StopRequest) -> None:
         """Make one update; then log, save and look where it is time."""
         config, state = self.config, self.state
-        before = time.perf_counter()
-        draws, latents, labels = next(batches)
-        self.meter.waited(time.perf_counter() - before)
         with _telling(state.step):
+            before = time.perf_counter()
+            draws, latents, labels = next(batches)
+            self.meter.waited(time.perf_counter() - before)
             outcome = self.stepper.differentiate(draws, latents, labels, bool(asked))
             self._settle()
             self.pending = self.stepper.apply(outcome)
         state.draws_digest = draws.digest
         self.meter.add(outcome)
-        last = state.step == config.steps or self.stopping
-        if state.step % config.log_every == 0 or last:
+        if state.step % config.log_every == 0 or self._last:
             self._settle()
             self._log("step", **self.meter.read())
-        self._save(last)
+        self._save()
         if self.stopping and state.step < config.steps:
             self.saver.wait()
             # Whoever started the processes may kill the rest of them when the first has left.
@@ -175,6 +174,11 @@ class Training:
             raise Stopped(
                 f"Stopped at step {state.step} of {config.steps}; {step_folder(self.run, state.step)} is saved."
             )
+
+    @property
+    def _last(self) -> bool:
+        """Whether no update follows in this process; what it says may change with `_settle`."""
+        return self.stopping or self.state.step == self.config.steps
 
     def _settle(self) -> None:
         """Take in whether the last update was sound: move the averages, or count it as skipped."""
@@ -208,18 +212,19 @@ class Training:
                 "applied or saved. Lower the learning rate, or look for values in the latents that are not finite."
             )
 
-    def _save(self, last: bool) -> None:
+    def _save(self) -> None:
         """Write what is due at this step, and let those look who are waiting for it."""
         config, step = self.config, self.state.step
         self.saver.check()
         snapshot = step % config.snapshot_every == 0 and bool(config.power_ema)
         watched = any(watcher.due(step) for watcher in self.watchers)
-        if not (last or snapshot or watched or step % config.checkpoint_every == 0):
+        checkpoint = watched or step % config.checkpoint_every == 0
+        if not (checkpoint or snapshot or self._last):
             return
         self._settle()
         if snapshot:
             self.saver.snapshot()
-        if last or watched or step % config.checkpoint_every == 0:
+        if checkpoint or self._last:
             self.saver.checkpoint()
         if watched and not self.stopping:
             self.saver.wait()
@@ -254,7 +259,7 @@ def _telling(step: int) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         raise JLTError(
-            f"Step {step}: there is not enough memory on {error}. Take a smaller --micro-batch-size, "
+            f"Step {step}: there is not enough memory ({error}). Take a smaller --micro-batch-size, "
             "--gradient-checkpointing, or --parallel fsdp with more processes."
         ) from error
     except Exception as error:

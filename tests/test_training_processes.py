@@ -1,0 +1,194 @@
+"""Training in several processes: the same run as in one, and one that fails, dies or hangs ends all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training_helpers import (
+    assert_same_checkpoint,
+    ends_of,
+    events,
+    files_of,
+    newest_step,
+    run_processes,
+    start_processes,
+    train_words,
+)
+
+from jlt.training.checkpoint import open_checkpoint, verify_checkpoints
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "5", "--flips", "--checkpoint-every", "4"]
+
+
+def losses(run):
+    return [event["loss"] for event in events(run, "step")]
+
+
+def digest(run):
+    return open_checkpoint(run).read_state()["draws"]
+
+
+@pytest.fixture(scope="module")
+def alone(store, tmp_path_factory):
+    """The run of one process: 9 steps of 16 over 50 samples, almost three epochs."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    run_processes(1, train_words(store, run, *WORDS, "--steps", "9"))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(2, []), (4, []), (2, ["--accumulation", "4"]), (2, ["--parallel", "fsdp"])]
+)
+def test_any_number_of_processes_trains_the_same_run(store, alone, tmp_path, count, words):
+    run_processes(count, train_words(store, tmp_path / "run", *WORDS, "--steps", "9", *words))
+    assert digest(tmp_path / "run") == digest(alone)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-6)
+    ours, theirs = files_of(tmp_path / "run", 9), files_of(alone, 9)
+    assert ours.keys() == theirs.keys()
+    for name in ("network.safetensors", "ema_0.9.safetensors", "ema_sigma_rel=0.1.safetensors"):
+        for key, value in ours[name].items():
+            assert (value - theirs[name][key]).abs().max() < 1e-4, (name, key)
+    distances = [events(run, "step")[-1]["ema_distance"]["0.9"] for run in (tmp_path / "run", alone)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_stopped_three_times_in_mid_epoch_it_ends_bit_for_bit_the_same(store, tmp_path, count):
+    words = [*WORDS, "--accumulation", "2"]
+    run_processes(count, train_words(store, tmp_path / "whole", *words, "--steps", "9"))
+    for steps in (2, 5, 7, 9):
+        run_processes(count, train_words(store, tmp_path / "parts", *words, "--steps", str(steps)))
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", 9)
+    assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
+    assert verify_checkpoints(tmp_path / "parts") == []
+
+
+def test_a_run_continues_on_another_number_of_processes_and_keeps_its_draws(store, alone, tmp_path):
+    run_processes(2, train_words(store, tmp_path / "run", *WORDS, "--parallel", "fsdp", "--steps", "3"))
+    run_processes(4, train_words(store, tmp_path / "run", *WORDS, "--steps", "6"))
+    run_processes(1, train_words(store, tmp_path / "run", *WORDS, "--steps", "9"))
+    assert digest(tmp_path / "run") == digest(alone)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-6)
+    assert [event["processes"] for event in events(tmp_path / "run", "start")] == [2, 4, 1]
+
+
+def test_under_torchrun_results_and_refusals_are_said_once(store, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "jlt"]
+    words = train_words(store, tmp_path / "run", "--steps", "2")
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("A global batch of 16 is not") == 1
+    assert not (tmp_path / "run").exists()
+    done = subprocess.run([*launcher, *words, "--batch-size", "18"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained:") == 1
+
+
+NAN_IN_ONE = """
+import os
+from jlt.data.store import LatentStore
+gather, calls = LatentStore.gather, []
+def poisoned(self, *arguments):
+    latents, labels = gather(self, *arguments)
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) - 1 in {steps}:
+        latents[2, 0, 0, 0] = float("nan")
+    return latents, labels
+LatentStore.gather = poisoned
+"""
+
+
+def test_nan_in_one_process_skips_the_update_in_all_and_is_logged_with_its_samples(store, tmp_path):
+    words = [*WORDS, "--checkpoint-every", "1", "--keep-last", "0", "--steps", "5", "--max-skipped", "2"]
+    run_processes(2, train_words(store, tmp_path / "run", *words), NAN_IN_ONE.replace("{steps}", "{3}"))
+    (skipped,) = events(tmp_path / "run", "skipped")
+    assert (skipped["step"], skipped["processes"], len(skipped["samples"])) == (4, [1], 1)
+    before, after = files_of(tmp_path / "run", 3), files_of(tmp_path / "run", 4)
+    for name, tensors in before.items():
+        assert all(value.equal(after[name][key]) for key, value in tensors.items()), name
+    assert not files_of(tmp_path / "run", 5)["network.safetensors"]["final.linear.weight"].equal(
+        after["network.safetensors"]["final.linear.weight"]
+    )
+    assert open_checkpoint(tmp_path / "run").updates == 4
+
+
+def test_nan_that_stays_ends_all_processes_naming_step_and_process(store, tmp_path):
+    words = [*WORDS, "--checkpoint-every", "1", "--steps", "50", "--max-skipped", "3"]
+    plant = NAN_IN_ONE.replace("{steps}", "range(3, 99)")
+    codes, said = ends_of(start_processes(2, train_words(store, tmp_path / "run", *words), plant), timeout=60)
+    assert codes == [1, 1]
+    for number, text in enumerate(said):
+        assert f"[process {number}] jlt: Step 5:" in text
+        assert "in process 1" in text
+        assert "3 in a row" in text
+    assert newest_step(tmp_path / "run") <= 5
+    assert open_checkpoint(tmp_path / "run").updates == 3
+    assert verify_checkpoints(tmp_path / "run") == []
+
+
+ERROR_IN_ONE = """
+import os
+from jlt.data.store import LatentStore
+gather, calls = LatentStore.gather, []
+def failing(self, *arguments):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 5:
+        ACT
+    return gather(self, *arguments)
+LatentStore.gather = failing
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        ("raise OSError(5, 'Input/output error', 'shard-00000.safetensors')", "shard-00000.safetensors (at step 4)"),
+        ("raise torch.OutOfMemoryError('the device')", "Step 4: there is not enough memory"),
+        ("os.kill(os.getpid(), 9)", None),
+    ],
+)
+def test_a_process_that_fails_or_dies_ends_all_within_a_minute(store, tmp_path, act, named):
+    words = train_words(store, tmp_path / "run", "--batch-size", "18", "--steps", "100000", "--checkpoint-every", "2")
+    codes, said = ends_of(start_processes(3, words, ERROR_IN_ONE.replace("ACT", act)), timeout=60)
+    assert all(code != 0 for code in codes), said
+    assert codes[1] == (1 if named else -signal.SIGKILL)
+    assert named is None or "[process 1] jlt: " in said[1]
+    assert named is None or named in said[1]
+    assert all("Another process of this work ended early" in said[rank] for rank in (0, 2)), said
+    assert verify_checkpoints(tmp_path / "run") == []
+
+
+def test_a_process_that_hangs_ends_all(store, tmp_path):
+    plant = "import jlt.heartbeat as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0"
+    words = train_words(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "2")
+    started = start_processes(2, words, plant)
+    while newest_step(tmp_path / "run") < 2:
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGSTOP)
+    assert started[0].wait(timeout=30) == 1
+    assert "process 1 has not been heard of" in started[0].stderr.read()
+    started[1].kill()
+    ends_of(started)
+    assert verify_checkpoints(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_process_that_is_asked_to_stop_stops_all_at_one_step(store, tmp_path, number):
+    words = train_words(store, tmp_path / "run", *WORDS, "--steps", "100000", "--checkpoint-every", "50000")
+    started = start_processes(2, words)
+    while len(events(tmp_path / "run", "step")) < 2:
+        time.sleep(0.05)
+    started[1].send_signal(number)
+    codes, said = ends_of(started, timeout=60)
+    assert codes == [os.EX_TEMPFAIL] * 2, said
+    assert all("The same words continue it." in text for text in said)
+    stopped = open_checkpoint(tmp_path / "run")
+    assert verify_checkpoints(tmp_path / "run") == []
+    assert events(tmp_path / "run", "stopped")[0]["step"] == stopped.step
+    run_processes(2, train_words(store, tmp_path / "run", *WORDS, "--steps", str(stopped.step + 3)))
+    assert newest_step(tmp_path / "run") == stopped.step + 3

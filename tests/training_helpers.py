@@ -1,0 +1,148 @@
+"""A small latent store, runs on it, and what is compared between runs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+
+from jlt.config import NetworkConfig, OptimizerConfig, TrainConfig, to_dict
+from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, step_of
+
+
+def config_for(store, **changes):
+    shape = store.shape
+    network = NetworkConfig(
+        channels=shape.channels,
+        height=shape.height,
+        width=shape.width,
+        num_classes=shape.num_classes,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+    )
+    settings = {
+        "name": "test",
+        "prediction": "x",
+        "network": network,
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
+        "batch_size": 16,
+        "steps": 12,
+        "ema": (0.9, 0.5),
+        "power_ema": (0.1,),
+        "max_skipped": 1,
+        "flips": True,
+        "precision": "float32",
+        "log_every": 2,
+        "checkpoint_every": 4,
+        **changes,
+    }
+    return TrainConfig(**settings)
+
+
+def files_of(run, step):
+    return {name: load_tensors(step_folder(run, step) / name) for name in open_checkpoint(run).files if name[-1] == "s"}
+
+
+def assert_same_checkpoint(a, b, step):
+    ours, theirs = files_of(a, step), files_of(b, step)
+    averages = {f"ema_{name}.safetensors" for name in ("0.9", "0.5", "sigma_rel=0.1")}
+    assert set(ours) == {"network.safetensors", "optimizer.safetensors", *averages}
+    for name, tensors in ours.items():
+        assert set(tensors) == set(theirs[name])
+        for key, value in tensors.items():
+            assert torch.equal(value, theirs[name][key]), f"{name} {key}"
+
+
+def logged(run):
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(event["step"], event["loss"], event["grad_norm"]) for event in events if event["event"] == "step"]
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from jlt.config import TrainConfig, from_dict
+from jlt.data.store import LatentStore
+from jlt.training.loop import train
+import json
+torch.set_num_threads(1)
+config = from_dict(TrainConfig, json.loads(sys.argv[1]))
+print("begin", flush=True)
+train(config, LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def start_training(config, store, run):
+    words = [sys.executable, "-c", SCRIPT, json.dumps(to_dict(config)), str(store.folder), str(run)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with process.stdout as output:
+        assert output.readline() == "begin\n"
+    return process
+
+
+def newest_step(run):
+    return max((step_of(folder) for folder in run.glob("checkpoints/step_*")), default=0)
+
+
+def events(run, kind):
+    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+WRAPPER = """
+import sys
+import torch
+torch.set_num_threads(1)
+exec(sys.argv.pop(1))
+from jlt.cli import main
+sys.exit(main())
+"""
+TINY = ["--network.hidden-size", "16", "--network.depth", "2", "--network.num-heads", "2", "--log-every", "1"]
+
+
+def train_words(store, run, *words):
+    """The words of a small run on the command line."""
+    return ["train", "digits", "--latents", str(store.folder), "--out", str(run), "--batch-size", "16", *TINY, *words]
+
+
+def start_processes(count, words, plant=""):
+    """Start `count` processes as a cluster's launcher does, each running the code `plant` first; return them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(count):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment = {
+            **os.environ,
+            **{key: str(value) for key, value in places.items()},
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-c", WRAPPER, plant, *words]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+    return started
+
+
+def ends_of(started, timeout=120):
+    """Wait for processes and return their exit codes and what they said on stderr."""
+    deadline = time.monotonic() + timeout
+    try:
+        said = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], said
+
+
+def run_processes(count, words, plant=""):
+    """Run processes to their end; all have to succeed."""
+    codes, said = ends_of(start_processes(count, words, plant))
+    assert codes == [0] * count, said

@@ -129,6 +129,69 @@ def write_run(folder: Path, prediction: str, patch_size: int, seed: int, final: 
     draw_grid(folder / "samples" / "grid.png", noise=min(final, 200.0), seed=seed)
 
 
+def step_event(step: int, steps: int, generator: np.random.Generator, level: float = 1.0) -> dict[str, Any]:
+    """Return one logged step as the trainer writes it: a loss that falls fastest in the middle of the path."""
+    t = (np.arange(10) + 0.5) / 10
+    floor = 0.25 + 0.9 * (2 * t - 0.9) ** 2
+    by_time = level * floor * (1 + 2.5 * np.exp(-8 * (t - 0.4) ** 2) * (1 + step) ** -0.35)
+    by_time *= 1 + 0.03 * generator.standard_normal(10)
+    drawn: list[float | None] = by_time.tolist()
+    if generator.random() < 0.3:
+        drawn[-1] = None
+    warm = min(1.0, step / (0.03 * steps))
+    return {
+        "event": "step",
+        "step": step,
+        "loss": float(by_time[1:7].mean()),
+        "loss_by_time": drawn,
+        "learning_rate": 2e-4 * warm,
+        "grad_norm": float((0.25 + 3 * np.exp(-step / (0.02 * steps))) * np.exp(0.25 * generator.standard_normal())),
+        "ema_distance": {
+            "0.9999": 0.06 * (step / steps + 0.02) ** -0.4 * warm,
+            "0.9996": 0.03 * (step / steps + 0.02) ** -0.4 * warm,
+            "sigma_rel=0.05": 0.045 * warm,
+            "sigma_rel=0.1": 0.085 * warm,
+        },
+        "img_per_second": 1204 + 12 * generator.standard_normal(),
+        "mfu": 0.41 + 0.004 * generator.standard_normal(),
+        "memory_gib": 12.3,
+        "waiting": abs(0.004 + 0.002 * generator.standard_normal()),
+        "seconds": step * 0.85,
+    }
+
+
+def write_watched_run(
+    folder: Path, steps: int = 50_000, reached: int = 31_400, every: int = 100, prediction: str = "x"
+) -> None:
+    """Write a run of two processes that is under way: continued once, two updates skipped, grids at intervals."""
+    write_json(folder / "config.json", {**config(prediction, 1, 0), "steps": steps, "batch_size": 1024})
+    generator = np.random.default_rng(0)
+    session = {"processes": 2, "micro_batch_size": 64, "accumulation": 8, "parallel": "ddp", "device": "cuda"}
+    continued = reached // 3 // every * every
+    events: list[dict[str, Any]] = [{"event": "start", "step": 0, **session}]
+    for step in range(every, reached + 1, every):
+        events.append(step_event(step, steps, generator))
+        if step == continued:
+            events += [{"event": "saved", "step": step, "pause_seconds": 0.1, "write_seconds": 2.0}]
+            events += [{"event": "stopped", "step": step}, {"event": "start", "step": step, **session}]
+        if step in (continued // 2 // every * every, 2 * continued):
+            events.append({"event": "skipped", "step": step + 1, "loss": None, "grad_norm": None, "processes": [1]})
+        if step % (reached // 9 // every * every) == 0:
+            file = f"samples/step_{step:07d}.png"
+            draw_grid(folder / file, noise=20 + 220 * (1 - step / reached) ** 2, seed=0)
+            events.append({"event": "sampled", "step": step, "file": file})
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def log_by_time(run: Path, level: float) -> None:
+    """Rewrite the log of a finished run as one that has the loss by time."""
+    generator = np.random.default_rng(0)
+    events: list[dict[str, Any]] = [{"event": "start", "step": 0, "processes": 1, "device": "cpu"}]
+    events += [step_event(step, 1500, generator, level) for step in range(50, 1501, 50)]
+    events.append({"event": "end", "step": 1500, "seconds": 31.2})
+    (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
 def write_ablation(
     folder: Path,
     predictions: Sequence[str] = ("x", "v", "eps"),

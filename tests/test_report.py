@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import subprocess
@@ -14,15 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from fake_results import FINAL, GaussianStore, config, write_ablation, write_run
+from fake_results import FINAL, GaussianStore, config, log_by_time, write_ablation, write_run, write_watched_run
+from PIL import Image
 
 from jlt.errors import JLTError
 from jlt.files import read_json, write_json
 from jlt.geometry.analyze import analyze
-from jlt.report import findings
+from jlt.report import findings, samples
 from jlt.report.figures import training_figure
-from jlt.report.page import command, matched_statements, result_rows, set_aside_rows, settings, write_report
+from jlt.report.log import read_log
+from jlt.report.page import (
+    command,
+    matched_statements,
+    page_facts,
+    result_rows,
+    set_aside_rows,
+    settings,
+    write_report,
+)
 from jlt.report.results import Study, read_study
+from jlt.report.run_figures import run_figures, thinned
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +249,8 @@ def test_a_log_that_is_being_written_is_read_up_to_its_torn_line(tmp_path: Path)
     again = ['{"event": "start", "step": 10}', '{"event": "step", "step": 20, "loss": 2.0}', '{"event": "ste']
     (tmp_path / "log.jsonl").write_text("\n".join(lines + again))
     run = read_study(tmp_path).runs[0]
-    assert [(logged.step, logged.loss) for logged in run.steps] == [(10, 1.0), (20, 2.0)]
-    assert run.seconds is None
+    assert [(logged.step, logged.loss) for logged in run.log.steps] == [(10, 1.0), (20, 2.0)]
+    assert run.log.seconds is None
     (tmp_path / "log.jsonl").write_text("\n".join(["{broken", *lines]))
     with pytest.raises(JLTError, match=r"log.jsonl, line 1 is not JSON"):
         read_study(tmp_path)
@@ -282,6 +294,167 @@ def test_other_folders_and_damaged_files_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", damaged)
     with pytest.raises(JLTError, match=r"config.json has no 'prediction'"):
         write_report(tmp_path)
+
+
+# The log of a run, at any moment
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run under way that was continued once and skipped two updates; tests must not change it."""
+    folder = tmp_path_factory.mktemp("watched")
+    write_watched_run(folder, steps=3000, reached=2000, every=20)
+    return folder
+
+
+def write_log(folder: Path, *events: dict[str, Any]) -> Path:
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+def test_what_a_continued_run_did_after_its_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    log = read_log(
+        write_log(
+            tmp_path,
+            {"event": "start", "step": 0},
+            {"event": "skipped", "step": 5},
+            {"event": "step", "step": 10, "loss": 1.0},
+            {"event": "sampled", "step": 20, "file": "samples/a.png"},
+            {"event": "skipped", "step": 21},
+            {"event": "step", "step": 30, "loss": 0.5},
+            {"event": "stopped", "step": 30},
+            {"event": "start", "step": 10, "processes": 4},
+        )
+    )
+    assert [logged.step for logged in log.steps] == [10]
+    assert (log.skipped, log.samples, log.restarts) == ((5,), (), (10,))
+    assert (log.ended, log.stopped, log.session["processes"]) == (False, False, 4)
+
+
+def test_numbers_that_are_missing_or_not_finite_are_left_out(tmp_path: Path) -> None:
+    path = write_log(
+        tmp_path,
+        {"event": "start", "step": 0},
+        {"event": "step", "step": 1, "loss": float("nan")},
+        {"event": "step", "step": 2, "loss": 1.0, "mfu": None, "ema_distance": {"0.9": float("inf"), "0.99": 0.1}},
+        {"event": "evaluated", "step": 2, "file": "evaluations/a.json", "metrics": {}},
+        {"event": "something new", "step": 2},
+    )
+    (logged,) = read_log(path).steps
+    assert (logged.step, logged.mfu, logged.ema_distance) == (2, None, {"0.99": 0.1})
+    path.write_text('{"event": "step"}\n')
+    with pytest.raises(JLTError, match=r"log.jsonl, line 1 has no 'step'"):
+        read_log(path)
+
+
+def test_time_left_is_that_of_the_latest_session(tmp_path: Path) -> None:
+    events = [{"event": "step", "step": step, "loss": 1.0, "seconds": step * 1.0} for step in (10, 20)]
+    later = [{"event": "step", "step": step, "loss": 1.0, "seconds": 20 + (step - 20) * 0.1} for step in (30, 40)]
+    log = read_log(write_log(tmp_path, {"event": "start", "step": 0}, *events, {"event": "start", "step": 20}, *later))
+    assert log.seconds_left(140, batch_size=8) == pytest.approx(10.0)
+    # An old log has no times, yet a speed; before the first step there is neither.
+    log = read_log(write_log(tmp_path, {"event": "step", "step": 40, "loss": 1.0, "img_per_second": 16.0}))
+    assert log.seconds_left(140, batch_size=8) == pytest.approx(50.0)
+    assert read_log(tmp_path / "none.jsonl").seconds_left(140, batch_size=8) is None
+
+
+def test_a_run_under_way_says_how_far_it_is(watched: Path, tmp_path: Path) -> None:
+    facts = page_facts(read_study(watched))
+    assert facts["Progress"] == "step 2,000 of 3,000 (66%)"
+    assert facts["Time left"] == "14 min 10 s at its latest speed"
+    assert facts["Processes"] == "2 (ddp) on cuda"
+    assert facts["Skipped updates"] == "2"
+    assert facts["Speed"].endswith("images/s, MFU 41%")
+    assert "Trained" not in facts
+    write_run(tmp_path, "x", 1, 0, 20.0)
+    assert page_facts(read_study(tmp_path))["Trained"] == "1,500 steps"
+
+
+def test_a_stopped_run_says_that_it_can_be_continued(watched: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((watched / "config.json").read_bytes())
+    log = (watched / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(log + json.dumps({"event": "stopped", "step": 2000}) + "\n")
+    assert page_facts(read_study(tmp_path))["State"] == "stopped and saved; the same words continue it"
+
+
+def test_a_run_under_way_has_every_figure_of_its_log(watched: Path) -> None:
+    figures = {figure.title: figure for figure in run_figures(read_study(watched))}
+    assert [len(figure.panels) for figure in figures.values()] == [2, 3, 3]
+    path, optimisation, speed = figures.values()
+    assert path.legend[0].label == "t from 0 to 0.2"
+    assert len(path.legend) == 5
+    assert "Crosses mark 2 updates that were skipped" in optimisation.caption
+    assert [entry.label for entry in optimisation.legend] == [
+        "EMA 0.9999", "EMA 0.9996", "power EMA 0.05", "power EMA 0.1",
+    ]  # fmt: skip
+    assert all("continued from a checkpoint" in figure.caption for figure in (optimisation, speed))
+    page = write_report(watched).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)"', page) == ["training", "series", "limits", "protocol", "reproduce"]
+
+
+def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: Path) -> None:
+    write_run(tmp_path, "x", 1, 0, 20.0)
+    figures = run_figures(read_study(tmp_path))
+    assert [(figure.title, len(figure.panels)) for figure in figures] == [("Gradients and averages", 2)]
+    assert "skipped" not in figures[0].caption
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    assert run_figures(read_study(tmp_path)) == []
+
+
+@pytest.mark.parametrize("bins", [[1.0, None, 0.5], [None] * 10, [0.0] * 10, [1.0]])
+def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None]) -> None:
+    write_json(tmp_path / "config.json", config("x", 1, 0))
+    write_log(tmp_path, *({"event": "step", "step": step, "loss": 1.0, "loss_by_time": bins} for step in (1, 2)))
+    write_report(tmp_path)
+
+
+def test_an_ablation_shows_the_loss_against_time_and_nothing_else_of_its_logs(tmp_path: Path) -> None:
+    write_ablation(tmp_path, ["x", "v"], [1], loss_spaces=("x", "v"))
+    assert run_figures(read_study(tmp_path)) == []
+    for run in (tmp_path / "runs").iterdir():
+        log_by_time(run, level=1.0)
+    (figure,) = run_figures(read_study(tmp_path))
+    assert (len(figure.panels), len(figure.legend)) == (2, 2)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "The loss along the path" in page
+    assert 'id="series"' not in page
+
+
+def test_the_series_of_samples_has_the_first_and_the_last_and_few_between(watched: Path) -> None:
+    series = samples.sample_series(read_study(watched).runs[0])
+    found = [step for step, _ in read_log(watched / "log.jsonl").samples]
+    assert len(found) > samples.MOST_GRIDS == len(series)
+    assert (series[0].name, series[-1].name) == (f"Step {found[0]:,}", f"Step {found[-1]:,}")
+    assert samples.spaced([1, 2, 3], 6) == [1, 2, 3]
+
+
+def test_sample_grids_that_are_gone_are_left_out_and_damaged_ones_named(tmp_path: Path) -> None:
+    write_watched_run(tmp_path, steps=300, reached=200, every=10)
+    run = read_study(tmp_path).runs[0]
+    first, second = (tmp_path / file for _, file in run.log.samples[:2])
+    first.unlink()
+    assert samples.sample_series(run)[0].name == f"Step {run.log.samples[1][0]:,}"
+    second.write_bytes(b"\x89PNG" + bytes(samples.LARGE_BYTES))
+    with pytest.raises(JLTError, match="is not a whole picture"):
+        samples.sample_series(run)
+
+
+def test_a_large_grid_is_embedded_smaller(tmp_path: Path) -> None:
+    path = tmp_path / "grid.png"
+    noise = torch.randint(256, (1000, 500, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(path)
+    kind, _, content = samples.picture_uri(path).partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.size == (360, 720)
+
+
+def test_a_long_curve_is_thinned_to_its_means() -> None:
+    steps, values = thinned(range(10, 10_001, 10), [float(value) for value in range(1000)])
+    assert (len(steps), steps[-1], values[:2]) == (334, 10_000, [1.0, 4.0])
+    assert thinned([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
 
 
 # The page

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_results import write_ablation, write_run
+from fake_results import write_ablation, write_run, write_watched_run
 
 from jlt.report import palette
 from jlt.report.page import write_report
@@ -129,13 +129,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser.close()
 
 
-@pytest.fixture(scope="module", params=["ablation", "run"])
+@pytest.fixture(scope="module", params=["ablation", "run", "watched"])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "ablation":
         write_ablation(folder, seeds=(0, 1))
-    else:
+    elif request.param == "run":
         write_run(folder, "x", 1, 0, 20.1)
+    else:
+        write_watched_run(folder, steps=3000, reached=2000, every=20)
     return write_report(folder)
 
 

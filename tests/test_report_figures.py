@@ -69,7 +69,7 @@ def test_predictions_stay_apart_for_every_eye(mode: str, vision: str) -> None:
 def test_lines_stand_out_from_the_paper(mode: str) -> None:
     weights = np.array(TO_XYZ[1])
     paper = weights @ linear_rgb(getattr(palette.PAPER, mode))
-    for colour in palette.PREDICTION.values():
+    for colour in [*palette.PREDICTION.values(), *palette.TIME]:
         low, high = sorted((paper, weights @ linear_rgb(getattr(colour, mode))))
         assert (high + 0.05) / (low + 0.05) >= 3  # WCAG 2 for graphics
 

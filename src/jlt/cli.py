@@ -360,7 +360,7 @@ class Ablate(RecipeVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
-    """Write report.html for a run, an ablation, a quickstart or an analysis.
+    """Write report.html for a run (also one under way), an ablation, a quickstart or an analysis.
 
     For example:
 

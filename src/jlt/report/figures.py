@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jlt.report import palette
-from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, SYMBOL, swatch
+from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, SYMBOL, TIME, swatch
 from jlt.report.results import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent
 
@@ -105,7 +105,7 @@ def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HA
 
 
 def _darken(svg: str) -> str:
-    roles = [*PREDICTION.values(), INK, MUTED, LINE, PAPER]
+    roles = [*PREDICTION.values(), *TIME, INK, MUTED, LINE, PAPER]
     dark = {role.light: role.dark for role in roles}
     return re.sub(r"#[0-9a-f]{6}\b", lambda match: dark.get(match[0], match[0]), svg)
 
@@ -205,7 +205,7 @@ def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel 
             axes.yaxis.set_major_formatter(
                 FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if share else f"{value:,.6g}")
             )
-        _label_steps(axes, f"{name}{suffix or f', {direction}'}")
+        label_steps(axes, f"{name}{suffix or f', {direction}'}")
 
     ends = [f"{system.name} ends at {write(points[-1].mean)}" for system, _, points in curves]
     return draw(paint, f"{name} against training step{suffix}, {direction}. {listed(ends)}.")
@@ -224,8 +224,8 @@ def _loss_panel(systems: Sequence[System]) -> Panel | None:
     for system in systems:
         by_step: dict[int, list[float]] = {}
         for run in system.runs:
-            smooth = moving_average([logged.loss for logged in run.steps])
-            for logged, loss in zip(run.steps, smooth, strict=True):
+            smooth = moving_average([logged.loss for logged in run.log.steps])
+            for logged, loss in zip(run.log.steps, smooth, strict=True):
                 by_step.setdefault(logged.step, []).append(loss)
         steps = sorted(by_step)
         points = [value for step in steps if (value := spread(by_step[step]))]
@@ -243,13 +243,14 @@ def _loss_panel(systems: Sequence[System]) -> Panel | None:
         if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
             axes.set_yscale("log")
             plain_log(axes.yaxis, values)
-        _label_steps(axes, f"Training loss in {space}-space")
+        label_steps(axes, f"Training loss in {space}-space")
 
     ends = [f"{system.name} ends at {number(points[-1].mean)}" for system, _, points in curves]
     return draw(paint, f"Training loss in {space}-space against step. {listed(ends)}.")
 
 
-def _label_steps(axes: Axes, title: str) -> None:
+def label_steps(axes: Axes, title: str) -> None:
+    """Give an axes its title, and training steps along its foot."""
     axes.set_title(title)
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from jlt import __version__
 from jlt.files import write_text
 from jlt.progress import format_seconds
 from jlt.report import findings, palette
+from jlt.report.log import Log
 from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
+from jlt.report.samples import Grid, picture_uri, sample_series
 from jlt.report.wording import listed, number, percent
 
 HIGHER_IS_BETTER = {"frechet_distance": False, "inception_score": True, "label_agreement": True}
@@ -35,6 +37,7 @@ def render(study: Study) -> str:
 
     from jlt.report.figures import training_figure
     from jlt.report.geometry_figures import geometry_figures
+    from jlt.report.run_figures import run_figures
 
     environment = Environment(
         loader=PackageLoader("jlt.report"),
@@ -52,7 +55,10 @@ def render(study: Study) -> str:
         limits=findings.limits(study),
         facts=page_facts(study),
         rows=result_rows(study),
+        time_colours=[(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
         training=training_figure(study),
+        logged=run_figures(study),
+        series=sample_series(study.runs[0]) if len(study.runs) == 1 else [],
         grids=sample_grids(study),
         geometry=geometry_figures(study.geometry) if study.geometry else [],
         spectra=spectrum_rows(study),
@@ -106,7 +112,7 @@ def result_rows(study: Study) -> list[Row]:
             span = f"{write(value.low)} to {write(value.high)}" if value is not None and value.count > 1 else ""
             marked = value is not None and len(study.systems) > 1 and value.mean == best[metric]
             cells.append(Cell(write(value.mean) if value else "—", span, marked))
-        seconds = spread(run.seconds for run in system.runs if run.seconds is not None)
+        seconds = spread(run.log.seconds for run in system.runs if run.log.seconds is not None)
         rows.append(
             Row(
                 system,
@@ -156,9 +162,7 @@ def page_facts(study: Study) -> dict[str, str]:
     if len(study.systems) > 1:
         seeds = sorted({run.seed for run in study.runs})
         facts["Compared"] = f"{len(study.systems)} systems, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} each"
-    if study.final_step is not None:
-        each = " each" if len(study.runs) > 1 else ""
-        facts["Trained"] = f"{study.final_step:,} steps{each}"
+    facts |= training_facts(study)
     if protocol.get("count"):
         facts["Evaluated"] = (
             f"{protocol['count']:,} samples, {protocol.get('steps')}-step {str(protocol.get('solver')).title()}"
@@ -170,14 +174,44 @@ def page_facts(study: Study) -> dict[str, str]:
     return facts
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The decoded samples of one system."""
+def training_facts(study: Study) -> dict[str, str]:
+    """Return how far the training is, and what a run under way is doing."""
+    runs, facts = study.runs, {}
+    skipped = sum(len(run.log.skipped) for run in runs)
+    if len(runs) == 1 and runs[0].log.steps and not runs[0].log.ended:
+        facts = _facts_under_way(runs[0].log, runs[0].config)
+    elif study.final_step is not None:
+        facts["Trained"] = f"{study.final_step:,} steps{' each' if len(runs) > 1 else ''}"
+    if len(runs) == 1:
+        facts |= _facts_of_session(runs[0].log)
+    if skipped:
+        facts["Skipped updates"] = f"{skipped:,}" + (" in all" if len(runs) > 1 else "")
+    return facts
 
-    name: str
-    uri: str
-    text: str
-    alt: str
+
+def _facts_under_way(log: Log, config: Mapping[str, Any]) -> dict[str, str]:
+    last, steps = log.steps[-1], config.get("steps")
+    if not steps:
+        return {"Progress": f"step {last.step:,}"}
+    facts = {"Progress": f"step {last.step:,} of {steps:,} ({math.floor(100 * last.step / steps)}%)"}
+    left = log.seconds_left(steps, config.get("batch_size", 0))
+    if log.stopped:
+        facts["State"] = "stopped and saved; the same words continue it"
+    if left is not None:
+        facts["Time left"] = f"{format_seconds(left)} at its latest speed"
+    return facts
+
+
+def _facts_of_session(log: Log) -> dict[str, str]:
+    facts, session = {}, log.session
+    if session.get("processes"):
+        kind = f" ({session['parallel']})" if session["processes"] > 1 and session.get("parallel") else ""
+        device = f" on {session['device']}" if session.get("device") else ""
+        facts["Processes"] = f"{session['processes']}{kind}{device}"
+    if log.steps and log.steps[-1].img_per_second:
+        last = log.steps[-1]
+        facts["Speed"] = f"{number(last.img_per_second)} images/s" + (f", MFU {last.mfu:.0%}" if last.mfu else "")
+    return facts
 
 
 def sample_grids(study: Study) -> dict[int, list[Grid]]:
@@ -187,10 +221,9 @@ def sample_grids(study: Study) -> dict[int, list[Grid]]:
         run = next((run for run in row.system.runs if run.grid), None)
         if run is None or run.grid is None:
             continue
-        uri = "data:image/png;base64," + base64.b64encode(run.grid.read_bytes()).decode()
         distance = f"Fréchet distance {row.cells[0].text}" + (" over seeds" if row.cells[0].span else "")
         alt = f"Samples of {row.system.name}, one row per class; {distance}."
-        grids.setdefault(row.system.patch_size, []).append(Grid(row.system.name, uri, distance, alt))
+        grids.setdefault(row.system.patch_size, []).append(Grid(row.system.name, picture_uri(run.grid), distance, alt))
     return grids
 
 

@@ -25,6 +25,14 @@ PREDICTION: dict[str, Colour] = {
     "eps": Colour("#b58900", "#f7e08c"),
     "v": Colour("#a3162a", "#f26d7d"),
 }
+# Ranges of time from noise to data, along matplotlib's plasma, cut where it would fade into the paper.
+TIME: tuple[Colour, ...] = (
+    Colour("#0d0887", "#ba3388"),
+    Colour("#5801a4", "#da5a6a"),
+    Colour("#9410a2", "#f2844b"),
+    Colour("#c33d80", "#fdb42f"),
+    Colour("#e56a5d", "#f4ed27"),
+)
 MARKER: dict[str, str] = {"x": "o", "eps": "^", "v": "s"}
 SYMBOL: dict[str, str] = {"x": "x", "eps": "ε", "v": "v"}
 WORDS: dict[str, str] = {"x": "clean prediction (x)", "eps": "noise prediction (ε)", "v": "velocity prediction (v)"}
@@ -53,3 +61,9 @@ def swatch(prediction: str | None, patch_size: int) -> str:
         f'<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2" stroke-dasharray="{pattern}"/>'
         f'<g fill="currentColor">{marker}</g></svg>'
     )
+
+
+def time_swatch(place: int) -> str:
+    """Return a small inline SVG line for a legend, in the colour of a range of time."""
+    line = '<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2.5"/>'
+    return f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:var(--t{place})">{line}</svg>'

@@ -11,6 +11,7 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.files import read_json
+from jlt.report.log import Log, read_log
 
 Protocol = Mapping[str, Any]
 
@@ -37,22 +38,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class LoggedStep:
-    """One logged training step."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
 class Run:
     """One training run, which may still be under way."""
 
     folder: Path
     seed: int
     config: Mapping[str, Any]
-    steps: tuple[LoggedStep, ...]
-    seconds: float | None
+    log: Log
     evaluations: tuple[Evaluation, ...]
     grid: Path | None
 
@@ -63,7 +55,9 @@ class Run:
     @property
     def reached(self) -> int:
         """The last step that was logged or evaluated, 0 before the first."""
-        steps = [logged.step for logged in self.steps[-1:]] + [evaluation.step for evaluation in self.evaluations[-1:]]
+        steps = [logged.step for logged in self.log.steps[-1:]] + [
+            evaluation.step for evaluation in self.evaluations[-1:]
+        ]
         return max(steps, default=0)
 
 
@@ -260,40 +254,16 @@ def _read_single(folder: Path) -> Study:
 
 def read_run(folder: Path, seed: int) -> Run:
     """Read a run folder; log, samples and evaluations may be missing while it is under way."""
-    steps, seconds = _read_log(folder / "log.jsonl")
     evaluations = [_read_evaluation(path) for path in sorted((folder / "evaluations").glob("step_*.json"))]
     grid = folder / "samples" / "grid.png"
     return Run(
         folder=folder,
         seed=seed,
         config=read_json(folder / "config.json"),
-        steps=steps,
-        seconds=seconds,
+        log=read_log(folder / "log.jsonl"),
         evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
         grid=grid if grid.exists() else None,
     )
-
-
-def _read_log(path: Path) -> tuple[tuple[LoggedStep, ...], float | None]:
-    """Return the logged steps, the last word on each step counting, and the seconds that the end events report."""
-    if not path.exists():
-        return (), None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    steps: dict[int, LoggedStep] = {}
-    seconds = None
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break  # a run that is being written, or was killed while writing
-            raise JLTError(f"{path}, line {number} is not JSON: the log is damaged.") from error
-        kind = _get(event, "event", path)
-        if kind == "step" and event.get("loss") is not None:
-            steps[event["step"]] = LoggedStep(event["step"], float(event["loss"]))
-        elif kind == "end":
-            seconds = float(_get(event, "seconds", path))
-    return tuple(steps[step] for step in sorted(steps)), seconds
 
 
 def _read_evaluation(path: Path) -> Evaluation:

@@ -1,0 +1,158 @@
+"""`log.jsonl` of a run, read into frozen data: at any moment, also while it is being written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jlt.errors import JLTError
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """One logged training step; what its log does not say is None or empty."""
+
+    step: int
+    loss: float
+    loss_by_time: tuple[float | None, ...] = ()
+    """Mean loss in equal bins of t from 0 to 1, None where no sample fell."""
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    """Before clipping."""
+    ema_distance: Mapping[str, float] = field(default_factory=dict)
+    """Relative L2 distance between the weights and each of their averages."""
+    img_per_second: float | None = None
+    mfu: float | None = None
+    memory_gib: float | None = None
+    waiting: float | None = None
+    """Share of the time spent waiting for data."""
+    seconds: float | None = None
+    """Time in training up to here, over all sessions."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run has written down so far, by ascending step."""
+
+    steps: tuple[LoggedStep, ...] = ()
+    starts: tuple[int, ...] = ()
+    """Steps from which training started or was continued."""
+    skipped: tuple[int, ...] = ()
+    """Steps whose update was left out, since a loss or gradient was not finite."""
+    samples: tuple[tuple[int, str], ...] = ()
+    """Steps of the sample grids, with their files in the run folder."""
+    session: Mapping[str, Any] = field(default_factory=dict)
+    """The start event of the latest session: processes, device and the like."""
+    ended: bool = False
+    """Whether the run has come to its last step."""
+    stopped: bool = False
+    """Whether the run was asked to leave before its last step, and has not been continued."""
+    seconds: float | None = None
+    """Time in training of a run that has ended."""
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Steps from which the run was continued."""
+        return tuple(step for step in self.starts if step > 0)
+
+    def seconds_left(self, steps: int, batch_size: int) -> float | None:
+        """Return the time that a run of `steps` updates still needs at its present speed, None where that is unknown.
+
+        The speed is that of the latest session; a log without times is judged by its last images per second.
+        """
+        if not self.steps or self.ended:
+            return None
+        last, begun = self.steps[-1], max(self.starts, default=0)
+        timed = [
+            (entry.step, entry.seconds) for entry in self.steps if entry.step > begun and entry.seconds is not None
+        ]
+        if len(timed) > 1:
+            (first_step, first), (last_step, latest) = timed[0], timed[-1]
+            return (latest - first) / (last_step - first_step) * (steps - last.step)
+        if last.img_per_second:
+            return batch_size / last.img_per_second * (steps - last.step)
+        return None
+
+
+def read_log(path: Path) -> Log:
+    """Read a log; what a continued run does again replaces what it had done after the checkpoint it starts from.
+
+    A missing file is an empty log. Raises JLTError for a damaged one; a last line that is torn is left out.
+    """
+    events = _history(_events(path))
+    starts = [place for place, event in enumerate(events) if event["event"] == "start"]
+    # A log without a start event counts as one session.
+    session = events[starts[-1] :] if starts else events
+    ends = [event for event in session if event["event"] == "end"]
+    steps = {event["step"]: _logged_step(event) for event in _of_kind(events, "step") if _finite(event.get("loss"))}
+    samples = {event["step"]: str(event.get("file")) for event in _of_kind(events, "sampled")}
+    return Log(
+        steps=tuple(steps[step] for step in sorted(steps)),
+        starts=tuple(events[place]["step"] for place in starts),
+        skipped=tuple(sorted({event["step"] for event in _of_kind(events, "skipped")})),
+        samples=tuple(sorted(samples.items())),
+        session=session[0] if starts else {},
+        ended=bool(ends),
+        stopped=bool(_of_kind(session, "stopped")) and not ends,
+        seconds=_number(ends[-1].get("seconds")) if ends else None,
+    )
+
+
+def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
+    return [event for event in events if event["event"] == kind]
+
+
+def _history(events: Iterable[Event]) -> list[Event]:
+    """Return the events that count: each start makes those of later steps undone."""
+    kept: list[Event] = []
+    for event in events:
+        if event["event"] == "start":
+            kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]
+        kept.append(event)
+    return kept
+
+
+def _events(path: Path) -> Iterator[Event]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return  # a run that is being written, or was killed while writing
+            raise JLTError(f"{path}, line {number} is not JSON: the log is damaged.") from error
+        for key in ("event", "step"):
+            if not isinstance(event, Mapping) or key not in event:
+                raise JLTError(f"{path}, line {number} has no {key!r}: the log is damaged or of another version.")
+        yield event
+
+
+def _logged_step(event: Event) -> LoggedStep:
+    distances = {name: _number(value) for name, value in (event.get("ema_distance") or {}).items()}
+    return LoggedStep(
+        step=event["step"],
+        loss=float(event["loss"]),
+        loss_by_time=tuple(_number(value) for value in event.get("loss_by_time") or ()),
+        learning_rate=_number(event.get("learning_rate")),
+        grad_norm=_number(event.get("grad_norm")),
+        ema_distance={name: value for name, value in distances.items() if value is not None},
+        img_per_second=_number(event.get("img_per_second")),
+        mfu=_number(event.get("mfu")),
+        memory_gib=_number(event.get("memory_gib")),
+        waiting=_number(event.get("waiting")),
+        seconds=_number(event.get("seconds")),
+    )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if _finite(value) else None

@@ -1,0 +1,71 @@
+"""The pictures of a report: sample grids of systems beside each other, and those of one run along its training."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from jlt.errors import JLTError
+from jlt.report.results import Run
+from jlt.report.wording import number
+
+T = TypeVar("T")
+MOST_GRIDS = 6
+"""Sample grids that a page shows of one training."""
+LARGE_BYTES = 250_000
+"""A grid whose file is larger is embedded smaller."""
+LARGE_SIDE = 720
+"""Longest side in pixels of a grid that is embedded smaller."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Decoded samples with their words."""
+
+    name: str
+    uri: str
+    text: str
+    alt: str
+
+
+def picture_uri(path: Path) -> str:
+    """Return a picture as a data URI: a small PNG byte for byte, a large one as WebP at a smaller size.
+
+    Raises JLTError for a file that is not a whole picture.
+    """
+    content = path.read_bytes()
+    if len(content) <= LARGE_BYTES:
+        return "data:image/png;base64," + base64.b64encode(content).decode()
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((LARGE_SIDE, LARGE_SIDE))
+            image.convert("RGB").save(buffer, "webp", quality=85)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise JLTError(f"{path} is not a whole picture ({error}): draw it again, or remove it.") from error
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def sample_series(run: Run) -> list[Grid]:
+    """Return the first, some and the last of the sample grids along a training; files that are gone are left out."""
+    found = [(step, path) for step, file in run.log.samples if (path := run.folder / file).is_file()]
+    grids = []
+    for step, path in spaced(found, MOST_GRIDS):
+        evaluation = run.at(step)
+        distance = evaluation.metrics.get("frechet_distance") if evaluation else None
+        text = f"Fréchet distance {number(distance)}" if distance is not None else ""
+        grids.append(Grid(f"Step {step:,}", picture_uri(path), text, f"Samples after {step:,} training steps."))
+    return grids
+
+
+def spaced(items: Sequence[T], most: int) -> list[T]:
+    """Return at most `most` items, the first and the last among them, at equal distances."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]

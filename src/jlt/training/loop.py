@@ -121,6 +121,8 @@ class Training:
         self.meter = Meter(config, state, self.split, group)
         self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
         self._log_start()
+        if self.journal is not None:
+            self.journal.show()
         with stop_on_signal() as asked, self.saver, contextlib.closing(self._batches()) as batches:
             while state.step < config.steps:
                 self._step(batches, asked)
@@ -202,10 +204,10 @@ class Training:
         processes = [rank for rank, samples in enumerate(found) if samples]
         samples = [sample for share in found for sample in share]
         loss, grad_norm = outcome.loss.item(), outcome.grad_norm.item()
-        self._log("skipped", step=outcome.step + 1, processes=processes, samples=samples)
         where = f" in process {', '.join(map(str, processes))}" if processes else ""
         which = f", at the samples {', '.join(map(str, samples[:8]))}" if samples else ""
         what = f"Step {outcome.step}: the loss is {loss:g} and the gradient norm {grad_norm:g}{where}{which}."
+        self._log("skipped", step=outcome.step + 1, processes=processes, samples=samples, what=what)
         if self.state.skipped_in_a_row >= self.config.max_skipped:
             raise JLTError(
                 f"{what} That is update {self.state.skipped_in_a_row} in a row that is not finite; none of them was "
@@ -239,8 +241,11 @@ class Training:
                 self.group.on_first(partial(self._look, watcher))
 
     def _look(self, watcher: Watcher) -> None:
+        assert self.journal is not None, "the first process has a journal"
         try:
-            if seen := watcher.look(step_folder(self.run, self.state.step)):
+            with self.journal.aside():
+                seen = watcher.look(step_folder(self.run, self.state.step))
+            if seen:
                 self._log(**seen)
         except (JLTError, RuntimeError) as error:
             # What only looks on never ends a training.

@@ -190,7 +190,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
     if signal_number == signal.SIGKILL:
         assert run.returncode == -signal.SIGKILL
     else:
-        assert run.returncode == 1
+        assert run.returncode == os.EX_TEMPFAIL
         assert "The same words continue it" in said
         assert not list(out.glob(".shard-*"))
     deadline = time.monotonic() + 20

@@ -25,8 +25,9 @@ class Journal:
     def __init__(self, run: Path, config: TrainConfig, step: int) -> None:
         self._run, self._config = run, config
         self._path = run / "log.jsonl"
-        if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
             write_text(self._path, "".join(f"{line}\n" for line in kept))
         self._trackers = open_trackers(config, run, step)
         self._screen = contextlib.ExitStack()

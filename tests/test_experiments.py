@@ -28,7 +28,7 @@ from jlt.experiments.recipes import resolve_recipe, vary
 from jlt.networks.transformer import build_network
 from jlt.signals import Stopped, stop_on_signal
 from jlt.training import loop, state
-from jlt.training.checkpoint import list_checkpoints, load_tensors, verify_checkpoints
+from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
 
 STEPS = 10
 

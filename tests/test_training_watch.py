@@ -1,0 +1,154 @@
+"""Those who look at a run while it goes on: when, at what, and what happens where they fail."""
+
+import dataclasses
+import json
+
+import pytest
+from training_helpers import config_for, events, run_processes, train_words
+
+from jlt.config import EvaluationConfig, SampleConfig
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode
+from jlt.errors import JLTError
+from jlt.evaluation.features import load_extractor
+from jlt.experiments.evaluate import evaluate_checkpoint
+from jlt.experiments.recipes import resolve_recipe
+from jlt.experiments.training import say_what_does_not_reach, train_and_watch
+from jlt.signals import Stopped
+from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
+from jlt.training.loop import Watcher, train
+
+
+class Looker(Watcher):
+    """Looks at every third step and at the last, and notes what it saw."""
+
+    def __init__(self, fails=None):
+        self.seen, self.fails = [], fails
+
+    def due(self, step):
+        return step > 0 and step % 3 == 0
+
+    def look(self, checkpoint):
+        if self.fails is not None:
+            raise self.fails
+        opened = open_checkpoint(checkpoint)
+        if opened.step in self.seen:
+            return None
+        self.seen.append(opened.step)
+        return {"event": "seen", "updates": opened.updates}
+
+
+def test_watchers_are_shown_whole_checkpoints_at_their_steps(store, tmp_path):
+    looker = Looker()
+    train(config_for(store, steps=8, checkpoint_every=100, keep_last=2), store, tmp_path / "run", watchers=[looker])
+    assert looker.seen == [3, 6]
+    assert [(event["step"], event["updates"]) for event in events(tmp_path / "run", "seen")] == [(3, 3), (6, 6)]
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step_0000006", "step_0000008"]
+
+
+def test_looking_changes_nothing(store, tmp_path):
+    config = config_for(store, steps=7)
+    train(config, store, tmp_path / "plain")
+    train(config, store, tmp_path / "watched", watchers=[Looker()])
+    hashes = {open_checkpoint(step_folder(tmp_path / name, 7)).sha256 for name in ("plain", "watched")}
+    assert len(hashes) == 1
+
+
+def test_a_run_that_ended_between_a_save_and_a_look_is_looked_at_when_it_continues(store, tmp_path):
+    config = config_for(store, steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, store, tmp_path / "run", watchers=[Looker(KeyboardInterrupt())])
+    assert open_checkpoint(tmp_path / "run").step == 3
+    looker = Looker()
+    train(config, store, tmp_path / "run", watchers=[looker])
+    assert looker.seen == [3, 6]
+    # The last step too, of a run that has nothing else left to do.
+    late = Looker()
+    train(config, store, tmp_path / "run", watchers=[late])
+    assert late.seen == [6]
+
+
+@pytest.mark.parametrize("error", [JLTError("Some of the images are not finite."), RuntimeError("no kernel")])
+def test_a_watcher_that_fails_is_logged_and_the_training_goes_on(store, tmp_path, error):
+    train(config_for(store, steps=7), store, tmp_path / "run", watchers=[Looker(error)])
+    assert open_checkpoint(tmp_path / "run").step == 7
+    assert [(event["step"], event["error"]) for event in events(tmp_path / "run", "failed")] == [
+        (3, str(error)),
+        (6, str(error)),
+    ]
+
+
+def test_a_stop_while_somebody_looks_ends_the_run_with_its_checkpoint(store, tmp_path):
+    with pytest.raises(Stopped):
+        train(config_for(store, steps=7), store, tmp_path / "run", watchers=[Looker(Stopped("now"))])
+    assert open_checkpoint(tmp_path / "run").step == 3
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "latents"
+    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False, dtype="float32"), folder)
+    return folder
+
+
+SAMPLE = SampleConfig(num=20, steps=2, batch_size=20)
+
+
+def watched(**changes):
+    recipe = resolve_recipe("digits")
+    settings = {"steps": 4, "batch_size": 8, "sample_every": 2, "evaluate_every": 3, "log_every": 1, **changes}
+    return dataclasses.replace(recipe, evaluation=EvaluationConfig(sample=SAMPLE), **settings)
+
+
+def test_grids_and_evaluations_along_a_run(digits, tmp_path):
+    run = tmp_path / "run"
+    train_and_watch(watched(tensorboard=False), digits, run)
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step_0000002.png", "step_0000004.png"]
+    assert [event["step"] for event in events(run, "sampled")] == [2, 4]
+    found = {event["step"]: event for event in events(run, "evaluated")}
+    assert list(found) == [3, 4]
+    # The same number as afterwards, from the command for one checkpoint.
+    later = evaluate_checkpoint(step_folder(run, 4), "digits", load_extractor("digits"), SAMPLE, None)
+    assert later["metrics"] == found[4]["metrics"]
+    assert later["protocol"] == json.loads((run / found[4]["file"]).read_text())["protocol"]
+
+
+def test_what_exists_is_not_drawn_again(digits, tmp_path):
+    run = tmp_path / "run"
+    train_and_watch(watched(), digits, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".png", ".json")}
+    train_and_watch(watched(), digits, run)
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != "config.json"} == {
+        path: time for path, time in before.items() if path.name != "config.json"
+    }
+
+
+def test_a_reference_that_cannot_be_had_is_refused_before_the_first_step(digits, tmp_path):
+    config = watched()
+    config = dataclasses.replace(
+        config, evaluation=dataclasses.replace(config.evaluation, reference=str(tmp_path / "none.npz"))
+    )
+    with pytest.raises(JLTError, match=r"none\.npz"):
+        train_and_watch(config, digits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_first_of_several_processes_looks_and_the_others_wait(digits, tmp_path):
+    class Place:
+        folder = digits
+
+    words = ["--steps", "4", "--sample-every", "2", "--evaluate-every", "4", "--evaluation.sample.num", "10"]
+    words += ["--evaluation.sample.steps", "2"]
+    run_processes(2, train_words(Place, tmp_path / "run", *words))
+    assert [event["step"] for event in events(tmp_path / "run", "sampled")] == [2, 4]
+    assert [event["step"] for event in events(tmp_path / "run", "evaluated")] == [4]
+
+
+def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    say_what_does_not_reach()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    say_what_does_not_reach()
+    assert "say --precision" in capsys.readouterr().err

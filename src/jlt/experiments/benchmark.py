@@ -6,7 +6,6 @@ import dataclasses
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,12 @@ from jlt.config import TrainConfig
 from jlt.draws import normal_per_sample
 from jlt.errors import WrongWordsError
 from jlt.experiments.systems import preset
+from jlt.hardware import matmul_rate, seconds_of
 from jlt.networks.flops import training_flops
 from jlt.networks.transformer import count_parameters
 from jlt.protocol import default_device, machine, versions
 from jlt.training.loop import initial_state, update
 
-MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
 WARMUP_STEPS = 3
 
 
@@ -55,8 +54,8 @@ def benchmark_train(
     rate = matmul_rate(dtype, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    warmup = sum(_seconds(step, device) for _ in range(WARMUP_STEPS))
-    seconds = statistics.median(_seconds(step, device) for _ in range(steps))
+    warmup = sum(seconds_of(step, device) for _ in range(WARMUP_STEPS))
+    seconds = statistics.median(seconds_of(step, device) for _ in range(steps))
     memory = peak_memory(device)
     rate = max(rate, matmul_rate(dtype, device))
     flops = training_flops(network)
@@ -82,13 +81,6 @@ def benchmark_train(
     }
 
 
-def matmul_rate(dtype: torch.dtype, device: str, repeats: int = 7) -> float:
-    """Return the best rate of a square matrix product in operations per second."""
-    n = MATMUL_SIZES[device]
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
-
-
 def peak_memory(device: str) -> int:
     """Return the peak memory in bytes: of the GPU where there is one, of the process elsewhere."""
     if device == "cuda":
@@ -100,13 +92,3 @@ def peak_memory(device: str) -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _seconds(work: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

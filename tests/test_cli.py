@@ -19,7 +19,19 @@ from PIL import Image
 from jlt.cli import VERBS, main
 from jlt.data.sources.registry import open_source
 
-NAMES = ["quickstart", "encode", "verify", "analyze", "train", "sample", "evaluate", "ablate", "report", "benchmark"]
+NAMES = [
+    "quickstart",
+    "encode",
+    "verify",
+    "analyze",
+    "plan",
+    "train",
+    "sample",
+    "evaluate",
+    "ablate",
+    "report",
+    "benchmark",
+]
 SAMPLES = ["--num", 23, "--steps", 3, "--cfg-scale", 1.5]
 
 
@@ -160,6 +172,9 @@ def test_adoption_explains_itself():
         ("sample --checkpoint OUT --out OUT --slover heun", "--solver"),
         ("evaluate --samples OUT --features digit", "digits"),
         ("evaluate --samples OUT --featurs digits", "--features"),
+        ("plan digits --gpu H2000", "H200"),
+        ("plan digits --gpsu 8", "--gpus"),
+        ("plan digits --netwrok.depth 2", "--network.depth"),
         ("benchmark train --preset JLT-B1", "JLT-B/1"),
         ("benchmark train --preset DiT-XL/2", "DiT-L/2"),
         ("benchmark trian", "train"),
@@ -196,6 +211,8 @@ def test_words_that_do_not_suffice_are_2(words, tmp_path, monkeypatch):
         ("sample --checkpoint nowhere --out OUT", "nowhere does not exist"),
         ("evaluate --checkpoint nowhere", "nowhere does not exist"),
         ("evaluate --samples nowhere", "nowhere does not exist"),
+        ("plan digits --gpus 7", "batch_size 63 or 70"),
+        ("plan digits --latents nowhere", "nowhere"),
         ("train digits --steps 0 --print-config", "steps must be positive"),
         ("train digits --network.patch-size 3 --print-config", "patch_size 3 does not divide"),
     ],
@@ -322,6 +339,14 @@ def test_overrides_reach_the_run(chain):
     assert (config["loss"]["weighting"], config["timesteps"]["P_mean"]) == ("published", 0.0)
     assert config["name"] == "DiT-64x2/1"
     assert config["network"]["channels"] == 16
+
+
+def test_a_plan_takes_its_latents_from_the_store(chain):
+    plan = done("plan", "digits", "--latents", chain / "latents", "--steps", 500, "--gpu", "L4")
+    stored = sum(path.stat().st_size for path in (chain / "latents").glob("*.safetensors"))
+    assert plan["disk"]["latent_store"]["value"] == stored
+    assert plan["work"]["epochs"]["value"] == pytest.approx(500 * 64 / 1797)
+    assert plan["fits"]
 
 
 def test_an_unknown_ema_gets_the_nearest(chain, tmp_path):

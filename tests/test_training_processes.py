@@ -82,7 +82,7 @@ def test_under_torchrun_results_and_refusals_are_said_once(store, tmp_path):
     words = train_words(store, tmp_path / "run", "--steps", "2")
     done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.count("A global batch of 16 is not") == 1
+    assert done.stderr.count("batch_size 16 cannot be shared equally among 3 processes") == 1
     assert not (tmp_path / "run").exists()
     done = subprocess.run([*launcher, *words, "--batch-size", "18"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

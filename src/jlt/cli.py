@@ -248,6 +248,40 @@ class Train(RecipeVerb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan(RecipeVerb):
+    """Forecast memory, disk and hours of a recipe before it is paid for, each figure with where it comes from.
+
+    Any setting of the recipe can be overridden, as in jlt train.
+
+    For example:
+
+      jlt plan imagenet256-jlt-b1 --gpus 8 --gpu H200 --micro-batch-size 64
+    """
+
+    gpus: int = 1
+    """How many, one process each."""
+    gpu: str = "H100"
+    """Its name, as A100-80, H200 or RTX-4090; cpu is this machine."""
+    mfu: float | None = None
+    """Share of the peak rate that training reaches (default: an assumption; jlt benchmark train measures it)."""
+    latents: Path | None = None
+    """A latent store whose shape and count to take (default: the recipe's)."""
+
+    def run(self) -> Result:
+        config = self.resolve(self.latents)
+        from jlt.data.manifest import read_manifest
+        from jlt.experiments.plan import DEFAULT_MFU, describe_hardware, describe_latents, make_plan
+        from jlt.report.plan import plan_table
+
+        manifest = read_manifest(self.latents) if self.latents else None
+        latents = describe_latents(config, DEFAULT_IMAGES[self.recipe], manifest)
+        hardware = describe_hardware(self.gpu, self.gpus, config)
+        mfu = DEFAULT_MFU if self.mfu is None else self.mfu
+        plan = make_plan(config, latents, hardware, mfu).to_dict()
+        return Result(plan, plan_table(plan))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample(Verb):
     """Draw images from a checkpoint; image i of a seed is always the same.
 
@@ -481,6 +515,7 @@ VERBS: tuple[type[Verb], ...] = (
     Encode,
     Verify,
     Analyze,
+    Plan,
     Train,
     Sample,
     Evaluate,

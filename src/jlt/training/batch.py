@@ -1,4 +1,4 @@
-"""How a global batch is divided: among processes, and in each of them into micro-batches."""
+"""How the global batch is shared out: batch_size = micro_batch_size * accumulation * processes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from jlt.errors import JLTError
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """batch_size = micro_batch_size * accumulation * processes."""
+    """What one process does for an update."""
 
-    processes: int
     micro_batch_size: int
+    """Samples that go through the network at a time."""
     accumulation: int
+    """Micro-batches whose gradients are added up."""
 
     @property
     def share(self) -> int:
@@ -23,21 +24,50 @@ class BatchSplit:
 
 
 def split_batch(config: TrainConfig, processes: int) -> BatchSplit:
-    """Return how the global batch is divided among processes; JLTError where the three numbers do not multiply up."""
-    micro, accumulation = config.micro_batch_size, config.accumulation
-    if not micro:
-        micro = config.batch_size // (processes * (accumulation or 1))
-    if not accumulation:
-        accumulation = config.batch_size // (processes * micro) if micro else 0
-    if micro * accumulation * processes != config.batch_size or not micro:
-        samples = _words(config.micro_batch_size, "samples at a time")
+    """Return the split of `config.batch_size` over processes; what is 0 follows from the rest.
+
+    Where micro_batch_size and accumulation are both 0, accumulation is 1. JLTError with the nearest numbers that work
+    for a product that does not come out.
+    """
+    if processes < 1:
+        raise JLTError(f"A batch is shared out among at least one process, not {processes}.")
+    batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.accumulation
+    if batch % processes:
         raise JLTError(
-            f"A global batch of {config.batch_size} is not {samples} times "
-            f"{_words(config.accumulation, 'micro-batches')} times {processes} processes: change --batch-size, "
-            "--micro-batch-size, --accumulation or the number of processes so that they multiply up."
+            f"batch_size {batch} cannot be shared equally among {processes} processes: "
+            f"take {_multiples(batch, processes)}."
         )
-    return BatchSplit(processes, micro, accumulation)
+    share = batch // processes
+    if micro and accumulation and micro * accumulation != share:
+        pairs = " or ".join(f"{near} and {share // near}" for near in _nearest_divisors(share, micro))
+        raise JLTError(
+            f"micro_batch_size {micro} * accumulation {accumulation} * processes {processes} is "
+            f"{micro * accumulation * processes}, and batch_size is {batch}: leave micro_batch_size or accumulation at "
+            f"0, or take {pairs}."
+        )
+    if not micro:
+        micro = _quotient("accumulation", accumulation or 1, share)
+    return BatchSplit(micro, _quotient("micro_batch_size", micro, share))
 
 
-def _words(number: int, what: str) -> str:
-    return f"{number} {what}" if number else f"a whole number of {what}"
+def _quotient(name: str, divisor: int, share: int) -> int:
+    """Return share / divisor; JLTError where it is not whole."""
+    if share % divisor:
+        near = " or ".join(map(str, _nearest_divisors(share, divisor)))
+        raise JLTError(
+            f"{name} {divisor} does not divide the {share} samples that each process has of a batch: "
+            f"take {name} {near}."
+        )
+    return share // divisor
+
+
+def _nearest_divisors(share: int, near: int) -> list[int]:
+    """Return the divisors of a share that are nearest to a number, at most one on either side."""
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    return sorted({*[n for n in divisors if n <= near][-1:], *[n for n in divisors if n >= near][:1]})
+
+
+def _multiples(value: int, of: int) -> str:
+    """Return the nearest multiples below and above, as words."""
+    below, above = value // of * of, -(-value // of) * of
+    return f"batch_size {below} or {above}" if below else f"batch_size {above}"

@@ -1,0 +1,386 @@
+"""The forecast of a run against what it forecasts: counted parameters, autograd's own saving, a measured process."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from jlt.cli import main
+from jlt.config import NetworkConfig, TrainConfig
+from jlt.data.shape import FLUX2_IMAGENET256
+from jlt.errors import JLTError
+from jlt.experiments.plan import (
+    COMPILED_SHARE,
+    Hardware,
+    checkpoints_at_once,
+    compiled_passes,
+    count_network,
+    describe_hardware,
+    describe_latents,
+    make_plan,
+    run_passes,
+)
+from jlt.experiments.recipes import resolve_recipe
+from jlt.networks.flops import training_flops
+from jlt.networks.memory import measure_passes, simulate_passes
+from jlt.networks.normalization import rms_normalise, saving_as_on_a_gpu
+from jlt.networks.sizes import sized_network
+from jlt.networks.transformer import build_network, count_parameters
+from jlt.report.plan import plan_table, quantity
+
+GIB = 2**30
+NETWORK = NetworkConfig(channels=6, height=4, width=8, num_classes=5, hidden_size=32, depth=5, num_heads=4)
+CONTEXT = dataclasses.replace(NETWORK, context_tokens=5, context_start=1, fixed_positions=True, bottleneck_size=7)
+IMAGES = 4
+
+
+def run_config(**changes) -> TrainConfig:
+    settings = {"name": "small", "prediction": "x", "network": NETWORK, "batch_size": 24, "steps": 100}
+    return TrainConfig(**{**settings, **changes})
+
+
+def hardware(processes: int = 1, memory: int = GIB, **changes) -> Hardware:
+    known = Hardware("test", processes, 1e12, "said", memory, "said", outside=0, outside_source="said", slack=0.0)
+    return dataclasses.replace(known, **changes)
+
+
+def planned(config: TrainConfig, machine: Hardware, mfu: float = 0.5):
+    return make_plan(config, describe_latents(config, 1000, None), machine, mfu)
+
+
+# ---- memory of the passes ----
+
+
+def autograd_bytes(config: NetworkConfig, bfloat16: bool, checkpoint_blocks: bool, images: int, compiler="") -> int:
+    """Return the bytes that autograd saves in a real forward pass, once per storage and without parameters."""
+    network = build_network(config, seed=0)
+    network.checkpoint_blocks = checkpoint_blocks
+    known = {value.untyped_storage().data_ptr() for value in [*network.parameters(), *network.buffers()]}
+    z = torch.randn(images, config.channels, config.height, config.width)
+    inputs = z, torch.rand(images), torch.zeros(images, dtype=torch.long)
+    known |= {value.untyped_storage().data_ptr() for value in inputs}
+    # The storages are kept, or a new one would come to lie where an old one was.
+    saved = {}
+
+    def keep(value):
+        saved[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        return value
+
+    forward = torch.compile(network, backend=compiler) if compiler else network
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+    ):
+        forward(*inputs)
+    return sum(storage.nbytes() for place, storage in saved.items() if place not in known)
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu"), [(NETWORK, False), (NETWORK, True), (CONTEXT, True)], ids=["cpu", "gpu", "context"]
+)
+@pytest.mark.parametrize("checkpoint_blocks", [False, True], ids=["saved", "checkpointed"])
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_saved_bytes_are_those_that_autograd_saves(config, bfloat16, checkpoint_blocks, gpu):
+    with saving_as_on_a_gpu() if gpu else contextlib.nullcontext():
+        real = autograd_bytes(config, bfloat16, checkpoint_blocks, IMAGES)
+    # The output is alive too, and saved for nothing but the loss.
+    output = config.channels * config.height * config.width * IMAGES * (2 if bfloat16 else 4)
+    counted = simulate_passes(config, IMAGES, bfloat16, checkpoint_blocks, gpu).saved
+    assert counted == pytest.approx(real, abs=1.1 * output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("config", "checkpoint_blocks"),
+    [(NETWORK, False), (NETWORK, True), (CONTEXT, True)],
+    ids=["plain", "checkpointed", "context"],
+)
+def test_few_blocks_and_images_tell_of_many(config, bfloat16, checkpoint_blocks):
+    model = measure_passes(config, bfloat16, checkpoint_blocks, True)
+    for images in (5, 40):
+        whole = simulate_passes(config, images, bfloat16, checkpoint_blocks, True)
+        assert dataclasses.astuple(model.at(images)) == pytest.approx(dataclasses.astuple(whole), rel=0.03)
+
+
+def test_checkpointing_saves_the_inputs_of_blocks_alone():
+    config = dataclasses.replace(NETWORK, depth=20)
+    saved, checkpointed = (measure_passes(config, False, recomputes, True) for recomputes in (False, True))
+    tokens = config.tokens * config.hidden_size * 4
+    assert checkpointed.saved_per_image == pytest.approx(config.depth * tokens, rel=0.3)
+    assert checkpointed.saved_per_image < saved.saved_per_image / 10
+    # One block is whole again while its gradients are computed.
+    assert checkpointed.many.per_image.backward_peak > checkpointed.saved_per_image + 10 * tokens
+
+
+def test_autocast_keeps_copies_of_the_weights_whatever_the_batch():
+    copies = measure_passes(NETWORK, True, False, True).saved_per_pass
+    matrices = sum(module.weight.numel() for module in build_network(NETWORK, 0).modules() if type(module) is nn.Linear)
+    assert copies == pytest.approx(2 * matrices, rel=0.1)
+    # Tables of positions are left, which are small beside the weights of any real network.
+    assert measure_passes(NETWORK, False, False, True).saved_per_pass < 0.2 * copies
+
+
+def test_a_gpu_keeps_the_input_of_a_normalisation_and_computes_the_same():
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        ours = rms_normalise(x)
+        with saving_as_on_a_gpu():
+            theirs = rms_normalise(x)
+    assert kept[0] is not x
+    assert kept[2] is x
+    gradients = [torch.autograd.grad(result.sin().sum(), x)[0] for result in (ours, theirs)]
+    assert torch.equal(ours, theirs)
+    assert torch.allclose(*gradients, rtol=1e-12)
+    assert torch.autograd.gradcheck(rms_normalise, x)
+
+
+COMPILED = """
+import dataclasses
+from test_plan import NETWORK, autograd_bytes
+config = dataclasses.replace(NETWORK, hidden_size=64, depth=2)
+print([autograd_bytes(config, False, False, images, compiler)
+       for compiler in ("", "aot_eager_decomp_partition") for images in (2, 3)])
+"""
+"""The partitioner that inductor uses, without its code; apart from this process, whose checked types stop dynamo."""
+
+
+@pytest.mark.slow
+def test_a_compiled_network_saves_the_share_that_is_said():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    two, three, compiled_two, compiled_three = json.loads(done.stdout)
+    assert compiled_three - compiled_two == pytest.approx(COMPILED_SHARE * (three - two), rel=0.05)
+
+
+def test_compiled_runs_are_counted_with_their_share():
+    eager, compiled = (run_passes(run_config(compile=compile), gpu=False) for compile in (False, True))
+    assert compiled == compiled_passes(eager)
+    assert compiled.saved_per_image == pytest.approx(COMPILED_SHARE * eager.saved_per_image, abs=1)
+
+
+# ---- memory of a run ----
+
+
+def test_state_is_the_parameters_times_what_is_held():
+    plan = planned(run_config(ema=(0.9, 0.99), power_ema=(0.05,)), hardware(processes=2))
+    parameters = count_parameters(build_network(NETWORK, seed=0))
+    assert plan.work["parameters"].value == parameters
+    shares = {"weights": 1, "gradients": 1, "adamw_moments": 2, "ema_0.9": 1, "ema_0.99": 1, "power_ema_0.05": 1}
+    assert {name: plan.memory[name].value for name in shares} == {
+        name: 4 * parameters * count for name, count in shares.items()
+    }
+
+
+def test_a_total_is_the_sum_of_its_parts():
+    machine = hardware(processes=2, outside=1000, slack=0.1)
+    memory = {name: figure.value for name, figure in planned(run_config(), machine).memory.items()}
+    passes = ("activations", "weight_copies_and_tables", "working_memory", "latents_and_noise")
+    assert memory["outside_the_network"] == pytest.approx(1000 + 0.1 * sum(memory[name] for name in passes), abs=1)
+    assert memory["total"] == sum(value for name, value in memory.items() if name not in ("total", "available"))
+
+
+def test_fsdp_divides_the_state_and_nothing_else():
+    ddp, fsdp = (planned(run_config(parallel=parallel), hardware(processes=4)).memory for parallel in ("ddp", "fsdp"))
+    state = ["weights", "gradients", "adamw_moments", "ema_0.9999", "ema_0.9996", "power_ema_0.05", "power_ema_0.1"]
+    assert all(fsdp[name].value == pytest.approx(ddp[name].value / 4, abs=4) for name in state)
+    assert all(fsdp[name].value == ddp[name].value for name in ("activations", "working_memory", "latents_and_noise"))
+    size = count_network(NETWORK)
+    assert 0 < fsdp["gathered_by_fsdp"].value < 4 * size.parameters
+    assert (
+        planned(run_config(parallel="fsdp"), hardware()).memory.keys()
+        == planned(run_config(), hardware()).memory.keys()
+    )
+
+
+def test_gradients_of_a_process_alone_take_the_place_of_activations():
+    alone, accumulating = (planned(run_config(accumulation=count), hardware()).memory for count in (1, 2))
+    assert alone["gradients"].value == 0
+    assert accumulating["gradients"].value == accumulating["weights"].value
+    # Two tokens, whose activations are fewer than the weights.
+    few = planned(run_config(batch_size=1, network=dataclasses.replace(NETWORK, patch_size=4)), hardware()).memory
+    assert 0 < few["gradients"].value <= few["weights"].value
+
+
+def test_a_run_that_does_not_fit_is_told_what_would():
+    config, whole = run_config(), planned(run_config(), hardware(processes=2))
+    memory = int(whole.memory["total"].value) - 1
+    plan = planned(config, hardware(processes=2, memory=memory))
+    assert whole.fits
+    assert whole.largest_micro_batch_size == 12
+    assert whole.ways_to_fit == ()
+    assert not plan.fits
+    assert [dict(way.settings) for way in plan.ways_to_fit] == [
+        {"micro_batch_size": 6},
+        {"gradient_checkpointing": True},
+        {"parallel": "fsdp"},
+        {"parallel": "fsdp", "gradient_checkpointing": True},
+    ]
+    for way in plan.ways_to_fit:
+        changed = planned(dataclasses.replace(config, **way.settings), hardware(processes=2, memory=memory))
+        assert changed.fits
+        assert changed.memory["total"].value == way.bytes
+        assert changed.time["hours"].value == pytest.approx(way.seconds / 3600)
+    nothing = planned(config, hardware(memory=1000))
+    assert (nothing.fits, nothing.largest_micro_batch_size, nothing.ways_to_fit) == (False, 0, ())
+    assert "take more or larger GPUs" in plan_table(nothing.to_dict())
+
+
+# ---- disk, time, communication ----
+
+
+def test_disk_is_what_is_kept():
+    config = run_config(flips=True, checkpoint_every=10, snapshot_every=25, ema=(0.9,), power_ema=(0.05, 0.1))
+    plan, parameters = planned(config, hardware()), count_network(NETWORK).parameters
+    store = 1000 * (6 * 4 * 8 * 2 * 2 + 16)
+    assert plan.disk["latent_store"].value == store
+    assert plan.disk["checkpoint"].value == 4 * parameters * (1 + 2 + 1 + 2)
+    assert plan.disk["checkpoints"].value == 4 * plan.disk["checkpoint"].value
+    assert plan.disk["snapshots"].value == 4 * 2 * 4 * parameters
+    parts = ("latent_store", "checkpoints", "snapshots")
+    assert plan.disk["disk_needed"].value == sum(plan.disk[name].value for name in parts)
+
+
+@pytest.mark.parametrize(
+    ("keeping", "count"),
+    [
+        ({"keep_last": 3}, 4),
+        ({"keep_last": 0}, 11),
+        ({"keep_last": 1, "keep_every": 50}, 3),
+        ({"keep_last": 20}, 11),
+        ({"keep_last": 1, "checkpoint_every": 1000}, 1),
+    ],
+)
+def test_checkpoints_at_once(keeping, count):
+    assert checkpoints_at_once(run_config(**{"steps": 105, "checkpoint_every": 10, **keeping})) == count
+
+
+def test_time_follows_from_rate_and_operations():
+    plan = planned(run_config(), hardware(processes=2), mfu=0.25)
+    rate = 2 * 1e12 * 0.25 / training_flops(NETWORK)
+    assert plan.time["img_per_second"].value == pytest.approx(rate)
+    assert plan.time["seconds_per_step"].value == pytest.approx(24 / rate)
+    assert plan.time["hours"].value == pytest.approx(100 * 24 / rate / 3600)
+    assert plan.time["gpu_hours"].value == pytest.approx(2 * plan.time["hours"].value)
+    assert plan.work["epochs"].value == pytest.approx(2.4)
+    recomputing = planned(run_config(gradient_checkpointing=True), hardware(processes=2), mfu=0.25)
+    assert recomputing.time["hours"].value == pytest.approx(4 / 3 * plan.time["hours"].value)
+
+
+def test_a_ring_carries_the_gradients_twice():
+    sent = planned(run_config(), hardware(processes=4)).time["sent_per_step"].value
+    assert sent == pytest.approx(2 * 3 / 4 * 4 * count_network(NETWORK).parameters)
+    assert planned(run_config(), hardware()).time["sent_per_step"].value == 0
+    fsdp = planned(run_config(parallel="fsdp", accumulation=2), hardware(processes=4)).time["sent_per_step"].value
+    assert fsdp == pytest.approx(3 * sent)
+
+
+def test_published_recipe_on_one_node():
+    config = resolve_recipe("imagenet256-jlt-b1")
+    plan = planned(config, describe_hardware("h200", 8, config), mfu=0.4)
+    assert plan.work["parameters"].value == pytest.approx(130e6, rel=0.01)
+    assert plan.work["micro_batch_size"].value == 128
+    assert plan.time["hours"].value == pytest.approx(3 * 46e9 * 1024 * 250_000 / (8 * 989e12 * 0.4) / 3600, rel=0.01)
+    assert plan.fits
+    assert 15 * GIB < plan.memory["total"].value < 30 * GIB
+
+
+# ---- words ----
+
+
+@pytest.mark.parametrize(("changes", "mfu", "said"), [({"batch_size": 25}, 0.5, "24 or 26"), ({}, 40.0, "(0, 1]")])
+def test_what_is_impossible_is_refused(changes, mfu, said):
+    with pytest.raises(JLTError, match=re.escape(said)):
+        planned(run_config(**changes), hardware(processes=2), mfu)
+
+
+def test_every_figure_says_where_it_comes_from():
+    plan = planned(run_config(parallel="fsdp"), hardware(processes=2)).to_dict()
+    for section in ("work", "memory", "disk", "time"):
+        for name, entry in plan[section].items():
+            assert entry["source"], name
+    lines = plan_table(plan).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert any("seconds per step" in line and "batch size / images per second" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0, "bytes", "0"),
+        (3 * GIB / 2, "bytes", "1.50 GiB"),
+        (5 * 2**20, "bytes", "5.00 MiB"),
+        (2048, "bytes", "2.00 KiB"),
+        (130_508_672, "count", "130,508,672"),
+        (53.421, "count", "53.4"),
+        (989.4e12, "FLOP/s", "989 TFLOP/s"),
+        (0.4, "share", "40.0%"),
+        (3.11, "hours", "3.11 h"),
+        (0.5, "hours", "30 min 00 s"),
+    ],
+)
+def test_quantities_are_written_as_a_person_would(value, unit, text):
+    assert quantity({"value": value, "unit": unit}) == text
+
+
+def test_the_command_prints_one_json_object(capsys):
+    words = ["plan", "digits", "--gpus", "2", "--gpu", "L40S", "--network.depth", "2", "--mfu", "0.3"]
+    assert main([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan == json.loads(json.dumps(plan, allow_nan=False))
+    assert (plan["gpu"], plan["processes"], plan["config"]["network"]["depth"]) == ("L40S", 2, 2)
+    assert (plan["time"]["mfu"]["value"], plan["work"]["micro_batch_size"]["value"]) == (0.3, 32)
+    assert main(words) == 0
+    assert "It fits" in capsys.readouterr().out
+
+
+# ---- against a measured process ----
+
+MEASURED_BATCH = 48
+
+
+def jlt_process(*words) -> dict:
+    """Run a command in a process of its own: a peak of memory is a process's, and includes all that it did before."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jlt", *map(str, words), "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is read from /proc")
+def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
+    shape = FLUX2_IMAGENET256
+    words = ["--preset", "JLT-XS/1", "--batch-size", MEASURED_BATCH, "--steps", 3, "--precision", "float32"]
+    measured = jlt_process("benchmark", "train", *words)
+    settings = [f"--network.{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(shape).items()]
+    settings += ["--batch-size", MEASURED_BATCH, "--ema", 0.9999, 0.9996, "--power-ema"]
+    plan = jlt_process("plan", "digits", "--gpu", "cpu", "--mfu", min(1, measured["mfu"]), *settings)
+    assert plan["config"]["network"] == measured["network"] == dataclasses.asdict(sized_network("XS", 1, shape))
+    assert plan["work"]["parameters"]["value"] == measured["parameters"]
+    # The C library's allocator keeps some of what is freed, and how much varies; the benchmark's own matrix products
+    # and what the mathematics library takes for them are no part of a run.
+    peak = measured["peak_memory_gib"] * GIB
+    assert plan["memory"]["total"]["value"] == pytest.approx(peak, abs=0.1 * peak + 0.1 * GIB)
+    # The rate of a matrix product is measured anew, on a machine that others may use.
+    assert 0.4 < plan["time"]["img_per_second"]["value"] / measured["img_per_second"] < 2.5

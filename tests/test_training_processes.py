@@ -123,7 +123,7 @@ def test_nan_that_stays_ends_all_processes_naming_step_and_process(store, tmp_pa
     codes, said = ends_of(start_processes(2, train_words(store, tmp_path / "run", *words), plant), timeout=60)
     assert codes == [1, 1]
     for number, text in enumerate(said):
-        assert f"[process {number}] jlt: Step 5:" in text
+        assert f"[process {number}] jlt: Step 6:" in text
         assert "in process 1" in text
         assert "3 in a row" in text
     assert newest_step(tmp_path / "run") <= 5
@@ -147,8 +147,8 @@ LatentStore.gather = failing
 @pytest.mark.parametrize(
     ("act", "named"),
     [
-        ("raise OSError(5, 'Input/output error', 'shard-00000.safetensors')", "shard-00000.safetensors (at step 4)"),
-        ("raise torch.OutOfMemoryError('the device')", "Step 4: there is not enough memory"),
+        ("raise OSError(5, 'Input/output error', 'shard-00000.safetensors')", "shard-00000.safetensors (at step 5)"),
+        ("raise torch.OutOfMemoryError('the device')", "Step 5: there is not enough memory"),
         ("os.kill(os.getpid(), 9)", None),
     ],
 )
@@ -163,18 +163,59 @@ def test_a_process_that_fails_or_dies_ends_all_within_a_minute(store, tmp_path, 
     assert verify_checkpoints(tmp_path / "run") == []
 
 
-def test_a_process_that_hangs_ends_all(store, tmp_path):
-    plant = "import jlt.heartbeat as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0"
+QUICK = "import jlt.heartbeat as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0\n"
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_process_ends_all(store, tmp_path, frozen):
+    """The first process too, which holds the store that the others talk over."""
     words = train_words(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "2")
-    started = start_processes(2, words, plant)
-    while newest_step(tmp_path / "run") < 2:
+    started = start_processes(2, words, QUICK)
+    while newest_step(tmp_path / "run") < 4:
         time.sleep(0.05)
-    started[1].send_signal(signal.SIGSTOP)
-    assert started[0].wait(timeout=30) == 1
-    assert "process 1 has not been heard of" in started[0].stderr.read()
-    started[1].kill()
+    started[frozen].send_signal(signal.SIGSTOP)
+    assert started[1 - frozen].wait(timeout=30) == 1
+    assert "This process ends" in started[1 - frozen].stderr.read()
+    started[frozen].kill()
     ends_of(started)
     assert verify_checkpoints(tmp_path / "run") == []
+
+
+def test_a_process_whose_work_hangs_ends_all(store, tmp_path):
+    act = "__import__('time').sleep(1000)"
+    words = train_words(store, tmp_path / "run", "--steps", "100000")
+    started = start_processes(2, words, QUICK + ERROR_IN_ONE.replace("ACT", act))
+    codes, said = ends_of(started, timeout=60)
+    assert codes == [1, 1]
+    assert all("it hangs, or waits for one that does" in text for text in said)
+
+
+SLOW_SAVE = """
+import time, jlt.training.saver as place
+real = place.save_checkpoint
+place.save_checkpoint = lambda *arguments: (time.sleep(SECONDS), real(*arguments))[1]
+"""
+
+
+def test_a_slow_save_is_no_hang(store, tmp_path):
+    words = train_words(store, tmp_path / "run", "--steps", "6", "--checkpoint-every", "3")
+    run_processes(2, words, QUICK + SLOW_SAVE.replace("SECONDS", "6"))
+    assert newest_step(tmp_path / "run") == 6
+
+
+def test_further_signals_do_not_stop_the_save(store, tmp_path):
+    """A cluster signals all processes, and then a launcher its own."""
+    words = train_words(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "50000")
+    started = start_processes(2, words, SLOW_SAVE.replace("SECONDS", "2"))
+    while len(events(tmp_path / "run", "step")) < 2:
+        time.sleep(0.05)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        for process in started:
+            process.send_signal(number)
+        time.sleep(0.5)
+    codes, said = ends_of(started, timeout=60)
+    assert codes == [os.EX_TEMPFAIL] * 2, said
+    assert newest_step(tmp_path / "run") > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -84,7 +84,7 @@ def test_the_sample_that_is_not_finite_is_named(store, tmp_path, monkeypatch):
 def test_too_many_in_a_row_end_the_run_and_a_resumed_run_goes_on_counting(store, tmp_path, monkeypatch):
     plant(monkeypatch, set(range(2, 99)))
     config = config_for(store, steps=50, checkpoint_every=3, max_skipped=4)
-    with pytest.raises(JLTError, match=r"Step 5: the loss is nan.* 4 in a row"):
+    with pytest.raises(JLTError, match=r"Step 6: the loss is nan.* 4 in a row"):
         train(config, store, tmp_path / "run")
     assert open_checkpoint(tmp_path / "run").step == 3
     assert open_checkpoint(tmp_path / "run").read_state()["skipped_in_a_row"] == 1
@@ -144,8 +144,17 @@ def test_epochs_become_steps_of_the_store(store):
     config = in_steps(config_for(store, optimizer=optimizer, epochs=3), len(store))
     assert (config.steps, config.optimizer.warmup_steps) == (round(150 / 16), round(100 / 16))
     assert in_steps(config, len(store)) == config
-    named = dataclasses.replace(config, optimizer=OptimizerConfig(warmup_epochs=2, warmup_steps=7))
-    assert in_steps(named, len(store)).optimizer.warmup_steps == 7
+    with pytest.raises(JLTError, match="in steps or in epochs"):
+        OptimizerConfig(warmup_epochs=2, warmup_steps=7)
+
+
+def test_the_first_decay_is_the_default_in_whatever_order_they_come(store, tmp_path):
+    train(config_for(store, steps=2, ema=(0.9, 0.5, 0.7), power_ema=(0.1, 0.05)), store, tmp_path / "run")
+    last = open_checkpoint(tmp_path / "run")
+    assert last.ema_names() == ["0.9", "0.5", "0.7", "sigma_rel=0.1", "sigma_rel=0.05"]
+    assert choose_weights(last, "").ema == "0.9"
+    with pytest.raises(JLTError, match="names an average twice"):
+        config_for(store, ema=(0.9, 0.9))
 
 
 @pytest.mark.parametrize("decayed", ["matrices", "all"])

@@ -68,7 +68,9 @@ def test_a_run_that_ended_between_a_save_and_a_look_is_looked_at_when_it_continu
     assert late.seen == [6]
 
 
-@pytest.mark.parametrize("error", [JLTError("Some of the images are not finite."), RuntimeError("no kernel")])
+@pytest.mark.parametrize(
+    "error", [JLTError("Some of the images are not finite."), RuntimeError("no kernel"), ValueError("eigenvalues")]
+)
 def test_a_watcher_that_fails_is_logged_and_the_training_goes_on(store, tmp_path, error):
     train(config_for(store, steps=7), store, tmp_path / "run", watchers=[Looker(error)])
     assert open_checkpoint(tmp_path / "run").step == 7
@@ -130,6 +132,18 @@ def test_a_reference_that_cannot_be_had_is_refused_before_the_first_step(digits,
     )
     with pytest.raises(JLTError, match=r"none\.npz"):
         train_and_watch(config, digits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sample", "named"),
+    [({"ema": "0.77"}, "no EMA in this run"), ({"labels": "3,10"}, "no class 10"), ({"ema": "sigma_rel=7"}, "length")],
+)
+def test_samples_that_cannot_be_drawn_are_refused_before_the_first_step(digits, tmp_path, sample, named):
+    config = watched()
+    evaluation = dataclasses.replace(config.evaluation, sample=dataclasses.replace(SAMPLE, **sample))
+    with pytest.raises(JLTError, match=named):
+        train_and_watch(dataclasses.replace(config, evaluation=evaluation), digits, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -163,16 +163,21 @@ class OptimizerConfig:
     decayed: Literal["matrices", "all"] = "matrices"
     """What weight_decay shrinks: the matrices of linear layers, or biases, scales and embeddings too."""
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    warmup_epochs: float = 0.0
-    """Warm-up in epochs of the latent store, where warmup_steps is 0."""
+    warmup_steps: int | None = None
+    warmup_epochs: float | None = None
+    """Warm-up in epochs of the latent store, instead of warmup_steps; with neither there is none."""
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}.")
         _require(self.grad_clip > 0, f"grad_clip must be positive, not {self.grad_clip}.")
         _require(self.weight_decay >= 0, f"weight_decay must not be negative, and is {self.weight_decay}.")
-        _require(self.warmup_steps >= 0 and self.warmup_epochs >= 0, "A warm-up cannot be negative.")
+        _require(min(self.warmup_steps or 0, self.warmup_epochs or 0) >= 0, "A warm-up cannot be negative.")
+        _require(
+            self.warmup_steps is None or self.warmup_epochs is None,
+            "The warm-up is in steps or in epochs: set the one that is not meant to None, as in "
+            "--optimizer.warmup-epochs None.",
+        )
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,9 @@ class TrainConfig:
         _require(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), not {self.label_dropout}.")
         _require(self.noise_scale > 0, f"noise_scale must be positive, not {self.noise_scale}.")
         _require(all(0 < decay < 1 for decay in self.ema), f"EMA decays must lie in (0, 1), not {self.ema}.")
+        for name in ("ema", "power_ema"):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), f"{name} names an average twice: {values}.")
         _require(
             all(0 < width < MAX_SIGMA_REL for width in self.power_ema),
             f"power_ema widths must lie in (0, {MAX_SIGMA_REL}), not {self.power_ema}.",
@@ -293,7 +301,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         _require(value in arguments, f"{where} must be one of {', '.join(map(str, arguments))}, not {value!r}.")
         return value
     if origin in (typing.Union, types.UnionType):
-        return value
+        (kind,) = set(arguments) - {types.NoneType}
+        return None if value is None else _convert(kind, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _require(
@@ -306,7 +315,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def in_steps(config: TrainConfig, images: int) -> TrainConfig:
     """Return the run with its length and warm-up in steps, where they are in epochs of `images` samples."""
     optimizer, per_epoch = config.optimizer, images / config.batch_size
-    warmup = optimizer.warmup_steps or round(optimizer.warmup_epochs * per_epoch)
-    optimizer = dataclasses.replace(optimizer, warmup_steps=warmup, warmup_epochs=0.0)
+    if optimizer.warmup_epochs is not None:
+        warmup = round(optimizer.warmup_epochs * per_epoch)
+        optimizer = dataclasses.replace(optimizer, warmup_steps=warmup, warmup_epochs=None)
     steps = max(1, round(config.epochs * per_epoch)) if config.epochs else config.steps
     return dataclasses.replace(config, optimizer=optimizer, steps=steps, epochs=0.0)

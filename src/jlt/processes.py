@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlt.errors import JLTError
+from jlt.heartbeat import Heartbeat, Pulse
 from jlt.signals import Stopped
 
 if TYPE_CHECKING:
@@ -55,10 +56,16 @@ def watch_over_all(pool: ProcessPoolExecutor) -> None:
 
 
 class Group(abc.ABC):
-    """The processes that work together, as one of them sees them: its number `rank` of `size`."""
+    """The processes that work together, as one of them sees them: its number `rank` of `size`.
+
+    `pulse` is what this process tells of its own progress.
+    """
 
     rank: int
     size: int
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
 
     @abc.abstractmethod
     def on_first(self, work: Callable[[], T]) -> T:
@@ -84,6 +91,7 @@ class Alone(Group):
     size = 1
 
     def __init__(self) -> None:
+        super().__init__()
         self._counts: dict[str, int] = {}
 
     def on_first(self, work: Callable[[], T]) -> T:
@@ -104,10 +112,13 @@ class Alone(Group):
 
 
 class Processes(Group):
-    """Several processes, connected; `control` is the group of torch.distributed over which they agree."""
+    """Several processes, connected."""
 
-    def __init__(self, store: Store, rank: int, size: int, control: ProcessGroup | None) -> None:
-        self._store, self.rank, self.size, self._control = store, rank, size, control
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        super().__init__()
+        self._store, self.rank, self.size = store, rank, size
+        self.control: ProcessGroup | None = None
+        """The group of torch.distributed over which they agree; None is the one of all work."""
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process and return its result in all; its error ends all, said once."""
@@ -121,7 +132,7 @@ class Processes(Group):
             except Exception as error:
                 failure, outcome = error, [None, "stopped" if isinstance(error, Stopped) else "failed"]
         with together():
-            dist.broadcast_object_list(outcome, src=0, group=self._control)
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
         if failure:
             raise failure
         if outcome[1] == "stopped":
@@ -136,7 +147,7 @@ class Processes(Group):
 
         values: list[Any] = [None] * self.size
         with together():
-            dist.all_gather_object(values, value, group=self._control)
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def add(self, name: str, amount: int) -> int:
@@ -148,7 +159,7 @@ class Processes(Group):
         import torch.distributed as dist
 
         with together():
-            dist.barrier(group=self._control)
+            dist.barrier(group=self.control)
 
 
 @contextlib.contextmanager
@@ -160,7 +171,8 @@ def together() -> Iterator[None]:
         if not _is_broken_connection(error):
             raise
         raise JLTError(
-            f"Another process of this work ended early, so process {rank()} ends too: see what that one said."
+            f"Another process of this work ended early, so process {rank()} ends too: see what that one said "
+            f"({str(error).strip().splitlines()[0]})."
         ) from error
 
 
@@ -182,21 +194,24 @@ def joined(device: str = "cpu") -> Iterator[Group]:
     import torch
     import torch.distributed as dist
 
-    from jlt.heartbeat import Heartbeat
-
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and local_world_size() > torch.cuda.device_count():
+        raise JLTError(
+            f"{local_world_size()} processes on this machine have {torch.cuda.device_count()} GPUs: start one for each."
+        )
     store, number, size = next(iter(dist.rendezvous("env://")))
     store.set_timeout(PATIENCE)
-    control = None
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-        own = dist.PrefixStore("nccl", store)
-        dist.init_process_group("nccl", store=own, rank=number, world_size=size, device_id=torch.device(device))
-        control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    else:
-        own = dist.PrefixStore("gloo", store)
-        dist.init_process_group("gloo", store=own, rank=number, world_size=size, timeout=PATIENCE)
-    group = Processes(store, number, size, control)
-    with Heartbeat(store.clone(), number, size):
+    group = Processes(store, number, size)
+    with Heartbeat(store.clone(), number, size, group.pulse):
+        kind = "nccl" if on_gpu else "gloo"
+        own: dict[str, Any] = {"store": dist.PrefixStore(kind, store), "rank": number, "world_size": size}
+        if on_gpu:
+            torch.cuda.set_device(device)
+            own["device_id"] = torch.device(device)
+        # Whoever is missing is noticed by the heartbeat and not by the clock.
+        dist.init_process_group(kind, timeout=PATIENCE, **own)
+        if on_gpu:
+            group.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield group
         # Whoever leaves first would seem to have died.
         group.wait()

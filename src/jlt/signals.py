@@ -62,9 +62,10 @@ def _leave_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn a stopping signal into a request for the duration of a block; a second one acts at once.
+    """Turn a stopping signal into a request for the duration of a block; a second Ctrl-C acts at once.
 
-    A signal that this process ignores stays ignored.
+    Others may come twice, from a cluster and from a launcher, while the work is saved. A signal that this process
+    ignores stays ignored.
     """
     request = StopRequest()
     previous = {}
@@ -77,9 +78,11 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def remember(number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
+        if request.received and number == signal.SIGINT:
+            restore()
+            signal.raise_signal(number)
         request.received = True
-        restore()
 
     for number in previous:
         signal.signal(number, remember)

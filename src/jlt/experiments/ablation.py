@@ -60,6 +60,8 @@ class AblationConfig:
             points = getattr(self, axis)
             if not points or len(set(points)) < len(points):
                 raise WrongWordsError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
+        if self.train.sample_every or self.train.evaluate_every:
+            raise WrongWordsError("An ablation measures by itself: --evaluations says how often.")
         if self.evaluations < 1:
             raise WrongWordsError("An ablation needs at least one evaluation.")
 

@@ -42,7 +42,7 @@ def benchmark_train(name: str, batch_size: int, steps: int, precision: Precision
     )
     step = trainer_step(config, device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    with float32_products(config):
+    with float32_products(precision):
         rate = matmul_rate(dtype, device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -7,6 +7,7 @@ from typing import Any
 
 from jlt.config import EvaluationConfig, TrainConfig
 from jlt.data.store import LatentStore
+from jlt.errors import unknown_name
 from jlt.evaluation.features import load_extractor
 from jlt.experiments.evaluate import (
     draw_grid,
@@ -14,22 +15,38 @@ from jlt.experiments.evaluate import (
     evaluation_path,
     images_of,
     open_reference,
+    remove_stale,
     sampler_protocol,
     write_evaluation,
 )
-from jlt.sampling.sampler import open_sampler
-from jlt.training.checkpoint import MANIFEST, open_checkpoint
+from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
+from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher
+from jlt.training.power_ema import WORDS, parse_ema_words
 
 
 def watchers_of(config: TrainConfig, store: LatentStore, device: str, first: bool) -> list[Watcher]:
     """Return those whom a run asks for; JLTError, in the `first` process, for a reference that cannot be had."""
+    if first and (config.sample_every or config.evaluate_every):
+        check_sampling(config, store, device)
     watchers: list[Watcher] = []
     if config.sample_every:
         watchers.append(GridWatcher(config, device))
     if config.evaluate_every:
         watchers.append(EvaluationWatcher(config, device, store if first else None))
     return watchers
+
+
+def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None:
+    """Raise a JLTError if the samples that a run asks for cannot be drawn of it."""
+    sample = config.evaluation.sample
+    known = [*average_names(config), "none", ""]
+    if sample.ema not in known and not (sample.ema.startswith(WORDS) and config.power_ema):
+        raise unknown_name("EMA in this run", sample.ema, known[:-1])
+    if sample.ema.startswith(WORDS):
+        parse_ema_words(sample.ema)
+    check_guidance(config, sample)
+    matching_autoencoder(store.manifest.autoencoder, None, device)
 
 
 class GridWatcher(Watcher):
@@ -74,6 +91,7 @@ class EvaluationWatcher(Watcher):
         """Measure a checkpoint and write the result into its run, unless it is there."""
         opened = open_checkpoint(checkpoint)
         sampler = open_sampler(opened, self._config.sample, self._device)
+        remove_stale(opened.run, opened)
         path = evaluation_path(opened.run, opened.step, sampler_protocol(sampler, self._reference, self._extractor))
         if path.exists():
             return None

@@ -61,7 +61,9 @@ class Transformer(nn.Module):
             if self.context is not None and index == config.context_start:
                 tokens = self.context(tokens, class_embedding)
             if self.checkpoint_blocks and self.training:
-                tokens = checkpoint(block, tokens, condition, self.rotary_positions, use_reentrant=False)
+                tokens = checkpoint(
+                    block, tokens, condition, self.rotary_positions, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 tokens = block(tokens, condition, self.rotary_positions)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.registry import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
-from jlt.config import SampleConfig, to_dict
+from jlt.config import SampleConfig, TrainConfig, to_dict
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network
 from jlt.progress import say
@@ -82,11 +82,7 @@ def open_sampler(
     Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, or an autoencoder with other weights.
     """
     train = checkpoint.config
-    labels_for(config.labels, range(1), train.network.num_classes, config.seed)
-    if config.cfg_scale != 1 and train.label_dropout == 0:
-        raise JLTError(
-            "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."
-        )
+    check_guidance(train, config)
     chosen = choose_weights(checkpoint, config.ema)
     network = build_network(train.network, seed=0)
     network.load_state_dict(chosen.tensors)
@@ -95,6 +91,15 @@ def open_sampler(
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
     ema = {"ema": chosen.ema} | ({"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {})
     return ImageSampler(checkpoint, denoiser, autoencoder, config, ema, device)
+
+
+def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
+    """Raise a JLTError for labels that a run's network does not know, and guidance that it was not trained for."""
+    labels_for(config.labels, range(1), train.network.num_classes, config.seed)
+    if config.cfg_scale != 1 and train.label_dropout == 0:
+        raise JLTError(
+            "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."
+        )
 
 
 def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str) -> Autoencoder:

@@ -35,6 +35,7 @@ from jlt.files import (
     write_json,
     write_text,
 )
+from jlt.training.power_ema import format_ema_words
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -85,6 +86,10 @@ class Checkpoint(StepFolder):
     def run(self) -> Path:
         """The run folder that it lies in."""
         return self.folder.parent.parent
+
+    def ema_names(self) -> list[str]:
+        """Return the averages that are stored in the order of the configuration, by the words that name them."""
+        return average_names(self.config)
 
     def read_state(self) -> dict[str, Any]:
         """Read `state.json` after checking its hash."""
@@ -177,6 +182,11 @@ def sweep(run: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def average_names(config: TrainConfig) -> list[str]:
+    """Return the words that name the averages of a run, decays before power functions."""
+    return [*map(repr, config.ema), *map(format_ema_words, config.power_ema)]
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Return where a run keeps the checkpoint of a step."""
     return run / "checkpoints" / f"step_{step:07d}"
@@ -189,7 +199,7 @@ def snapshot_folder(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; JLTError for one that has lost its manifest."""
-    folders = sorted(run.glob("checkpoints/step_*"))
+    folders = sorted(run.glob("checkpoints/step_*"), key=step_of)
     for folder in folders:
         # A checkpoint appears by a rename, whole: one without a manifest was damaged later.
         if not (folder / MANIFEST).is_file():
@@ -204,7 +214,7 @@ def step_of(folder: Path) -> int:
 
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int) -> None:
     """Remove all but the newest `keep_last` checkpoints (0: all) and those at multiples of `keep_every` (0: none)."""
-    folders = sorted(run.glob("checkpoints/step_*"))
+    folders = sorted(run.glob("checkpoints/step_*"), key=step_of)
     for folder in folders[:-keep_last] if keep_last else []:
         if not (keep_every and step_of(folder) % keep_every == 0):
             remove_folder(folder)
@@ -238,7 +248,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def list_snapshots(run: Path) -> list[SnapshotFolder]:
     """Return the snapshots of a run, oldest first."""
-    folders = sorted(run.glob("snapshots/step_*"))
+    folders = sorted(run.glob("snapshots/step_*"), key=step_of)
     manifests = map(_read_manifest, folders)
     return [
         SnapshotFolder(folder, manifest["step"], manifest["updates"], manifest["files"])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from jlt.config import TrainConfig
+from jlt.training.checkpoint import average_names
 from jlt.training.parallel import local, put
-from jlt.training.power_ema import decay, format_ema_words, gamma_from_sigma_rel
+from jlt.training.power_ema import decay, gamma_from_sigma_rel
 
 
 class EMA:
@@ -21,10 +22,11 @@ class EMA:
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         self._weights = dict(network.named_parameters())
-        self._betas = {f"{beta:g}": partial(_constant, beta) for beta in config.ema}
-        self._power = [format_ema_words(width) for width in config.power_ema]
-        for name, width in zip(self._power, config.power_ema, strict=True):
-            self._betas[name] = partial(decay, gamma=gamma_from_sigma_rel(width))
+        names = average_names(config)
+        rules: list[Callable[[int], float]] = [partial(_constant, beta) for beta in config.ema]
+        rules += [partial(decay, gamma=gamma_from_sigma_rel(width)) for width in config.power_ema]
+        self._betas = dict(zip(names, rules, strict=True))
+        self._power = names[len(config.ema) :]
         self.averages: dict[str, dict[str, Tensor]] = {
             name: {key: weight.detach().float().clone() for key, weight in self._weights.items()}
             for name in self._betas

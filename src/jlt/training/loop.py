@@ -68,9 +68,9 @@ def train(
     """
     group = group or Alone()
     config = in_steps(config, len(store))
-    with contextlib.ExitStack() as held, float32_products(config):
+    with contextlib.ExitStack() as held, float32_products(config.precision), stop_on_signal() as asked:
         group.on_first(lambda: _claim(held, run, config, store, group.size))
-        return Training(config, store, run, torch.device(device), group, watchers).to_the_end()
+        return Training(config, store, run, torch.device(device), group, watchers, asked).to_the_end()
 
 
 def _claim(held: contextlib.ExitStack, run: Path, config: TrainConfig, store: LatentStore, processes: int) -> None:
@@ -93,9 +93,10 @@ class Training:
         device: torch.device,
         group: Group,
         watchers: Sequence[Watcher],
+        asked: StopRequest,
     ) -> None:
         self.config, self.store, self.run, self.group = config, store, run, group
-        self.split, self.watchers = split_batch(config, group.size), watchers
+        self.split, self.watchers, self.asked = split_batch(config, group.size), watchers, asked
         complete = group.on_first(lambda: list_checkpoints(run))
         self.state = initial_state(config, device, group, resumed=bool(complete))
         if complete:
@@ -106,26 +107,36 @@ class Training:
 
     def to_the_end(self) -> Path:
         """Make the remaining updates and return the folder of the last checkpoint."""
-        with self.journal or contextlib.nullcontext():
-            # A run that ended between a save and a look.
-            self._watch()
-            if self.state.step < self.config.steps:
-                self._train()
+        try:
+            with self.journal or contextlib.nullcontext():
+                # A run that ended between a save and a look.
+                self._watch()
+                if self.state.step < self.config.steps:
+                    self._train()
+        except Stopped:
+            # Whoever started the processes may kill the rest of them when the first has left.
+            self.group.pulse.leaving = True
+            self.group.wait()
+            raise
         return step_folder(self.run, self.state.step)
 
     def _train(self) -> None:
         config, state, group = self.config, self.state, self.group
         if group.rank == 0:
             remove_later_snapshots(self.run, state.step)
-        self.stepper = Stepper(config, state, self.split, group)
+        with together():
+            self.stepper = Stepper(config, state, self.split, group)
         self.meter = Meter(config, state, self.split, group)
         self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
         self._log_start()
         if self.journal is not None:
             self.journal.show()
-        with stop_on_signal() as asked, self.saver, contextlib.closing(self._batches()) as batches:
+        with self.saver, contextlib.closing(self._batches()) as batches:
             while state.step < config.steps:
-                self._step(batches, asked)
+                with _telling(state.step + 1):
+                    self._step(batches)
+                group.pulse.step()
+            group.pulse.leaving = True
             self.saver.wait()
         self._log("end", seconds=state.seconds, draws=state.draws_digest)
 
@@ -152,16 +163,15 @@ class Training:
             self.store, (draws.part(slice(begin, begin + share)) for draws in steps), share, self.state.device
         )
 
-    def _step(self, batches: Iterator[DrawnBatch], asked: StopRequest) -> None:
+    def _step(self, batches: Iterator[DrawnBatch]) -> None:
         """Make one update; then log, save and look where it is time."""
         config, state = self.config, self.state
-        with _telling(state.step):
-            before = time.perf_counter()
-            draws, latents, labels = next(batches)
-            self.meter.waited(time.perf_counter() - before)
-            outcome = self.stepper.differentiate(draws, latents, labels, bool(asked))
-            self._settle()
-            self.pending = self.stepper.apply(outcome)
+        before = time.perf_counter()
+        draws, latents, labels = next(batches)
+        self.meter.waited(time.perf_counter() - before)
+        outcome = self.stepper.differentiate(draws, latents, labels, bool(self.asked))
+        self._settle()
+        self.pending = self.stepper.apply(outcome)
         state.draws_digest = draws.digest
         self.meter.add(outcome)
         if state.step % config.log_every == 0 or self._last:
@@ -170,8 +180,6 @@ class Training:
         self._save()
         if self.stopping and state.step < config.steps:
             self.saver.wait()
-            # Whoever started the processes may kill the rest of them when the first has left.
-            self.group.wait()
             self._log("stopped")
             raise Stopped(
                 f"Stopped at step {state.step} of {config.steps}; {step_folder(self.run, state.step)} is saved."
@@ -188,7 +196,7 @@ class Training:
             return
         verdict, self.pending = self.pending, None
         skipped, stop = verdict.read()
-        self.stopping = self.stopping or stop
+        self.stopping = self.group.pulse.leaving = self.stopping or stop
         if not skipped:
             self.state.skipped_in_a_row = 0
             self.state.updates += 1
@@ -207,7 +215,7 @@ class Training:
         where = f" in process {', '.join(map(str, processes))}" if processes else ""
         which = f", at the samples {', '.join(map(str, samples[:8]))}" if samples else ""
         what = f"Step {outcome.step}: the loss is {loss:g} and the gradient norm {grad_norm:g}{where}{which}."
-        self._log("skipped", step=outcome.step + 1, processes=processes, samples=samples, what=what)
+        self._log("skipped", step=outcome.step, processes=processes, samples=samples, what=what)
         if self.state.skipped_in_a_row >= self.config.max_skipped:
             raise JLTError(
                 f"{what} That is update {self.state.skipped_in_a_row} in a row that is not finite; none of them was "
@@ -224,15 +232,16 @@ class Training:
         if not (checkpoint or snapshot or self._last):
             return
         self._settle()
-        if snapshot:
-            self.saver.snapshot()
-        if checkpoint or self._last:
-            self.saver.checkpoint()
-        if watched and not self.stopping:
+        with self.group.pulse.busy():
+            # All wait, in a place where that may take long, for what the first process is still writing.
             self.saver.wait()
-            before = time.perf_counter()
-            self._watch()
-            self.meter.pause(time.perf_counter() - before)
+            self.group.wait()
+            self.saver.save(checkpoint or self._last, snapshot)
+            if watched and not self.stopping:
+                before = time.perf_counter()
+                self.saver.wait()
+                self._watch()
+                self.meter.pause(time.perf_counter() - before)
 
     def _watch(self) -> None:
         """Show the newest checkpoint to the watchers that wait for it, in the first process; the others wait."""
@@ -243,13 +252,19 @@ class Training:
     def _look(self, watcher: Watcher) -> None:
         assert self.journal is not None, "the first process has a journal"
         try:
-            with self.journal.aside():
+            with self.journal.aside(), float32_products("float32"):
                 seen = watcher.look(step_folder(self.run, self.state.step))
             if seen:
                 self._log(**seen)
-        except (JLTError, RuntimeError) as error:
+        except Stopped:
+            raise
+        except Exception as error:
             # What only looks on never ends a training.
-            self._log("failed", error=str(error))
+            self._log("failed", error=f"{error or type(error).__name__}")
+        if self.state.device.type == "cuda":
+            # What the look has taken is given back, and is no part of the training's peak.
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.state.device)
 
     def _log(self, event: str, **values: Any) -> None:
         if self.journal is not None:
@@ -268,7 +283,8 @@ def _telling(step: int) -> Iterator[None]:
             "--gradient-checkpointing, or --parallel fsdp with more processes."
         ) from error
     except Exception as error:
-        error.add_note(f"at step {step}")
+        if not str(error).startswith("Step"):
+            error.add_note(f"at step {step}")
         raise
 
 

@@ -28,7 +28,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the learning rate of the update after `step` steps: linear warm-up, then what the schedule says."""
     settings = config.optimizer
-    warmup = settings.warmup_steps
+    warmup = settings.warmup_steps or 0
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
     if settings.schedule == "constant":

@@ -46,7 +46,8 @@ class Parallel:
         network.checkpoint_blocks = config.gradient_checkpointing
         if config.compile:
             _compile(network, whole=group.size == 1)
-        self.forward: Callable[..., Tensor] = network
+        self._bfloat16 = config.precision == "bfloat16"
+        self._forward: Callable[..., Tensor] = network
         self._unsynchronised: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if group.size == 1:
             return
@@ -55,8 +56,16 @@ class Parallel:
         else:
             device = next(network.parameters()).device
             ids = [device.index] if device.type == "cuda" else None
-            ddp = nn.parallel.DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-            self.forward, self._unsynchronised = ddp, ddp.no_sync
+            # The buffers are tables that never change.
+            ddp = nn.parallel.DistributedDataParallel(
+                network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+            self._forward, self._unsynchronised = ddp, ddp.no_sync
+
+    def __call__(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return the network's output, in float32, computed in the run's precision."""
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self._bfloat16):
+            return self._forward(z, t, labels).float()
 
     def accumulating(self, more: bool) -> AbstractContextManager[None]:
         """Return a context in which gradients stay in this process, if more micro-batches of the update follow."""
@@ -72,7 +81,7 @@ class Parallel:
         device = next(self.network.parameters()).device
         z = torch.zeros(micro_batch_size, config.channels, config.height, config.width, device=device)
         labels = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
-        self.forward(z, z.new_zeros(micro_batch_size), labels).sum().backward()
+        self(z, z.new_zeros(micro_batch_size), labels).sum().backward()
         self.network.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager

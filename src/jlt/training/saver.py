@@ -42,29 +42,19 @@ class Saver:
         self._buffers: HostTensors = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-saver")
         self._writing: Future[Any] | None = None
-        self.saved_step = -1
-        """The last step of which a checkpoint is written or being written."""
         if self._writes:
             self._writing = self._pool.submit(self._make_buffers, state.tensors())
 
-    def checkpoint(self) -> None:
+    def save(self, checkpoint: bool, snapshot: bool) -> None:
         """Save the state as it is now. Every process has to call it; only the copying takes their time."""
         start = time.perf_counter()
-        self.wait()
-        copies = self._copy(self._state.tensors())
-        self.saved_step = self._state.step
+        averages = {f"ema_{name}": values for name, values in self._state.ema.power_averages().items()}
+        copies = self._copy(self._state.tensors() if checkpoint else averages)
         if copies is not None:
             facts = {"step": self._state.step, **self._state.facts()}
             pause = time.perf_counter() - start
-            self._writing = self._pool.submit(self._write_checkpoint, copies, facts, pause)
-
-    def snapshot(self) -> None:
-        """Save the power-function averages as they are now. Every process has to call it."""
-        self.wait()
-        copies = self._copy({f"ema_{name}": values for name, values in self._state.ema.power_averages().items()})
-        if copies:
-            facts = {"step": self._state.step, "updates": self._state.updates}
-            self._writing = self._pool.submit(self._write_snapshot, copies, facts)
+            snapshots = {name: copies[name] for name in averages} if snapshot else {}
+            self._writing = self._pool.submit(self._write, copies if checkpoint else {}, snapshots, facts, pause)
 
     def check(self) -> None:
         """Raise what has failed in the meantime."""
@@ -78,15 +68,18 @@ class Saver:
             if saved := writing.result():
                 self._on_saved(**saved)
 
-    def _write_checkpoint(self, tensors: HostTensors, facts: dict[str, Any], pause: float) -> dict[str, Any]:
+    def _write(
+        self, checkpoint: HostTensors, snapshot: HostTensors, facts: dict[str, Any], pause: float
+    ) -> dict[str, Any] | None:
         start = time.perf_counter()
-        save_checkpoint(self._run, self._config, self._latents, tensors, facts)
+        if snapshot:
+            save_snapshot(self._run, snapshot, facts)
+        if not checkpoint:
+            return None
+        save_checkpoint(self._run, self._config, self._latents, checkpoint, facts)
         prune_checkpoints(self._run, self._config.keep_last, self._config.keep_every)
         seconds = round(time.perf_counter() - start, 3)
         return {"step": facts["step"], "pause_seconds": round(pause, 3), "write_seconds": seconds}
-
-    def _write_snapshot(self, tensors: HostTensors, facts: dict[str, Any]) -> None:
-        save_snapshot(self._run, tensors, facts)
 
     def _make_buffers(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         # Fresh memory costs far more than the copy: it is touched here, beside the first steps, and used again.

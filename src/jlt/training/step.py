@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from jlt.config import TrainConfig
+from jlt.config import Precision, TrainConfig
 from jlt.draws import normal_per_sample
 from jlt.loss import denoising_loss
 from jlt.path import interpolate
@@ -34,21 +34,18 @@ class Outcome:
     """What a step has found before it is applied; tensors lie on the device.
 
     `loss` and `grad_norm` (before clipping) are those of the global batch, `losses` those of this process's samples;
-    `failed` counts the processes whose loss is not finite, `asked` those that were asked to stop.
+    `unsound` says that the update must not be applied, the same in all processes; `asked` counts the processes that
+    were asked to stop.
     """
 
     step: int
+    """Its number, from 1 on."""
     draws: StepDraws
     losses: Float[Tensor, "share"]
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
-    failed: Float[Tensor, ""]
+    unsound: Bool[Tensor, ""]
     asked: Float[Tensor, ""]
-
-    @property
-    def unsound(self) -> Bool[Tensor, ""]:
-        """Whether the update must not be applied; the same in all processes."""
-        return ~(self.grad_norm.isfinite() & self.loss.isfinite() & (self.failed == 0))
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,9 @@ class Stepper:
         share = torch.cat(losses)
         local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(asked))))
         total, failed, asked_of = sum_over(local, self.group)
-        grad_norm = self._clip()
-        return Outcome(self.state.step, draws, share, total / self.config.batch_size, grad_norm, failed, asked_of)
+        loss, grad_norm = total / self.config.batch_size, self._clip()
+        unsound = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
+        return Outcome(self.state.step + 1, draws, share, loss, grad_norm, unsound, asked_of)
 
     def apply(self, outcome: Outcome) -> Verdict:
         """Update the weights, unless the outcome is unsound."""
@@ -115,9 +113,8 @@ class Stepper:
     def _accumulate(self, draws: StepDraws, latents: Tensor, labels: Tensor) -> Float[Tensor, "micro"]:
         x, eps, labels = prepare_batch(self.config, draws, latents, labels)
         sample = interpolate(x, eps, draws.t.to(x.device, non_blocking=True))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            output = self.parallel.forward(sample.z, sample.t, labels)
-        losses = denoising_loss(self.config.prediction, output.float(), sample, self.config.loss)
+        output = self.parallel(sample.z, sample.t, labels)
+        losses = denoising_loss(self.config.prediction, output, sample, self.config.loss)
         # Engines take the mean over processes, of which each has the same number of samples.
         (losses.sum() / self.split.share).backward()
         return losses.detach()
@@ -148,11 +145,11 @@ def prepare_batch(
 
 
 @contextlib.contextmanager
-def float32_products(config: TrainConfig) -> Iterator[None]:
-    """Let a GPU multiply float32 matrices as the run's precision says, for the duration of a block."""
+def float32_products(precision: Precision) -> Iterator[None]:
+    """Let a GPU multiply float32 matrices as a precision says, for the duration of a block."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
-    products.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+    products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:

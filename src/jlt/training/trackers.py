@@ -18,7 +18,7 @@ from jlt.progress import say
 WANDB_PROJECT = "jlt"
 INIT_SECONDS = 30.0
 """How long Weights & Biases may take to answer before training starts without it."""
-FINISH_SECONDS = 60.0
+FINISH_SECONDS = 20.0
 """How long it may take to send the rest at the end."""
 
 

@@ -96,10 +96,15 @@ def matmul_rate(dtype: torch.dtype, device: str, repeats: int = 7, size: int = 0
 
 
 def quick_matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """Return `matmul_rate`, of a small product where the usual one takes more than a second."""
+    """Return `matmul_rate`, of a smaller product where the usual one would take more than a second."""
     # Some processors have no instructions for bfloat16 and are hundreds of times slower in it.
-    rate = matmul_rate(dtype, device, repeats=2, size=SMALL_MATMUL)
-    return rate if 2 * MATMUL_SIZES[device] ** 3 / rate > 1 else matmul_rate(dtype, device)
+    size, usual = SMALL_MATMUL, MATMUL_SIZES[device]
+    while size < usual:
+        rate = matmul_rate(dtype, device, repeats=2, size=size)
+        if 2 * (2 * size) ** 3 / rate > 1:
+            return rate
+        size *= 2
+    return matmul_rate(dtype, device)
 
 
 def seconds_of(work: Callable[[], Any], device: str) -> float:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from jlt.config import TrainConfig
 from jlt.training.parallel import local, put
@@ -34,6 +35,7 @@ class EMA:
         """Return the averages from which others can be rebuilt."""
         return {name: self.averages[name] for name in self._power}
 
+    @record_function("jlt::averages")
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move every average towards the weights that the network has after so many updates."""

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 
 from jlt.config import TrainConfig
 from jlt.draws import normal_per_sample
@@ -122,6 +123,7 @@ class Stepper:
         (losses.sum() / self.split.share).backward()
         return losses.detach()
 
+    @record_function("jlt::clipping")
     def _clip(self) -> Float[Tensor, ""]:
         parameters = list(self.state.network.parameters())
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -142,7 +144,8 @@ def prepare_batch(
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
     """Return clean latents in float32, scaled noise and labels (the null class where dropped), where latents are."""
     x = latents.float()
-    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
+    with record_function("jlt::noise"):
+        eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
     labels = torch.where(draws.dropped, config.network.num_classes, labels)
     return x, eps, labels.to(x.device, non_blocking=True)
 

@@ -13,10 +13,10 @@ from jlt import measure
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError, WrongWordsError
 from jlt.experiments import benchmark
-from jlt.experiments.benchmark import benchmark_train, preset_config
+from jlt.experiments.benchmark import benchmark_train
 from jlt.experiments.benchmark_loop import loop_figures
 from jlt.experiments.profiling import Work, covered, device_work, group_of, shares, unrecognised
-from jlt.experiments.systems import preset
+from jlt.experiments.systems import preset, preset_config
 from jlt.measure import ProductRates
 from jlt.networks.flops import forward_flops, training_flops
 from jlt.networks.transformer import Transformer, build_network, count_parameters
@@ -25,6 +25,13 @@ from jlt.training import meter
 
 BATCH = 3
 PRESET = "JLT-XS/1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_products():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "PRODUCT_SECONDS", 0.05)
+        yield
 
 
 @pytest.fixture(scope="module")

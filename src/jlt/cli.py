@@ -405,8 +405,7 @@ class TrainBenchmark(Verb):
     """Measure eager, compiled and recomputing updates and other precisions in turn."""
 
     def run(self) -> Result:
-        from jlt.experiments.benchmark import benchmark_train, preset_config
-        from jlt.report.benchmark_table import benchmark_table
+        from jlt.experiments.systems import preset_config
 
         configs = [
             preset_config(
@@ -418,6 +417,9 @@ class TrainBenchmark(Verb):
             )
             for name in self.preset
         ]
+        from jlt.experiments.benchmark import benchmark_train
+        from jlt.report.benchmark_table import benchmark_table
+
         result = benchmark_train(
             configs, self.batch_size, self.steps, self.loop_steps, profile=self.profile, compare=self.compare
         )

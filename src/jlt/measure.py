@@ -21,11 +21,20 @@ CLEARLY_SLOWER = 0.9
 PROC = Path("/proc/self")
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device | str, repeats: int = 7, size: int | None = None) -> float:
-    """Return the best rate of a square matrix product in operations per second."""
+def matmul_rate(
+    dtype: torch.dtype, device: torch.device | str, repeats: int = 7, size: int | None = None, seconds: float = 0.05
+) -> float:
+    """Return the best rate of a square matrix product in operations per second.
+
+    The product is repeated so often at least, and so long: on a busy machine the threads of a short one seldom run at
+    the same time, and all of a few repeats may fall into a moment in which they do not.
+    """
     n = size or MATMUL_SIZES[torch.device(device).type]
     a, b = torch.ones(2, n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(repeats))
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < seconds:
+        times.append(seconds_of(lambda: a @ b, device))
+    return 2 * n**3 / min(times)
 
 
 def affordable_size(dtype: torch.dtype, device: torch.device | str, seconds: float, largest: int | None = None) -> int:

@@ -16,7 +16,6 @@ from jlt.draws import normal_per_sample
 from jlt.errors import JLTError, WrongWordsError
 from jlt.experiments.benchmark_loop import benchmark_loop, require_room
 from jlt.experiments.profiling import profile_steps
-from jlt.experiments.systems import preset
 from jlt.measure import affordable_size, compare_precisions, matmul_rate, peak_memory, reset_peak_memory, seconds_of
 from jlt.networks.flops import training_flops
 from jlt.networks.transformer import Transformer, count_parameters
@@ -32,12 +31,6 @@ WARMUP_STEPS = 3
 PROFILED_STEPS = 3
 PRODUCT_SECONDS = 2.0
 """How long one matrix product may take, which a benchmark repeats a dozen times."""
-
-
-def preset_config(name: str, **settings: Any) -> TrainConfig:
-    """Return a training of a named network, such as `JLT-B/1`; WrongWordsError for an unknown name."""
-    prediction, network = preset(name)
-    return TrainConfig(name=name, prediction=prediction, network=network, flips=True, **settings)
 
 
 def benchmark_train(

@@ -35,13 +35,13 @@ class EMA:
         """Return the averages from which others can be rebuilt."""
         return {name: self.averages[name] for name in self._power}
 
-    @record_function("jlt::averages")
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move every average towards the weights that the network has after so many updates."""
         weights = [local(weight.detach()) for weight in self._weights.values()]
-        for name, average in self.averages.items():
-            torch._foreach_lerp_(list(map(local, average.values())), weights, 1 - self._betas[name](updates))
+        with record_function("jlt::averages"):
+            for name, average in self.averages.items():
+                torch._foreach_lerp_(list(map(local, average.values())), weights, 1 - self._betas[name](updates))
 
     @torch.no_grad()
     def distances(self) -> dict[str, Tensor]:

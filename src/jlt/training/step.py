@@ -98,7 +98,8 @@ class Stepper:
         share = torch.cat(losses)
         local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(asked))))
         total, failed, asked_of = sum_over(local, self.group)
-        grad_norm = self._clip()
+        with record_function("jlt::clipping"):
+            grad_norm = self._clip()
         return Outcome(self.state.step, draws, share, total / self.config.batch_size, grad_norm, failed, asked_of)
 
     def apply(self, outcome: Outcome) -> Verdict:
@@ -123,7 +124,6 @@ class Stepper:
         (losses.sum() / self.split.share).backward()
         return losses.detach()
 
-    @record_function("jlt::clipping")
     def _clip(self) -> Float[Tensor, ""]:
         parameters = list(self.state.network.parameters())
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -2,43 +2,66 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jlt.config import NetworkConfig
-from jlt.errors import WrongWordsError
+from jlt import measure
+from jlt.config import NetworkConfig, TrainConfig
+from jlt.errors import JLTError, WrongWordsError
+from jlt.experiments import benchmark
 from jlt.experiments.benchmark import benchmark_train
-from jlt.experiments.systems import preset
+from jlt.experiments.benchmark_loop import loop_figures
+from jlt.experiments.profiling import Work, covered, device_work, group_of, shares, unrecognised
+from jlt.experiments.systems import preset, preset_config
+from jlt.measure import ProductRates
 from jlt.networks.flops import forward_flops, training_flops
 from jlt.networks.transformer import Transformer, build_network, count_parameters
+from jlt.report.benchmark_table import benchmark_table
+from jlt.training import meter
 
 BATCH = 3
+PRESET = "JLT-XS/1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_products():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "PRODUCT_SECONDS", 0.05)
+        yield
 
 
 @pytest.fixture(scope="module")
-def measured():
-    return benchmark_train("JLT-XS/1", 2, 1, "float32", compile=False)
+def result():
+    return benchmark_train([preset_config(PRESET, precision="float32")], [2], 1)
 
 
-def test_the_benchmark_says_what_it_measured(measured):
-    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
-    asked = {"preset": "JLT-XS/1", "batch_size": 2, "steps": 1, "precision": "float32", "compile": False}
+@pytest.fixture(scope="module")
+def measured(result):
+    (entry,) = result["measured"]
+    return entry
+
+
+def test_the_benchmark_says_what_it_measured(result, measured):
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    asked = {"preset": PRESET, "batch_size": 2, "steps": 1, "precision": "float32", "compile": False}
     assert asked.items() <= measured.items()
-    network = preset("JLT-XS/1")[1]
+    network = preset(PRESET)[1]
     assert measured["network"] == dataclasses.asdict(network)
     assert measured["parameters"] == count_parameters(build_network(network, seed=0))
-    assert measured["threads"] == torch.get_num_threads()
-    assert {"cpu", "cores", "device"} <= set(measured["machine"])
-    assert measured["versions"]["torch"] == torch.__version__
+    assert result["best"] == {PRESET: 2}
+    assert result["threads"] == torch.get_num_threads()
+    assert {"cpu", "cores", "device"} <= set(result["machine"])
+    assert result["versions"]["torch"] == torch.__version__
 
 
 def test_utilisation_follows_from_its_parts(measured):
     assert measured["seconds_per_step"] > 0
     assert measured["img_per_second"] == pytest.approx(2 / measured["seconds_per_step"])
-    assert measured["gflop_per_image"] == pytest.approx(training_flops(preset("JLT-XS/1")[1]) / 1e9)
+    assert measured["gflop_per_image"] == pytest.approx(training_flops(preset(PRESET)[1]) / 1e9)
     assert measured["gflops"] == pytest.approx(measured["gflop_per_image"] * measured["img_per_second"])
     assert measured["mfu"] == pytest.approx(measured["gflops"] / measured["matmul_gflops"])
     assert 0 < measured["mfu"] < 1
@@ -51,7 +74,202 @@ def test_peak_memory_is_in_gib(measured):
 
 def test_unknown_preset_gets_the_nearest():
     with pytest.raises(WrongWordsError, match="JLT-XS/1"):
-        benchmark_train("JLT-XS1", 2, 1, "float32", compile=False)
+        preset_config("JLT-XS1")
+
+
+def small_config(**changes) -> TrainConfig:
+    settings = {"network": network_config(), "precision": "float32", "flips": True, **changes}
+    return TrainConfig("small", "x", **settings)
+
+
+def fake_update(speeds):
+    """Return a measurement whose speed is a function of the batch size; None does not fit in memory."""
+
+    def measure(config, steps, device):
+        speed = speeds[config.batch_size]
+        if speed is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        figures = ("seconds_per_step", "gflops", "matmul_gflops", "mfu", "peak_memory_gib", "warmup_seconds")
+        return {"img_per_second": speed * (2 if config.compile else 1), **dict.fromkeys(figures, 0.5)}
+
+    return measure
+
+
+def test_what_does_not_fit_is_recorded_and_the_fastest_is_marked(monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_update", fake_update({4: 10.0, 8: 12.5, 16: 11.0, 32: None}))
+    found = benchmark_train([small_config()], [4, 8, 16, 32], 1, compare=True)
+    assert [entry["out_of_memory"] for entry in found["measured"]] == [False, False, False, True]
+    assert found["best"] == {"small": 8}
+    compared = found["compare"]["small"]
+    assert [entry["variant"] for entry in compared] == ["eager", "compiled", "gradient checkpointing"]
+    assert [entry["ratio"] for entry in compared] == [1.0, 2.0, 1.0]
+    table = benchmark_table(found)
+    assert "12.5 *" in table
+    assert "batch 32: does not fit" in table
+    assert "gradient checkpointing" in table
+
+
+def test_where_nothing_fits_there_is_no_best(monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_update", fake_update({4: None}))
+    found = benchmark_train([small_config()], [4], 1, loop_steps=4, profile=True, compare=True)
+    assert found["best"] == found["loop"] == found["profile"] == found["compare"] == {}
+    assert "does not fit" in benchmark_table(found)
+
+
+def test_loop_and_profile_are_measured_at_the_fastest():
+    found = benchmark_train([small_config()], [4], 2, loop_steps=9, profile=True)
+    loop, profile = found["loop"]["small"], found["profile"]["small"]
+    assert loop["steps"] == 8
+    assert loop["growth_steps"] == 6
+    assert loop["ratio"] == pytest.approx(loop["img_per_second"] / found["measured"][0]["img_per_second"])
+    assert 0 <= loop["waiting"] < 1
+    assert 0 <= loop["pause_seconds"] < 1
+    assert sum(profile["shares"].values()) == pytest.approx(1)
+    assert profile["idle"] is None
+    table = benchmark_table(found)
+    assert "waiting for data" in table
+    assert "matrix products" in table
+
+
+def test_a_loop_that_fails_loses_nothing(monkeypatch):
+    def fail(*arguments):
+        raise JLTError("Step 0: there is not enough memory.")
+
+    monkeypatch.setattr(benchmark, "benchmark_loop", fail)
+    found = benchmark_train([small_config()], [4], 1, loop_steps=4)
+    assert found["loop"] == {"small": {"error": "Step 0: there is not enough memory."}}
+    assert found["measured"][0]["img_per_second"] > 0
+    assert "not enough memory" in benchmark_table(found)
+
+
+def test_too_few_steps_of_the_loop_are_refused_at_once():
+    with pytest.raises(WrongWordsError, match="at least 4 steps"):
+        benchmark_train([small_config()], [4], 1, loop_steps=3)
+
+
+def test_figures_of_a_log():
+    def line(step, speed, waiting, resident):
+        return {"event": "step", "step": step, "img_per_second": speed, "waiting": waiting, "resident_gib": resident}
+
+    saves = [{"event": "saved", "pause_seconds": p, "write_seconds": 3.0} for p in (9.0, 0.5)]
+    windows = [line(10, 1.0, 0.9, 1.0), line(20, 10.0, 0.1, 1.5), line(30, 30.0, 0.5, 1.25), line(40, 1.0, 0.9, 1.25)]
+    figures = loop_figures([{"event": "start"}, *windows, *saves], bare_img_per_second=20.0)
+    # 10 steps at 10 img/s take three times as long as 10 at 30 img/s.
+    assert figures["img_per_second"] == pytest.approx(15)
+    assert figures["ratio"] == pytest.approx(0.75)
+    assert figures["waiting"] == pytest.approx((3 * 0.1 + 0.5) / 4)
+    assert (figures["first_pause_seconds"], figures["pause_seconds"]) == (9.0, 0.5)
+    assert (figures["growth_mib"], figures["growth_steps"]) == (256, 30)
+
+
+# ---- precisions ----
+
+
+def test_the_slower_bfloat16_is_said():
+    assert ProductRates(float32=1e11, bfloat16=2e11).warning == ""
+    assert ProductRates(float32=1e11, bfloat16=9.5e10).warning == ""
+    assert "20 times as fast" in ProductRates(float32=1e11, bfloat16=5e9).warning
+
+
+def test_a_slow_device_is_measured_with_small_matrices(monkeypatch):
+    # At 1 GFLOP/s the side of 512 takes 0.27 s, and that of 1024 takes 2.1 s.
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+    assert measure.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
+    assert measure.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
+    assert measure.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
+    assert measure.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False), ("tf32", False)])
+def test_the_trainer_warns_of_a_slow_bfloat16_only_where_it_is_used(precision, warned, monkeypatch):
+    monkeypatch.setattr(meter, "compare_precisions", lambda *_: ProductRates(1e11, 1e9))
+    warning = meter.precision_warning(small_config(precision=precision), torch.device("cpu"))
+    assert bool(warning) == warned
+
+
+# ---- profiles ----
+
+NAMES = {
+    "aten::addmm": "matrix products",
+    "mkl::_mkl_linear": "matrix products",
+    "nvjet_hsh_192x192_64x3_1x2_h_bz_coopB_NNT": "matrix products",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute": "matrix products",
+    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x64_nn_align8>": "matrix products",
+    "triton_tem_fused_addmm_3": "matrix products",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention, forward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention, backward",
+    "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64>>": "attention, forward",
+    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>": "attention, backward",
+    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(AttentionKernel)": "attention, forward",
+    "fmha_cutlassB_bf16_aligned_64x64_k64_sm80(AttentionKernel)": "attention, backward",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention, forward",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention, backward",
+    "triton_poi_fused_add_mul_silu_7": "fused",
+    "## Call CompiledFxGraph fabc ##": "fused",
+    "aten::addcmul": "normalisation and elementwise",
+    "aten::mul": "normalisation and elementwise",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor<float>>": "normalisation and elementwise",
+    "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>": "conversions and copies",
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": "normalisation and elementwise",
+    "void at::native::vectorized_layer_norm_kernel<rms_norm>": "normalisation and elementwise",
+    "void at::native::CatArrayBatchedCopy<float>": "conversions and copies",
+    "Memcpy HtoD (Pinned -> Device)": "conversions and copies",
+    "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimiser, averages, clipping",
+    "aten::_fused_adamw_": "optimiser, averages, clipping",
+    "aten::normal_": "noise",
+    "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",
+    "aten::view": "other",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_find_their_group(name):
+    assert group_of(name) == NAMES[name]
+
+
+def test_a_range_decides_before_the_name():
+    assert group_of("aten::mul", ["jlt::noise"]) == "noise"
+    assert group_of("aten::linalg_vector_norm", ["aten::norm", "jlt::clipping"]) == "optimiser, averages, clipping"
+    assert group_of("aten::sqrt", ["Optimizer.step#AdamW.step"]) == "optimiser, averages, clipping"
+
+
+def test_shares_add_up_and_what_is_unknown_is_told():
+    work = [Work("aten::mm", (), 6.0), Work("aten::mul", (), 2.0), Work("one", (), 1.5), Work("two", (), 0.5)]
+    found = shares(work)
+    assert found["matrix products"] == pytest.approx(0.6)
+    assert found["other"] == pytest.approx(0.2)
+    assert sum(found.values()) == pytest.approx(1)
+    assert unrecognised(work, 1) == {"one": pytest.approx(0.15)}
+    with pytest.raises(ValueError, match="nothing"):
+        shares([])
+
+
+def test_kernels_side_by_side_are_counted_once():
+    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75)]) == 5.0
+    assert covered([]) == 0
+
+
+def test_kernels_belong_to_the_ranges_that_they_begin_in():
+    def kernel(name, start, end):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+
+    kernels = [kernel("elementwise_kernel", 1e6, 2e6), kernel("elementwise_kernel", 3e6, 6e6)]
+    found = device_work(kernels, [(0.0, 2.5e6, "jlt::noise")])
+    assert [(item.ranges, item.seconds) for item in found] == [(("jlt::noise",), 1.0), ((), 3.0)]
+    assert shares(found)["noise"] == pytest.approx(0.25)
+
+
+def test_matrix_products_lead_a_real_profile():
+    config = preset_config("JLT-S/1", precision="float32", batch_size=2)
+    found = benchmark.profile_update(config, {"seconds_per_step": 1.0}, "cpu")["shares"]
+    assert sum(found.values()) == pytest.approx(1)
+    assert max(found, key=found.get) == "matrix products"
+    assert found["other"] < 0.2
+    assert all(found[group] > 0 for group in ("noise", "attention, forward", "optimiser, averages, clipping"))
+    assert found["communication"] == found["fused"] == 0
+
+
+# ---- the arithmetic ----
 
 
 def network_config(**changes) -> NetworkConfig:

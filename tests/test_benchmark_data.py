@@ -82,7 +82,7 @@ def test_table_names_every_way(measured: dict) -> None:
 
 def test_no_room_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(JLTError, match=r"takes 1 GB.*0\.001 GB free.*--count"):
+    with pytest.raises(JLTError, match=r"take 1 GB.*0\.001 GB free.*--count"):
         benchmark_data(None, 8000, 256, 1.0)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from jlt.errors import WrongWordsError
 from jlt.hardware import GPUS, device_peak, find_gpu
-from jlt.measure import SMALL_MATMUL, matmul_rate
+from jlt.measure import SMALLEST_MATMUL, matmul_rate
 
 
 @pytest.mark.parametrize(("words", "name"), [("h200", "H200"), ("RTX 4090", "RTX-4090"), ("a100_80", "A100-80")])
@@ -48,4 +48,4 @@ def test_rates_fall_with_precision_and_memory_is_in_bytes(gpu):
 
 
 def test_a_matrix_product_has_a_rate():
-    assert 1e8 < matmul_rate(torch.float32, "cpu", repeats=1, size=SMALL_MATMUL) < 1e14
+    assert 1e8 < matmul_rate(torch.float32, "cpu", repeats=1, size=SMALLEST_MATMUL) < 1e14

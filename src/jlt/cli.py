@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from jlt import processes
-from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
+from jlt.config import LossSpace, Precision, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DEFAULT_IMAGES, DIGITS_SAMPLING, renamed, resolve_recipe
@@ -414,24 +414,50 @@ class Report(Verb):
 class TrainBenchmark(Verb):
     """The trainer's own update on random latents, against a matrix product in the same run.
 
+    Every network is measured at every batch size; those that do not fit in memory are passed over. At the fastest
+    batch size the rest is measured: the training loop, and what --profile and --compare ask for.
+
     For example:
 
-      jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
+      jlt benchmark train --preset JLT-B/1 --batch-size 8 16 --compile --profile
     """
 
-    preset: str = "JLT-B/1"
-    batch_size: int = 8
+    preset: tuple[str, ...] = ("JLT-B/1",)
+    batch_size: tuple[int, ...] = (8,)
     steps: int = 5
-    """Measured steps, after a few that warm up."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Measured updates, after a few that warm up."""
+    precision: Precision = "bfloat16"
     compile: bool = False
+    gradient_checkpointing: bool = False
+    accumulation: int = 1
+    """Micro-batches of one update."""
+    loop_steps: int = 40
+    """Steps of the training loop with its data, log and checkpoints, which go to a temporary folder; 0 for none."""
+    profile: bool = False
+    """Say where the time of a step goes."""
+    compare: bool = False
+    """Measure eager, compiled and recomputing updates and other precisions in turn."""
 
     def run(self) -> Result:
-        from jlt.experiments.benchmark import benchmark_train
-        from jlt.report.table import benchmark_table
+        from jlt.experiments.systems import preset_config
 
-        measured = benchmark_train(self.preset, self.batch_size, self.steps, self.precision, self.compile)
-        return Result(measured, benchmark_table(measured))
+        configs = [
+            preset_config(
+                name,
+                precision=self.precision,
+                compile=self.compile,
+                gradient_checkpointing=self.gradient_checkpointing,
+                accumulation=self.accumulation,
+            )
+            for name in self.preset
+        ]
+        from jlt.experiments.benchmark import benchmark_train
+        from jlt.report.benchmark_table import benchmark_table
+
+        result = benchmark_train(
+            configs, self.batch_size, self.steps, self.loop_steps, profile=self.profile, compare=self.compare
+        )
+        return Result(result, benchmark_table(result))
 
 
 @dataclass(frozen=True, kw_only=True)

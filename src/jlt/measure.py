@@ -2,32 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
-SMALL_MATMUL = 256
+"""Side of the matrices whose product gives a device's rate, where the device is fast enough for it."""
+SMALLEST_MATMUL = 256
+CLEARLY_SLOWER = 0.9
+"""Below this share of the float32 rate a bfloat16 product counts as the slower one: rates of a busy machine differ."""
+PROC = Path("/proc/self")
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device | str, repeats: int = 7, size: int | None = None) -> float:
-    """Return the best rate of a square matrix product in operations per second."""
+def matmul_rate(
+    dtype: torch.dtype, device: torch.device | str, repeats: int = 7, size: int | None = None, seconds: float = 0.05
+) -> float:
+    """Return the best rate of a square matrix product in operations per second.
+
+    The product is repeated so often at least, and so long: on a busy machine the threads of a short one seldom run at
+    the same time, and all of a few repeats may fall into a moment in which they do not.
+    """
     n = size or MATMUL_SIZES[torch.device(device).type]
     a, b = torch.ones(2, n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(repeats))
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < seconds:
+        times.append(seconds_of(lambda: a @ b, device))
+    return 2 * n**3 / min(times)
 
 
-def quick_matmul_rate(dtype: torch.dtype, device: torch.device | str) -> float:
-    """Return `matmul_rate`, of a small product where the usual one takes more than a second."""
-    # Some processors have no instructions for bfloat16 and are hundreds of times slower in it.
-    rate = matmul_rate(dtype, device, repeats=2, size=SMALL_MATMUL)
-    return rate if 2 * MATMUL_SIZES[torch.device(device).type] ** 3 / rate > 1 else matmul_rate(dtype, device)
+def affordable_size(dtype: torch.dtype, device: torch.device | str, seconds: float, largest: int | None = None) -> int:
+    """Return the side of the largest square matrix product, up to `largest`, that takes no more than `seconds`.
+
+    Sides are doubled from a small one, so that finding out takes about as long; the smallest is returned in any case.
+    """
+    size = SMALLEST_MATMUL
+    while size < (largest or MATMUL_SIZES[torch.device(device).type]):
+        # Eight times the arithmetic, at no more than the rate found so far.
+        if 8 * 2 * size**3 / matmul_rate(dtype, device, 2, size) > seconds:
+            break
+        size *= 2
+    return size
+
+
+@dataclass(frozen=True)
+class ProductRates:
+    """Operations per second of a product of square matrices, in two precisions."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def warning(self) -> str:
+        """A sentence where bfloat16 is the slower precision; empty elsewhere."""
+        if self.bfloat16 >= CLEARLY_SLOWER * self.float32:
+            return ""
+        return (
+            f"This machine multiplies float32 matrices {self.float32 / self.bfloat16:.3g} times as fast as bfloat16 "
+            f"ones ({self.float32 / 1e9:.3g} against {self.bfloat16 / 1e9:.3g} GFLOP/s): "
+            "--precision float32 is faster here."
+        )
+
+
+def compare_precisions(device: torch.device | str, seconds: float = 0.2) -> ProductRates:
+    """Measure products in float32 and bfloat16, each of the largest matrices at which one takes no more than `seconds`.
+
+    With smaller ones, a busy machine would measure how threads wait for each other.
+    """
+    sizes = {dtype: affordable_size(dtype, device, seconds) for dtype in (torch.float32, torch.bfloat16)}
+    return ProductRates(*(matmul_rate(dtype, device, 3, size) for dtype, size in sizes.items()))
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device | str) -> float:
@@ -43,11 +93,10 @@ def peak_memory(device: torch.device | str) -> int:
     """Return the peak memory in bytes: of the GPU where there is one, of the process elsewhere."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Rather than getrusage, whose figure a process on Linux inherits from the one that started it.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    # Rather than getrusage, whose figure a process on Linux inherits from the one that started it.
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -55,6 +104,28 @@ def peak_memory(device: torch.device | str) -> int:
 def machine_memory() -> int:
     """Return this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reset_peak_memory(device: torch.device | str) -> None:
+    """Let the peak begin anew from the present use; a process without Linux's `/proc` keeps its peak."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            (PROC / "clear_refs").write_text("5")
+
+
+def resident_memory() -> int | None:
+    """Return the host memory in bytes that this process has at present; None where the system does not say."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int | None:
+    status = PROC / "status"
+    if not status.exists():
+        return None
+    lines = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return next((int(line.split()[1]) * 1024 for line in lines), None)
 
 
 def _finish(device: torch.device | str) -> None:

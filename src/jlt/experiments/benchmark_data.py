@@ -30,7 +30,7 @@ from jlt.data.shards import ShardFile
 from jlt.data.store import LatentStore
 from jlt.data.write import write_store
 from jlt.errors import JLTError, WrongWordsError
-from jlt.experiments.benchmark import peak_memory
+from jlt.measure import peak_memory
 from jlt.progress import say
 from jlt.protocol import cores, default_device, machine, versions
 
@@ -68,7 +68,8 @@ def benchmark_data(latents: Path | None, count: int, batch_size: int, seconds: f
         raise WrongWordsError("A benchmark of reading needs positive count, batch size and seconds.")
     with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
         if latents is None:
-            _require_space(Path(temporary), 2 * 2 * math.prod(SHAPE) * count)
+            advice = "choose a smaller --count, name a store with --latents"
+            require_space(Path(temporary), 2 * 2 * math.prod(SHAPE) * count, advice)
             say(f"writing {count} random latents into {temporary}")
             write_store(Path(temporary) / "latents", random_shards(count, SHAPE, SHARD_ROWS), CLASSES)
         store = LatentStore.open(latents or Path(temporary) / "latents")
@@ -95,22 +96,25 @@ def benchmark_data(latents: Path | None, count: int, batch_size: int, seconds: f
     }
 
 
-def random_shards(count: int, shape: tuple[int, int, int], rows: int) -> Iterator[dict[str, np.ndarray]]:
+def random_shards(
+    count: int, shape: tuple[int, int, int], rows: int, classes: int = CLASSES
+) -> Iterator[dict[str, np.ndarray]]:
     """Yield the arrays of shards of `rows` normal float16 latents in both orientations, for `write_store`."""
     generator = np.random.default_rng(0)
     for start in range(0, count, rows):
         n = min(rows, count - start)
         latents = generator.standard_normal((n, *shape), dtype=np.float32).astype(np.float16)
-        labels = generator.integers(0, CLASSES, n)
+        labels = generator.integers(0, classes, n)
         yield {"latents": latents, "latents_flip": np.ascontiguousarray(latents[..., ::-1]), "labels": labels}
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, advice: str) -> None:
+    """Raise a JLTError unless the disk of a temporary folder has room for so many bytes; `advice` says what helps."""
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
         raise JLTError(
-            f"The benchmark's store takes {needed / 1e9:.2g} GB, and {folder.parent} has {free / 1e9:.2g} GB free: "
-            "choose a smaller --count, name a store with --latents, or let TMPDIR name another folder."
+            f"The benchmark's files take {needed / 1e9:.2g} GB, and {folder.parent} has {free / 1e9:.2g} GB free: "
+            f"{advice}, or let TMPDIR name another folder."
         )
 
 

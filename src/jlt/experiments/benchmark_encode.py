@@ -26,7 +26,7 @@ from jlt.data.sources.contract import ImageSource
 from jlt.data.sources.registry import open_source
 from jlt.data.sources.selected import Selected
 from jlt.errors import WrongWordsError
-from jlt.experiments.benchmark import peak_memory
+from jlt.measure import peak_memory
 from jlt.protocol import default_device, machine, versions
 
 ROUNDS = 3

@@ -21,7 +21,7 @@ from jlt.data.manifest import StoreManifest
 from jlt.errors import JLTError
 from jlt.experiments.benchmark import peak_memory
 from jlt.hardware import find_gpu
-from jlt.measure import machine_memory, quick_matmul_rate
+from jlt.measure import affordable_size, machine_memory, matmul_rate
 from jlt.networks.flops import training_flops
 from jlt.networks.memory import PassMemory, PassModel, measure_passes
 from jlt.networks.transformer import Transformer, count_parameters
@@ -159,7 +159,7 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
     return Hardware(
         name="cpu",
         processes=processes,
-        peak=quick_matmul_rate(dtype, "cpu") / processes,
+        peak=matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0)) / processes,
         peak_source="measured here: a matrix product" + (", shared among the processes" if processes > 1 else ""),
         memory=machine_memory() // processes,
         memory_source="this machine's" + (", shared among the processes" if processes > 1 else ""),

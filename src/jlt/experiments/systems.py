@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jlt.config import NetworkConfig, Prediction
+from typing import Any
+
+from jlt.config import NetworkConfig, Prediction, TrainConfig
 from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
 from jlt.errors import unknown_name
 from jlt.networks.sizes import SIZES, sized_network
@@ -28,3 +30,9 @@ def preset(name: str, latents: LatentShape = FLUX2_IMAGENET256) -> tuple[Predict
         raise unknown_name("network", name, systems)
     prediction, size, patch_size = systems[name]
     return prediction, sized_network(size, patch_size, latents)
+
+
+def preset_config(name: str, **settings: Any) -> TrainConfig:
+    """Return a training of a named network, such as `JLT-B/1`; WrongWordsError for an unknown name."""
+    prediction, network = preset(name)
+    return TrainConfig(name=name, prediction=prediction, network=network, flips=True, **settings)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlt.progress import format_seconds
 from jlt.report.page import result_rows
 from jlt.report.results import read_study
 from jlt.report.wording import number
@@ -66,22 +65,6 @@ def geometry_table(geometry: Mapping[str, Any]) -> str:
         for size, entry in geometry["tokens"].items()
     ]
     return text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)
-
-
-def benchmark_table(measured: Mapping[str, Any]) -> str:
-    """Return a benchmark's figures."""
-    rows = [
-        ["images per second", number(measured["img_per_second"])],
-        ["seconds per step", number(measured["seconds_per_step"])],
-        ["GFLOP per image", number(measured["gflop_per_image"])],
-        ["GFLOP/s", number(measured["gflops"])],
-        ["GFLOP/s of a matrix product", number(measured["matmul_gflops"])],
-        ["MFU", f"{measured['mfu']:.1%}"],
-        ["peak memory, GiB", number(measured["peak_memory_gib"])],
-        ["warm-up", format_seconds(measured["warmup_seconds"])],
-    ]
-    title = f"{measured['preset']}, batch {measured['batch_size']}, {measured['precision']}"
-    return text_table([title + (", compiled" if measured["compile"] else ", eager"), ""], rows)
 
 
 def encode_benchmark_table(measured: Mapping[str, Any]) -> str:

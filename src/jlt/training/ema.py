@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from jlt.config import TrainConfig
 from jlt.training.checkpoint import average_names
@@ -40,8 +41,9 @@ class EMA:
     def update(self, updates: int) -> None:
         """Move every average towards the weights that the network has after so many updates."""
         weights = [local(weight.detach()) for weight in self._weights.values()]
-        for name, average in self.averages.items():
-            torch._foreach_lerp_(list(map(local, average.values())), weights, 1 - self._betas[name](updates))
+        with record_function("jlt::averages"):
+            for name, average in self.averages.items():
+                torch._foreach_lerp_(list(map(local, average.values())), weights, 1 - self._betas[name](updates))
 
     @torch.no_grad()
     def distances(self) -> dict[str, Tensor]:

@@ -22,12 +22,13 @@ from jlt.draws import derive_seed
 from jlt.errors import JLTError
 from jlt.files import lock_folder
 from jlt.processes import Alone, Group, together
+from jlt.progress import say
 from jlt.signals import Stopped, StopRequest, stop_on_signal
 from jlt.training.batch import split_batch
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, remove_later_snapshots, step_folder, sweep
 from jlt.training.draws import StepDraws, draw_steps
 from jlt.training.journal import Journal
-from jlt.training.meter import Meter
+from jlt.training.meter import Meter, precision_warning
 from jlt.training.run import prepare_run
 from jlt.training.saver import Saver
 from jlt.training.state import initial_state, resume
@@ -130,6 +131,8 @@ class Training:
         self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
         self._log_start()
         if self.journal is not None:
+            if warning := precision_warning(config, state.device):
+                say(warning)
             self.journal.show()
         with self.saver, contextlib.closing(self._batches()) as batches:
             while state.step < config.steps:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jlt.config import TrainConfig
-from jlt.measure import matmul_rate, peak_memory
+from jlt.measure import affordable_size, compare_precisions, matmul_rate, peak_memory, resident_memory
 from jlt.networks.flops import training_flops
 from jlt.processes import Group
 from jlt.training.batch import BatchSplit
@@ -22,6 +22,8 @@ TIME_BINS = 10
 """Equal parts of [0, 1] in which the loss is told apart."""
 RATE_SIZE = {"cpu": 1024, "cuda": 8192}
 """Side of the matrices whose product gives the rate that utilisation is measured against."""
+PRODUCT_SECONDS = 0.2
+"""How long one product may take; a device that would need longer is measured with smaller matrices."""
 
 
 class Meter:
@@ -74,6 +76,7 @@ class Meter:
         grad_norm = self._grad_norm.item()
         seconds = time.perf_counter() - self._since
         rate = self._steps * config.batch_size / seconds
+        resident = resident_memory()
         values = {
             "loss": loss / sound if sound else None,
             "loss_by_time": [total / count if count else None for total, count in zip(*by_time, strict=True)],
@@ -83,6 +86,7 @@ class Meter:
             "img_per_second": rate,
             "mfu": rate * training_flops(config.network) / (self.matmul_rate * self._group.size),
             "memory_gib": peak_memory(device) / 2**30,
+            "resident_gib": resident / 2**30 if resident is not None else None,
             "waiting": self._waited / seconds,
             "seconds": self._state.seconds,
         }
@@ -103,7 +107,13 @@ class Meter:
 def product_rate(config: TrainConfig, device: torch.device) -> float:
     """Measure the rate of a matrix product in the precision that a run multiplies in."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    return matmul_rate(dtype, device, repeats=2, size=RATE_SIZE[device.type])
+    size = affordable_size(dtype, device, PRODUCT_SECONDS, RATE_SIZE[device.type])
+    return matmul_rate(dtype, device, repeats=2, size=size)
+
+
+def precision_warning(config: TrainConfig, device: torch.device) -> str:
+    """Return a sentence where a run multiplies in bfloat16 on a device that is slower at it; empty elsewhere."""
+    return compare_precisions(device, PRODUCT_SECONDS).warning if config.precision == "bfloat16" else ""
 
 
 def _or_none(value: float) -> float | None:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 
 from jlt.config import Precision, TrainConfig
 from jlt.draws import normal_per_sample
@@ -94,7 +95,9 @@ class Stepper:
         share = torch.cat(losses)
         local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(asked))))
         total, failed, asked_of = sum_over(local, self.group)
-        loss, grad_norm = total / self.config.batch_size, self._clip()
+        with record_function("jlt::clipping"):
+            grad_norm = self._clip()
+        loss = total / self.config.batch_size
         unsound = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
         return Outcome(self.state.step + 1, draws, share, loss, grad_norm, unsound, asked_of)
 
@@ -139,7 +142,8 @@ def prepare_batch(
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
     """Return clean latents in float32, scaled noise and labels (the null class where dropped), where latents are."""
     x = latents.float()
-    eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
+    with record_function("jlt::noise"):
+        eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
     labels = torch.where(draws.dropped, config.network.num_classes, labels)
     return x, eps, labels.to(x.device, non_blocking=True)
 

@@ -1,0 +1,81 @@
+"""The figures of the training benchmark as text, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlt.progress import format_seconds
+from jlt.report.table import text_table
+from jlt.report.wording import number, percent
+
+NO_ROOM = "does not fit"
+
+
+def benchmark_table(result: Mapping[str, Any]) -> str:
+    """Return all that a training benchmark found, the fastest batch size of each network starred."""
+    parts = [_measured(result)]
+    for name, loop in result["loop"].items():
+        parts.append(text_table([f"{name}, the training loop", ""], _loop(loop)))
+    for name, profile in result["profile"].items():
+        parts.append(text_table([f"{name}, where a step goes", "share"], _profile(profile)))
+    for name, compared in result["compare"].items():
+        batch_size = compared[0]["batch_size"]
+        title = [f"{name}, batch {batch_size}", "img/s", "against eager", "peak GiB"]
+        parts.append(text_table(title, [_variant(entry) for entry in compared]))
+    return "\n\n".join([*parts, *filter(None, [result["warning"]])])
+
+
+def _measured(result: Mapping[str, Any]) -> str:
+    first = result["measured"][0]
+    how = f"{first['precision']}, {'compiled' if first['compile'] else 'eager'}"
+    title = [f"the update, {how}", "img/s", "s/step", "GFLOP/s", "product's", "MFU", "peak GiB", "warm-up"]
+    return text_table(title, [_update(entry, result["best"]) for entry in result["measured"]])
+
+
+def _update(entry: Mapping[str, Any], best: Mapping[str, int]) -> list[str]:
+    name = f"{entry['preset']}, batch {entry['batch_size']}"
+    if entry["out_of_memory"]:
+        return [f"{name}: {NO_ROOM}", *[""] * 7]
+    star = " *" if best[entry["preset"]] == entry["batch_size"] else "  "
+    return [
+        name,
+        number(entry["img_per_second"]) + star,
+        number(entry["seconds_per_step"]),
+        number(entry["gflops"]),
+        number(entry["matmul_gflops"]),
+        f"{entry['mfu']:.1%}",
+        number(entry["peak_memory_gib"]),
+        format_seconds(entry["warmup_seconds"]),
+    ]
+
+
+def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
+    if "error" in loop:
+        return [[loop["error"], ""]]
+    growth = f"memory growth over {loop['growth_steps']} steps, MiB"
+    return [
+        ["images per second", number(loop["img_per_second"])],
+        ["against the bare update", f"{loop['ratio']:.1%}"],
+        ["waiting for data", percent(loop["waiting"])],
+        ["pause of a save, s", number(loop["pause_seconds"])],
+        ["writing it, beside the training, s", number(loop["write_seconds"])],
+        [growth, number(loop["growth_mib"])],
+    ]
+
+
+def _profile(profile: Mapping[str, Any]) -> list[list[str]]:
+    if "error" in profile:
+        return [[profile["error"], ""]]
+    rows = [[group, percent(share)] for group, share in profile["shares"].items()]
+    rows += [[f"  of which {name[:60]}", percent(share)] for name, share in profile["unrecognised"].items()]
+    if profile["idle"] is not None:
+        rows.append(["besides, the device idle, of the wall time", percent(profile["idle"])])
+    return rows
+
+
+def _variant(entry: Mapping[str, Any]) -> list[str]:
+    if entry["out_of_memory"]:
+        return [f"{entry['variant']}: {NO_ROOM}", "", "", ""]
+    ratio = number(entry.get("ratio"))
+    return [entry["variant"], number(entry["img_per_second"]), ratio, number(entry["peak_memory_gib"])]

@@ -604,7 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in words:
             traceback.print_exc()
-        return _explain(error)
+        return _leave(_explain(error))
     if processes.rank() > 0:
         return 0 if result.sound else 1
     try:
@@ -614,6 +614,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0 if result.sound else 1
+
+
+def _leave(code: int) -> int:
+    """Return the exit code; among several processes with GPUs, end with it at once."""
+    torch = sys.modules.get("torch")
+    if processes.world_size() > 1 and torch is not None and torch.cuda.is_initialized():
+        # Taking a GPU's connections down would wait for a process that may be gone.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _explain(error: BaseException) -> int:

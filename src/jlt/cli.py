@@ -14,44 +14,23 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
 from jlt import processes
-from jlt.config import LossSpace, Precision, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
+from jlt.cli_benchmark import BENCHMARKS
+from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DEFAULT_IMAGES, DIGITS_SAMPLING, renamed, resolve_recipe
 from jlt.progress import silence
+from jlt.verbs import Result, Verb
 
 STOPPED = os.EX_TEMPFAIL
 """Exit code of work that was asked to stop and is saved: the code by which a job asks to be run again."""
 Positional = tyro.conf.Positional
 Flat = tyro.conf.arg(name="")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a verb found: `data` for --json, `text` for a person, and whether all was well."""
-
-    data: dict[str, Any]
-    text: str
-    sound: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verb:
-    """Options that every verb has."""
-
-    json: bool = False
-    """Print the result as one JSON object on stdout."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-    def run(self) -> Result:
-        """Do the work; JLTError says what went wrong."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,120 +390,6 @@ class Report(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBenchmark(Verb):
-    """The trainer's own update on random latents, against a matrix product in the same run.
-
-    Every network is measured at every batch size; those that do not fit in memory are passed over. At the fastest
-    batch size the rest is measured: the training loop, and what --profile and --compare ask for.
-
-    For example:
-
-      jlt benchmark train --preset JLT-B/1 --batch-size 8 16 --compile --profile
-    """
-
-    preset: tuple[str, ...] = ("JLT-B/1",)
-    batch_size: tuple[int, ...] = (8,)
-    steps: int = 5
-    """Measured updates, after a few that warm up."""
-    precision: Precision = "bfloat16"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    accumulation: int = 1
-    """Micro-batches of one update."""
-    loop_steps: int = 40
-    """Steps of the training loop with its data, log and checkpoints, which go to a temporary folder; 0 for none."""
-    profile: bool = False
-    """Say where the time of a step goes."""
-    compare: bool = False
-    """Measure eager, compiled and recomputing updates and other precisions in turn."""
-
-    def run(self) -> Result:
-        from jlt.experiments.systems import preset_config
-
-        configs = [
-            preset_config(
-                name,
-                precision=self.precision,
-                compile=self.compile,
-                gradient_checkpointing=self.gradient_checkpointing,
-                accumulation=self.accumulation,
-            )
-            for name in self.preset
-        ]
-        from jlt.experiments.benchmark import benchmark_train
-        from jlt.report.benchmark_table import benchmark_table
-
-        result = benchmark_train(
-            configs, self.batch_size, self.steps, self.loop_steps, profile=self.profile, compare=self.compare
-        )
-        return Result(result, benchmark_table(result))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataBenchmark(Verb):
-    """Reading latents as training does, against other ways of reading them in the same run.
-
-    For example:
-
-      jlt benchmark data --count 8000 --batch-size 256
-    """
-
-    latents: Path | None = None
-    """A store to read (default: a temporary one of random 128x16x16 latents)."""
-    count: int = 8000
-    """Latents in the temporary store."""
-    batch_size: int = 256
-    seconds: float = 1.0
-    """How long each way of reading is timed in each round."""
-
-    def run(self) -> Result:
-        from jlt.experiments.benchmark_data import benchmark_data
-        from jlt.report.table import data_benchmark_table
-
-        measured = benchmark_data(self.latents, self.count, self.batch_size, self.seconds)
-        return Result(measured, data_benchmark_table(measured))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeBenchmark(Verb):
-    """Encoding, against the autoencoder's bare forward on the same images in the same run.
-
-    For example:
-
-      jlt benchmark encode --autoencoder flux2 --images photos --num 64
-    """
-
-    images: str = "digits"
-    """What to encode, as in jlt encode; repeated until there are --num."""
-    autoencoder: str = "tiny"
-    autoencoder_path: str | None = None
-    resolution: int = 256
-    num: int = 256
-    """Images to encode."""
-    batch_size: int = 32
-    precision: Literal["float32", "bfloat16"] = "float32"
-    workers: int | None = None
-    """Processes that decode images (default: one per core, none for a bundled set)."""
-
-    def run(self) -> Result:
-        from jlt.data.config import EncodeConfig
-        from jlt.experiments.benchmark_encode import benchmark_encode
-        from jlt.report.table import encode_benchmark_table
-
-        config = EncodeConfig(
-            images=self.images,
-            autoencoder=self.autoencoder,
-            autoencoder_path=self.autoencoder_path,
-            resolution=self.resolution,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            workers=self.workers,
-        )
-        measured = benchmark_encode(config, self.num)
-        return Result(measured, encode_benchmark_table(measured))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Benchmark(Verb):
     """Measure speed, utilisation and memory on this machine: of training, of reading data, of encoding.
 
@@ -533,8 +398,6 @@ class Benchmark(Verb):
       jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
     """
 
-
-BENCHMARKS: dict[str, type[Verb]] = {"train": TrainBenchmark, "data": DataBenchmark, "encode": EncodeBenchmark}
 
 VERBS: tuple[type[Verb], ...] = (
     Quickstart,

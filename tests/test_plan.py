@@ -372,9 +372,9 @@ def jlt_process(*words) -> dict:
 def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
     shape = FLUX2_IMAGENET256
     words = ["--preset", "JLT-XS/1", "--batch-size", MEASURED_BATCH, "--steps", 3, "--precision", "float32"]
-    measured = jlt_process("benchmark", "train", *words)
+    (measured,) = jlt_process("benchmark", "train", *words, "--loop-steps", 0)["measured"]
     settings = [f"--network.{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(shape).items()]
-    settings += ["--batch-size", MEASURED_BATCH, "--ema", 0.9999, 0.9996, "--power-ema"]
+    settings += ["--batch-size", MEASURED_BATCH, "--ema", 0.9999, 0.9996, "--power-ema", 0.05, 0.1]
     plan = jlt_process("plan", "digits", "--gpu", "cpu", "--mfu", min(1, measured["mfu"]), *settings)
     assert plan["config"]["network"] == measured["network"] == dataclasses.asdict(sized_network("XS", 1, shape))
     assert plan["work"]["parameters"]["value"] == measured["parameters"]

@@ -6,13 +6,14 @@ import json
 import pytest
 from training_helpers import config_for, events, run_processes, train_words
 
+from jlt.cli import main
 from jlt.config import EvaluationConfig, SampleConfig
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.errors import JLTError
 from jlt.evaluation.features import load_extractor
 from jlt.experiments.evaluate import evaluate_checkpoint
-from jlt.experiments.recipes import resolve_recipe
+from jlt.experiments.recipes import images_of_recipe, resolve_recipe
 from jlt.experiments.training import say_what_does_not_reach, train_and_watch
 from jlt.signals import Stopped
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
@@ -157,6 +158,17 @@ def test_the_first_of_several_processes_looks_and_the_others_wait(digits, tmp_pa
     run_processes(2, train_words(Place, tmp_path / "run", *words))
     assert [event["step"] for event in events(tmp_path / "run", "sampled")] == [2, 4]
     assert [event["step"] for event in events(tmp_path / "run", "evaluated")] == [4]
+
+
+def test_the_configuration_of_a_run_repeats_it(store, tmp_path):
+    config = config_for(store, steps=3)
+    train(config, store, tmp_path / "run")
+    assert resolve_recipe(str(tmp_path / "run" / "config.json")) == config
+    assert images_of_recipe(str(tmp_path / "run" / "config.json")) == len(store)
+    words = ["train", str(tmp_path / "run" / "config.json"), "--latents", str(store.folder)]
+    assert main([*words, "--out", str(tmp_path / "again"), "--json"]) == 0
+    hashes = {open_checkpoint(tmp_path / name).sha256 for name in ("run", "again")}
+    assert len(hashes) == 1
 
 
 def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsys):

@@ -23,7 +23,7 @@ from jlt.cli_benchmark import BENCHMARKS
 from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
-from jlt.experiments.recipes import DEFAULT_IMAGES, DIGITS_SAMPLING, renamed, resolve_recipe
+from jlt.experiments.recipes import DIGITS_SAMPLING, images_of_recipe, renamed, resolve_recipe
 from jlt.progress import silence
 from jlt.verbs import Result, Verb
 
@@ -58,7 +58,7 @@ class RecipeVerb(Verb):
         base = resolve_recipe(self.recipe, manifest.shape if manifest else None)
         prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
         config = tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, config=PARSING)
-        return renamed(in_steps(config, manifest.count if manifest else DEFAULT_IMAGES[self.recipe]))
+        return renamed(in_steps(config, manifest.count if manifest else images_of_recipe(self.recipe)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class Analyze(Verb):
 class Train(RecipeVerb):
     """Train a recipe on a latent store; the same words continue an interrupted run.
 
-    Any setting of the recipe can be overridden, and --print-config lists them all.
+    Any setting of the recipe can be overridden, and --print-config lists them all. RUN/config.json is a recipe too.
 
     For example:
 
@@ -253,7 +253,7 @@ class Plan(RecipeVerb):
         from jlt.report.plan import plan_table
 
         manifest = read_manifest(self.latents) if self.latents else None
-        latents = describe_latents(config, DEFAULT_IMAGES[self.recipe], manifest)
+        latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
         hardware = describe_hardware(self.gpu, self.gpus, config)
         mfu = DEFAULT_MFU if self.mfu is None else self.mfu
         plan = make_plan(config, latents, hardware, mfu).to_dict()

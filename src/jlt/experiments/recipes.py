@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
-from jlt.config import LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig
+from jlt.config import LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig, from_dict
 from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
 from jlt.errors import unknown_name
 from jlt.experiments.systems import system_name
+from jlt.files import read_json
 from jlt.networks.sizes import size_name, sized_network
 
 Recipe = Callable[[LatentShape], TrainConfig]
@@ -80,10 +82,21 @@ DEFAULT_IMAGES = {name: DIGITS_IMAGES if name == "digits" else IMAGENET_IMAGES f
 
 
 def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig:
-    """Return a recipe's run for latents of a shape, or for those it was published with; JLTError for unknown names."""
+    """Return a recipe's run for latents of a shape, or for those it was published with; JLTError for unknown names.
+
+    The `config.json` of a run is a recipe too: that run, whatever the latents.
+    """
+    if name.endswith(".json"):
+        recorded = read_json(Path(name))
+        return from_dict(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     return RECIPES[name](latents or DEFAULT_LATENTS[name])
+
+
+def images_of_recipe(name: str) -> int:
+    """Return how many latents a recipe was made for."""
+    return read_json(Path(name))["latents"]["count"] if name.endswith(".json") else DEFAULT_IMAGES[name]
 
 
 def vary(base: TrainConfig, prediction: Prediction, loss_space: LossSpace, patch_size: int, seed: int) -> TrainConfig:

@@ -70,7 +70,7 @@ class Journal:
             if self._display is not None:
                 self._display.show(values)
         elif note := _note(event, values):
-            say(note)
+            (self._display.note if self._display is not None else say)(note)
 
     def _open_display(self) -> None:
         shown = training_display(self._config.name, self._step, self._config.steps)

@@ -274,7 +274,7 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
     first, last = json.loads(content[8:begin])["latents"]["data_offsets"]
     content[begin + first : begin + last] = np.full((last - first) // 4, np.nan, np.float32).tobytes()
     shard.write_bytes(content)
-    with pytest.raises(JLTError, match=r"Step 9: the loss is nan.* 10 in a row"):
+    with pytest.raises(JLTError, match=r"Step 10: the loss is nan.* 10 in a row"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not claims_to_be_matched(out)
     saved = [open_checkpoint(folder) for folder in out.glob("runs/*/checkpoints/step_*")]

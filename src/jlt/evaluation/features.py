@@ -17,22 +17,28 @@ EXTRACTORS = ("digits",)
 
 @dataclass(frozen=True)
 class Features:
-    """Per image, in float32: the feature vector that distances are measured in, and the logits of the classes."""
+    """Per image, in float32: the feature vector that distances are measured in, and what else the network tells.
+
+    `logits` of the classes are None where it is no classifier, `spatial` features (for sFID) where it has none.
+    """
 
     pooled: Float[Tensor, "n d"]
-    logits: Float[Tensor, "n k"]
+    logits: Float[Tensor, "n k"] | None = None
+    spatial: Float[Tensor, "n s"] | None = None
 
 
 class FeatureExtractor(abc.ABC):
     """A frozen network; an image's features depend on that image alone, whatever batch it comes in.
 
+    `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 where it gives none.
     `classes_of` is the kind of image source whose labels its classes are, None where there is no such source.
     `held_out_accuracy` is its share of right answers on images that it never saw, None where its makers did not say.
     """
 
     name: str
     dimension: int
-    num_classes: int
+    num_classes: int = 0
+    spatial_dimension: int = 0
     classes_of: str | None = None
     held_out_accuracy: float | None = None
 

@@ -1,5 +1,6 @@
 """Solvers, guidance and numbered images, against the exact Gaussian flow."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,10 +10,10 @@ import torch
 from jlt.config import PREDICTIONS, SampleConfig
 from jlt.errors import JLTError
 from jlt.path import expand_time
-from jlt.sampling.generate import labels_for, sample_latents
-from jlt.sampling.guidance import Denoiser, guided, in_interval
+from jlt.sampling.generate import _noise, labels_for, sample_latents
+from jlt.sampling.guidance import Denoiser, guided, in_interval, rows_evaluated
 from jlt.sampling.solvers import network_evaluations, solve
-from jlt.timesteps import uniform_grid
+from jlt.timesteps import sampling_grid, uniform_grid
 
 MEAN = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([4.0, 0.25, 0.01], dtype=torch.float64)
@@ -43,19 +44,118 @@ def exact_flow(noise):
     return MEAN + VARIANCE.sqrt() * noise
 
 
-def error(solver, steps):
+def error(solver, steps, shift=1.0):
     noise = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = solve(solver, exact_velocity, noise, uniform_grid(steps).tolist())
+    found = solve(solver, exact_velocity, noise, uniform_grid(steps, shift).tolist())
     return (found - exact_flow(noise)).abs().mean().item()
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_order_of_convergence(solver):
+def orders(errors):
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver, order, shift):
     # Eq. 8 ends Heun with one Euler step, whose local error is of second order, so the order stays 2.
-    order = {"euler": 1, "heun": 2}[solver]
-    errors = [error(solver, steps) for steps in (80, 160, 320)]
-    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert orders == pytest.approx([order] * 2, abs=0.15)
+    found = orders([error(solver, steps, shift) for steps in (160, 320, 640)])
+    assert found == pytest.approx([order] * 2, abs=0.15)
+
+
+def curved_velocity(z, t):
+    """A velocity that is not linear in z, as the Gaussian's is: there, midpoint happens to be of third order."""
+    return torch.sin(3 * z) + t * z
+
+
+def curved_error(solver, steps):
+    noise = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = solve("midpoint", curved_velocity, noise, uniform_grid(20_000).tolist())
+    return (solve(solver, curved_velocity, noise, uniform_grid(steps).tolist()) - exact).abs().mean().item()
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
+def test_order_of_convergence_on_a_curved_flow(solver, order):
+    assert orders([curved_error(solver, steps) for steps in (80, 160, 320)]) == pytest.approx([order] * 2, abs=0.15)
+
+
+def test_the_multistep_solver_is_of_second_order_in_lambda():
+    """Between times where lambda = log t/(1-t) is finite, on a grid that is uniform in it."""
+    first, last = 0.02, 0.98
+    spread = [(t**2 * VARIANCE + (1 - t) ** 2).sqrt() for t in (first, last)]
+    noise = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (80, 160, 320):
+        grid = torch.linspace(
+            *torch.logit(torch.tensor([first, last]).double()).tolist(), steps + 1, dtype=torch.float64
+        )
+        found = solve("dpmpp_2m", exact_velocity, first * MEAN + spread[0] * noise, grid.sigmoid().tolist())
+        errors.append((found - last * MEAN - spread[1] * noise).abs().mean().item())
+    assert orders(errors) == pytest.approx([2, 2], abs=0.15)
+
+
+def test_the_multistep_solver_needs_fewer_evaluations_on_the_usual_grid():
+    """From 0 to 1 lambda is infinite at the ends, and the error behaves as h^2 log(1/h)."""
+    assert math.log2(error("dpmpp_2m", 100) / error("dpmpp_2m", 1600)) / 4 > 1.5
+    for evaluations in (10, 20, 50):
+        multistep, euler = error("dpmpp_2m", evaluations), error("euler", evaluations)
+        assert multistep < 0.45 * euler
+        # Heun has half as many steps for as many evaluations.
+        assert multistep < error("heun", evaluations // 2)
+
+
+def impulses(steps):
+    """Return what one unit of the first noise, and of each step's fresh noise, adds to a centred sample."""
+    variance = VARIANCE[0]
+
+    def velocity(z, t):
+        return (t * variance - (1 - t)) / (t**2 * variance + (1 - t) ** 2) * z
+
+    unit = torch.eye(steps + 1, dtype=torch.float64)
+    return solve("ancestral", velocity, unit[0], uniform_grid(steps).tolist(), fresh=lambda k: unit[k + 1])
+
+
+def test_the_stochastic_solver_has_the_exact_variance_in_the_limit():
+    errors = [abs(impulses(steps).square().sum() - VARIANCE[0]).item() for steps in (80, 160, 320)]
+    assert orders(errors) == pytest.approx([1, 1], abs=0.15)
+    # It forgets the noise that it began with, which a flow carries to the end.
+    assert impulses(80)[0].abs() < 1e-9
+
+
+def test_a_stochastic_solver_without_a_source_of_noise_is_an_error():
+    with pytest.raises(ValueError, match="fresh noise"):
+        solve("ancestral", exact_velocity, torch.zeros(1, 3, dtype=torch.float64), uniform_grid(3).tolist())
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("grid", [uniform_grid(7).tolist(), uniform_grid(7, 3.0).tolist(), [0, 0.1, 0.7, 1]])
+def test_runge_kutta_steps_are_those_of_torchdiffeq(solver, grid):
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    noise = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    method = {"heun": "heun2"}.get(solver, solver)
+    times = torch.tensor(grid, dtype=torch.float64)
+    # Eq. 8 ends with Euler where another solver would ask for the velocity of t = 1.
+    split = len(grid) if solver != "heun" else len(grid) - 1
+    theirs = torchdiffeq.odeint(lambda t, z: curved_velocity(z, t), noise, times[:split], method=method)[-1]
+    if split < len(grid):
+        theirs = torchdiffeq.odeint(lambda t, z: curved_velocity(z, t), theirs, times[-2:], method="euler")[-1]
+    torch.testing.assert_close(solve(solver, curved_velocity, noise, grid), theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_multistep_solver_is_that_of_diffusers():
+    """Its scheduler counts noise levels sigma = 1 - t down, and predicts the velocity towards the noise."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(12)
+    grid = [1 - sigma for sigma in scheduler.sigmas.double().tolist()]
+    z = begun = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for timestep, t in zip(scheduler.timesteps, grid, strict=False):
+        z = scheduler.step(-exact_velocity(z, t), timestep, z).prev_sample
+    # Theirs starts just beside t = 0; with no more than 14 steps it takes the last one at first order, as ours does.
+    torch.testing.assert_close(solve("dpmpp_2m", exact_velocity, begun, grid), z, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_have_the_gaussians_moments():
@@ -77,14 +177,21 @@ def test_three_readouts_of_the_posterior_mean_are_one_velocity():
 
 
 def test_number_of_evaluations():
-    for solver, steps, expected in [("heun", 50, 99), ("euler", 50, 50), ("heun", 1, 1)]:
+    for solver, steps, expected in [
+        ("heun", 50, 99),
+        ("euler", 50, 50),
+        ("heun", 1, 1),
+        ("midpoint", 25, 50),
+        ("dpmpp_2m", 20, 20),
+        ("ancestral", 20, 20),
+    ]:
         asked = []
 
         def velocity(z, t, asked=asked):
             asked.append(t)
             return z
 
-        solve(solver, velocity, torch.ones(1, 1), uniform_grid(steps).tolist())
+        solve(solver, velocity, torch.ones(1, 1), uniform_grid(steps).tolist(), fresh=lambda _: torch.ones(1, 1))
         assert len(asked) == expected == network_evaluations(solver, steps)
         assert max(asked) < 1
 
@@ -124,6 +231,70 @@ def test_scale_one_asks_no_null_branch():
     network = LabelNetwork()
     guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), 1.0, (0.0, 1.0))(torch.zeros(1, 1), 0.5)
     assert network.rows == [1]
+
+
+def test_scale_zero_asks_the_null_branch_alone():
+    network = LabelNetwork()
+    v = guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), 0.0, (0.0, 1.0))(torch.zeros(1, 1), 0.5)
+    assert (v.item(), network.rows) == (7, [1])
+
+
+def test_a_guide_takes_the_place_of_the_null_class():
+    network, weaker, labels = LabelNetwork(), LabelNetwork(), torch.tensor([2, 3])
+    # The guide reads the same labels and, as an x-predictor asked for z = 0 at t = 1/2, doubles them.
+    guide = Denoiser(weaker, "x", null_label=9)
+    velocity = guided(Denoiser(network, "v", null_label=7), labels, 3.0, (0.1, 1.0), guide)
+    v = velocity(torch.zeros(2, 1), 0.5)
+    assert v.flatten().tolist() == (2 * labels + 3.0 * (labels - 2 * labels)).tolist()
+    assert (network.rows, weaker.rows) == ([2], [2])
+    assert velocity(torch.zeros(2, 1), 0.05).flatten().tolist() == labels.tolist()
+    assert (network.rows, weaker.rows) == ([2, 2], [2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        # 99 evaluations; at t = 0, 0.02, ..., 0.1 the first of a step runs one branch, the second one up to 0.1 too.
+        ({"cfg_scale": 2.9, "cfg_interval": (0.1, 1.0)}, 2 * 99 - 6 - 5),
+        ({"cfg_scale": 2.9}, 2 * 99),
+        ({"cfg_scale": 1.0}, 99),
+        ({"cfg_scale": 0.0}, 99),
+        ({"solver": "dpmpp_2m", "steps": 20, "cfg_scale": 2.0}, 40),
+        ({"grid": (0, 0.3, 1), "cfg_scale": 2.0, "cfg_interval": (0.2, 1.0)}, 1 + 2 + 2),
+    ],
+)
+def test_what_an_image_costs_is_known_before_it_is_drawn(settings, rows):
+    config, network = SampleConfig(**settings), LabelNetwork()
+    velocity = guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), config.cfg_scale, config.cfg_interval)
+    solve(config.solver, velocity, torch.zeros(1, 1), sampling_grid(config))
+    assert sum(network.rows) == rows == rows_evaluated(sampling_grid(config), config)
+
+
+def test_grids():
+    assert sampling_grid(SampleConfig(steps=4)) == [0, 0.25, 0.5, 0.75, 1]
+    assert sampling_grid(SampleConfig(steps=4, shift=3.0)) == pytest.approx([0, 1 / 10, 1 / 4, 1 / 2, 1])
+    explicit = SampleConfig(grid=(0, 0.5, 1))
+    assert (sampling_grid(explicit), explicit.steps) == ([0, 0.5, 1], 2)
+    for wrong in [(0, 1, 0.5), (0.1, 1), (0, 0.9), (0, 0.5, 0.5, 1), (0,)]:
+        with pytest.raises(JLTError, match="grid must rise from 0 to 1"):
+            SampleConfig(grid=wrong)
+    with pytest.raises(JLTError, match="leave shift at 1"):
+        SampleConfig(grid=(0, 1), shift=2.0)
+
+
+def test_fresh_noise_belongs_to_image_and_step():
+    """A stochastic solver's image i is the same in any batch, and each step's noise is another."""
+    config = SampleConfig(num=9, batch_size=9, steps=4, solver="ancestral")
+    denoiser = Denoiser(LabelNetwork(), "x", null_label=10)
+    (whole,) = sample_latents(denoiser, (2, 2, 2), 10, config)
+    parts = sample_latents(denoiser, (2, 2, 2), 10, dataclasses.replace(config, batch_size=2))
+    assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
+    (few,) = sample_latents(denoiser, (2, 2, 2), 10, config, numbers=[range(4, 6)])
+    assert torch.equal(few.latents, whole.latents[4:6])
+    _, fresh = _noise(0, range(3), (2, 2, 2), "cpu", 2.0)
+    draws = torch.stack([fresh(0), fresh(1), fresh(0)])
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
 
 
 def images(num, batch_size, **settings):

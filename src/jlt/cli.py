@@ -264,6 +264,9 @@ class Plan(RecipeVerb):
 class Sample(Verb):
     """Draw images from a checkpoint; image i of a seed is always the same.
 
+    Several processes share the work: torchrun --nproc-per-node 8 -m jlt sample ...
+    The same words continue what was interrupted.
+
     For example:
 
       jlt sample --checkpoint run --out samples --num 64 --format grid
@@ -278,14 +281,16 @@ class Sample(Verb):
     """Where the autoencoder of the latents lies, if not where its name says."""
 
     def run(self) -> Result:
+        from jlt.processes import joined
         from jlt.protocol import default_device
         from jlt.sampling.sampler import open_sampler
         from jlt.sampling.save import save_samples
         from jlt.training.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(self.checkpoint)
-        sampler = open_sampler(checkpoint, self.config, default_device(), self.autoencoder_path)
-        written = save_samples(sampler, self.out, self.format)
+        checkpoint, device = open_checkpoint(self.checkpoint), default_device()
+        sampler = open_sampler(checkpoint, self.config, device, self.autoencoder_path)
+        with joined(device) as group:
+            written = save_samples(sampler, self.out, self.format, group)
         return Result({"written": str(written), "protocol": sampler.protocol()}, f"{self.config.num} images: {written}")
 
 

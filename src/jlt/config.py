@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 from jlt.errors import JLTError, unknown_name
@@ -111,7 +112,7 @@ class TimestepConfig:
         _require(self.shift > 0, f"shift must be positive, not {self.shift}.")
 
 
-Solver = Literal["euler", "heun"]
+Solver = Literal["euler", "heun", "midpoint", "dpmpp_2m", "ancestral"]
 SampleFormat = Literal["png", "npz", "grid"]
 
 
@@ -121,10 +122,19 @@ class SampleConfig:
 
     num: int = 64
     solver: Solver = "heun"
+    """euler, heun (eq. 8) and midpoint; dpmpp_2m for few evaluations; ancestral draws fresh noise at every step."""
     steps: int = 50
+    shift: float = 1.0
+    """a in t -> t / (t + a (1 - t)), applied to the equally spaced times of the steps; 1 changes nothing."""
+    grid: tuple[float, ...] = ()
+    """The times themselves, rising from 0 to 1, in place of steps and shift."""
     cfg_scale: float = 1.0
     """w in eq. 7; 1 is unguided."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
+    autoguide: str = ""
+    """Run or checkpoint of a weaker network that guides in the place of the null class (autoguidance)."""
+    autoguide_ema: str = ""
+    """Which of its weights; without --autoguide, weights of the same checkpoint, such as a shorter average."""
     t_eps: float = 0.0
     """Clamp of the readout (eq. 3) while sampling; 0.05 is the published behaviour and leaves noise in the result."""
     labels: str = "equal"
@@ -132,14 +142,29 @@ class SampleConfig:
     seed: int = 0
     ema: str = ""
     """An EMA decay (0.9999), a length to rebuild (sigma_rel=0.07) or none; empty takes the run's first decay."""
-    batch_size: int = 250
+    batch_size: int = 256
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
+        _require(self.shift > 0, f"shift must be positive, not {self.shift}.")
+        if self.grid:
+            rising = all(t < t_next for t, t_next in pairwise(self.grid))
+            _require(
+                len(self.grid) > 1 and rising and (self.grid[0], self.grid[-1]) == (0, 1),
+                f"grid must rise from 0 to 1, not {self.grid}.",
+            )
+            _require(self.shift == 1, "An explicit grid is taken as it is: leave shift at 1.")
+            # One truth: the steps are those of the grid.
+            object.__setattr__(self, "steps", len(self.grid) - 1)
         _require(0 <= low < high <= 1, f"cfg_interval must satisfy 0 <= low < high <= 1, not {low} {high}.")
         _require(self.num > 0 and self.steps > 0 and self.batch_size > 0, "num, steps and batch_size must be positive.")
         _require(0 <= self.t_eps < 1, f"t_eps must lie in [0, 1), not {self.t_eps}.")
+
+    @property
+    def autoguided(self) -> bool:
+        """Whether a weaker network guides, and not the null class."""
+        return bool(self.autoguide or self.autoguide_ema)
 
 
 @dataclass(frozen=True)
@@ -151,6 +176,8 @@ class EvaluationConfig:
     """Real images or an .npz of their statistics; empty takes the images that the latents were made from."""
     features: str = "digits"
     """Feature extractor."""
+    features_path: str = ""
+    """Where its weights are, if not in the usual place."""
 
 
 @dataclass(frozen=True)

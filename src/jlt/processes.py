@@ -9,14 +9,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlt.errors import JLTError
 from jlt.heartbeat import Heartbeat, Pulse
-from jlt.signals import Stopped
+from jlt.signals import Stopped, stop_on_signal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -180,6 +180,30 @@ def _is_broken_connection(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection"))
+
+
+@contextlib.contextmanager
+def stopping_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+    """Give a block `until_stopped`, which passes items on until any process of the group was asked to stop.
+
+    Stopped is then raised in all of them, at the end of the block, which every process has to reach.
+    """
+    stopped = False
+    with stop_on_signal() as asked:
+
+        def until_stopped(items: Iterable[T]) -> Iterator[T]:
+            for item in items:
+                if group.add("asked to stop", int(bool(asked))):
+                    raise Stopped("Stopped on request.")
+                yield item
+
+        try:
+            yield until_stopped
+        except Stopped:
+            stopped = True
+        if any(group.gather(stopped)):
+            group.pulse.leaving = True
+            raise Stopped("Stopped on request.")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jlt.config import TimestepConfig
+from jlt.config import SampleConfig, TimestepConfig
 
 
 def shift_time(t: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
@@ -40,3 +40,8 @@ def uniform_grid(steps: int, shift: float = 1.0) -> Float[Tensor, "steps_plus_1"
     """Return steps + 1 float64 times from 0 to 1, equally spaced (eq. 8) and then shifted (eq. 6)."""
     # A quotient is correctly rounded, so that t = 0.1 on a grid of 50 is the same 0.1 that bounds an interval.
     return shift_time(torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
+
+
+def sampling_grid(config: SampleConfig) -> list[float]:
+    """Return the times that a sampler walks: the explicit ones, or equally spaced and shifted."""
+    return list(config.grid) or uniform_grid(config.steps, config.shift).tolist()

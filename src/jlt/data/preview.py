@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
 
 from jlt.autoencoders.psnr import psnr
 from jlt.data.batch import encode_batch, exact_arithmetic
@@ -14,13 +12,13 @@ from jlt.data.job import EncodingJob
 from jlt.errors import JLTError
 from jlt.files import atomic_path
 from jlt.progress import say
+from jlt.sheet import Words, draw_sheet
 
 PREVIEW_NAME = "preview.png"
 IMAGES = 8
 FAR_BELOW = 10.0
 """Decibels."""
-MIN_SIDE, MARGIN, TITLE_SIZE, TEXT_SIZE = 160, 12, 18, 15
-INK, PAPER = (30, 30, 30), (255, 255, 255)
+MIN_SIDE = 160
 
 
 def preview(job: EncodingJob) -> float:
@@ -40,8 +38,10 @@ def preview(job: EncodingJob) -> float:
     ]
     decoded = ((reconstructed + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     path = job.out / PREVIEW_NAME
+    words = Words(title=_title(job, overall), captions=[""] * len(captions) + captions)
+    sheet = draw_sheet(np.concatenate((pixels.pixels, decoded)), len(captions), words, MIN_SIDE)
     with atomic_path(path) as temporary:
-        _draw(pixels.pixels, decoded, captions, _title(job, overall)).save(temporary)
+        sheet.save(temporary)
     say(f"{path}: {len(captions)} images over their reconstructions, {overall:.1f} dB.")
     promised = job.autoencoder.held_out_psnr
     if promised and overall < promised - FAR_BELOW:
@@ -78,35 +78,3 @@ def _first_usable(job: EncodingJob) -> PixelBatch:
         if len(batch.index):
             return batch
     raise JLTError(f"None of the {len(job.source)} images of {job.source.name} can be used.")
-
-
-def _draw(
-    above: UInt8[np.ndarray, "n s s 3"], below: UInt8[np.ndarray, "n s s 3"], captions: list[str], title: str
-) -> Image.Image:
-    side = above.shape[1] * -(-MIN_SIDE // above.shape[1])
-    title_font, font = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(TEXT_SIZE)
-    top, caption_height = 2 * MARGIN + TITLE_SIZE, 2 * (TEXT_SIZE + 6)
-    width = max(MARGIN + len(above) * (side + MARGIN), 2 * MARGIN + round(title_font.getlength(title)))
-    sheet = Image.new("RGB", (width, top + 2 * side + 4 + caption_height + MARGIN), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, title_font)
-    for column, caption in enumerate(captions):
-        left = MARGIN + column * (side + MARGIN)
-        for row, images in enumerate((above, below)):
-            # Small images are enlarged pixel by pixel, so that nothing is smoothed over.
-            shown = Image.fromarray(images[column]).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(shown, (left, top + row * (side + 4)))
-        draw.multiline_text((left, top + 2 * side + 10), _fitted(caption, font, side), INK, font)
-    return sheet
-
-
-def _fitted(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """Return a caption whose lines are cut to a width in pixels."""
-    return "\n".join(_cut(line, font, width) for line in caption.split("\n"))
-
-
-def _cut(line: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    kept = len(line)
-    while kept > 1 and font.getlength(line[:kept] + "…" * (kept < len(line))) > width:
-        kept -= 1
-    return line[:kept] + "…" * (kept < len(line))

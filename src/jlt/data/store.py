@@ -104,6 +104,7 @@ class LatentStore:
             "source": manifest.source,
             "count": manifest.count,
             "resolution": manifest.resolution,
+            "class_names": list(manifest.class_names),
             "manifest_sha256": manifest.sha256(),
         }
 

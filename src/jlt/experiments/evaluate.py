@@ -23,11 +23,12 @@ from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, r
 from jlt.evaluation.features import FeatureExtractor, load_extractor
 from jlt.evaluation.images import open_images
 from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import read_json, write_json
+from jlt.files import atomic_path, read_json, write_json
 from jlt.progress import say, track
 from jlt.protocol import default_device, versions
 from jlt.sampling.sampler import ImageSampler, open_sampler
-from jlt.sampling.save import image_grid, save_image
+from jlt.sampling.save import class_name
+from jlt.sheet import Words, draw_sheet
 from jlt.signals import until_stopped
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
@@ -170,5 +171,8 @@ def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: P
     num_classes = min(10, checkpoint.config.network.num_classes)
     labels = [row for row in range(num_classes) for _ in range(GRID_COLUMNS)]
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
-    images = np.concatenate([batch.images.numpy() for batch in open_sampler(checkpoint, settings, device).batches()])
-    save_image(image_grid(images, GRID_COLUMNS), path)
+    sampler = open_sampler(checkpoint, settings, device)
+    images = np.concatenate([batch.images.numpy() for batch in sampler.batches()])
+    words = Words(rows=[class_name(sampler, label) for label in range(num_classes)])
+    with atomic_path(path) as temporary:
+        draw_sheet(images, GRID_COLUMNS, words).save(temporary)

@@ -5,7 +5,7 @@ The image itself is then the same up to float rounding, which depends on the sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from jlt.config import SampleConfig
 from jlt.draws import derive_seed, generator, normal_per_sample
 from jlt.errors import JLTError, WrongWordsError
 from jlt.sampling.guidance import Denoiser, guided
-from jlt.sampling.solvers import solve
-from jlt.timesteps import uniform_grid
+from jlt.sampling.solvers import Noise, solve
+from jlt.timesteps import sampling_grid
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -
     return torch.tensor([labels[index % len(labels)] for index in indices])
 
 
-@torch.no_grad()
+def batches_of(num: int, batch_size: int) -> list[range]:
+    """Return the numbers 0 to num - 1 in consecutive ranges of batch_size; the last may be shorter."""
+    return [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
+
+
+@torch.inference_mode()
 def sample_latents(
     denoiser: Denoiser,
     shape: tuple[int, int, int],
@@ -55,29 +60,37 @@ def sample_latents(
     config: SampleConfig,
     device: torch.device | str = "cpu",
     noise_scale: float = 1.0,
-    done: Callable[[range], bool] | None = None,
+    numbers: Iterable[range] | None = None,
+    guide: Denoiser | None = None,
 ) -> Iterator[SampleBatch]:
-    """Yield exactly `config.num` latents of the given (C, H, W) in order of their number, a batch at a time.
+    """Yield latents of the given (C, H, W), a batch for each range of `numbers`; without them all `config.num`.
 
-    Batches whose numbers `done` answers for are passed over.
+    JLTError for latents that are not finite.
     """
-    grid = uniform_grid(config.steps).tolist()
-    for start in range(0, config.num, config.batch_size):
-        indices = range(start, min(start + config.batch_size, config.num))
-        if done and done(indices):
-            continue
+    grid = sampling_grid(config)
+    for indices in batches_of(config.num, config.batch_size) if numbers is None else numbers:
         labels = labels_for(config.labels, indices, num_classes, config.seed).to(device)
-        seeds = [derive_seed(config.seed, "image", index) for index in indices]
-        noise = noise_scale * normal_per_sample(seeds, shape, device)
-        velocity = guided(denoiser, labels, config.cfg_scale, config.cfg_interval)
+        velocity = guided(denoiser, labels, config.cfg_scale, config.cfg_interval, guide)
+        noise, fresh = _noise(config.seed, indices, shape, device, noise_scale)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            latents = solve(config.solver, velocity, noise, grid)
+            latents = solve(config.solver, velocity, noise, grid, fresh)
         if not latents.isfinite().all():
-            raise JLTError(f"Some of the images {start} to {indices[-1]} are not finite: has the training diverged?")
-        yield SampleBatch(start, latents, labels)
+            raise JLTError(f"Some of the images {indices[0]} to {indices[-1]} are not finite: has training diverged?")
+        yield SampleBatch(indices[0], latents, labels)
 
 
-@torch.no_grad()
+def _noise(
+    seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device | str, scale: float
+) -> tuple[Float[Tensor, "n c h w"], Noise]:
+    """Return the noise that numbered images begin with, and the source of what a stochastic solver adds at a step."""
+
+    def draw(purpose: str, *step: int) -> Float[Tensor, "n c h w"]:
+        return scale * normal_per_sample([derive_seed(seed, purpose, index, *step) for index in indices], shape, device)
+
+    return draw("image"), lambda step: draw("image step", step)
+
+
+@torch.inference_mode()
 def decode_to_uint8(autoencoder: Autoencoder, latents: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n hh ww 3"]:
     """Decode latents to images with levels 0 to 255, rounded to the nearest."""
     images = autoencoder.decode(latents)

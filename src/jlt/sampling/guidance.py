@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jlt.config import Prediction
+from jlt.config import Prediction, SampleConfig
 from jlt.prediction import velocity_from_output
-from jlt.sampling.solvers import Velocity
+from jlt.sampling.solvers import Velocity, solve
 
 NOISE_END = 0.02
 """Least time at which an eps-prediction is asked: sampling begins at t = 0, where its readout is 0 / 0.
@@ -43,16 +44,44 @@ def in_interval(t: float, low: float, high: float) -> bool:
 
 
 def guided(
-    denoiser: Denoiser, labels: Int[Tensor, "b"], cfg_scale: float, cfg_interval: tuple[float, float]
+    denoiser: Denoiser,
+    labels: Int[Tensor, "b"],
+    cfg_scale: float,
+    cfg_interval: tuple[float, float],
+    guide: Denoiser | None = None,
 ) -> Velocity:
-    """Return the velocity of eq. 7 for these labels; both branches share a forward, and none runs without effect."""
+    """Return the velocity of eq. 7 for these labels; no branch runs where it has no effect.
+
+    The null class shares a forward with the labels. A `guide`, a weaker network for the same labels, takes its place
+    in autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself").
+    """
+    null = torch.full_like(labels, denoiser.null_label)
+
+    def branches(z: Float[Tensor, "b *rest"], t: float) -> tuple[Float[Tensor, "b *rest"], Float[Tensor, "b *rest"]]:
+        if guide is not None:
+            return denoiser.velocity(z, t, labels), guide.velocity(z, t, labels)
+        v_class, v_null = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null))).chunk(2)
+        return v_class, v_null
 
     def velocity(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
         if cfg_scale == 1 or not in_interval(t, *cfg_interval):
             return denoiser.velocity(z, t, labels)
-        null = torch.full_like(labels, denoiser.null_label)
-        both = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null)))
-        v_class, v_null = both.chunk(2)
+        if cfg_scale == 0:
+            return guide.velocity(z, t, labels) if guide else denoiser.velocity(z, t, null)
+        v_class, v_null = branches(z, t)
         return v_null + cfg_scale * (v_class - v_null)
 
     return velocity
+
+
+def rows_evaluated(grid: Sequence[float], config: SampleConfig) -> int:
+    """Return how many rows a network is asked for per image: its NFE with both branches where both run."""
+    asked: list[float] = []
+
+    def record(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
+        asked.append(t)
+        return z
+
+    solve(config.solver, record, torch.zeros(1), grid, fresh=lambda _: torch.zeros(1))
+    both = config.cfg_scale not in (0, 1)
+    return sum(2 if both and in_interval(t, *config.cfg_interval) else 1 for t in asked)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
@@ -14,13 +15,15 @@ from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.registry import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
 from jlt.config import SampleConfig, TrainConfig, to_dict
 from jlt.errors import JLTError
+from jlt.files import difference
 from jlt.networks.transformer import build_network
 from jlt.progress import say
 from jlt.protocol import versions
-from jlt.sampling.generate import decode_to_uint8, labels_for, sample_latents
+from jlt.sampling.generate import SampleBatch, decode_to_uint8, labels_for, sample_latents
 from jlt.sampling.guidance import NOISE_END, Denoiser
-from jlt.training.averages import choose_weights
-from jlt.training.checkpoint import Checkpoint
+from jlt.sampling.solvers import network_evaluations
+from jlt.training.averages import choose_name, choose_weights
+from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,42 +36,69 @@ class ImageBatch:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A network ready to sample with, and what a protocol says of its weights."""
+
+    denoiser: Denoiser
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ImageSampler:
     """Draws the numbered images of one protocol."""
 
     checkpoint: Checkpoint
-    denoiser: Denoiser
+    weights: Weights
+    guide: Weights | None
     autoencoder: Autoencoder
     config: SampleConfig
-    ema: Mapping[str, Any]
-    """What a protocol says of the weights: the words that name them and, where they were rebuilt, what from."""
     device: str
 
-    def batches(self, done: Callable[[range], bool] | None = None) -> Iterator[ImageBatch]:
-        """Yield exactly `config.num` images, in order, but for batches whose numbers `done` answers for."""
-        network, train = self.checkpoint.config.network, self.checkpoint.config
-        shape = (network.channels, network.height, network.width)
-        for batch in sample_latents(
-            self.denoiser, shape, network.num_classes, self.config, self.device, train.noise_scale, done
-        ):
+    def batches(self, numbers: Iterable[range] | None = None) -> Iterator[ImageBatch]:
+        """Yield the images of these ranges of numbers, a batch each; without them all `config.num`, in order."""
+        for batch in self.latents(numbers):
             images = decode_to_uint8(self.autoencoder, batch.latents)
             yield ImageBatch(batch.start, images.cpu(), batch.labels.cpu())
+
+    def latents(self, numbers: Iterable[range] | None = None) -> Iterator[SampleBatch]:
+        """Yield what `batches` decodes."""
+        network, train = self.checkpoint.config.network, self.checkpoint.config
+        shape = (network.channels, network.height, network.width)
+        guide = self.guide.denoiser if self.guide else None
+        return sample_latents(
+            self.weights.denoiser,
+            shape,
+            network.num_classes,
+            self.config,
+            self.device,
+            train.noise_scale,
+            numbers,
+            guide,
+        )
 
     @property
     def resolution(self) -> int:
         """Height of the images in pixels."""
         return self.checkpoint.config.network.height * self.autoencoder.downsampling
 
+    @property
+    def classes(self) -> str:
+        """The kind of image source whose classes the labels are."""
+        return self.checkpoint.latents["source"]["kind"]
+
     def protocol(self) -> dict[str, Any]:
         """Return everything that decides which images these are; batch sizes move them by float rounding alone."""
-        settings = {key: value for key, value in to_dict(self.config).items() if key not in ("num", "batch_size")}
+        free = ("num", "batch_size", "autoguide", "autoguide_ema")
+        settings = {key: value for key, value in to_dict(self.config).items() if key not in free}
+        guide = {"autoguide": dict(self.guide.identity)} if self.guide else {}
         return {
-            "checkpoint": self.checkpoint.sha256,
             **settings,
+            **self.weights.identity,
+            **guide,
+            "nfe": network_evaluations(self.config.solver, self.config.steps),
             "eps_first_time": NOISE_END,
-            **self.ema,
             "count": self.config.num,
-            "device": self.device,
+            "device": torch.device(self.device).type,
             "autoencoder": self.autoencoder.identity(),
             "versions": versions(),
         }
@@ -79,24 +109,53 @@ def open_sampler(
 ) -> ImageSampler:
     """Build the sampler of a checkpoint with the autoencoder that its latents came from.
 
-    Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, or an autoencoder with other weights.
+    Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, a guide of another kind of latents, or an
+    autoencoder with other weights.
     """
+    check_guidance(checkpoint.config, config)
+    guide = _open_guide(checkpoint, config, device) if config.autoguided else None
+    weights = _open_weights(checkpoint, config.ema, config.t_eps, device)
+    autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
+    return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
+
+
+def _open_weights(checkpoint: Checkpoint, ema: str, t_eps: float, device: str) -> Weights:
     train = checkpoint.config
-    check_guidance(train, config)
-    chosen = choose_weights(checkpoint, config.ema)
+    chosen = choose_weights(checkpoint, ema)
     network = build_network(train.network, seed=0)
     network.load_state_dict(chosen.tensors)
     network.to(device).eval().requires_grad_(False)
-    denoiser = Denoiser(network, train.prediction, train.network.num_classes, config.t_eps)
-    autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
-    ema = {"ema": chosen.ema} | ({"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {})
-    return ImageSampler(checkpoint, denoiser, autoencoder, config, ema, device)
+    denoiser = Denoiser(network, train.prediction, train.network.num_classes, t_eps)
+    rebuilt = {"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {}
+    return Weights(denoiser, {"checkpoint": checkpoint.sha256, "ema": chosen.ema, **rebuilt})
+
+
+def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> Weights:
+    """Open the weaker network of autoguidance; JLTError if its latents, classes or noise are not those of the other."""
+    guide = open_checkpoint(Path(config.autoguide)) if config.autoguide else checkpoint
+    mine, theirs = (_sampled_space(side) for side in (checkpoint, guide))
+    if lines := difference(mine, theirs):
+        raise JLTError(f"{guide.folder} cannot guide, it draws something else: {'; '.join(lines)}.")
+    weights = _open_weights(guide, config.autoguide_ema, config.t_eps, device)
+    mine_ema = choose_name(checkpoint, config.ema)
+    if guide.sha256 == checkpoint.sha256 and weights.identity["ema"] == mine_ema:
+        raise JLTError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
+    return weights
+
+
+def _sampled_space(checkpoint: Checkpoint) -> dict[str, Any]:
+    train = checkpoint.config
+    sizes = {key: getattr(train.network, key) for key in ("channels", "height", "width", "num_classes")}
+    decoded = {key: checkpoint.latents["autoencoder"][key] for key in ("name", "weights_sha256", "normalisation")}
+    return {**sizes, "noise_scale": train.noise_scale, "autoencoder": decoded}
 
 
 def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
     """Raise a JLTError for labels that a run's network does not know, and guidance that it was not trained for."""
     labels_for(config.labels, range(1), train.network.num_classes, config.seed)
-    if config.cfg_scale != 1 and train.label_dropout == 0:
+    if config.autoguided and config.cfg_scale == 1:
+        raise JLTError("A guide has no effect at cfg_scale 1: name another with --cfg-scale.")
+    if config.cfg_scale != 1 and train.label_dropout == 0 and not config.autoguided:
         raise JLTError(
             "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."
         )

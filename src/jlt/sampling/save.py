@@ -1,38 +1,96 @@
-"""Images to disk: numbered PNG that can be continued, one .npz as ADM's evaluator reads, or a grid to look at."""
+"""Images to disk: numbered PNG, one .npz as ADM's evaluator reads, or a grid to look at.
+
+Any number of processes may share the work, and the same words continue what was interrupted.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from jlt.config import SampleFormat
-from jlt.files import atomic_path, claim_folder
+from jlt.errors import JLTError
+from jlt.files import atomic_path, claim_folder, lock_folder, read_json
+from jlt.processes import Alone, Group, stopping_together
 from jlt.progress import track
+from jlt.rows import RowTable, require_space, unwritten
+from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
-from jlt.signals import until_stopped
+from jlt.sheet import Words, draw_sheet
 
 PROTOCOL = "protocol.json"
+PNG_SHARE = 0.6
+"""Size of a PNG of a photograph against its pixels, roughly: for the room that is asked for before the first."""
+GRID_SIDE = 96
+"""Images of a grid are at least so large."""
 
 
-def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
+def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Group | None = None) -> Path:
     """Draw all images of a sampler into a folder and return what was written.
 
-    A folder that holds images of the same protocol is completed; one that holds anything else is a JLTError. Stopped
-    when asked to end.
+    A folder that holds images of the same protocol is completed, also to a larger number; JLTError for one that holds
+    anything else, or more images, and for a disk without room. Stopped when any process was asked to end.
     """
-    claim_folder(out, PROTOCOL, {**sampler.protocol(), "format": form})
+    group = group or Alone()
+    with contextlib.ExitStack() as held:
+        place = group.on_first(lambda: _claim(held, sampler, out, form))
+        keep, missing = (_png if form == "png" else _table)(sampler, out, group)
+        with stopping_together(group) as until_stopped:
+            share = missing[group.rank :: group.size]
+            for batch in track(until_stopped(sampler.batches(share)), _what(sampler), total=len(share)):
+                keep(batch)
+        if form != "png":
+            group.on_first(lambda: _finish(sampler, out, place))
+        return place
 
-    def done(images: range) -> bool:
-        return form == "png" and all(png_path(out, number).exists() for number in images)
 
-    total = math.ceil(sampler.config.num / sampler.config.batch_size)
-    batches = track(until_stopped(sampler.batches(done)), "sampling", total=total)
-    return {"png": _save_png, "npz": _save_npz, "grid": _save_grid}[form](batches, out)
+def _what(sampler: ImageSampler) -> str:
+    return f"sampling {sampler.config.num} images, {sampler.protocol()['nfe']} NFE each"
+
+
+def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
+    """Make the folder the place of these images, and of no more of them than are asked for."""
+    words = {**sampler.protocol(), "format": form}
+    # A grid or an array is of all its images; a folder can be completed to more.
+    stored = read_json(out / PROTOCOL) if (out / PROTOCOL).is_file() else words
+    more = form == "png" and stored.get("count", 0) <= sampler.config.num
+    claim_folder(out, PROTOCOL, words, free=("count",) if more else ())
+    held.enter_context(lock_folder(out))
+    numbers = (int(path.stem) for path in out.glob("*.png") if path.stem.isdigit())
+    if form == "png" and (beyond := [number for number in numbers if number >= sampler.config.num]):
+        raise JLTError(f"{out} holds an image {min(beyond)}, and {sampler.config.num} were asked for: remove it.")
+    for path in out.glob(".*.partial.*"):
+        path.unlink(missing_ok=True)
+    return {"png": out, "npz": out / "samples.npz", "grid": out / "grid.png"}[form]
+
+
+Keep = Callable[[ImageBatch], None]
+
+
+def _png(sampler: ImageSampler, out: Path, group: Group) -> tuple[Keep, list[range]]:
+    """Return what keeps a batch as numbered PNG, and the ranges of numbers that are not all there."""
+
+    def find() -> list[range]:
+        there = np.array([png_path(out, number).exists() for number in range(sampler.config.num)])
+        pixels = 3 * sampler.resolution**2
+        require_space(out, int(PNG_SHARE * pixels * (~there).sum()), f"{(~there).sum()} PNG images")
+        return unwritten(batches_of(sampler.config.num, sampler.config.batch_size), there)
+
+    def keep(batch: ImageBatch) -> None:
+        for offset, (image, label) in enumerate(zip(batch.images.numpy(), batch.labels.tolist(), strict=True)):
+            path = png_path(out, batch.start + offset)
+            if not path.exists():
+                save_image(image, path, {"label": str(label), "classes": sampler.classes})
+
+    return keep, group.on_first(find)
 
 
 def png_path(out: Path, number: int) -> Path:
@@ -40,48 +98,52 @@ def png_path(out: Path, number: int) -> Path:
     return out / f"{number:06d}.png"
 
 
-def _save_png(batches: Iterable[ImageBatch], out: Path) -> Path:
-    for batch in batches:
-        for offset, image in enumerate(batch.images.numpy()):
-            save_image(image, png_path(out, batch.start + offset))
-    return out
+def _open_table(sampler: ImageSampler, out: Path) -> RowTable:
+    image = (sampler.resolution, sampler.resolution, 3)
+    return RowTable(out, {"images": (np.uint8, image), "labels": (np.int64, ())}, sampler.config.num)
 
 
-def _save_npz(batches: Iterable[ImageBatch], out: Path) -> Path:
-    images, labels = _collect(batches)
-    path = out / "samples.npz"
+def _table(sampler: ImageSampler, out: Path, group: Group) -> tuple[Keep, list[range]]:
+    """Return what keeps a batch in a table on disk, and the ranges of numbers that are not all there."""
+    ranges = batches_of(sampler.config.num, sampler.config.batch_size)
+    if group.on_first(lambda: any(out.glob("samples.npz")) or any(out.glob("grid.png"))):
+        return lambda _: None, []
+    missing = group.on_first(lambda: unwritten(ranges, _open_table(sampler, out).written()))
+    table = _open_table(sampler, out)
+    return lambda batch: table.write(
+        batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()}
+    ), missing
+
+
+def _finish(sampler: ImageSampler, out: Path, place: Path) -> None:
+    """Make the array or the grid of a full table, and remove the table."""
+    if place.exists():
+        return
+    table = _open_table(sampler, out)
+    columns = table.read()
+    if place.suffix == ".npz":
+        require_space(out, columns["images"].nbytes, f"{len(columns['images'])} images")
+        with atomic_path(place) as temporary:
+            np.savez(temporary, arr_0=columns["images"], arr_1=columns["labels"], classes=np.array(sampler.classes))
+    else:
+        names = [class_name(sampler, label) for label in columns["labels"].tolist()]
+        columns_of_grid = math.ceil(math.sqrt(len(names)))
+        sheet = draw_sheet(np.asarray(columns["images"]), columns_of_grid, Words(captions=names), GRID_SIDE)
+        with atomic_path(place) as temporary:
+            sheet.save(temporary)
+    table.remove()
+
+
+def class_name(sampler: ImageSampler, label: int) -> str:
+    """Return the name of a class, or its number where the latents came without names."""
+    names = sampler.checkpoint.latents.get("class_names") or []
+    return names[label] if label < len(names) else str(label)
+
+
+def save_image(image: UInt8[np.ndarray, "h w 3"], path: Path, words: Mapping[str, Any] | None = None) -> None:
+    """Write one PNG atomically, with words that tell what it shows."""
+    info = PngInfo()
+    for key, value in (words or {}).items():
+        info.add_text(key, str(value))
     with atomic_path(path) as temporary:
-        np.savez(temporary, arr_0=images, arr_1=labels)
-    return path
-
-
-def _save_grid(batches: Iterable[ImageBatch], out: Path) -> Path:
-    images, _ = _collect(batches)
-    path = out / "grid.png"
-    save_image(image_grid(images, columns=math.ceil(math.sqrt(len(images)))), path)
-    return path
-
-
-def _collect(batches: Iterable[ImageBatch]) -> tuple[np.ndarray, np.ndarray]:
-    parts = [(batch.images.numpy(), batch.labels.numpy()) for batch in batches]
-    images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return images, labels
-
-
-def save_image(image: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
-    """Write one PNG atomically."""
-    with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary)
-
-
-def image_grid(
-    images: UInt8[np.ndarray, "n h w 3"], columns: int, gap: int = 2, background: int = 255
-) -> UInt8[np.ndarray, "hh ww 3"]:
-    """Lay images out row by row with a gap of some pixels between them."""
-    n, height, width, _ = images.shape
-    rows = math.ceil(n / columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), background, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        grid[top : top + height, left : left + width] = image
-    return grid
+        Image.fromarray(image).save(temporary, pnginfo=info)

@@ -1,11 +1,19 @@
-"""Solvers of dz/dt = v(z, t) from noise at t = 0 to data at t = 1: a step each, over a grid of times.
+"""Solvers of dz/dt = v(z, t) from noise at t = 0 to data at t = 1: a table, or a step, over a grid of times.
 
-A solver sees a velocity and never labels, networks or guidance.
+A solver sees a velocity and never labels, networks or guidance. With x^ = z + (1-t) v the clean prediction (eq. 4), the
+exponential ones treat the linear part of
+
+    dz/dt = (x^ - z) / (1-t)
+
+exactly: where x^ stays the same, one step from t to s is z_s = k z_t + (s - k t) x^ with k = (1-s) / (1-t). The step
+to s = 1 returns x^ itself. No solver asks for a velocity at the grid's end, where a readout may be singular.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from jaxtyping import Float
@@ -15,38 +23,164 @@ from jlt.config import Solver
 from jlt.errors import unknown_name
 
 Velocity = Callable[[Float[Tensor, "b *rest"], float], Float[Tensor, "b *rest"]]
-Step = Callable[[Velocity, Float[Tensor, "b *rest"], float, float], Float[Tensor, "b *rest"]]
+Noise = Callable[[int], Float[Tensor, "b *rest"]]
+"""Fresh noise, of the scale of the first, for each step of a stochastic solver."""
 
 
-def euler_step(velocity: Velocity, z: Float[Tensor, "b *rest"], t: float, t_next: float) -> Float[Tensor, "b *rest"]:
-    """First order: follow the velocity at the start of the step."""
-    return z + (t_next - t) * velocity(z, t)
+@dataclass(frozen=True)
+class RungeKutta:
+    """An explicit method by its tableau: stage i is asked at t + nodes[i] h, after the moves matrix[i] of the others.
+
+    Where a stage lies at the end of the step, the last step is Euler (eq. 8).
+    """
+
+    order: int
+    nodes: tuple[float, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+    def evaluations(self, steps: int) -> int:
+        """Return the number of velocities that `steps` steps ask for."""
+        return len(self.nodes) * (steps - 1) + (1 if self._asks_at_end else len(self.nodes))
+
+    def solve(
+        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
+    ) -> Float[Tensor, "b *rest"]:
+        """Walk the grid from noise z; `fresh` is not asked."""
+        del fresh
+        intervals = list(pairwise(grid))
+        for t, t_next in intervals[:-1]:
+            z = self.step(velocity, z, t, t_next)
+        last = EULER if self._asks_at_end else self
+        return last.step(velocity, z, *intervals[-1])
+
+    def step(
+        self, velocity: Velocity, z: Float[Tensor, "b *rest"], t: float, t_next: float
+    ) -> Float[Tensor, "b *rest"]:
+        """Move z from t to t_next."""
+        h = t_next - t
+        slopes: list[Tensor] = []
+        for node, row in zip(self.nodes, self.matrix, strict=True):
+            # A stage at the end of the step is asked at the grid's own time, not at one that rounding has moved.
+            slopes.append(velocity(_moved(z, h, row, slopes), t_next if node == 1 else t + node * h))
+        return _moved(z, h, self.weights, slopes)
+
+    @property
+    def _asks_at_end(self) -> bool:
+        return 1.0 in self.nodes
 
 
-def heun_step(velocity: Velocity, z: Float[Tensor, "b *rest"], t: float, t_next: float) -> Float[Tensor, "b *rest"]:
-    """Second order: follow the mean of the velocities at the start and at the Euler step's end."""
-    start = velocity(z, t)
-    end = velocity(z + (t_next - t) * start, t_next)
-    return z + (t_next - t) / 2 * (start + end)
+def _moved(
+    z: Float[Tensor, "b *rest"], h: float, weights: Sequence[float], slopes: Sequence[Float[Tensor, "b *rest"]]
+) -> Float[Tensor, "b *rest"]:
+    for weight, slope in zip(weights, slopes, strict=True):
+        z = z + (h * weight) * slope if weight else z
+    return z
 
 
-STEPS: dict[Solver, Step] = {"euler": euler_step, "heun": heun_step}
-EVALUATIONS: dict[Solver, int] = {"euler": 1, "heun": 2}
+@dataclass(frozen=True)
+class Multistep:
+    """DPM-Solver++(2M) (Lu et al. 2022): x^ is extrapolated along lambda = log t/(1-t) from this step and the last one.
+
+    One velocity a step. The first two steps and the last, where lambda is infinite, take x^ as it is.
+    """
+
+    order = 2
+
+    def evaluations(self, steps: int) -> int:
+        """Return the number of velocities that `steps` steps ask for."""
+        return steps
+
+    def solve(
+        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
+    ) -> Float[Tensor, "b *rest"]:
+        """Walk the grid from noise z; `fresh` is not asked."""
+        del fresh
+        before: Tensor | None = None
+        width_before = math.inf
+        for t, t_next in pairwise(grid):
+            clean = z + (1 - t) * velocity(z, t)
+            width = _log_ratio(t_next) - _log_ratio(t)
+            extrapolated = clean
+            if before is not None and math.isfinite(width) and math.isfinite(width_before):
+                extrapolated = clean + width / (2 * width_before) * (clean - before)
+            z = exponential_step(z, extrapolated, t, t_next)
+            before, width_before = clean, width
+        return z
+
+
+def _log_ratio(t: float) -> float:
+    if t <= 0:
+        return -math.inf
+    return math.log(t / (1 - t)) if t < 1 else math.inf
+
+
+def exponential_step(
+    z: Float[Tensor, "b *rest"], clean: Float[Tensor, "b *rest"], t: float, t_next: float
+) -> Float[Tensor, "b *rest"]:
+    """Move z from t to t_next along the straight path of eq. 1 that ends in `clean`."""
+    keep = (1 - t_next) / (1 - t)
+    return keep * z + (t_next - keep * t) * clean
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """Each step draws z_s from its distribution given z_t and x = x^: a stochastic solver, of weak order 1.
+
+    It is the first-order SDE solver of DPM-Solver++ (Lu et al. 2022) and, on this path, the posterior sampling of DDPM
+    (Ho et al. 2020): with k = t (1-s)^2 / (s (1-t)^2), the noise left of z_t, z_s = k z_t + (s - k t) x^ plus noise of
+    variance (1-s)^2 - k^2 (1-t)^2.
+    """
+
+    order = 1
+
+    def evaluations(self, steps: int) -> int:
+        """Return the number of velocities that `steps` steps ask for."""
+        return steps
+
+    def solve(
+        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
+    ) -> Float[Tensor, "b *rest"]:
+        """Walk the grid from noise z; `fresh(k)` is the noise of step k, of which the last needs none."""
+        for number, (t, t_next) in enumerate(pairwise(grid)):
+            clean = z + (1 - t) * velocity(z, t)
+            keep = t / t_next * ((1 - t_next) / (1 - t)) ** 2
+            z = keep * z + (t_next - keep * t) * clean
+            if t_next < 1:
+                z = z + math.sqrt((1 - t_next) ** 2 - (keep * (1 - t)) ** 2) * fresh(number)
+        return z
+
+
+EULER = RungeKutta(order=1, nodes=(0.0,), matrix=((),), weights=(1.0,))
+MIDPOINT = RungeKutta(order=2, nodes=(0.0, 0.5), matrix=((), (0.5,)), weights=(0.0, 1.0))
+HEUN = RungeKutta(order=2, nodes=(0.0, 1.0), matrix=((), (1.0,)), weights=(0.5, 0.5))
+SOLVERS: dict[Solver, RungeKutta | Multistep | Ancestral] = {
+    "euler": EULER,
+    "heun": HEUN,
+    "midpoint": MIDPOINT,
+    "dpmpp_2m": Multistep(),
+    "ancestral": Ancestral(),
+}
+
+
+def no_noise(step: int) -> Tensor:
+    """Stand in for fresh noise where a solver asks for none; ValueError if it does."""
+    raise ValueError(f"step {step} asks for fresh noise: a stochastic solver needs its source")
 
 
 def solve(
-    solver: Solver, velocity: Velocity, noise: Float[Tensor, "b *rest"], grid: Sequence[float]
+    solver: Solver,
+    velocity: Velocity,
+    noise: Float[Tensor, "b *rest"],
+    grid: Sequence[float],
+    fresh: Noise = no_noise,
 ) -> Float[Tensor, "b *rest"]:
-    """Eq. 8: walk the grid from noise; the last step is Euler, so the velocity is never asked for at the grid's end."""
-    if solver not in STEPS:
-        raise unknown_name("solver", solver, STEPS)
-    z = noise
-    intervals = list(pairwise(grid))
-    for t, t_next in intervals[:-1]:
-        z = STEPS[solver](velocity, z, t, t_next)
-    return euler_step(velocity, z, *intervals[-1])
+    """Walk a grid of increasing times from noise, at its first, to its last; JLTError for an unknown solver."""
+    if solver not in SOLVERS:
+        raise unknown_name("solver", solver, SOLVERS)
+    return SOLVERS[solver].solve(velocity, noise, grid, fresh)
 
 
 def network_evaluations(solver: Solver, steps: int) -> int:
     """Return the number of function evaluations (NFE) of `solve`, for each branch of guidance."""
-    return EVALUATIONS[solver] * (steps - 1) + 1
+    return SOLVERS[solver].evaluations(steps)

@@ -28,13 +28,18 @@ class ChosenWeights:
     rebuilt: Mapping[str, Any] | None
 
 
+def choose_name(checkpoint: Checkpoint, ema: str) -> str:
+    """Return the words for the weights that are meant: the first average, or `none`, where empty."""
+    names = checkpoint.ema_names()
+    return ema or (names[0] if names else "none")
+
+
 def choose_weights(checkpoint: Checkpoint, ema: str) -> ChosenWeights:
     """Return the weights that words name: a stored average, `sigma_rel=0.07`, `none`; the first average where empty.
 
     JLTError for words that name nothing, for damaged files, and where there is nothing to rebuild from.
     """
-    names = checkpoint.ema_names()
-    chosen = ema or (names[0] if names else "none")
+    names, chosen = checkpoint.ema_names(), choose_name(checkpoint, ema)
     if chosen == "none":
         return ChosenWeights(checkpoint.read("network.safetensors"), chosen, None)
     if chosen in names:

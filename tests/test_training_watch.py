@@ -29,7 +29,7 @@ class Looker(Watcher):
     def due(self, step):
         return step > 0 and step % 3 == 0
 
-    def look(self, checkpoint):
+    def look(self, checkpoint, group):
         if self.fails is not None:
             raise self.fails
         opened = open_checkpoint(checkpoint)

@@ -66,6 +66,12 @@ class Group(abc.ABC):
 
     def __init__(self) -> None:
         self.pulse = Pulse()
+        self._sections = 0
+
+    def begin(self) -> str:
+        """Return a name for a section of the work, the same in all processes: they come to sections in one order."""
+        self._sections += 1
+        return f"section {self._sections}"
 
     @abc.abstractmethod
     def on_first(self, work: Callable[[], T]) -> T:
@@ -183,27 +189,37 @@ def _is_broken_connection(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def stopping_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
-    """Give a block `until_stopped`, which passes items on until any process of the group was asked to stop.
+def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+    """Give a block `until_stopped`, which passes items on until any process was asked to stop or has failed.
 
-    Stopped is then raised in all of them, at the end of the block, which every process has to reach.
+    Every process reaches the end of the block, and all leave it alike: whole, stopped, or with the error of one.
     """
-    stopped = False
+    error: Exception | None = None
+    section = group.begin()
     with stop_on_signal() as asked:
 
         def until_stopped(items: Iterable[T]) -> Iterator[T]:
             for item in items:
-                if group.add("asked to stop", int(bool(asked))):
+                if group.add(section, int(bool(asked))):
                     raise Stopped("Stopped on request.")
                 yield item
 
         try:
             yield until_stopped
-        except Stopped:
-            stopped = True
-        if any(group.gather(stopped)):
-            group.pulse.leaving = True
-            raise Stopped("Stopped on request.")
+        except Exception as raised:
+            error = raised
+            group.add(section, 1)
+        failed = None if error is None or isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+        ends = group.gather((error is not None, failed))
+    failures = [f"process {rank} failed ({said})" for rank, (_, said) in enumerate(ends) if said]
+    if failures and (error is None or isinstance(error, Stopped)):
+        raise JLTError(f"{failures[0].capitalize()}, so all end.")
+    if error is None and any(ended for ended, _ in ends):
+        error = Stopped("Stopped on request.")
+    if error is not None:
+        # Whoever hears that another one has gone already, since all go, is not to make an alarm of it.
+        group.pulse.leaving |= isinstance(error, Stopped)
+        raise error
 
 
 @contextlib.contextmanager

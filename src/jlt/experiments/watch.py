@@ -60,8 +60,11 @@ class GridWatcher(Watcher):
         """Whether a grid is drawn at this step."""
         return step > 0 and (step % self._every == 0 or step == self._last)
 
-    def look(self, checkpoint: Path) -> dict[str, Any] | None:
-        """Draw a checkpoint's grid into the run, unless it is there."""
+    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
+        """Draw a checkpoint's grid into the run, unless it is there, in the first process."""
+        return group.on_first(lambda: self._draw(checkpoint))
+
+    def _draw(self, checkpoint: Path) -> dict[str, Any] | None:
         opened = open_checkpoint(checkpoint)
         path = opened.run / "samples" / f"{checkpoint.name}.png"
         if path.exists() and path.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime:

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from jlt.config import SampleFormat
 from jlt.errors import JLTError
 from jlt.files import atomic_path, claim_folder, lock_folder, read_json
-from jlt.processes import Alone, Group, stopping_together
+from jlt.processes import Alone, Group, ending_together
 from jlt.progress import track
 from jlt.rows import RowTable, require_space, unwritten
 from jlt.sampling.generate import batches_of
@@ -43,7 +43,7 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     with contextlib.ExitStack() as held:
         place = group.on_first(lambda: _claim(held, sampler, out, form))
         keep, missing = (_png if form == "png" else _table)(sampler, out, group)
-        with stopping_together(group) as until_stopped:
+        with ending_together(group) as until_stopped:
             share = missing[group.rank :: group.size]
             for batch in track(until_stopped(sampler.batches(share)), _what(sampler), total=len(share)):
                 keep(batch)

@@ -46,10 +46,10 @@ class Watcher(abc.ABC):
         """Whether the checkpoint of this step is looked at: a function of the step, the same in all processes."""
 
     @abc.abstractmethod
-    def look(self, checkpoint: Path) -> dict[str, Any] | None:
+    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Look at a checkpoint, and return what the log says of it: an `event` and its values; None if it was before.
 
-        Called in the first process only.
+        Called in every process of the group, all of which return or raise alike.
         """
 
 
@@ -247,21 +247,21 @@ class Training:
                 self.meter.pause(time.perf_counter() - before)
 
     def _watch(self) -> None:
-        """Show the newest checkpoint to the watchers that wait for it, in the first process; the others wait."""
+        """Show the newest checkpoint to the watchers that wait for it."""
         for watcher in self.watchers:
             if watcher.due(self.state.step):
-                self.group.on_first(partial(self._look, watcher))
+                self._look(watcher)
 
     def _look(self, watcher: Watcher) -> None:
-        assert self.journal is not None, "the first process has a journal"
+        aside = self.journal.aside() if self.journal is not None else contextlib.nullcontext()
         try:
-            with self.journal.aside(), float32_products("float32"):
-                seen = watcher.look(step_folder(self.run, self.state.step))
+            with aside, float32_products("float32"):
+                seen = watcher.look(step_folder(self.run, self.state.step), self.group)
             if seen:
                 self._log(**seen)
         except Stopped:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # What only looks on never ends a training.
             self._log("failed", error=f"{error or type(error).__name__}")
         if self.state.device.type == "cuda":

@@ -15,17 +15,19 @@ import numpy as np
 from jlt.config import SampleConfig
 from jlt.data.crop import Exif
 from jlt.data.sources.contract import ImageSource
-from jlt.data.sources.registry import open_source, reopen_source
+from jlt.data.sources.registry import reopen_source
 from jlt.data.sources.selected import Selected
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
-from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, reference_statistics
+from jlt.evaluation.evaluate import Metrics, evaluate_images
 from jlt.evaluation.features import FeatureExtractor, load_extractor
 from jlt.evaluation.images import open_images
-from jlt.evaluation.statistics import FeatureStatistics
+from jlt.evaluation.real import open_reference
+from jlt.evaluation.reference import Reference
 from jlt.files import read_json, write_json
 from jlt.progress import say, track
 from jlt.protocol import default_device, versions
+from jlt.report.wording import number
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import image_grid, save_image
 from jlt.signals import until_stopped
@@ -36,19 +38,6 @@ IMAGES_PER_DIMENSION = 10
 """Fewer images than this for each dimension of the features get a warning."""
 GRID_COLUMNS = 8
 """Samples of each class in a grid."""
-
-
-def open_reference(
-    images: str | ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
-) -> FeatureStatistics:
-    """Read statistics from an .npz, or measure those of a source of images; JLTError for another extractor's."""
-    if isinstance(images, str) and images.endswith(".npz"):
-        statistics = FeatureStatistics.load(Path(images))
-    else:
-        source = open_source(images) if isinstance(images, str) else images
-        statistics = reference_statistics(source, extractor, resolution, exif)
-    check_reference(statistics, extractor)
-    return statistics
 
 
 def save_reference(
@@ -69,9 +58,7 @@ def images_of(store: LatentStore) -> ImageSource:
     return Selected(source, np.delete(np.arange(len(source)), skipped)) if skipped else source
 
 
-def evaluate_sampler(
-    sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
-) -> dict[str, Any]:
+def evaluate_sampler(sampler: ImageSampler, reference: Reference, extractor: FeatureExtractor) -> dict[str, Any]:
     """Draw, decode and measure, with no files in between; return what an evaluation file holds."""
     # Labels are compared with the extractor's classes where those are the same thing.
     labelled = sampler.checkpoint.latents["source"]["kind"] == extractor.classes_of
@@ -79,22 +66,24 @@ def evaluate_sampler(
     drawn = track(until_stopped(sampler.batches()), "sampling and measuring", total=total)
     batches = ((batch.images, batch.labels if labelled else None) for batch in drawn)
     metrics = evaluate_images(batches, reference, extractor)
-    warn_if_few(metrics.count, extractor)
+    warn_if_few(metrics, extractor)
     return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
 
 
-def warn_if_few(count: int, extractor: FeatureExtractor) -> None:
+def warn_if_few(metrics: Metrics, extractor: FeatureExtractor) -> None:
     """Say so where a Frechet distance is too large for want of images: its bias falls as dimension / count."""
-    if count < IMAGES_PER_DIMENSION * extractor.dimension:
-        say(
-            f"A Frechet distance of {count} images in {extractor.dimension} dimensions is too large by its sampling "
-            f"error: take {IMAGES_PER_DIMENSION * extractor.dimension} or more."
-        )
+    enough = IMAGES_PER_DIMENSION * extractor.dimension
+    if metrics.count >= enough:
+        return
+    bias = metrics.frechet_distance_bias
+    amount = "" if bias is None else f", by about {number(bias, 2)} of {number(metrics.frechet_distance)}"
+    say(
+        f"A Frechet distance of {metrics.count} images in {extractor.dimension} dimensions is too large for want of "
+        f"images{amount}: take {enough} or more."
+    )
 
 
-def sampler_protocol(
-    sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
-) -> dict[str, Any]:
+def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: FeatureExtractor) -> dict[str, Any]:
     """Return everything that decides what `evaluate_sampler` measures."""
     return {**sampler.protocol(), "extractor": extractor.identity(), "reference": reference.identity()}
 
@@ -104,7 +93,7 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     images = open_images(samples)
     reference = open_reference(reference_words, extractor, images.resolution)
     metrics = evaluate_images(images.batches(BATCH_SIZE), reference, extractor)
-    warn_if_few(metrics.count, extractor)
+    warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
         "count": metrics.count,
@@ -149,7 +138,7 @@ def evaluate_run(
 ) -> None:
     """Measure the checkpoints of a run at the given steps; those that were measured by this protocol are kept."""
     extractor = load_extractor(extractor_name)
-    reference: FeatureStatistics | None = None
+    reference: Reference | None = None
     for step in steps:
         sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)
         reference = reference or open_reference(reference_words, extractor, sampler.resolution)

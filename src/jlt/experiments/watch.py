@@ -9,12 +9,12 @@ from jlt.config import EvaluationConfig, TrainConfig
 from jlt.data.store import LatentStore
 from jlt.errors import unknown_name
 from jlt.evaluation.features import load_extractor
+from jlt.evaluation.real import open_reference
 from jlt.experiments.evaluate import (
     draw_grid,
     evaluate_sampler,
     evaluation_path,
     images_of,
-    open_reference,
     remove_stale,
     sampler_protocol,
     write_evaluation,

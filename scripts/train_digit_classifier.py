@@ -52,7 +52,9 @@ def main() -> None:
     }
     save_weights(options.out, network.state_dict(), metadata)
     # Measured on what was written, rounded as it is, and then written down beside it.
-    accuracy = label_agreement(DigitClassifier.load(options.out)(held_out.images).logits, held_out.labels)
+    logits = DigitClassifier.load(options.out)(held_out.images).logits
+    assert logits is not None
+    accuracy = label_agreement(logits, held_out.labels)
     save_weights(options.out, network.state_dict(), {**metadata, "held_out_accuracy": f"{accuracy:.4f}"})
     say(f"{options.out}: {options.out.stat().st_size} bytes, trained in {time.monotonic() - start:.0f} s")
     say(f"  held-out accuracy {accuracy:.4f} on {len(held_out.images)} digits")

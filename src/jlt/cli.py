@@ -318,13 +318,19 @@ class Evaluate(Verb):
     def run(self) -> Result:
         from jlt.evaluation.features import load_extractor
         from jlt.experiments.evaluate import evaluate_checkpoint, evaluate_files
+        from jlt.processes import joined
+        from jlt.protocol import default_device
         from jlt.report.table import metrics_table
 
-        extractor = load_extractor(self.features)
+        device = default_device()
         if self.samples and not self.checkpoint:
-            result = evaluate_files(self.samples, self.reference, extractor)
+            result = evaluate_files(self.samples, self.reference, load_extractor(self.features, device))
         elif self.checkpoint and not self.samples:
-            result = evaluate_checkpoint(self.checkpoint, self.reference, extractor, self.config, self.autoencoder_path)
+            extractor = load_extractor(self.features, device)
+            with joined(device) as group:
+                result = evaluate_checkpoint(
+                    self.checkpoint, self.reference, extractor, self.config, self.autoencoder_path, group
+                )
         else:
             raise WrongWordsError("Evaluation needs either --checkpoint or --samples.")
         return Result(result, metrics_table(result["metrics"]))

@@ -1,88 +1,72 @@
-"""Images -> features -> statistics -> numbers, in one pass and with no file in between."""
+"""Images -> features -> numbers, in one pass and with no file in between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
-from jlt.data.crop import Exif
-from jlt.data.images import load_pixels
-from jlt.data.sources.contract import ImageSource
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor
+from jlt.evaluation.features import FeatureExtractor, Features
 from jlt.evaluation.images import LabelledBatch
-from jlt.evaluation.metrics import frechet_distance
-from jlt.evaluation.statistics import FeatureStatistics, LogitStatistics
-from jlt.progress import track
-
-BATCH_SIZE = 128
+from jlt.evaluation.measure import Columns, Metrics, measure
+from jlt.evaluation.real import CHUNK
+from jlt.evaluation.reference import Reference, check_reference
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What was measured on `count` images; `label_agreement` is None where the images have no labels."""
-
-    frechet_distance: float
-    inception_score: float
-    inception_score_std: float
-    label_agreement: float | None
-    count: int
-
-
-def reference_statistics(
-    source: ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
-) -> FeatureStatistics:
-    """Return the feature statistics of all images of a source, brought to `resolution` pixels by the ADM crop.
-
-    BadImageError for an image that does not decode.
-    """
-    protocol = {"extractor": extractor.identity(), "images": source.identity(), "resolution": resolution}
-    if exif != "ignore":
-        protocol["exif"] = exif
-    statistics = FeatureStatistics(extractor.dimension, protocol)
-    for start in track(range(0, len(source), BATCH_SIZE), f"Reference features of {source.name}"):
-        indices = range(start, min(start + BATCH_SIZE, len(source)))
-        images = np.stack([load_pixels(source, index, resolution, exif)[0] for index in indices])
-        statistics.update(extractor(torch.from_numpy(images)).pooled)
-    return statistics
-
-
-def evaluate_images(
-    batches: Iterable[LabelledBatch], reference: FeatureStatistics, extractor: FeatureExtractor
-) -> Metrics:
+def evaluate_images(batches: Iterable[LabelledBatch], reference: Reference, extractor: FeatureExtractor) -> Metrics:
     """Measure RGB images 0..255, with the labels they were drawn for or None, against a reference.
 
-    JLTError before the first batch is drawn if the reference is of another extractor, and for fewer than 10 images.
+    JLTError before the first batch is drawn if the reference is of another extractor, at the first batch if it is of
+    images of another size, and for fewer than 10 images.
     """
     check_reference(reference, extractor)
-    features, logits = FeatureStatistics(extractor.dimension), LogitStatistics()
-    for images, labels in batches:
-        found = extractor(images)
-        features.update(found.pooled)
-        logits.update(found.logits, labels)
-    score, score_std = logits.inception_score()
-    return Metrics(
-        frechet_distance=frechet_distance(features.mean, features.covariance, reference.mean, reference.covariance),
-        inception_score=score,
-        inception_score_std=score_std,
-        label_agreement=logits.label_agreement(),
-        count=logits.count,
+    found: list[Features] = []
+    labels: list[Int64[Tensor, " _"]] = []
+    for images, chunk_labels in in_chunks(batches, CHUNK):
+        if not found:
+            check_reference(reference, extractor, images.shape[1])
+        found.append(extractor(images))
+        labels += [] if chunk_labels is None else [chunk_labels]
+    if not found:
+        raise JLTError("There are no images to measure.")
+    columns = Columns(
+        pooled=torch.cat([features.pooled for features in found]).float().cpu().numpy(),
+        logits=_column([features.logits for features in found]),
+        spatial=_column([features.spatial for features in found]),
+        labels=torch.cat(labels).cpu().numpy() if labels else None,
     )
+    return measure(columns, reference, extractor)
 
 
-def check_reference(reference: FeatureStatistics, extractor: FeatureExtractor) -> None:
-    """Raise JLTError if a reference was not made by this extractor, as far as the reference says by what it was."""
-    mine, theirs = extractor.identity(), reference.protocol.get("extractor")
-    if reference.dimension != extractor.dimension:
-        raise JLTError(
-            f"The reference has features of dimension {reference.dimension}, "
-            f"the extractor {extractor.name!r} gives {extractor.dimension}: make a reference with this extractor."
-        )
-    if theirs is not None and theirs != mine:
-        differing = [
-            f"{key} {theirs.get(key)!r} against {mine.get(key)!r}" for key in mine if theirs.get(key) != mine[key]
-        ]
-        raise JLTError(f"The reference was made by another extractor ({'; '.join(differing)}): make it anew.")
+def in_chunks(batches: Iterable[LabelledBatch], size: int = CHUNK) -> Iterator[LabelledBatch]:
+    """Yield the same images in batches of `size`, the last of what remains; ValueError if only some have labels."""
+    images: list[UInt8[Tensor, "_ h w 3"]] = []
+    labels: list[Int64[Tensor, " _"]] = []
+    waiting, labelled = 0, None
+    for batch, batch_labels in batches:
+        if labelled not in (None, batch_labels is not None):
+            raise ValueError("some images have labels and some have none")
+        labelled = batch_labels is not None
+        images.append(batch)
+        labels += [] if batch_labels is None else [batch_labels]
+        waiting += len(batch)
+        if waiting < size:
+            continue
+        all_images, all_labels = torch.cat(images), torch.cat(labels) if labelled else None
+        whole = waiting - waiting % size
+        for start in range(0, whole, size):
+            part = slice(start, start + size)
+            yield all_images[part], None if all_labels is None else all_labels[part]
+        images, labels = [all_images[whole:]], [] if all_labels is None else [all_labels[whole:]]
+        waiting -= whole
+    if waiting:
+        yield torch.cat(images), torch.cat(labels) if labelled else None
+
+
+def _column(parts: list[Tensor | None]) -> np.ndarray | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present).float().cpu().numpy() if present else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class FeatureExtractor(abc.ABC):
         """Move the weights in place and return the extractor."""
 
 
-def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
+def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | None = None) -> FeatureExtractor:
     """Load `digits`, the bundled classifier; JLTError for an unknown name, with the nearest ones."""
     if name not in EXTRACTORS:
         raise unknown_name("feature extractor", name, EXTRACTORS)

@@ -21,9 +21,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class StoredImages(abc.ABC):
-    """Square RGB images of one size; `resolution` is their side in pixels."""
+    """Square RGB images of one size; `resolution` is their side in pixels.
+
+    `classes` is the kind of image source whose classes their labels are, None where nothing says it.
+    """
 
     resolution: int
+    classes: str | None = None
 
     @abc.abstractmethod
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
@@ -38,27 +42,41 @@ def open_images(path: Path) -> StoredImages:
 
 
 class ImageFolder(StoredImages):
-    """Image files in the order of their names."""
+    """Image files in the order of their names, with the labels that they carry as words where the first one does."""
 
     def __init__(self, folder: Path) -> None:
         visible = (path for path in folder.iterdir() if not path.name.startswith("."))
         self.paths = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise JLTError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
-        self.resolution = self._read(self.paths[0], None).shape[0]
+        first = self._read(self.paths[0], None)
+        self.resolution, self.classes = first.width, first.info.get("classes")
+        self._labelled = "label" in first.info
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield the images; a folder stores no labels."""
+        """Yield the images with their labels; JLTError for one of another size or without a label where others have."""
         for start in range(0, len(self.paths), batch_size):
-            images = [self._read(path, self.resolution) for path in self.paths[start : start + batch_size]]
-            yield torch.from_numpy(np.stack(images)), None
+            paths = self.paths[start : start + batch_size]
+            images = [self._read(path, self.resolution) for path in paths]
+            pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+            labels = (
+                [_label(path, image) for path, image in zip(paths, images, strict=True)] if self._labelled else None
+            )
+            yield pixels, None if labels is None else torch.tensor(labels)
 
-    def _read(self, path: Path, resolution: int | None) -> UInt8[np.ndarray, "h w 3"]:
+    def _read(self, path: Path, resolution: int | None) -> Image.Image:
         image: Image.Image = read_image(path)
         wanted = (resolution or image.width, resolution or image.width)
         if image.size != wanted:
             raise JLTError(f"{path} has {image.width}x{image.height} pixels, not {wanted[0]}x{wanted[1]}.")
-        return np.asarray(image.convert("RGB"))
+        return image
+
+
+def _label(path: Path, image: Image.Image) -> int:
+    try:
+        return int(image.info["label"])
+    except (KeyError, ValueError) as error:
+        raise JLTError(f"{path} carries no label, and images before it do: they were not drawn together.") from error
 
 
 class ImageArray(StoredImages):
@@ -69,6 +87,7 @@ class ImageArray(StoredImages):
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 self.images = file["arr_0"]
                 labels = file.get("arr_1")
+                self.classes = str(file["classes"]) if "classes" in file else None
         except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise JLTError(f"{path} is not an .npz of images under arr_0 ({error}).") from error
         if labels is not None and not np.issubdtype(labels.dtype, np.integer):

@@ -1,56 +1,217 @@
-"""Numbers from statistics: pure functions in float64, tested against closed forms."""
+"""Numbers from features: pure functions in float64, tested against closed forms and against other programs.
+
+A Gaussian stands for a set of feature vectors by its mean m and covariance A; F is a factor of it, F F^T = A.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from jlt.errors import JLTError
+from jlt.evaluation.blocks import blocks
 
-SHUFFLE_SEED = 2020
+SEED = 2020
+"""That of torch-fidelity, for the order of images in the inception score and the subsets of the kernel distance."""
+KERNEL_SUBSETS = 100
+KERNEL_SUBSET_SIZE = 1000
+PRECISION_NEIGHBOURS = 3
+DENSITY_NEIGHBOURS = 5
+BLOCK = 512
+"""Rows of a matrix of distances that are in memory at a time."""
+TIE = 1e-9
+"""Relative difference up to which two squared distances count as equal."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """A mean and a covariance, symmetric and positive semi-definite; its factor is computed once."""
+
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+
+    @functools.cached_property
+    def factor(self) -> Float64[Tensor, "d r"]:
+        """F of as many columns as the covariance has rank: with fewer images than dimensions, one fewer than images.
+
+        What is left of a vanishing eigenvalue is rounding, and its root would not be small: 1e-16 becomes 1e-8, once
+        for each dimension.
+        """
+        eigenvalues, eigenvectors = torch.linalg.eigh(self.covariance.double())
+        rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1:].clamp_min(0)
+        kept = eigenvalues > rounding
+        return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+
+    def distance(self, other: Gaussian) -> float:
+        """Return the squared 2-Wasserstein distance (Dowson and Landau 1982; as FID: Heusel et al. 2017).
+
+        |m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A B)^1/2), whose last trace is the sum of the singular values of
+        F_a^T F_b. That is real and finite for singular covariances too, where a general matrix root fails, and keeps
+        small values exact, which the eigenvalues of F_a^T B F_a, their squares, do not.
+        """
+        overlap = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
+        moved = (self.mean.double() - other.mean.double()).square().sum()
+        spread = self.covariance.double().trace() + other.covariance.double().trace()
+        return max(0.0, (moved + spread - 2 * overlap).item())
 
 
 def frechet_distance(
     mean_a: Float[Tensor, " d"], cov_a: Float[Tensor, "d d"], mean_b: Float[Tensor, " d"], cov_b: Float[Tensor, "d d"]
 ) -> float:
-    """Return the squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017).
+    """Return the distance of two Gaussians; a `Gaussian` that is compared several times is factored once."""
+    return Gaussian(mean_a, cov_a).distance(Gaussian(mean_b, cov_b))
 
-    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), whose last trace is the sum of the square roots of
-    the eigenvalues of a symmetric matrix: real and finite for singular covariances too, where a general matrix root
-    fails. Covariances are symmetric and positive semi-definite.
+
+def jackknife(whole: float, without: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """Return standard error and bias of an estimate, from estimates that leave out one group of images each.
+
+    `sizes` are the groups' m_j, with sum n. Delete-m_j jackknife for groups of unequal sizes (Busing, Meijer and van
+    der Leeden 1999): with h_j = n / m_j and pseudo-values p_j = h_j whole - (h_j - 1) without_j, the bias is
+    sum (1 - m_j / n) without_j - (g - 1) whole, the variance mean((p_j - (whole - bias))^2 / (h_j - 1)). For g equal
+    groups these are Quenouille's (g - 1)(mean(without) - whole) and Tukey's variance. The bias is that of order 1/n.
     """
-    mean_a, cov_a, mean_b, cov_b = (tensor.double() for tensor in (mean_a, cov_a, mean_b, cov_b))
-    eigenvalues, eigenvectors = torch.linalg.eigh(cov_a)
-    # F F^T = A. Rounding leaves eigenvalues of a singular matrix a little below zero.
-    factor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
-    cross = factor.T @ cov_b @ factor
-    overlap = torch.linalg.eigvalsh((cross + cross.T) / 2).clamp_min(0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
-    return max(0.0, distance.item())
+    left_out, m = np.array(without, dtype=np.float64), np.array(sizes, dtype=np.float64)
+    h = m.sum() / m
+    bias = ((1 - 1 / h) * left_out).sum() - (len(m) - 1) * whole
+    pseudo = h * whole - (h - 1) * left_out
+    variance = ((pseudo - (whole - bias)) ** 2 / (h - 1)).mean()
+    return float(np.sqrt(variance)), float(bias)
 
 
-def inception_score(probabilities: Float[Tensor, "n k"], splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Float[np.ndarray, "n k"], splits: int = 10) -> tuple[float, float]:
     """Return mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016).
 
     The splits are equal parts of the images in a fixed random order (the one of torch-fidelity), since images that come
-    sorted by class would make each split one class. JLTError for fewer images than splits.
+    sorted by class would make each split one class. Logits may be -inf. JLTError for fewer images than splits.
     """
-    count = len(probabilities)
+    count = len(logits)
     if count < splits:
         raise JLTError(f"An inception score over {splits} splits needs at least {splits} images, there are {count}.")
-    order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count))
-    scores = []
-    for split in range(splits):
-        conditional = probabilities[order[split * count // splits : (split + 1) * count // splits]].double()
-        marginal = conditional.mean(dim=0)
-        # xlogy gives 0 where a probability is 0, as the limit is.
-        divergence = (torch.xlogy(conditional, conditional) - torch.xlogy(conditional, marginal)).sum(dim=1)
-        scores.append(divergence.mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+    sizes = torch.tensor([(split + 1) * count // splits - split * count // splits for split in range(splits)])
+    split_of = torch.empty(count, dtype=torch.int64)
+    split_of[torch.from_numpy(np.random.RandomState(SEED).permutation(count))] = torch.arange(splits).repeat_interleave(
+        sizes
+    )
+    # mean KL(p_i || q) = H(q) - mean H(p_i), for q the mean of the p_i.
+    total = torch.zeros(splits, logits.shape[1], dtype=torch.float64)
+    entropy = torch.zeros(splits, dtype=torch.float64)
+    for rows, block in blocks(logits):
+        p = block.double().softmax(dim=1)
+        total.index_add_(0, split_of[rows], p)
+        entropy.index_add_(0, split_of[rows], torch.special.entr(p).sum(dim=1))
+    marginal = torch.special.entr(total / sizes[:, None]).sum(dim=1)
+    scores = (marginal - entropy / sizes).exp().numpy()
+    return float(scores.mean()), float(scores.std())
 
 
 def label_agreement(logits: Float[Tensor, "n k"], labels: Int64[Tensor, " n"]) -> float:
     """Return the share of images, 0..1, whose highest logit is that of their label."""
     return (logits.argmax(dim=1) == labels.to(logits.device)).double().mean().item()
+
+
+def kernel_distance(
+    samples: Float[Tensor, "n d"],
+    real: Float[Tensor, "m d"],
+    subsets: int = KERNEL_SUBSETS,
+    subset_size: int = KERNEL_SUBSET_SIZE,
+) -> tuple[float, float]:
+    """Return mean and standard deviation, over random subsets, of the squared MMD (KID: Binkowski et al. 2018).
+
+    The kernel is (x . y / d + 1)^3, the estimate of each subset unbiased, so that it may be negative. Subsets are drawn
+    without replacement, as torch-fidelity draws them; they are as large as the smaller set where that has fewer images.
+    ValueError for less than two images.
+    """
+    size = min(subset_size, len(samples), len(real))
+    if size < 2:
+        raise ValueError("a kernel distance needs two images of each kind")
+    random = np.random.RandomState(SEED)
+    found = []
+    for _ in range(subsets):
+        # In this order, which is that of torch-fidelity's random numbers.
+        x = samples[torch.from_numpy(random.choice(len(samples), size, replace=False))].double()
+        y = real[torch.from_numpy(random.choice(len(real), size, replace=False))].double()
+        within = _kernel_sum(x, x) - _kernel_diagonal(x) + _kernel_sum(y, y) - _kernel_diagonal(y)
+        found.append(within / (size * (size - 1)) - 2 * _kernel_sum(x, y) / size**2)
+    return float(np.mean(found)), float(np.std(found))
+
+
+def _kernel_sum(x: Float64[Tensor, "n d"], y: Float64[Tensor, "n d"]) -> float:
+    root = torch.addmm(x.new_ones(1, 1), x, y.T, alpha=1 / x.shape[1]).flatten()
+    return torch.dot(root.square(), root).item()
+
+
+def _kernel_diagonal(x: Float64[Tensor, "n d"]) -> float:
+    return (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum().item()
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far samples and real images lie in each other's neighbourhoods; all but density in 0..1."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def overlap(
+    samples: Float[Tensor, "n d"],
+    real: Float[Tensor, "m d"],
+    precision_neighbours: int = PRECISION_NEIGHBOURS,
+    density_neighbours: int = DENSITY_NEIGHBOURS,
+) -> Overlap:
+    """Return improved precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    Around each image of a set lies a ball that just reaches its k-th nearest neighbour in that set. Precision is the
+    share of samples in any real image's ball, recall the share of real images in any sample's. Density is the number of
+    real balls that a sample lies in, over k; coverage the share of real balls with a sample in them. Balls are closed.
+    ValueError for a set with no more images than neighbours.
+    """
+    if min(len(samples), len(real)) <= max(precision_neighbours, density_neighbours):
+        raise ValueError("each set needs more images than neighbours are counted")
+    # Distances keep their digits about a centre in the midst of the points. In float32 they would not.
+    centre = real.mean(dim=0, dtype=torch.float64)
+    samples, real = samples - centre, real - centre
+    around_samples = _radii(samples, (precision_neighbours,))[0]
+    around_real, wide = _radii(real, (precision_neighbours, density_neighbours))
+    precise = torch.zeros(len(samples), dtype=torch.bool)
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool) for _ in range(2))
+    inside = 0
+    for rows, squares in _squared_distances(real, samples):
+        precise |= (squares <= around_real[rows, None]).any(dim=0)
+        recalled[rows] = (squares <= around_samples).any(dim=1)
+        in_wide = squares <= wide[rows, None]
+        inside += int(in_wide.sum())
+        covered[rows] = in_wide.any(dim=1)
+    precision, recall, coverage = (found.double().mean().item() for found in (precise, recalled, covered))
+    return Overlap(precision, recall, inside / (density_neighbours * len(samples)), coverage)
+
+
+def _radii(points: Float64[Tensor, "n d"], neighbours: Sequence[int]) -> list[Float64[Tensor, " n"]]:
+    """Return, per number of neighbours k, each point's squared distance to the k-th nearest other, and a bit more."""
+    radii = [points.new_empty(len(points)) for _ in neighbours]
+    for rows, squares in _squared_distances(points, points):
+        # A point is no neighbour of its own.
+        squares[torch.arange(len(squares)), torch.arange(rows.start, rows.start + len(squares))] = torch.inf
+        nearest = squares.topk(max(neighbours), dim=1, largest=False).values
+        for radius, k in zip(radii, neighbours, strict=True):
+            radius[rows] = nearest[:, k - 1] * (1 + TIE)
+    return radii
+
+
+def _squared_distances(
+    a: Float64[Tensor, "n d"], b: Float64[Tensor, "m d"]
+) -> Iterator[tuple[slice, Float64[Tensor, "_ m"]]]:
+    """Yield |a_i - b_j|^2 for some rows at a time."""
+    squares = b.square().sum(dim=1)
+    for start in range(0, len(a), BLOCK):
+        rows = slice(start, start + BLOCK)
+        part = a[rows]
+        found = torch.addmm(squares, part, b.T, alpha=-2).add_(part.square().sum(dim=1, keepdim=True))
+        yield rows, found.clamp_min_(0)

@@ -19,6 +19,7 @@ from jlt.data.write import write_store
 from jlt.errors import WrongWordsError
 from jlt.experiments.benchmark_data import SHARD_ROWS, random_shards, require_space
 from jlt.networks.transformer import Transformer, count_parameters
+from jlt.processes import Group
 from jlt.progress import say
 from jlt.training.loop import Watcher, train
 
@@ -37,7 +38,7 @@ class SavesOnce(Watcher):
         """Whether this is the step."""
         return step == self.step
 
-    def look(self, checkpoint: Path) -> None:  # noqa: ARG002
+    def look(self, checkpoint: Path, group: Group) -> None:  # noqa: ARG002
         """Look at nothing."""
         return
 

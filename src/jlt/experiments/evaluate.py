@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,23 @@ import numpy as np
 from jlt.config import SampleConfig
 from jlt.data.crop import Exif
 from jlt.data.sources.contract import ImageSource
-from jlt.data.sources.registry import open_source, reopen_source
+from jlt.data.sources.registry import reopen_source
 from jlt.data.sources.selected import Selected
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
-from jlt.evaluation.evaluate import Metrics, check_reference, evaluate_images, reference_statistics
+from jlt.evaluation.evaluate import evaluate_images
 from jlt.evaluation.features import FeatureExtractor, load_extractor
 from jlt.evaluation.images import open_images
-from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import atomic_path, read_json, write_json
-from jlt.progress import say, track
+from jlt.evaluation.measure import Metrics, measure, require_enough
+from jlt.evaluation.real import open_reference
+from jlt.evaluation.reference import Reference, check_reference
+from jlt.experiments.drawn import columns_of, draw_features
+from jlt.files import LOCK, atomic_path, read_json, write_json
+from jlt.processes import Alone, Group
+from jlt.progress import say
 from jlt.protocol import default_device, versions
+from jlt.report.wording import number
+from jlt.rows import RowTable
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import class_name
 from jlt.sheet import Words, draw_sheet
@@ -37,19 +44,6 @@ IMAGES_PER_DIMENSION = 10
 """Fewer images than this for each dimension of the features get a warning."""
 GRID_COLUMNS = 8
 """Samples of each class in a grid."""
-
-
-def open_reference(
-    images: str | ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
-) -> FeatureStatistics:
-    """Read statistics from an .npz, or measure those of a source of images; JLTError for another extractor's."""
-    if isinstance(images, str) and images.endswith(".npz"):
-        statistics = FeatureStatistics.load(Path(images))
-    else:
-        source = open_source(images) if isinstance(images, str) else images
-        statistics = reference_statistics(source, extractor, resolution, exif)
-    check_reference(statistics, extractor)
-    return statistics
 
 
 def save_reference(
@@ -71,31 +65,57 @@ def images_of(store: LatentStore) -> ImageSource:
 
 
 def evaluate_sampler(
-    sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
+    sampler: ImageSampler,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    place: Path | None = None,
+    group: Group | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
-    """Draw, decode and measure, with no files in between; return what an evaluation file holds."""
-    # Labels are compared with the extractor's classes where those are the same thing.
-    labelled = sampler.checkpoint.latents["source"]["kind"] == extractor.classes_of
-    total = math.ceil(sampler.config.num / sampler.config.batch_size)
-    drawn = track(until_stopped(sampler.batches()), "sampling and measuring", total=total)
-    batches = ((batch.images, batch.labels if labelled else None) for batch in drawn)
-    metrics = evaluate_images(batches, reference, extractor)
-    warn_if_few(metrics.count, extractor)
+    """Draw, decode and measure, with no images on disk; return what an evaluation file holds, in all processes.
+
+    The features lie in `place` (a folder of the system's where there is none) until all are drawn, so that the same
+    call continues what was interrupted, and with `keep` beyond, so that a larger number continues a smaller one.
+    JLTError before the first image for a reference that does not fit, too few images or a disk without room.
+    """
+    group = group or Alone()
+    check_reference(reference, extractor, sampler.resolution)
+    require_enough(sampler.config.num)
+    with contextlib.ExitStack() as held:
+        if place is None:
+            place = Path(group.on_first(lambda: held.enter_context(tempfile.TemporaryDirectory(prefix="jlt-"))))
+        table = draw_features(sampler, extractor, place, group)
+        # Labels are compared with the extractor's classes where those are the same thing.
+        labelled = sampler.classes == extractor.classes_of
+        metrics = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
+        group.on_first(lambda: None if keep else _remove(table))
+    if group.rank == 0:
+        warn_if_few(metrics, extractor)
     return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
 
 
-def warn_if_few(count: int, extractor: FeatureExtractor) -> None:
+def _remove(table: RowTable) -> None:
+    """Remove a table, and the folder of tables if it was the last one."""
+    table.remove()
+    with contextlib.suppress(OSError):
+        (table.folder.parent / LOCK).unlink(missing_ok=True)
+        table.folder.parent.rmdir()
+
+
+def warn_if_few(metrics: Metrics, extractor: FeatureExtractor) -> None:
     """Say so where a Frechet distance is too large for want of images: its bias falls as dimension / count."""
-    if count < IMAGES_PER_DIMENSION * extractor.dimension:
-        say(
-            f"A Frechet distance of {count} images in {extractor.dimension} dimensions is too large by its sampling "
-            f"error: take {IMAGES_PER_DIMENSION * extractor.dimension} or more."
-        )
+    enough = IMAGES_PER_DIMENSION * extractor.dimension
+    if metrics.count >= enough:
+        return
+    bias = metrics.frechet_distance_bias
+    amount = "" if bias is None else f", by about {number(bias, 2)} of {number(metrics.frechet_distance)}"
+    say(
+        f"A Frechet distance of {metrics.count} images in {extractor.dimension} dimensions is too large for want of "
+        f"images{amount}: take {enough} or more."
+    )
 
 
-def sampler_protocol(
-    sampler: ImageSampler, reference: FeatureStatistics, extractor: FeatureExtractor
-) -> dict[str, Any]:
+def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: FeatureExtractor) -> dict[str, Any]:
     """Return everything that decides what `evaluate_sampler` measures."""
     return {**sampler.protocol(), "extractor": extractor.identity(), "reference": reference.identity()}
 
@@ -104,8 +124,11 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     """Measure images that lie in a folder or in an .npz; return what an evaluation file holds."""
     images = open_images(samples)
     reference = open_reference(reference_words, extractor, images.resolution)
-    metrics = evaluate_images(images.batches(BATCH_SIZE), reference, extractor)
-    warn_if_few(metrics.count, extractor)
+    # Labels say whose classes they are, if a program of ours wrote them; else they are taken for the extractor's own.
+    labelled = extractor.classes_of is not None and images.classes in (None, extractor.classes_of)
+    batches = ((pixels, labels if labelled else None) for pixels, labels in images.batches(BATCH_SIZE))
+    metrics = evaluate_images(until_stopped(batches), reference, extractor)
+    warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
         "count": metrics.count,
@@ -117,17 +140,29 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
 
 
 def evaluate_checkpoint(
-    path: Path, reference_words: str, extractor: FeatureExtractor, config: SampleConfig, autoencoder_path: str | None
+    path: Path,
+    reference_words: str,
+    extractor: FeatureExtractor,
+    config: SampleConfig,
+    autoencoder_path: str | None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Measure the samples of a run's newest checkpoint, or of a checkpoint, and write the result into its run."""
+    group = group or Alone()
     checkpoint = open_checkpoint(path)
     sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
-    reference = open_reference(reference_words, extractor, sampler.resolution)
-    result = evaluate_sampler(sampler, reference, extractor)
+    reference = open_reference(reference_words, extractor, sampler.resolution, group=group)
     run = checkpoint.folder.parent.parent
-    if (run / "config.json").is_file():
-        write_evaluation(run, result)
+    in_run = (run / "config.json").is_file()
+    result = evaluate_sampler(sampler, reference, extractor, drawn_folder(run) if in_run else None, group)
+    if in_run:
+        group.on_first(lambda: write_evaluation(run, result))
     return result
+
+
+def drawn_folder(run: Path) -> Path:
+    """Return where a run keeps the features of an evaluation that is not finished."""
+    return run / "evaluations" / ".drawn"
 
 
 def _result(step: int | None, metrics: Metrics, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -150,13 +185,13 @@ def evaluate_run(
 ) -> None:
     """Measure the checkpoints of a run at the given steps; those that were measured by this protocol are kept."""
     extractor = load_extractor(extractor_name)
-    reference: FeatureStatistics | None = None
+    reference: Reference | None = None
     for step in steps:
         sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)
         reference = reference or open_reference(reference_words, extractor, sampler.resolution)
         remove_stale(run, sampler.checkpoint)
         if not evaluation_path(run, step, sampler_protocol(sampler, reference, extractor)).exists():
-            write_evaluation(run, evaluate_sampler(sampler, reference, extractor))
+            write_evaluation(run, evaluate_sampler(sampler, reference, extractor, drawn_folder(run)))
 
 
 def remove_stale(run: Path, checkpoint: Checkpoint) -> None:

@@ -33,5 +33,5 @@ def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool 
         if verify:
             group.on_first(lambda: LatentStore.open_verified(latents))
         config = in_steps(config, len(store))
-        watchers = watchers_of(config, store, device, first=group.rank == 0)
+        watchers = watchers_of(config, store, device, group)
         return train(config, store, run, device, group, watchers)

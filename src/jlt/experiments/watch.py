@@ -9,31 +9,33 @@ from jlt.config import EvaluationConfig, TrainConfig
 from jlt.data.store import LatentStore
 from jlt.errors import unknown_name
 from jlt.evaluation.features import load_extractor
+from jlt.evaluation.real import open_reference
 from jlt.experiments.evaluate import (
     draw_grid,
+    drawn_folder,
     evaluate_sampler,
     evaluation_path,
     images_of,
-    open_reference,
     remove_stale,
     sampler_protocol,
     write_evaluation,
 )
+from jlt.processes import Group
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher
 from jlt.training.power_ema import WORDS, parse_ema_words
 
 
-def watchers_of(config: TrainConfig, store: LatentStore, device: str, first: bool) -> list[Watcher]:
-    """Return those whom a run asks for; JLTError, in the `first` process, for a reference that cannot be had."""
-    if first and (config.sample_every or config.evaluate_every):
-        check_sampling(config, store, device)
+def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Group) -> list[Watcher]:
+    """Return those whom a run asks for; JLTError, said once, for a reference that cannot be had."""
+    if config.sample_every or config.evaluate_every:
+        group.on_first(lambda: check_sampling(config, store, device))
     watchers: list[Watcher] = []
     if config.sample_every:
         watchers.append(GridWatcher(config, device))
     if config.evaluate_every:
-        watchers.append(EvaluationWatcher(config, device, store if first else None))
+        watchers.append(EvaluationWatcher(config, device, store, group))
     return watchers
 
 
@@ -74,30 +76,30 @@ class GridWatcher(Watcher):
 
 
 class EvaluationWatcher(Watcher):
-    """Measures samples against the reference, as `jlt evaluate` does."""
+    """Measures samples against the reference, as `jlt evaluate` does, in all processes."""
 
-    def __init__(self, config: TrainConfig, device: str, store: LatentStore | None) -> None:
-        """Only the process that looks has a `store`, and measures or reads the reference at once."""
+    def __init__(self, config: TrainConfig, device: str, store: LatentStore, group: Group) -> None:
+        """Measure or read the reference at once."""
         self._every, self._last, self._device = config.evaluate_every, config.steps, device
         self._config: EvaluationConfig = config.evaluation
-        if store is not None:
-            self._extractor = load_extractor(self._config.features, device)
-            words = self._config.reference or images_of(store)
-            exif = (store.manifest.encoding or {}).get("exif", "ignore")
-            self._reference = open_reference(words, self._extractor, store.manifest.resolution, exif)
+        path = Path(self._config.features_path) if self._config.features_path else None
+        self._extractor = load_extractor(self._config.features, device, path)
+        words = self._config.reference or images_of(store)
+        exif = (store.manifest.encoding or {}).get("exif", "ignore")
+        self._reference = open_reference(words, self._extractor, store.manifest.resolution, exif, group)
 
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is measured."""
         return step > 0 and (step % self._every == 0 or step == self._last)
 
-    def look(self, checkpoint: Path) -> dict[str, Any] | None:
+    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Measure a checkpoint and write the result into its run, unless it is there."""
         opened = open_checkpoint(checkpoint)
         sampler = open_sampler(opened, self._config.sample, self._device)
-        remove_stale(opened.run, opened)
         path = evaluation_path(opened.run, opened.step, sampler_protocol(sampler, self._reference, self._extractor))
-        if path.exists():
+        group.on_first(lambda: remove_stale(opened.run, opened))
+        if group.on_first(path.exists):
             return None
-        result = evaluate_sampler(sampler, self._reference, self._extractor)
-        write_evaluation(opened.run, result)
+        result = evaluate_sampler(sampler, self._reference, self._extractor, drawn_folder(opened.run), group)
+        group.on_first(lambda: write_evaluation(opened.run, result))
         return {"event": "evaluated", "file": f"evaluations/{path.name}", "metrics": result["metrics"]}

@@ -24,6 +24,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{float(f'{mantissa}e{power}'):,.{max(digits - 1 - power, 0)}f}"
 
 
+def with_error(value: float, error: float) -> tuple[str, str]:
+    """Format a value and its error to the same decimal place, that of the error's second digit: 2.563, ± 0.031."""
+    if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
+        return number(value, 4), f"± {number(error, 2)}"
+    place = math.floor(math.log10(error))
+    digits = max(1, math.floor(math.log10(abs(value))) - place + 2) if value else 1
+    return number(value, min(digits, 12)), f"± {number(error, 2)}"
+
+
 def percent(share: float | None) -> str:
     """Format a share of 0 to 1 as a percentage: 97.1%, 0.034%, 100.0%."""
     if share is None:

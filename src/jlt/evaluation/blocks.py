@@ -1,0 +1,33 @@
+"""Rows of a large array, a block at a time: for arrays that lie in a file, no more of it is in memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+ROWS = 1024
+
+
+def blocks(array: Shaped[np.ndarray, "n *_"], size: int = ROWS) -> Iterator[tuple[slice, Shaped[Tensor, "b *_"]]]:
+    """Yield which rows, and a copy of them as a tensor."""
+    for start in range(0, len(array), size):
+        rows = slice(start, min(start + size, len(array)))
+        yield rows, torch.from_numpy(np.array(array[rows]))
+        release(array)
+
+
+def release(array: Shaped[np.ndarray, "..."]) -> None:
+    """Let go of what was read of a file that is mapped for reading; it counts as this process's memory until then."""
+    if not isinstance(array, np.memmap) or array.mode != "r":
+        return
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)

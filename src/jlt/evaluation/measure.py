@@ -1,0 +1,149 @@
+"""Columns of features, a row per image -> numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from jlt.errors import JLTError
+from jlt.evaluation.blocks import blocks, release
+from jlt.evaluation.features import FeatureExtractor
+from jlt.evaluation.metrics import (
+    DENSITY_NEIGHBOURS,
+    Gaussian,
+    inception_score,
+    jackknife,
+    kernel_distance,
+    label_agreement,
+    overlap,
+)
+from jlt.evaluation.real import KEPT, evenly_spaced
+from jlt.evaluation.reference import Reference, check_reference
+from jlt.evaluation.statistics import FeatureStatistics
+
+GROUPS = 10
+"""Parts of the jackknife, and fewest images that are measured."""
+GROUP_RUN = 64
+"""Consecutive images that belong to one part."""
+RUNS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What an extractor found in images, in the order of their numbers: arrays in memory, or mapped from a file.
+
+    `logits` and `spatial` are None where it gives none, `labels` where the images have none to be compared with.
+    """
+
+    pooled: Float32[np.ndarray, "n d"]
+    logits: Float[np.ndarray, "n k"] | None = None
+    spatial: Float32[np.ndarray, "n s"] | None = None
+    labels: Int64[np.ndarray, " n"] | None = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What was measured on `count` images; None is what the extractor, the reference or the images do not allow.
+
+    `frechet_distance_error` is its standard error, `frechet_distance_bias` by how much it is too large for want of
+    samples; both are estimates. Precision and the like and the kernel distance are of at most 10,000 images.
+    """
+
+    frechet_distance: float
+    count: int
+    frechet_distance_error: float | None = None
+    frechet_distance_bias: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    inception_score_whole: float | None = None
+    spatial_frechet_distance: float | None = None
+    kernel_distance: float | None = None
+    kernel_distance_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    label_agreement: float | None = None
+
+
+def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor) -> Metrics:
+    """Measure images by their features. JLTError for another extractor's reference and for fewer than 10 images."""
+    check_reference(reference, extractor)
+    count = len(columns.pooled)
+    require_enough(count)
+    distance, error, bias = frechet_with_error(columns.pooled, reference.pooled.gaussian)
+    found: dict[str, float] = {"frechet_distance_error": error, "frechet_distance_bias": bias}
+    if columns.logits is not None:
+        found["inception_score"], found["inception_score_std"] = inception_score(columns.logits)
+        found["inception_score_whole"], _ = inception_score(columns.logits, splits=1)
+        if columns.labels is not None:
+            found["label_agreement"] = _label_agreement(columns.logits, columns.labels)
+    if columns.spatial is not None and reference.spatial is not None:
+        spatial = FeatureStatistics(columns.spatial.shape[1])
+        for _, block in blocks(columns.spatial):
+            spatial.update(block)
+        found["spatial_frechet_distance"] = reference.spatial.gaussian.distance(spatial.gaussian)
+    if reference.kept is not None and len(reference.kept) > DENSITY_NEIGHBOURS:
+        found |= _of_single_images(columns.pooled, reference.kept)
+    return Metrics(frechet_distance=distance, count=count, **found)
+
+
+def require_enough(count: int) -> None:
+    """Raise JLTError for fewer images than an evaluation needs."""
+    if count < GROUPS:
+        raise JLTError(f"An evaluation needs at least {GROUPS} images, there are {count}.")
+
+
+def frechet_with_error(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) -> tuple[float, float, float]:
+    """Return the Frechet distance of images to a reference, its standard error, and its bias for want of images.
+
+    By the jackknife over 10 groups of images. The reference is taken as it is: its own images are the same for all.
+    """
+    count = len(pooled)
+    parts = [FeatureStatistics(pooled.shape[1]) for _ in range(GROUPS)]
+    groups = group_of(count)
+    for group, part in enumerate(parts):
+        members = np.flatnonzero(groups == group)
+        for start in range(0, len(members), GROUP_RUN * RUNS_AT_ONCE):
+            part.update(torch.from_numpy(np.asarray(pooled[members[start : start + GROUP_RUN * RUNS_AT_ONCE]])))
+            release(pooled)
+    whole = FeatureStatistics(pooled.shape[1])
+    for part in parts:
+        whole.merge(part)
+    distance = reference.distance(whole.gaussian)
+    without = [reference.distance(whole.without(part).gaussian) for part in parts]
+    return distance, *jackknife(distance, without, [len(np.flatnonzero(groups == group)) for group in range(GROUPS)])
+
+
+def group_of(count: int) -> Int64[np.ndarray, " n"]:
+    """Return each image's group, 0..9: runs of consecutive images, so that labels i mod K are balanced in each.
+
+    Runs of 64 take turns where there are enough images for ten of them; fewer are cut into ten runs. Images that are
+    sorted by class make groups of unlike classes, and the error is then overestimated.
+    """
+    numbers = np.arange(count)
+    return numbers * GROUPS // max(1, count) if count < GROUP_RUN * GROUPS else numbers // GROUP_RUN % GROUPS
+
+
+def _label_agreement(logits: Float[np.ndarray, "n k"], labels: Int64[np.ndarray, " n"]) -> float:
+    wanted = torch.from_numpy(np.array(labels))
+    return sum(label_agreement(part, wanted[rows]) * len(part) for rows, part in blocks(logits)) / len(logits)
+
+
+def _of_single_images(pooled: Float32[np.ndarray, "n d"], real: Float[Tensor, "m d"]) -> dict[str, float]:
+    samples = torch.from_numpy(np.asarray(pooled[evenly_spaced(len(pooled), KEPT)]))
+    release(pooled)
+    distance, spread = kernel_distance(samples, real)
+    near = overlap(samples, real)
+    return {
+        "kernel_distance": distance,
+        "kernel_distance_std": spread,
+        "precision": near.precision,
+        "recall": near.recall,
+        "density": near.density,
+        "coverage": near.coverage,
+    }

@@ -1,0 +1,111 @@
+"""The features of a sampler's images, on disk while they are drawn: shared among processes, and continued."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from jlt.evaluation.features import FeatureExtractor, Features
+from jlt.evaluation.measure import Columns
+from jlt.evaluation.real import CHUNK
+from jlt.files import lock_folder
+from jlt.processes import Group, ending_together
+from jlt.progress import bar, say
+from jlt.rows import Columns as TableColumns
+from jlt.rows import RowTable, unwritten
+from jlt.sampling.generate import batches_of
+from jlt.sampling.sampler import ImageBatch, ImageSampler
+
+
+def open_table(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> RowTable:
+    """Open the table of a sampler's features in the folder `place`; one of fewer images grows to this many.
+
+    JLTError for a disk without room.
+    """
+    words = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
+    digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
+    columns: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+        "pooled": (np.float32, (extractor.dimension,)),
+        "labels": (np.int64, ()),
+    }
+    if extractor.num_classes:
+        columns["logits"] = (np.float32, (extractor.num_classes,))
+    if extractor.spatial_dimension:
+        columns["spatial"] = (np.float32, (extractor.spatial_dimension,))
+    found: TableColumns = columns
+    return RowTable(place / digest, found, sampler.config.num)
+
+
+def draw_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> RowTable:
+    """Draw the images that the table does not have yet, in all processes, and return it full.
+
+    Stopped when any process was asked to end: the rows that are written stay, and the same call goes on from them.
+    """
+    with contextlib.ExitStack() as held:
+
+        def find() -> list[range]:
+            held.enter_context(lock_folder(place))
+            written = open_table(sampler, extractor, place).written()
+            if written.any():
+                say(f"{written.sum()} of {len(written)} images were drawn before.")
+            return unwritten(batches_of(sampler.config.num, sampler.config.batch_size), written)
+
+        missing = group.on_first(find)
+        table, images = open_table(sampler, extractor, place), sum(map(len, missing))
+        with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
+            batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
+            for start, pixels, labels in aligned(batches):
+                table.write(start, {**_arrays(extractor(pixels)), "labels": labels.numpy()})
+                shown.show(group.add(f"drawn for {table.folder.name}", len(labels)))
+        return table
+
+
+def _arrays(features: Features) -> dict[str, np.ndarray]:
+    tensors = {"pooled": features.pooled, "logits": features.logits, "spatial": features.spatial}
+    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+def aligned(
+    batches: Iterable[ImageBatch], size: int = CHUNK
+) -> Iterator[tuple[int, UInt8[Tensor, "n h w 3"], Int64[Tensor, " n"]]]:
+    """Yield the same numbered images cut at multiples of `size`, as far as they are consecutive.
+
+    An extractor then sees each image beside the same others, whatever the batch size, as `evaluate_images` does.
+    """
+    waiting: ImageBatch | None = None
+    for batch in batches:
+        if waiting is not None and waiting.start + len(waiting.labels) == batch.start:
+            images, labels = torch.cat((waiting.images, batch.images)), torch.cat((waiting.labels, batch.labels))
+            batch = ImageBatch(waiting.start, images, labels)
+        elif waiting is not None:
+            yield waiting.start, waiting.images, waiting.labels
+        end = batch.start + len(batch.labels)
+        cuts = [batch.start, *range((batch.start // size + 1) * size, end + 1, size)]
+        for cut, next_cut in pairwise(cuts):
+            part = slice(cut - batch.start, next_cut - batch.start)
+            yield cut, batch.images[part], batch.labels[part]
+        rest = slice(cuts[-1] - batch.start, None)
+        left = ImageBatch(cuts[-1], batch.images[rest], batch.labels[rest])
+        waiting = left if len(left.labels) else None
+    if waiting is not None:
+        yield waiting.start, waiting.images, waiting.labels
+
+
+def columns_of(table: RowTable, labelled: bool) -> Columns:
+    """Return a full table for measuring, with labels where they are to be compared."""
+    found = table.read()
+    return Columns(
+        pooled=found["pooled"],
+        logits=found.get("logits"),
+        spatial=found.get("spatial"),
+        labels=found["labels"] if labelled else None,
+    )

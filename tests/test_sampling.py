@@ -10,7 +10,7 @@ import torch
 from jlt.config import PREDICTIONS, SampleConfig
 from jlt.errors import JLTError
 from jlt.path import expand_time
-from jlt.sampling.generate import _noise, labels_for, sample_latents
+from jlt.sampling.generate import labels_for, noise_of, sample_latents
 from jlt.sampling.guidance import Denoiser, guided, in_interval, rows_evaluated
 from jlt.sampling.solvers import network_evaluations, solve
 from jlt.timesteps import sampling_grid, uniform_grid
@@ -291,7 +291,7 @@ def test_fresh_noise_belongs_to_image_and_step():
     assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
     (few,) = sample_latents(denoiser, (2, 2, 2), 10, config, numbers=[range(4, 6)])
     assert torch.equal(few.latents, whole.latents[4:6])
-    _, fresh = _noise(0, range(3), (2, 2, 2), "cpu", 2.0)
+    _, fresh = noise_of(0, range(3), (2, 2, 2), "cpu", 2.0)
     draws = torch.stack([fresh(0), fresh(1), fresh(0)])
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])

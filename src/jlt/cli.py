@@ -277,10 +277,18 @@ class Sample(Verb):
     out: Path
     config: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
     format: SampleFormat = "png"
+    steps_strip: bool = False
+    """Draw one picture of what the network takes for the clean image (x^) along the way from noise."""
+    interpolate: bool = False
+    """Draw one picture of the ways from the noise of image 0 to that of 1, from 2 to 3, and so on."""
+    compare: Path | None = None
+    """Another run or checkpoint, drawn from the same noise and labels, for one picture of both."""
     autoencoder_path: str | None = None
     """Where the autoencoder of the latents lies, if not where its name says."""
 
     def run(self) -> Result:
+        if self.steps_strip or self.interpolate or self.compare:
+            return self._picture()
         from jlt.processes import joined
         from jlt.protocol import default_device
         from jlt.sampling.sampler import open_sampler
@@ -292,6 +300,23 @@ class Sample(Verb):
         with joined(device) as group:
             written = save_samples(sampler, self.out, self.format, group)
         return Result({"written": str(written), "protocol": sampler.protocol()}, f"{self.config.num} images: {written}")
+
+    def _picture(self) -> Result:
+        from jlt.protocol import default_device
+        from jlt.sampling.pictures import save_picture
+        from jlt.sampling.sampler import open_sampler
+        from jlt.training.checkpoint import open_checkpoint
+
+        if self.steps_strip and self.interpolate:
+            raise WrongWordsError("One picture is either --steps-strip or --interpolate.")
+        kind = "strip" if self.steps_strip else "interpolation" if self.interpolate else "pairs"
+        paths = [self.checkpoint, *([self.compare] if self.compare else [])]
+        checkpoints = [open_checkpoint(path) for path in paths]
+        samplers = [open_sampler(one, self.config, default_device(), self.autoencoder_path) for one in checkpoints]
+        names = [f"{one.run.name}, step {one.step:,}" for one in checkpoints]
+        written = save_picture(samplers, self.out, kind, names)
+        protocols = [sampler.protocol() for sampler in samplers]
+        return Result({"written": str(written), "protocols": protocols}, f"Open {written}")
 
 
 @dataclass(frozen=True, kw_only=True)

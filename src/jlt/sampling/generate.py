@@ -5,7 +5,7 @@ The image itself is then the same up to float rounding, which depends on the sha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from jlt.config import SampleConfig
 from jlt.draws import derive_seed, generator, normal_per_sample
 from jlt.errors import JLTError, WrongWordsError
 from jlt.sampling.guidance import Denoiser, guided
-from jlt.sampling.solvers import Noise, solve
+from jlt.sampling.solvers import Noise, no_noise, solve
 from jlt.timesteps import sampling_grid
 
 
@@ -67,19 +67,42 @@ def sample_latents(
 
     JLTError for latents that are not finite.
     """
-    grid = sampling_grid(config)
     for indices in batches_of(config.num, config.batch_size) if numbers is None else numbers:
         labels = labels_for(config.labels, indices, num_classes, config.seed).to(device)
-        velocity = guided(denoiser, labels, config.cfg_scale, config.cfg_interval, guide)
-        noise, fresh = _noise(config.seed, indices, shape, device, noise_scale)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            latents = solve(config.solver, velocity, noise, grid, fresh)
+        noise, fresh = noise_of(config.seed, indices, shape, device, noise_scale)
+        latents = flow(denoiser, noise, labels, config, fresh, guide)
         if not latents.isfinite().all():
             raise JLTError(f"Some of the images {indices[0]} to {indices[-1]} are not finite: has training diverged?")
         yield SampleBatch(indices[0], latents, labels)
 
 
-def _noise(
+@torch.inference_mode()
+def flow(
+    denoiser: Denoiser,
+    noise: Float[Tensor, "n c h w"],
+    labels: Int[Tensor, "n"],
+    config: SampleConfig,
+    fresh: Noise = no_noise,
+    guide: Denoiser | None = None,
+    seen: Callable[[float, Float[Tensor, "n c h w"]], None] | None = None,
+) -> Float[Tensor, "n c h w"]:
+    """Carry noise to latents; `seen` is told the clean prediction x^ (eq. 4) of every time that is asked for.
+
+    At a time that two stages of a solver share, the one of the path itself comes last.
+    """
+    velocity = guided(denoiser, labels, config.cfg_scale, config.cfg_interval, guide)
+
+    def seeing(z: Float[Tensor, "n c h w"], t: float) -> Float[Tensor, "n c h w"]:
+        v = velocity(z, t)
+        if seen is not None:
+            seen(t, z + (1 - t) * v)
+        return v
+
+    with torch.autocast(noise.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return solve(config.solver, seeing, noise, sampling_grid(config), fresh)
+
+
+def noise_of(
     seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device | str, scale: float
 ) -> tuple[Float[Tensor, "n c h w"], Noise]:
     """Return the noise that numbered images begin with, and the source of what a stochastic solver adds at a step."""

@@ -427,7 +427,7 @@ class Report(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Verb):
-    """Measure speed, utilisation and memory on this machine: of training, of reading data, of encoding.
+    """Measure speed, utilisation and memory on this machine: of training, of sampling, of reading data, of encoding.
 
     For example:
 

@@ -124,4 +124,48 @@ class EncodeBenchmark(Verb):
         return Result(measured, encode_benchmark_table(measured))
 
 
-BENCHMARKS: dict[str, type[Verb]] = {"train": TrainBenchmark, "data": DataBenchmark, "encode": EncodeBenchmark}
+@dataclass(frozen=True, kw_only=True)
+class SampleBenchmark(Verb):
+    """Sampling with random weights, against a plain loop over the same network in the same run; and decoding.
+
+    The plain loop calls the network once for each branch of guidance at every evaluation.
+
+    For example:
+
+      jlt benchmark sample --preset JLT-B/1 --batch-size 4 --compile
+    """
+
+    preset: str = "JLT-B/1"
+    batch_size: int = 4
+    steps: int = 50
+    cfg_scale: float = 2.9
+    cfg_interval: tuple[float, float] = (0.1, 1.0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    autoencoder_path: str | None = None
+    """Weights of FLUX.2's autoencoder (default: random ones of its class and size)."""
+
+    def run(self) -> Result:
+        from jlt.config import SampleConfig
+        from jlt.experiments.benchmark_sample import benchmark_sample
+        from jlt.experiments.systems import preset_config
+        from jlt.report.benchmark_table import sample_benchmark_table
+
+        sample = SampleConfig(
+            steps=self.steps,
+            cfg_scale=self.cfg_scale,
+            cfg_interval=self.cfg_interval,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            compile=self.compile,
+        )
+        measured = benchmark_sample(preset_config(self.preset), sample, self.autoencoder_path)
+        return Result(measured, sample_benchmark_table(measured))
+
+
+BENCHMARKS: dict[str, type[Verb]] = {
+    "train": TrainBenchmark,
+    "sample": SampleBenchmark,
+    "data": DataBenchmark,
+    "encode": EncodeBenchmark,
+}

@@ -144,6 +144,8 @@ class SampleConfig:
     """An EMA decay (0.9999), a length to rebuild (sigma_rel=0.07) or none; empty takes the run's first decay."""
     batch_size: int = 256
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    """torch.compile the network, which pays for many images; needs a C++ compiler on a CPU."""
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval

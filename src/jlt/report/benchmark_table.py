@@ -1,4 +1,4 @@
-"""The figures of the training benchmark as text, for a terminal."""
+"""The figures of the benchmarks of training and sampling as text, for a terminal."""
 
 from __future__ import annotations
 
@@ -79,3 +79,26 @@ def _variant(entry: Mapping[str, Any]) -> list[str]:
         return [f"{entry['variant']}: {NO_ROOM}", "", "", ""]
     ratio = number(entry.get("ratio"))
     return [entry["variant"], number(entry["img_per_second"]), ratio, number(entry["peak_memory_gib"])]
+
+
+def sample_benchmark_table(result: Mapping[str, Any]) -> str:
+    """Return what a sampling benchmark found."""
+    low, high = result["cfg_interval"]
+    how = f"{result['precision']}, {'compiled' if result['compile'] else 'eager'}, batch {result['batch_size']}"
+    title = f"{result['name']}, {result['steps']}-step {result['solver']}, {how}"
+    rounds = ", ".join(number(ratio, 3) for ratio in result["ratio_by_round"])
+    rows = [
+        ["images per second, latents alone", number(result["img_per_second"])],
+        ["images per second, decoded", number(result["img_per_second_decoded"])],
+        [f"decoding alone ({result['autoencoder']})", number(result["decoded_per_second"])],
+        ["evaluations per second and image (NFE/s)", number(result["nfe_per_second"])],
+        ["NFE of a branch", str(result["nfe"])],
+        [f"NFE with both branches in ({low:g}, {high:g})", str(result["rows_per_image"])],
+        ["a plain loop, images per second", number(result["plain_img_per_second"])],
+        ["ratio, median of the rounds", number(result["ratio"], 3)],
+        ["ratio, by round", rounds],
+        ["matrix product, GFLOP/s", number(result["matmul_gflops"])],
+        ["MFU", f"{result['mfu']:.1%}"],
+        ["peak memory, GiB", number(result["peak_memory_gib"])],
+    ]
+    return text_table([title, ""], rows)

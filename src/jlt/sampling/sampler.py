@@ -87,8 +87,8 @@ class ImageSampler:
         return self.checkpoint.latents["source"]["kind"]
 
     def protocol(self) -> dict[str, Any]:
-        """Return everything that decides which images these are; batch sizes move them by float rounding alone."""
-        free = ("num", "batch_size", "autoguide", "autoguide_ema")
+        """Return everything that decides which images these are; batch sizes and compilation only round otherwise."""
+        free = ("num", "batch_size", "compile", "autoguide", "autoguide_ema")
         settings = {key: value for key, value in to_dict(self.config).items() if key not in free}
         guide = {"autoguide": dict(self.guide.identity)} if self.guide else {}
         return {
@@ -114,18 +114,20 @@ def open_sampler(
     """
     check_guidance(checkpoint.config, config)
     guide = _open_guide(checkpoint, config, device) if config.autoguided else None
-    weights = _open_weights(checkpoint, config.ema, config.t_eps, device)
+    weights = _open_weights(checkpoint, config.ema, config, device)
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 
-def _open_weights(checkpoint: Checkpoint, ema: str, t_eps: float, device: str) -> Weights:
+def _open_weights(checkpoint: Checkpoint, ema: str, config: SampleConfig, device: str) -> Weights:
     train = checkpoint.config
     chosen = choose_weights(checkpoint, ema)
     network = build_network(train.network, seed=0)
     network.load_state_dict(chosen.tensors)
     network.to(device).eval().requires_grad_(False)
-    denoiser = Denoiser(network, train.prediction, train.network.num_classes, t_eps)
+    if config.compile:
+        network.compile(dynamic=False)
+    denoiser = Denoiser(network, train.prediction, train.network.num_classes, config.t_eps)
     rebuilt = {"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {}
     return Weights(denoiser, {"checkpoint": checkpoint.sha256, "ema": chosen.ema, **rebuilt})
 
@@ -136,7 +138,7 @@ def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> We
     mine, theirs = (_sampled_space(side) for side in (checkpoint, guide))
     if lines := difference(mine, theirs):
         raise JLTError(f"{guide.folder} cannot guide, it draws something else: {'; '.join(lines)}.")
-    weights = _open_weights(guide, config.autoguide_ema, config.t_eps, device)
+    weights = _open_weights(guide, config.autoguide_ema, config, device)
     mine_ema = choose_name(checkpoint, config.ema)
     if guide.sha256 == checkpoint.sha256 and weights.identity["ema"] == mine_ema:
         raise JLTError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")

@@ -55,7 +55,17 @@ class Gaussian:
         F_a^T F_b. That is real and finite for singular covariances too, where a general matrix root fails, and keeps
         small values exact, which the eigenvalues of F_a^T B F_a, their squares, do not.
         """
-        overlap = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
+        return self._distance(other, torch.linalg.svdvals(self.factor.T @ other.factor).sum())
+
+    def rough_distance(self, other: Gaussian) -> float:
+        """Return the distance without a factor of the other one: by those eigenvalues, in a third of the time.
+
+        Rounding adds some 1e-8 of the largest standard deviation for each dimension in which the other is flat.
+        """
+        squares = self.factor.T @ other.covariance.double() @ self.factor
+        return self._distance(other, torch.linalg.eigvalsh(squares).clamp_min(0).sqrt().sum())
+
+    def _distance(self, other: Gaussian, overlap: Float64[Tensor, ""]) -> float:
         moved = (self.mean.double() - other.mean.double()).square().sum()
         spread = self.covariance.double().trace() + other.covariance.double().trace()
         return max(0.0, (moved + spread - 2 * overlap).item())

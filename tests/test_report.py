@@ -553,7 +553,7 @@ def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measur
     rows = [line for line in metrics_table(metrics).split("─\n")[1].splitlines() if line]
     assert [line.split() for line in rows] == [
         ["frechet", "distance", "2.563", "±", "0.031"],
-        ["frechet", "distance", "bias", "-0.00123"],
+        ["frechet", "distance", "bias", "-0.001230"],
         ["inception", "score", "—"],
         ["kernel", "distance", "0.000712", "±", "0.000025"],
         ["precision", "62.5%"],

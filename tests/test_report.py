@@ -546,7 +546,7 @@ def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measur
         "inception_score": None,
         "inception_score_std": None,
         "kernel_distance": 0.000712,
-        "kernel_distance_std": 0.0000251,
+        "kernel_distance_std": 0.000251,
         "precision": 0.625,
         "count": 50_000,
     }
@@ -555,7 +555,7 @@ def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measur
         ["frechet", "distance", "2.563", "±", "0.031"],
         ["frechet", "distance", "bias", "-0.001230"],
         ["inception", "score", "—"],
-        ["kernel", "distance", "0.000712", "±", "0.000025"],
+        ["kernel", "distance", "0.00071", "±", "0.00025"],
         ["precision", "62.5%"],
         ["count", "50,000"],
     ]

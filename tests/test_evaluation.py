@@ -15,10 +15,10 @@ from jlt.assets.weights import read_metadata
 from jlt.data.sources.registry import open_source
 from jlt.errors import JLTError
 from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier
-from jlt.evaluation.evaluate import evaluate_images
+from jlt.evaluation.evaluate import evaluate_images, in_chunks
 from jlt.evaluation.features import load_extractor
-from jlt.evaluation.measure import Metrics
-from jlt.evaluation.metrics import label_agreement
+from jlt.evaluation.measure import Columns, Metrics, frechet_with_error, group_of, measure
+from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
 from jlt.evaluation.real import reference_statistics
 from jlt.evaluation.reference import Reference
 from jlt.evaluation.statistics import FeatureStatistics
@@ -197,3 +197,102 @@ def test_metrics_are_json(classifier, reference, tmp_path):
     protocol = json.loads((tmp_path / "reference.json").read_text())
     assert protocol["extractor"] == classifier.identity()
     assert (protocol["count"], protocol["resolution"]) == (1797, 32)
+
+
+# ---- columns ----
+
+
+def test_what_is_left_out_is_the_inverse_of_merging():
+    features = torch.randn(60, 5, generator=generator(), dtype=torch.float64) + 100
+    whole, part, rest = (FeatureStatistics(5) for _ in range(3))
+    whole.update(features)
+    part.update(features[:23])
+    rest.update(features[23:])
+    found = whole.without(part)
+    assert found.count == 37
+    torch.testing.assert_close(found.mean, rest.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.covariance, rest.covariance, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="nothing remains"):
+        whole.without(whole)
+
+
+@pytest.mark.parametrize("count", [192, 1000])
+def test_error_and_bias_of_the_frechet_distance_are_what_repetition_shows(count):
+    dimension, trials = 8, 200
+    scale = np.linspace(0.5, 1.5, dimension)
+    true = 0.3**2 * dimension + ((scale - 1) ** 2).sum()
+    exact = Gaussian(torch.zeros(dimension, dtype=torch.float64), torch.eye(dimension, dtype=torch.float64))
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(trials):
+        images = (random.standard_normal((count, dimension)) * scale + 0.3).astype(np.float32)
+        found.append(frechet_with_error(images, exact))
+    distances, errors, biases = np.array(found).T
+    scatter, bias = distances.std(), distances.mean() - true
+    assert 1 / 1.5 < errors.mean() / scatter < 1.5
+    # The mean of the real bias is itself only known to scatter / sqrt(trials).
+    assert abs(biases.mean() - bias) < 0.15 * bias + 3 * scatter / np.sqrt(trials)
+    assert bias > 0
+
+
+def test_the_jackknife_leaves_out_the_groups_it_says():
+    images = np.random.default_rng(0).standard_normal((1500, 6)).astype(np.float32)
+    exact = Gaussian(torch.zeros(6, dtype=torch.float64), 2 * torch.eye(6, dtype=torch.float64))
+
+    def distance(rows):
+        rows = torch.from_numpy(rows).double()
+        return exact.distance(Gaussian(rows.mean(dim=0), torch.cov(rows.T)))
+
+    groups = group_of(1500)
+    without = [distance(images[groups != group]) for group in range(10)]
+    expected = jackknife(distance(images), without, np.bincount(groups).tolist())
+    assert frechet_with_error(images, exact) == pytest.approx((distance(images), *expected), rel=1e-7)
+
+
+def test_columns_in_a_file_give_the_numbers_of_columns_in_memory(classifier, reference, held_out, tmp_path):
+    found = classifier(held_out.images)
+    arrays = {"pooled": found.pooled.numpy(), "logits": found.logits.numpy(), "labels": held_out.labels.numpy()}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in arrays}
+    whole = measure(Columns(**arrays), reference, classifier)
+    assert measure(Columns(**mapped), reference, classifier) == whole
+    assert all(value is not None for name, value in asdict(whole).items() if name != "spatial_frechet_distance")
+    np.testing.assert_array_equal(mapped["pooled"], arrays["pooled"])
+
+
+def test_what_cannot_be_measured_is_none(classifier, reference, held_out):
+    pooled = classifier(held_out.images).pooled.numpy()
+    found = asdict(measure(Columns(pooled), Reference(reference.pooled, protocol=reference.protocol), classifier))
+    measured = {name for name, value in found.items() if value is not None}
+    assert measured == {"frechet_distance", "frechet_distance_error", "frechet_distance_bias", "count"}
+    with pytest.raises(JLTError, match="at least 10 images, there are 9"):
+        measure(Columns(pooled[:9]), reference, classifier)
+
+
+def test_spatial_features_have_a_distance_of_their_own(classifier, reference, held_out):
+    pooled = classifier(held_out.images).pooled.numpy()
+    spatial = np.random.default_rng(0).standard_normal((len(pooled), 4)).astype(np.float32)
+    real = FeatureStatistics(4)
+    real.update(torch.from_numpy(spatial + 2))
+    found = measure(Columns(pooled, spatial=spatial), Reference(reference.pooled, real), classifier)
+    # The same covariance, moved by two in each of four directions.
+    assert found.spatial_frechet_distance == pytest.approx(16, rel=1e-5)
+
+
+def test_samples_of_another_size_are_refused(classifier, reference, held_out):
+    with pytest.raises(JLTError, match="32x32 pixels, the samples have 16x16"):
+        evaluate_images([(held_out.images[:, ::2, ::2], None)], reference, classifier)
+
+
+@pytest.mark.parametrize("sizes", [(150,), (1,) * 150, (63, 1, 64, 22), (64, 64, 22), (130, 0, 20)])
+def test_chunks_are_the_same_whatever_came(sizes):
+    images = torch.arange(150, dtype=torch.uint8).reshape(150, 1, 1, 1).expand(150, 2, 2, 3)
+    labels = torch.arange(150)
+    found = list(in_chunks(zip(images.split(sizes), labels.split(sizes), strict=True), 64))
+    assert [len(part) for part, _ in found] == [64, 64, 22]
+    assert torch.equal(torch.cat([part for part, _ in found]), images)
+    assert torch.equal(torch.cat([part for _, part in found]), labels)
+    assert all(part is None for _, part in in_chunks([(images, None)], 64))
+    with pytest.raises(ValueError, match="some have none"):
+        list(in_chunks([(images, labels), (images, None)], 64))

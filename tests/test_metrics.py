@@ -1,4 +1,10 @@
-"""Metrics against closed forms, scipy's matrix root and the formulas written out."""
+"""Metrics against closed forms, scipy's matrix root, torch-fidelity and the formulas written out."""
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +12,16 @@ import scipy.linalg
 import torch
 
 from jlt.errors import JLTError
-from jlt.evaluation.metrics import frechet_distance, inception_score, label_agreement
+from jlt.evaluation.measure import group_of
+from jlt.evaluation.metrics import (
+    Gaussian,
+    frechet_distance,
+    inception_score,
+    jackknife,
+    kernel_distance,
+    label_agreement,
+    overlap,
+)
 
 
 def generator(seed=0):
@@ -114,3 +129,172 @@ def test_inception_score_of_too_few_images():
 def test_label_agreement_counts():
     logits = torch.tensor([[0.0, 1, 2], [5, 1, 2], [-3, -1, -2], [0, 0.5, 0]])
     assert label_agreement(logits, torch.tensor([2, 0, 0, 2])) == 0.5
+
+
+def test_frechet_distance_of_a_nearly_flat_covariance_keeps_its_digits():
+    # Eigenvalues of the product reach 1e-20 of the largest: below what a float64 can hold beside it.
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator(), dtype=torch.float64)).Q
+    a, b = torch.logspace(2, -8, 64, dtype=torch.float64), torch.logspace(1, -9, 64, dtype=torch.float64)
+    found = frechet_distance(zeros(64), basis * a @ basis.T, zeros(64), basis * b @ basis.T)
+    assert found == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-8)
+
+
+def test_the_rough_distance_is_the_distance():
+    a, b = Gaussian(zeros(48), random_covariance(48)), Gaussian(zeros(48) + 1, random_covariance(48, rank=30, seed=1))
+    assert a.rough_distance(b) == pytest.approx(a.distance(b), rel=1e-6)
+
+
+# ---- the jackknife ----
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error_and_it_has_no_bias():
+    values = np.random.default_rng(0).standard_normal(120)
+    parts = values.reshape(12, 10)
+    without = [np.delete(parts, group, axis=0).mean() for group in range(12)]
+    error, bias = jackknife(values.mean(), without, [10] * 12)
+    assert error == pytest.approx(parts.mean(axis=1).std(ddof=1) / np.sqrt(12))
+    assert bias == pytest.approx(0, abs=1e-12)
+    # Groups of unequal sizes have no bias either.
+    edges = [0, 5, 30, 70, 120]
+    parts = [values[low:high] for low, high in itertools.pairwise(edges)]
+    without = [np.concatenate(parts[:group] + parts[group + 1 :]).mean() for group in range(4)]
+    error, bias = jackknife(values.mean(), without, [len(part) for part in parts])
+    assert bias == pytest.approx(0, abs=1e-12)
+    assert 0.3 < error * np.sqrt(120) < 2
+
+
+def test_the_jackknife_finds_the_bias_of_a_variance_divided_by_n():
+    values = np.random.default_rng(1).standard_normal(40)
+    without = [np.delete(values, index).var() for index in range(40)]
+    _, bias = jackknife(values.var(), without, [1] * 40)
+    assert values.var() - bias == pytest.approx(values.var(ddof=1))
+
+
+@pytest.mark.parametrize("count", [10, 23, 639, 640, 700, 1000, 50_000])
+def test_groups_are_ten_and_each_has_its_share(count):
+    sizes = np.bincount(group_of(count), minlength=10)
+    assert (len(sizes), sizes.sum()) == (10, count)
+    assert sizes.max() - sizes.min() <= (1 if count < 640 else 64)
+    if count >= 1000:
+        labels = np.arange(count) % 8
+        for group in range(10):
+            of_each = np.bincount(labels[group_of(count) == group])
+            assert of_each.max() - of_each.min() <= 1
+
+
+# ---- kernel distance ----
+
+
+def direct_kernel_distance(x, y):
+    n = len(x)
+    within = sum(
+        (float(a[i] @ a[j]) / x.shape[1] + 1) ** 3 for a in (x, y) for i in range(n) for j in range(n) if i != j
+    )
+    across = sum((float(p @ q) / x.shape[1] + 1) ** 3 for p in x for q in y)
+    return within / (n * (n - 1)) - 2 * across / n**2
+
+
+def test_kernel_distance_agrees_with_the_formula_written_out():
+    x, y = torch.randn(2, 20, 6, generator=generator(), dtype=torch.float64)
+    found, spread = kernel_distance(x, y + 0.5)
+    # Subsets of all images are all the same one.
+    assert found == pytest.approx(direct_kernel_distance(x.numpy(), y.numpy() + 0.5), rel=1e-12)
+    assert spread == pytest.approx(0, abs=1e-12)
+    found, spread = kernel_distance(x, y + 0.5, subsets=1, subset_size=7)
+    random = np.random.RandomState(2020)
+    chosen = [a.numpy()[random.choice(20, 7, replace=False)] for a in (x, y + 0.5)]
+    assert (found, spread) == (pytest.approx(direct_kernel_distance(*chosen), rel=1e-12), 0)
+
+
+def test_kernel_distance_is_unbiased():
+    found = [kernel_distance(*torch.randn(2, 50, 4, generator=generator(seed)), subsets=1)[0] for seed in range(300)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(300)
+    far = [
+        kernel_distance(torch.randn(50, 4, generator=generator(seed)) + 1, torch.randn(50, 4), 1)[0]
+        for seed in range(3)
+    ]
+    assert min(far) > max(found)
+
+
+FIDELITY = """
+import json, sys, types
+import numpy as np, torch
+class Anything(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+for name in ("torchvision", "torchvision.transforms", "torchvision.models", "torchvision.datasets"):
+    sys.modules[name] = Anything(name)
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+with np.load(sys.argv[1]) as file:
+    x, y, logits = (torch.from_numpy(file[name]) for name in ("x", "y", "logits"))
+kid = kid_features_to_metric(x, y, verbose=False, kid_subset_size=100)
+print(json.dumps({**kid, **isc_features_to_metric(logits)}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
+def test_kernel_distance_and_inception_score_are_those_of_torch_fidelity(tmp_path):
+    random = np.random.default_rng(0)
+    x, y, logits = (
+        random.standard_normal((150, 16)),
+        random.standard_normal((130, 16)) + 0.3,
+        random.normal(size=(150, 9)),
+    )
+    np.savez(tmp_path / "features.npz", x=x, y=y, logits=logits)
+    words = [sys.executable, "-W", "ignore", "-c", FIDELITY, str(tmp_path / "features.npz")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    mine = kernel_distance(torch.from_numpy(x), torch.from_numpy(y), subset_size=100)
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert mine == pytest.approx(expected, rel=1e-9)
+    assert inception_score(logits) == pytest.approx(
+        (theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9
+    )
+
+
+# ---- precision, recall, density, coverage ----
+
+
+def direct_overlap(samples, real):
+    def distances(a, b):
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=2))
+
+    def radii(a, k):
+        # The nearest is the point itself.
+        return np.sort(distances(a, a), axis=1)[:, k]
+
+    across = distances(real, samples)
+    in_three, in_five = across <= radii(real, 3)[:, None], across <= radii(real, 5)[:, None]
+    recall = (across <= radii(samples, 3)[None]).any(axis=1).mean()
+    return in_three.any(axis=0).mean(), recall, in_five.sum() / (5 * len(samples)), in_five.any(axis=1).mean()
+
+
+@pytest.mark.parametrize(("count", "shift"), [(90, 0.0), (700, 0.7), (1100, 1.5)])
+def test_overlap_agrees_with_brute_force(count, shift):
+    samples = torch.randn(count, 3, generator=generator()) + shift
+    real = torch.randn(600, 3, generator=generator(1)) + 100
+    found = overlap(samples + 100, real)
+    expected = direct_overlap((samples + 100).double().numpy(), real.double().numpy())
+    assert (found.precision, found.recall, found.density, found.coverage) == pytest.approx(expected, abs=1e-12)
+    assert 0 < found.precision <= 1
+
+
+def test_overlap_of_a_set_with_itself_with_a_part_and_with_nothing():
+    real = torch.randn(200, 4, generator=generator())
+    same = overlap(real, real)
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    # Each ball has the image itself and its five neighbours in it, the one on its edge too.
+    assert same.density == pytest.approx(6 / 5)
+    far = overlap(real + 100, real)
+    assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
+    # Samples that leave one of two clusters out are as precise, and miss half.
+    clusters = torch.cat([real, real + 1000])
+    half = overlap(real, clusters)
+    assert (half.precision, half.recall, half.coverage) == (1, 0.5, 0.5)
+    # Twice what there is: all is recalled, half of it is real.
+    double = overlap(clusters, real)
+    assert (double.precision, double.recall, double.coverage) == (0.5, 1, 1)

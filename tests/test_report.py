@@ -35,6 +35,7 @@ from jlt.report.page import (
 )
 from jlt.report.results import Study, read_study
 from jlt.report.run_figures import run_figures, thinned
+from jlt.report.table import metrics_table, results_table
 
 
 @pytest.fixture(scope="module")
@@ -532,3 +533,44 @@ def test_fixture_follows_the_ablation_schema(folder: Path) -> None:
     facts = json.loads((folder / "ablation.json").read_text())
     assert {Path(system["run"]).name for system in facts["systems"]} == set(facts["matched"]["draws"])
     assert len(facts["systems"]) == len(FINAL)
+
+
+# ---- as text ----
+
+
+def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measured():
+    metrics = {
+        "frechet_distance": 2.5634,
+        "frechet_distance_error": 0.0312,
+        "frechet_distance_bias": -0.00123,
+        "inception_score": None,
+        "inception_score_std": None,
+        "kernel_distance": 0.000712,
+        "kernel_distance_std": 0.000251,
+        "precision": 0.625,
+        "count": 50_000,
+    }
+    rows = [line for line in metrics_table(metrics).split("─\n")[1].splitlines() if line]
+    assert [line.split() for line in rows] == [
+        ["frechet", "distance", "2.563", "±", "0.031"],
+        ["frechet", "distance", "bias", "-0.001230"],
+        ["inception", "score", "—"],
+        ["kernel", "distance", "0.00071", "±", "0.00025"],
+        ["precision", "62.5%"],
+        ["count", "50,000"],
+    ]
+    # Values end in one column, and errors begin in one.
+    assert len({line.index("±") for line in rows if "±" in line}) == 1
+    ends = [re.search(r"(—|[\d,.]+%?)( *±.*)?$", line).end(1) for line in rows]
+    assert len(set(ends)) == 1
+
+
+def test_an_ablation_without_an_inception_score_has_a_dash_for_it(tmp_path):
+    write_ablation(tmp_path)
+    for path in tmp_path.rglob("evaluations/*.json"):
+        content = read_json(path)
+        content["metrics"] |= {"inception_score": None, "inception_score_std": None}
+        write_json(path, content)
+    assert all(row.cells[1].text == "—" and not row.cells[1].best for row in result_rows(read_study(tmp_path)))
+    assert "—" in results_table(tmp_path)
+    assert write_report(tmp_path).stat().st_size > 10_000

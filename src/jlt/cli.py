@@ -362,6 +362,41 @@ class Evaluate(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference(Verb):
+    """Measure real images once, for evaluations to compare samples with: statistics and single features.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m jlt reference ...
+
+    For example:
+
+      jlt reference --images digits --resolution 32 --out digits.npz
+    """
+
+    images: str
+    """A folder of class folders, parquet or tar files, or the name of a bundled set."""
+    out: Path
+    """The .npz to write; what it was made of goes into a .json beside it."""
+    resolution: int
+    """Side in pixels that the images are brought to: that of the samples."""
+    split: str | None = None
+    """Which files of a folder, as train."""
+    features: str = "digits"
+    """Feature extractor."""
+
+    def run(self) -> Result:
+        from jlt.data.sources.registry import open_source
+        from jlt.evaluation.features import load_extractor
+        from jlt.experiments.reference import make_reference
+        from jlt.protocol import default_device
+
+        device = default_device()
+        extractor = load_extractor(self.features, device)
+        source = open_source(self.images, self.split)
+        identity = make_reference(source, extractor, self.resolution, self.out, device)
+        return Result(identity, f"Statistics of {identity['count']:,} images: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ablate(RecipeVerb):
     """Train, measure and report systems that differ in the named axes and in nothing else. For example:
 
@@ -444,6 +479,7 @@ VERBS: tuple[type[Verb], ...] = (
     Train,
     Sample,
     Evaluate,
+    Reference,
     Ablate,
     Report,
     Benchmark,

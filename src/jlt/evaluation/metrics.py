@@ -55,7 +55,17 @@ class Gaussian:
         F_a^T F_b. That is real and finite for singular covariances too, where a general matrix root fails, and keeps
         small values exact, which the eigenvalues of F_a^T B F_a, their squares, do not.
         """
-        overlap = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
+        return self._distance(other, torch.linalg.svdvals(self.factor.T @ other.factor).sum())
+
+    def rough_distance(self, other: Gaussian) -> float:
+        """Return the distance without a factor of the other one: by those eigenvalues, in a third of the time.
+
+        Rounding adds some 1e-8 of the largest standard deviation for each dimension in which the other is flat.
+        """
+        squares = self.factor.T @ other.covariance.double() @ self.factor
+        return self._distance(other, torch.linalg.eigvalsh(squares).clamp_min(0).sqrt().sum())
+
+    def _distance(self, other: Gaussian, overlap: Float64[Tensor, ""]) -> float:
         moved = (self.mean.double() - other.mean.double()).square().sum()
         spread = self.covariance.double().trace() + other.covariance.double().trace()
         return max(0.0, (moved + spread - 2 * overlap).item())
@@ -175,15 +185,13 @@ def overlap(
     """
     if min(len(samples), len(real)) <= max(precision_neighbours, density_neighbours):
         raise ValueError("each set needs more images than neighbours are counted")
-    # Distances keep their digits about a centre in the midst of the points. In float32 they would not.
     centre = real.mean(dim=0, dtype=torch.float64)
-    samples, real = samples - centre, real - centre
-    around_samples = _radii(samples, (precision_neighbours,))[0]
-    around_real, wide = _radii(real, (precision_neighbours, density_neighbours))
+    around_samples = _radii(samples, (precision_neighbours,), centre)[0]
+    around_real, wide = _radii(real, (precision_neighbours, density_neighbours), centre)
     precise = torch.zeros(len(samples), dtype=torch.bool)
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool) for _ in range(2))
     inside = 0
-    for rows, squares in _squared_distances(real, samples):
+    for rows, squares in _squared_distances(real, samples, centre):
         precise |= (squares <= around_real[rows, None]).any(dim=0)
         recalled[rows] = (squares <= around_samples).any(dim=1)
         in_wide = squares <= wide[rows, None]
@@ -193,10 +201,12 @@ def overlap(
     return Overlap(precision, recall, inside / (density_neighbours * len(samples)), coverage)
 
 
-def _radii(points: Float64[Tensor, "n d"], neighbours: Sequence[int]) -> list[Float64[Tensor, " n"]]:
+def _radii(
+    points: Float[Tensor, "n d"], neighbours: Sequence[int], centre: Float64[Tensor, " d"]
+) -> list[Float64[Tensor, " n"]]:
     """Return, per number of neighbours k, each point's squared distance to the k-th nearest other, and a bit more."""
-    radii = [points.new_empty(len(points)) for _ in neighbours]
-    for rows, squares in _squared_distances(points, points):
+    radii = [torch.empty(len(points), dtype=torch.float64) for _ in neighbours]
+    for rows, squares in _squared_distances(points, points, centre):
         # A point is no neighbour of its own.
         squares[torch.arange(len(squares)), torch.arange(rows.start, rows.start + len(squares))] = torch.inf
         nearest = squares.topk(max(neighbours), dim=1, largest=False).values
@@ -206,12 +216,18 @@ def _radii(points: Float64[Tensor, "n d"], neighbours: Sequence[int]) -> list[Fl
 
 
 def _squared_distances(
-    a: Float64[Tensor, "n d"], b: Float64[Tensor, "m d"]
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], centre: Float64[Tensor, " d"]
 ) -> Iterator[tuple[slice, Float64[Tensor, "_ m"]]]:
-    """Yield |a_i - b_j|^2 for some rows at a time."""
-    squares = b.square().sum(dim=1)
+    """Yield |a_i - b_j|^2 for some rows at a time, in float64, to which only what is at work is converted.
+
+    Distances keep their digits about a `centre` in the midst of the points.
+    """
     for start in range(0, len(a), BLOCK):
         rows = slice(start, start + BLOCK)
-        part = a[rows]
-        found = torch.addmm(squares, part, b.T, alpha=-2).add_(part.square().sum(dim=1, keepdim=True))
-        yield rows, found.clamp_min_(0)
+        p = a[rows] - centre
+        found = torch.empty(len(p), len(b), dtype=torch.float64)
+        for left in range(0, len(b), BLOCK):
+            columns = slice(left, left + BLOCK)
+            q = b[columns] - centre
+            found[:, columns] = torch.addmm(q.square().sum(dim=1), p, q.T, alpha=-2)
+        yield rows, found.add_(p.square().sum(dim=1, keepdim=True)).clamp_min_(0)

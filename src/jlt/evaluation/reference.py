@@ -123,6 +123,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _torch_arrays(content: bytes) -> Mapping[str, Any]:
     """Return what torch.save wrote of numpy arrays, by torch's reader that makes nothing but what is named here."""
+    if not content.startswith(b"PK"):
+        raise ValueError("it is no archive that torch.save wrote")
     import _codecs
     import pickle
 

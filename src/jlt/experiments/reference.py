@@ -1,0 +1,60 @@
+"""A file of reference statistics, made once by one or several processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jlt.data.sources.contract import ImageSource
+from jlt.errors import JLTError
+from jlt.evaluation.features import FeatureExtractor
+from jlt.evaluation.real import KEPT, reference_protocol, reference_statistics
+from jlt.evaluation.reference import Reference, require_npz
+from jlt.files import difference, read_json
+from jlt.processes import joined
+from jlt.progress import say
+
+
+def make_reference(
+    source: ImageSource, extractor: FeatureExtractor, resolution: int, out: Path, device: str = "cpu"
+) -> dict[str, Any]:
+    """Measure the images of a source, write the statistics to `out`, and return their identity.
+
+    Processes that torchrun started share the work. A file that was made of the same images by the same extractor is
+    kept. JLTError before the first image for any other file there, a place that cannot be written and a full disk.
+    """
+    protocol = reference_protocol(source, extractor, resolution)
+    with joined(device) as group:
+        kept = group.on_first(lambda: _kept(out, protocol, len(source), extractor))
+        if kept is not None:
+            return kept
+        reference = reference_statistics(source, extractor, resolution, group=group)
+        group.on_first(lambda: reference.save(out))
+    return reference.identity()
+
+
+def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExtractor) -> dict[str, Any] | None:
+    """Return the identity of a finished file of the same words; None where there is room for a new one."""
+    require_npz(out)
+    beside = out.with_suffix(".json")
+    if out.exists():
+        reference = Reference.load(out)
+        lines = difference(reference.protocol, protocol)
+        if lines:
+            raise JLTError(f"{out} holds other statistics ({'; '.join(lines)}): name another file.")
+        say(f"{out} is finished already.")
+        return reference.identity()
+    # A process that was killed between the two files leaves the first one.
+    if beside.exists() and {**(stored := read_json(beside)), **protocol} != stored:
+        raise JLTError(f"{beside} lies there without {out.name} and is of something else: name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise JLTError(f"{out.parent} cannot be written to: name another file.")
+    needed = sum(8 * size * (size + 1) for size in (extractor.dimension, extractor.spatial_dimension))
+    needed += 4 * min(count, KEPT) * extractor.dimension
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise JLTError(f"The statistics take {needed / 1e6:.3g} MB, and {out.parent} has {free / 1e6:.3g} MB free.")
+    return None

@@ -24,6 +24,7 @@ from jlt.processes import Alone, Group
 from jlt.protocol import default_device
 
 WORDS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
+WORDS += ["--threads", "1"]
 
 
 def torchrun(count: int, *words: str) -> list[str]:

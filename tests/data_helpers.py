@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -118,13 +117,3 @@ def expected_latents(index: int, flip: bool = False) -> np.ndarray:
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def main() -> None:
-    # The process that a test kills: as make_store, and slowly enough to be hit anywhere.
-    print("ready", flush=True)
-    encode_source(NoiseSource(37), PatchAutoencoder(delay=0.02), CONFIG, Path(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,10 @@ import dataclasses
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import data_helpers
+import forked
 import numpy as np
 import pytest
 import torch
@@ -163,20 +161,32 @@ def test_resuming_keeps_sound_shards_and_remakes_the_others(
     assert "shard-00001.safetensors is not what was written" in said
 
 
+# As make_store, and slowly enough to be hit anywhere.
+SLOWLY = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, encode_source
+source, autoencoder = NoiseSource(37), PatchAutoencoder(delay=0.02)
+Path(sys.argv[2]).touch()
+encode_source(source, autoencoder, CONFIG, Path(sys.argv[1]))
+sys.exit()
+"""
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_the_store_is_byte_for_byte_the_same(tmp_path: Path, whole: dict[str, bytes]) -> None:
     folder, rng, kills = tmp_path / "store", random.Random(0), 0
     for attempt in range(12):
-        child = subprocess.Popen(
-            [sys.executable, data_helpers.__file__, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        with child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"ready\n"
-            # The last attempts are left alone, so that the test ends on any machine.
-            if attempt < 5:
-                time.sleep(rng.uniform(0, 0.2))
-                child.send_signal(signal.SIGKILL)
+        ready = tmp_path / f"ready{attempt}"
+        child = forked.start([str(folder), str(ready)], plant=SLOWLY)
+        while not ready.exists() and child.poll() is None:
+            time.sleep(0.005)
+        # The last attempts are left alone, so that the test ends on any machine.
+        if attempt < 5:
+            time.sleep(rng.uniform(0, 0.2))
+            child.send_signal(signal.SIGKILL)
+        child.wait(timeout=120)
         if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL

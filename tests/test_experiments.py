@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.experiments.ablation import AblationConfig, ablate, check_matched, prove_matched, require_equal, systems_of
 from jlt.experiments.pool import run_jobs
+from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
 from jlt.networks.transformer import build_network
 from jlt.signals import Stopped, stop_on_signal
@@ -122,6 +124,12 @@ def test_the_systems_of_an_ablation_are_matched(finished):
         load_tensors(list_checkpoints(finished / "runs" / f"{p}-v-p2-s0")[-1] / "network.safetensors") for p in "xv"
     ]
     assert any(not torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+
+
+def test_the_quickstart_measures_five_points_of_each_curve(latents, tmp_path):
+    config = quickstart_ablation(LatentStore.open(latents), (0,), 30)
+    systems = systems_of(config, latents, tmp_path, "cpu")
+    assert [system.evaluated_steps for system in systems] == [[6, 12, 18, 24, 30]] * 6
 
 
 def test_what_exists_is_kept(finished, latents, tmp_path):
@@ -285,11 +293,15 @@ PREDICTIONS = ["x", "v", "eps"]
 LONG = {"--steps": 400, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
 
 
-def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
+def long_words(latents: Path, out: Path) -> list[str]:
     words = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
     words += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
+    return list(map(str, words))
+
+
+def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "jlt.cli", *map(str, words)],
+        [sys.executable, "-m", "jlt.cli", *long_words(latents, out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -367,7 +379,7 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         assert verify_checkpoints(parts / "runs" / name) == []
     assert not claims_to_be_matched(parts)
     for out in (whole, parts):
-        process = start_ablation(latents, out)
+        process = forked.start(long_words(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"})
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     ours, theirs = final_tensors(parts), final_tensors(whole)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, file_bytes, make_store
 from PIL import Image
+from training_helpers import ends_of, run_processes, start_processes
 
 from jlt.data.encode import encode_source
 from jlt.data.job import EncodingJob
@@ -23,6 +24,7 @@ from jlt.processes import Alone, Group
 from jlt.protocol import default_device
 
 WORDS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
+WORDS += ["--threads", "1"]
 
 
 def torchrun(count: int, *words: str) -> list[str]:
@@ -45,14 +47,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, alone: dict[str, bytes], count: int) -> None:
-    words = torchrun(count, *WORDS, "--shard-size", "100", "--out", str(tmp_path / "store"))
+def test_processes_under_torchrun_make_the_same_bytes(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    words = torchrun(2, *WORDS, "--shard-size", "100", "--out", str(tmp_path / "store"))
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "store") == alone
     # The result is said once.
     assert done.stdout.count("1797 latents") == 1
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    words = ["encode", *WORDS, "--shard-size", "100", "--out", str(tmp_path / "store")]
+    started = start_processes(3, words)
+    assert sum(process.communicate(timeout=120)[0].count("1797 latents") for process in started) == 1
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert file_bytes(tmp_path / "store") == alone
 
 
 @pytest.mark.slow
@@ -69,7 +79,7 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(tmp_path: 
         assert run.wait(timeout=60) != 0
         assert time.monotonic() - began < 60
     assert not (out / "manifest.json").exists()
-    subprocess.run(torchrun(3, *words), check=True, capture_output=True, env=environment(), timeout=120)
+    run_processes(3, ["encode", *words])
     assert file_bytes(out) == alone
 
 
@@ -99,20 +109,16 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_all(tmp_path: Path) -> N
     assert f"[process 1] jlt: {folder / '6.png'}" in done.stderr
     # The one traceback is torchrun's own.
     assert done.stderr.count("Traceback") == 1
-    done = subprocess.run(
-        torchrun(2, *words, "--on-bad-image", "skip"), capture_output=True, text=True, env=environment(), timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_processes(2, ["encode", *words, "--on-bad-image", "skip"])
     assert verify_store(tmp_path / "store") == []
 
 
 @pytest.mark.slow
 def test_refusals_are_said_once(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    words = torchrun(2, *WORDS, "--out", str(tmp_path))
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.count("holds other files") == 1
+    codes, said = ends_of(start_processes(2, ["encode", *WORDS, "--out", str(tmp_path)]))
+    assert codes == [1, 1]
+    assert "".join(said).count("holds other files") == 1
 
 
 class Pair(Alone):
@@ -169,16 +175,29 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent
 
 
+def photograph_words(photographs: Path, out: Path) -> list[str]:
+    words = ["encode", "--images", str(photographs), "--autoencoder", "pixels", "--resolution", "64"]
+    return [*words, "--batch-size", "4", "--shard-size", "12", "--workers", "2", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the photographs, encoded by a process that nobody disturbs."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "store"
+    words = [sys.executable, "-m", "jlt", *photograph_words(photographs, out)]
+    subprocess.run(words, check=True, capture_output=True, env=environment())
+    return file_bytes(out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
-    tmp_path: Path, photographs: Path, signal_number: int
+    tmp_path: Path, photographs: Path, uninterrupted: dict[str, bytes], signal_number: int
 ) -> None:
     out = tmp_path / "store"
-    words = [sys.executable, "-m", "jlt", "encode", "--images", str(photographs), "--autoencoder", "pixels"]
-    words += ["--resolution", "64", "--batch-size", "4", "--shard-size", "12", "--workers", "2", "--out"]
+    words = photograph_words(photographs, out)
     # A shell lets what it starts in the background ignore Ctrl-C, these tests included.
-    hearing = ["env", "--default-signal=INT", *words, str(out)]
+    hearing = ["env", "--default-signal=INT", sys.executable, "-m", "jlt", *words]
     with subprocess.Popen(hearing, stderr=subprocess.PIPE, text=True, env=environment()) as run:
         deadline = time.monotonic() + 60
         while len(list((out / ".encoding").glob("shard-*.json"))) < 2 and time.monotonic() < deadline:
@@ -198,7 +217,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
         time.sleep(0.1)
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
     assert not (out / "manifest.json").exists()
-    again = subprocess.run([*words, str(out)], check=True, capture_output=True, text=True, env=environment())
-    assert "10 shards are there already" in again.stderr
-    subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True, env=environment())
-    assert file_bytes(out) == file_bytes(tmp_path / "whole")
+    codes, (said,) = ends_of(start_processes(1, words))
+    assert codes == [0]
+    assert "10 shards are there already" in said
+    assert file_bytes(out) == uninterrupted

@@ -3,10 +3,9 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 
+import forked
 import torch
 
 from jlt.config import NetworkConfig, OptimizerConfig, TrainConfig, to_dict
@@ -63,25 +62,18 @@ def logged(run):
 
 
 SCRIPT = """
-import sys, torch
+import json, sys
 from pathlib import Path
 from jlt.config import TrainConfig, from_dict
 from jlt.data.store import LatentStore
 from jlt.training.loop import train
-import json
-torch.set_num_threads(1)
-config = from_dict(TrainConfig, json.loads(sys.argv[1]))
-print("begin", flush=True)
-train(config, LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
+train(from_dict(TrainConfig, json.loads(sys.argv[1])), LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
+sys.exit()
 """
 
 
 def start_training(config, store, run):
-    words = [sys.executable, "-c", SCRIPT, json.dumps(to_dict(config)), str(store.folder), str(run)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    with process.stdout as output:
-        assert output.readline() == "begin\n"
-    return process
+    return forked.start([json.dumps(to_dict(config)), str(store.folder), str(run)], plant=SCRIPT)
 
 
 def newest_step(run):
@@ -93,14 +85,6 @@ def events(run, kind):
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-WRAPPER = """
-import sys
-import torch
-torch.set_num_threads(1)
-exec(sys.argv.pop(1))
-from jlt.cli import main
-sys.exit(main())
-"""
 TINY = ["--network.hidden-size", "16", "--network.depth", "2", "--network.num-heads", "2", "--log-every", "1"]
 
 
@@ -123,11 +107,7 @@ def start_processes(count, words, plant=""):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-c", WRAPPER, plant, *words]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        started.append(process)
+        started.append(forked.start(words, environment, plant))
     return started
 
 

@@ -305,7 +305,9 @@ class Evaluate(Verb):
     reference: str = "digits"
     """An .npz of statistics, a folder of class folders, or the name of a bundled set."""
     features: str = "digits"
-    """Feature extractor."""
+    """Feature extractor: digits, inception (on which FID is defined) or dinov2."""
+    features_path: Path | None = None
+    """Where its weights are, if they are not bundled: a file for inception, a folder or Hub id for dinov2."""
     config: Annotated[SampleConfig, Flat] = field(default_factory=lambda: SampleConfig(num=1000))
     autoencoder_path: str | None = None
     """Where the autoencoder of the latents lies, if not where its name says."""
@@ -313,9 +315,10 @@ class Evaluate(Verb):
     def run(self) -> Result:
         from jlt.evaluation.features import load_extractor
         from jlt.experiments.evaluate import evaluate_checkpoint, evaluate_files
+        from jlt.protocol import default_device
         from jlt.report.table import metrics_table
 
-        extractor = load_extractor(self.features)
+        extractor = load_extractor(self.features, default_device(), self.features_path)
         if self.samples and not self.checkpoint:
             result = evaluate_files(self.samples, self.reference, extractor)
         elif self.checkpoint and not self.samples:
@@ -323,6 +326,24 @@ class Evaluate(Verb):
         else:
             raise WrongWordsError("Evaluation needs either --checkpoint or --samples.")
         return Result(result, metrics_table(result["metrics"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Verb):
+    """Download published weights into $JLT_CACHE, or .cache/jlt at home: inception, on which FID is defined.
+
+    For example:
+
+      jlt fetch inception
+    """
+
+    weights: Annotated[str, Positional, tyro.conf.arg(metavar="NAME")]
+
+    def run(self) -> Result:
+        from jlt.evaluation.fetch import fetch
+
+        path = fetch(self.weights)
+        return Result({"path": str(path)}, f"Fetched: {path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +429,7 @@ VERBS: tuple[type[Verb], ...] = (
     Train,
     Sample,
     Evaluate,
+    Fetch,
     Ablate,
     Report,
     Benchmark,

@@ -88,7 +88,7 @@ class Convolution(nn.Module):
     def fold(self) -> None:
         """Put the normalisation into weights and bias, computed in float64: for use alone, after loading."""
         conv, bn = self.conv, self.bn
-        mean, variance = (tensor.double() for tensor in (bn.running_mean, bn.running_var))
+        mean, variance = (bn.get_buffer(name).double() for name in ("running_mean", "running_var"))
         factor = bn.weight.double() / (variance + bn.eps).sqrt()
         weight, bias = conv.weight.double() * factor.view(-1, 1, 1, 1), bn.bias.double() - mean * factor
         conv.weight, conv.bias = (nn.Parameter(tensor.float(), requires_grad=False) for tensor in (weight, bias))

@@ -28,6 +28,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# The tests compare Inception with this one's; without its dependencies, since torchvision is among them.
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch-fidelity==0.3.0
 	touch $@ $(VENV)/.runtime
 
 clean:

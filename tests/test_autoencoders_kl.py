@@ -370,7 +370,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
         raise OSError(f"no way to {address[0]}")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("jlt.autoencoders.pretrained.getproxies", dict)
+    monkeypatch.setattr("jlt.hub.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", unreachable)
     with pytest.raises(JLTError, match=r"nobody/nothing is no folder here, and the Hub at \S+ cannot be reached"):
         load_autoencoder("kl", "nobody/nothing")

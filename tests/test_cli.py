@@ -28,6 +28,7 @@ NAMES = [
     "train",
     "sample",
     "evaluate",
+    "fetch",
     "ablate",
     "report",
     "benchmark",

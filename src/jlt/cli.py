@@ -335,7 +335,9 @@ class Evaluate(Verb):
     reference: str = "digits"
     """An .npz of statistics, a folder of class folders, or the name of a bundled set."""
     features: str = "digits"
-    """Feature extractor."""
+    """Feature extractor: digits, inception (on which FID is defined) or dinov2."""
+    features_path: Path | None = None
+    """Where its weights are, if they are not bundled: a file for inception, a folder or Hub id for dinov2."""
     config: Annotated[SampleConfig, Flat] = field(default_factory=lambda: SampleConfig(num=1000))
     autoencoder_path: str | None = None
     """Where the autoencoder of the latents lies, if not where its name says."""
@@ -349,9 +351,11 @@ class Evaluate(Verb):
 
         device = default_device()
         if self.samples and not self.checkpoint:
-            result = evaluate_files(self.samples, self.reference, load_extractor(self.features, device))
+            result = evaluate_files(
+                self.samples, self.reference, load_extractor(self.features, device, self.features_path)
+            )
         elif self.checkpoint and not self.samples:
-            extractor = load_extractor(self.features, device)
+            extractor = load_extractor(self.features, device, self.features_path)
             with joined(device) as group:
                 result = evaluate_checkpoint(
                     self.checkpoint, self.reference, extractor, self.config, self.autoencoder_path, group
@@ -376,12 +380,14 @@ class Reference(Verb):
     """A folder of class folders, parquet or tar files, or the name of a bundled set."""
     out: Path
     """The .npz to write; what it was made of goes into a .json beside it."""
-    resolution: int
+    resolution: int = 256
     """Side in pixels that the images are brought to: that of the samples."""
     split: str | None = None
     """Which files of a folder, as train."""
     features: str = "digits"
-    """Feature extractor."""
+    """Feature extractor: digits, inception or dinov2."""
+    features_path: Path | None = None
+    """Where its weights are, if not in the usual place."""
 
     def run(self) -> Result:
         from jlt.data.sources.registry import open_source
@@ -390,10 +396,28 @@ class Reference(Verb):
         from jlt.protocol import default_device
 
         device = default_device()
-        extractor = load_extractor(self.features, device)
+        extractor = load_extractor(self.features, device, self.features_path)
         source = open_source(self.images, self.split)
         identity = make_reference(source, extractor, self.resolution, self.out, device)
         return Result(identity, f"Statistics of {identity['count']:,} images: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Verb):
+    """Download published weights into $JLT_CACHE, or .cache/jlt at home: inception, on which FID is defined.
+
+    For example:
+
+      jlt fetch inception
+    """
+
+    weights: Annotated[str, Positional, tyro.conf.arg(metavar="NAME")]
+
+    def run(self) -> Result:
+        from jlt.evaluation.fetch import fetch
+
+        path = fetch(self.weights)
+        return Result({"path": str(path)}, f"Fetched: {path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +504,7 @@ VERBS: tuple[type[Verb], ...] = (
     Sample,
     Evaluate,
     Reference,
+    Fetch,
     Ablate,
     Report,
     Benchmark,

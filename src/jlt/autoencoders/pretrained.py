@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import socket
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from jaxtyping import Float
@@ -27,11 +24,11 @@ from jlt.assets.weights import read_metadata, weights_sha256
 from jlt.autoencoders.contract import Autoencoder, Posterior
 from jlt.draws import normal_per_sample
 from jlt.errors import JLTError
+from jlt.hub import require_reachable
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-CONNECT_SECONDS = 10.0
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -201,23 +198,6 @@ def _places(path: str) -> tuple[str, tuple[str | None, ...]]:
         )
     # What is on the Hub is seen only by asking for it: whole pipelines hold a vae, autoencoders lie open.
     subfolders = ("vae", None)
-    _require_reachable(path, subfolders)
-    return path, subfolders
-
-
-def _require_reachable(repository: str, subfolders: Sequence[str | None]) -> None:
-    """Raise a JLTError at once where the Hub's library would try again for a minute, and then blame the repository."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
     configs = [f"{folder}/config.json" if folder else "config.json" for folder in subfolders]
-    cached = any(isinstance(try_to_load_from_cache(repository, config), str) for config in configs)
-    if cached or constants.HF_HUB_OFFLINE or getproxies():
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise JLTError(
-            f"{repository} is no folder here, and the Hub at {hub.hostname} cannot be reached ({error}): name a folder "
-            "that diffusers saved with --autoencoder-path."
-        ) from error
+    require_reachable(path, configs, "name a folder that diffusers saved with --autoencoder-path.")
+    return path, subfolders

@@ -34,7 +34,7 @@ from jlt.protocol import default_device, versions
 from jlt.report.wording import number
 from jlt.rows import RowTable
 from jlt.sampling.sampler import ImageSampler, open_sampler
-from jlt.sampling.save import class_name
+from jlt.sampling.save import PROTOCOL, class_name
 from jlt.sheet import Words, draw_sheet
 from jlt.signals import until_stopped
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
@@ -131,12 +131,19 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
+        **_drawn_by(samples),
         "count": metrics.count,
         "extractor": extractor.identity(),
         "reference": reference.identity(),
         "versions": versions(),
     }
     return _result(None, metrics, protocol)
+
+
+def _drawn_by(samples: Path) -> dict[str, Any]:
+    """Return the protocol by which images were drawn, if they lie where it was left."""
+    path = (samples if samples.is_dir() else samples.parent) / PROTOCOL
+    return {"drawn": read_json(path)} if path.is_file() else {}
 
 
 def evaluate_checkpoint(

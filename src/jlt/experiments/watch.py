@@ -82,8 +82,7 @@ class EvaluationWatcher(Watcher):
         """Measure or read the reference at once."""
         self._every, self._last, self._device = config.evaluate_every, config.steps, device
         self._config: EvaluationConfig = config.evaluation
-        path = Path(self._config.features_path) if self._config.features_path else None
-        self._extractor = load_extractor(self._config.features, device, path)
+        self._extractor = load_extractor(self._config.features, device, self._config.features_path or None)
         words = self._config.reference or images_of(store)
         exif = (store.manifest.encoding or {}).get("exif", "ignore")
         self._reference = open_reference(words, self._extractor, store.manifest.resolution, exif, group)

@@ -1,0 +1,151 @@
+"""DINOv2 as a feature extractor, for the Fréchet distance that agrees with people where FID does not.
+
+Stein et al. 2023, arXiv:2306.04675, and their program dgm-eval, whose way of preparing images is kept: Pillow's bicubic
+resize to 224x224, ImageNet's mean and deviation, and the class token after the last normalisation. The network is that
+of transformers, an extra of this package: pip install 'jlt[dino]'.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jlt.assets.weights import weights_sha256
+from jlt.data.batch import exact_arithmetic
+from jlt.errors import JLTError
+from jlt.evaluation.features import FeatureExtractor, Features
+from jlt.hub import require_reachable
+
+DEFAULT = "facebook/dinov2-large"
+INPUT_SIZE = 224
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+POSITION_OFFSET = 0.1
+PIECE_ON_CPU = 16
+PIECE_ON_GPU = 256
+REMEDY = "name a folder that transformers saved, or a Hub id that can be reached, with --features-path."
+
+
+class DinoExtractor(FeatureExtractor):
+    """A DINOv2 vision transformer with weights, in float32 whatever autocast or TF32 say around it."""
+
+    name = "dinov2"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self.dimension = model.config.hidden_size
+        side = INPUT_SIZE // model.config.patch_size
+        embeddings = model.embeddings
+        positions = position_embeddings_for(embeddings.position_embeddings.detach(), side)
+        embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)
+
+    @classmethod
+    def load(cls, path: Path | str | None = None) -> DinoExtractor:
+        """Load a folder that transformers saved, or a Hub id (default: facebook/dinov2-large).
+
+        JLTError if transformers is not installed, and for weights that cannot be had, are of another network or are
+        not whole. Only safetensors are read: a pickle runs no code.
+        """
+        try:
+            from transformers import Dinov2Model
+        except ImportError as error:
+            raise JLTError("DINOv2 needs transformers: pip install 'jlt[dino]'.") from error
+        source = str(path or DEFAULT)
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            source = str(folder)
+        elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise JLTError(f"{source} is no folder of DINOv2: {REMEDY}")
+        else:
+            require_reachable(source, ["config.json"], REMEDY)
+        return cls(_load_model(Dinov2Model, source))
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
+        """Return the class tokens; images of another size are squeezed to 224x224."""
+        device = self._model.device
+        with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
+            found = [
+                self._model(_network_input(piece.to(device))).last_hidden_state[:, 0]
+                for piece in images.split(PIECE_ON_CPU if device.type == "cpu" else PIECE_ON_GPU)
+            ]
+        return Features(torch.cat(found))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name, the sizes, the rule of resizing and the hash of the weights as they are used."""
+        return {
+            "name": self.name,
+            "weights_sha256": self._weights_sha256,
+            "input_size": INPUT_SIZE,
+            "dimension": self.dimension,
+            "resize": "bicubic and antialiased, to 8 bits",
+        }
+
+    def to(self, device: torch.device | str) -> DinoExtractor:
+        """Move the weights in place and return the extractor."""
+        self._model.to(device)
+        return self
+
+    @functools.cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self._model.state_dict())
+
+
+def resize_like_pillow(images: UInt8[Tensor, "n h w 3"], size: int) -> Float[Tensor, "n 3 size size"]:
+    """Return images of size x size, whole numbers 0..255, as Pillow's bicubic resize has them but for single levels."""
+    pixels = images.permute(0, 3, 1, 2).float()
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    # Pillow rounds once between the two directions, and once at the end.
+    for sides in ((pixels.shape[2], size), (size, size)):
+        if pixels.shape[-2:] != sides:
+            pixels = functional.interpolate(pixels, sides, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+    return pixels
+
+
+def position_embeddings_for(embeddings: Float[Tensor, "1 n d"], side: int) -> Float[Tensor, "1 m d"]:
+    """Return the embeddings of the class token and of side x side patches, resized as DINOv2's own program does.
+
+    It scales by (side + 0.1) / trained side, where transformers scales to the side exactly: dgm-eval runs that program.
+    """
+    token, patches = embeddings[:, :1], embeddings[:, 1:]
+    trained = math.isqrt(patches.shape[1])
+    if trained == side:
+        return embeddings
+    scale = (side + POSITION_OFFSET) / trained
+    grid = patches.unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    resized = functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([token, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _network_input(images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 224 224"]:
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (resize_like_pillow(images, INPUT_SIZE) / 255 - mean) / std
+
+
+def _load_model(model_class: Any, source: str) -> Any:
+    # A damaged folder makes transformers fail in any way at all.
+    try:
+        config, _ = model_class.config_class.get_config_dict(source)
+        kind = config.get("model_type")
+        if kind == "dinov2":
+            model, loading = model_class.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise JLTError(f"{source} could not be loaded as DINOv2 ({reason}): {REMEDY}") from error
+    if kind != "dinov2":
+        raise JLTError(f"{source} holds {kind or 'no model that says what it is'}, not dinov2: {REMEDY}")
+    # transformers fills what is missing with random numbers and a line in its log.
+    if missing := sorted(loading["missing_keys"]):
+        raise JLTError(f"{source} is not whole: {len(missing)} weights are missing, {missing[0]!r} first.")
+    return model

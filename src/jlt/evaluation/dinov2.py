@@ -57,7 +57,11 @@ class DinoExtractor(FeatureExtractor):
         try:
             from transformers import Dinov2Model
         except ImportError as error:
-            raise JLTError("DINOv2 needs transformers: pip install 'jlt[dino]'.") from error
+            # Also where it is installed and something that it imports is broken.
+            reason = textwrap.shorten(str(error), 200)
+            raise JLTError(
+                f"DINOv2 needs transformers, which cannot be imported ({reason}): pip install 'jlt[dino]'."
+            ) from error
         source = str(path or DEFAULT)
         folder = Path(source).expanduser()
         if folder.is_dir():

@@ -62,7 +62,7 @@ def fetch(name: str) -> Path:
 def _download(url: str, path: Path) -> str:
     """Write what a URL gives to a file and return its SHA-256."""
     from http.client import HTTPException
-    from urllib.error import HTTPError
+    from urllib.error import HTTPError, URLError
     from urllib.request import urlopen
 
     digest, done = hashlib.sha256(), 0
@@ -79,7 +79,7 @@ def _download(url: str, path: Path) -> str:
         # An error page is an answer too, with a connection of its own to close.
         error.close()
         raise JLTError(f"{url} cannot be fetched: the server answers {error.code} {error.reason}.") from error
-    except (OSError, HTTPException) as error:
+    except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
         raise JLTError(
             f"{url} cannot be fetched ({getattr(error, 'reason', None) or error}): where there is no way to it, "
             "download it elsewhere and name the file with --features-path."

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_results import write_ablation
+from fake_results import config, protocol, write_ablation, write_run
 
+from jlt.files import write_json
 from jlt.report import palette
 from jlt.report.figures import moving_average, training_figure
 from jlt.report.geometry_figures import geometry_figures
@@ -100,3 +102,41 @@ def test_percentages(share: float, text: str) -> None:
 
 def test_lists() -> None:
     assert [listed(list("abc")), listed(["a", "b"]), listed(["a"]), listed([])] == ["a, b and c", "a and b", "a", ""]
+
+
+def imagenet_run(folder: Path, name: str, extractor: str) -> Path:
+    """Write a run of a network of the paper that was evaluated four times so far."""
+    prediction = "v" if name.startswith("DiT") else "x"
+    write_run(folder, prediction, 1, 0, 4.0)
+    write_json(folder / "config.json", {**config(prediction, 1, 0), "name": name, "steps": 250_000})
+    for path in (folder / "evaluations").iterdir():
+        path.unlink()
+    events = [{"event": "start", "step": 0}]
+    for step, distance in [(25_000, 40.0), (50_000, 13.0), (100_000, 5.2), (150_000, 3.9)]:
+        metrics = {"frechet_distance": distance, "inception_score": 250 - 5 * distance, "count": 50_000}
+        found_by = {**protocol(str(step)), "extractor": {"name": extractor}}
+        evaluation = {"schema": 1, "step": step, "metrics": metrics, "protocol": found_by}
+        write_json(folder / "evaluations" / f"step_{step:07d}.json", evaluation)
+        events.append({"event": "step", "step": step, "loss": 1 / step**0.1, "learning_rate": 2e-4, "grad_norm": 0.3})
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "extractor", "drawn"),
+    [("JLT-B/1", "inception", True), ("JLT-B/1", "dinov2", False), ("JLT-S/1", "inception", False)],
+)
+def test_published_curves_are_drawn_beside_the_systems_that_they_are_of(tmp_path, name, extractor, drawn) -> None:
+    figure = training_figure(read_study(imagenet_run(tmp_path / "run", name, extractor)))
+    assert figure is not None
+    distance = figure.panels[0]
+    assert ("as published ends at 2.56" in distance.alt) is drawn
+    assert ("JLT-B/1 as published ends at 221" in figure.panels[1].alt) is drawn
+    assert ("Fu et al. 2026" in figure.caption) is drawn
+    # Four points of ours, five of theirs.
+    curves = [
+        line.count("L ")
+        for line in re.findall(r'<path d="(M [^"]*)"[^>]*stroke-width: 1', svg(distance.light), re.DOTALL)
+    ]
+    assert curves.count(4) == drawn
+    assert curves.count(3) == 1

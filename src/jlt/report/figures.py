@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jlt.report import palette
 from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, SYMBOL, TIME, swatch
+from jlt.report.published import SOURCE, Points, published
 from jlt.report.results import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent
 
@@ -174,10 +175,12 @@ def training_figure(study: Study) -> Figure | None:
         if several
         else "Look at whether the curves are still moving at the end."
     )
+    known = any(_published(metric, system) for metric in METRIC_PANELS for system in study.systems)
+    beside = f" Dotted lines with open markers are as published ({SOURCE}), in part read off a plot." if known else ""
     return Figure(
         "Along the training",
         tuple(panels),
-        f"{what}{band}{smoothing} {look}".strip(),
+        f"{what}{band}{smoothing}{beside} {look}".strip(),
         system_legend(study.systems),
     )
 
@@ -190,14 +193,20 @@ def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel 
             curves.append((system, list(points), list(points.values())))
     if not curves:
         return None
+    beside = {system.name: (system, known) for system, _, _ in curves if (known := _published(metric, system))}
     name, direction = METRIC_PANELS[metric]
     share = metric == "label_agreement"
     write = percent if share else number
     values = [bound for _, _, points in curves for point in points for bound in (point.low, point.high)]
+    values += [value for _, known in beside.values() for _, value in known]
 
     def paint(axes: Axes) -> None:
         for system, steps, points in curves:
             _line_with_band(axes, system, steps, points)
+        for system, known in beside.values():
+            style = {**curve_style(system), "dashes": (1, 2), "markerfacecolor": "none", "linewidth": 1.2}
+            del style["markeredgecolor"], style["markeredgewidth"]
+            axes.plot(*zip(*known, strict=True), **style)
         if not share and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
             axes.set_yscale("log")
             plain_log(axes.yaxis, values)
@@ -208,7 +217,13 @@ def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel 
         label_steps(axes, f"{name}{suffix or f', {direction}'}")
 
     ends = [f"{system.name} ends at {write(points[-1].mean)}" for system, _, points in curves]
+    ends += [f"{name} as published ends at {write(known[-1][1])}" for name, (_, known) in beside.items()]
     return draw(paint, f"{name} against training step{suffix}, {direction}. {listed(ends)}.")
+
+
+def _published(metric: str, system: System) -> Points:
+    extractors = {evaluation.protocol["extractor"]["name"] for run in system.runs for evaluation in run.evaluations}
+    return published(metric, system.name, next(iter(extractors)) if len(extractors) == 1 else None)
 
 
 def _line_with_band(axes: Axes, system: System, steps: Sequence[int], points: Sequence[Spread]) -> None:

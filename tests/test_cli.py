@@ -18,6 +18,7 @@ from PIL import Image
 
 from jlt.cli import VERBS, main
 from jlt.data.sources.registry import open_source
+from jlt.sheet import Words, draw_sheet
 
 NAMES = [
     "quickstart",
@@ -28,6 +29,7 @@ NAMES = [
     "train",
     "sample",
     "evaluate",
+    "reference",
     "fetch",
     "ablate",
     "report",
@@ -110,7 +112,7 @@ def test_help_of_a_verb_is_short_and_has_an_example(verb):
     answer = jlt(verb, "--help")
     assert answer.code == 0
     assert answer.err == ""
-    assert len(answer.out.splitlines()) < 60
+    assert len(answer.out.splitlines()) < 80
     example = re.search(r"For example:\s+(jlt .*)", answer.out)
     assert example, answer.out
     assert example[1].split()[1] == verb
@@ -298,8 +300,9 @@ def test_from_images_to_a_report(chain, tmp_path):
     assert [path.name for path in numbered] == [f"{index:06d}.png" for index in range(23)]
     assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in numbered]), images)
     with Image.open(written["grid"]) as grid:
-        assert grid.size == (5 * 34 - 2, 5 * 34 - 2)
-        assert np.array_equal(np.asarray(grid)[34 : 34 + 32, :32], images[5])
+        # Five columns of 23 images, enlarged three times, with the names of their classes.
+        names = [str(index % 10) for index in range(23)]
+        assert np.array_equal(np.asarray(grid), np.asarray(draw_sheet(images, 5, Words(captions=names), 96)))
 
     from_checkpoint = done("evaluate", "--checkpoint", run, "--reference", reference, *SAMPLES)
     from_array = done("evaluate", "--samples", written["npz"], "--reference", reference)

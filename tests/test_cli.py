@@ -307,8 +307,9 @@ def test_from_images_to_a_report(chain, tmp_path):
     from_checkpoint = done("evaluate", "--checkpoint", run, "--reference", reference, *SAMPLES)
     from_array = done("evaluate", "--samples", written["npz"], "--reference", reference)
     from_folder = done("evaluate", "--samples", written["png"], "--reference", reference)
-    assert from_checkpoint["metrics"] == from_array["metrics"]
-    assert from_folder["metrics"] == {**from_array["metrics"], "label_agreement": None}
+    assert from_checkpoint["metrics"] == from_array["metrics"] == from_folder["metrics"]
+    assert from_checkpoint["metrics"]["label_agreement"] is not None
+    assert from_folder["protocol"]["drawn"]["checkpoint"] == from_checkpoint["protocol"]["checkpoint"]
     assert from_checkpoint["metrics"]["count"] == 23
     assert from_checkpoint["metrics"]["frechet_distance"] > 0
     assert from_checkpoint["protocol"]["reference"] == from_array["protocol"]["reference"]

@@ -25,9 +25,9 @@ from jlt.timesteps import sampling_grid
 COLUMNS = 8
 """Times of a strip before the image itself, and images from one noise to the next."""
 TITLES = {
-    "strip": "what the network takes for the clean image, on the way from noise",
-    "interpolation": "from the noise of one image to that of the next",
-    "pairs": "two checkpoints from the same noise",
+    "strip": "What the network takes for the clean image, on the way from noise",
+    "interpolation": "From the noise of one image to that of the next",
+    "pairs": "Two checkpoints from the same noise",
 }
 Rows = UInt8[np.ndarray, "n columns s s 3"]
 Row = Callable[[ImageSampler, range], Rows]
@@ -66,7 +66,7 @@ def _sheet(sampler: ImageSampler, drawn: Sequence[Rows], kind: str, names: Seque
         images = np.concatenate([rows[:, 0] for rows in drawn])
         return draw_sheet(images, len(drawn[0]), Words(title, names, classes), GRID_SIDE)
     images = np.stack(drawn, axis=1).reshape(-1, *drawn[0].shape[2:])
-    rows = [f"{name}  {part}".strip() for name in classes for part in (names if len(drawn) > 1 else [""])]
+    rows = [f"{name}: {part}" if part else name for name in classes for part in (names if len(drawn) > 1 else [""])]
     columns = [*(f"t = {t:.2f}" for t in strip_times(sampler)), "image"] if kind == "strip" else []
     return draw_sheet(images, drawn[0].shape[1], Words(title, rows, columns), GRID_SIDE)
 

@@ -1,6 +1,7 @@
 """Sweeps: the search finds a known optimum, chooses and reports by different images, and goes on after any end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -22,10 +23,12 @@ from jlt.data.sources.digits import Digits
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import load_extractor
+from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.real import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
 from jlt.experiments.sweep import Measured, Setting, SweepConfig, default_coarse_num, keep, search, to_confirm
+from jlt.report import palette
 from jlt.report.page import write_report
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
 from jlt.training.checkpoint import open_checkpoint
@@ -107,10 +110,30 @@ def test_a_stage_drops_only_what_is_in_the_worse_half_and_worse_by_more_than_the
     assert keep(exact) == exact[:3]
 
 
+def test_what_becomes_better_and_worse_together_is_told_apart():
+    """The error of a difference is that of the differences, not of the two numbers."""
+
+    def point(scale, values, common):
+        parts = tuple(value + wave for value, wave in zip(values, common, strict=True))
+        whole = sum(parts) / len(parts)
+        return Measured(Setting(scale, WHOLE, "none"), 100, 0, whole, 1.0, True, {}, parts, (10,) * 10)
+
+    wave = [0.3 * (-1) ** part for part in range(10)]
+    best = point(2.0, [1.0 + 0.001 * part for part in range(10)], wave)
+    near = point(2.5, [1.1] * 10, wave)
+    far = point(3.0, [1.1] * 10, wave[::-1])
+    # By its definition, sqrt((g - 1) / g * sum of squares).
+    assert near.difference_error(best) == pytest.approx((0.9 * sum((0.001 * (i - 4.5)) ** 2 for i in range(10))) ** 0.5)
+    assert near.clearly_worse(best)
+    assert far.difference_error(best) > 50 * near.difference_error(best)
+    assert not far.clearly_worse(best)
+    assert not near.clearly_worse(near)
+
+
 def test_dropped_settings_are_asked_for_no_more_and_the_rest_with_more_images():
     land, config = Landscape(error=0.02), config_of(refine=0)
     stages = search(config, land.measure, land.drop)
-    for stage, following in zip(stages, stages[1:], strict=False):
+    for stage, following in itertools.pairwise(stages):
         kept = {point.setting for point in stage.measured[: stage.kept]}
         assert {point.setting for point in following.measured} == kept
         assert following.measured[0].num == 2 * stage.measured[0].num
@@ -192,7 +215,7 @@ def place(tmp_path_factory):
     recipe = resolve_recipe("digits", store.shape)
     network = dataclasses.replace(recipe.network, hidden_size=16, depth=2, num_heads=2)
     train(dataclasses.replace(recipe, network=network, steps=4, batch_size=8), store, folder / "run")
-    reference_statistics(FewDigits(), load_extractor("digits"), 32).save(folder / "reference.npz")
+    reference_statistics(FewDigits(), load_extractor("digits"), 32, kept=0).save(folder / "reference.npz")
     return folder
 
 
@@ -241,6 +264,10 @@ def results(folder):
     return {key: value for key, value in told.items() if key not in ("created", "command")}
 
 
+def parts_of(stored):
+    return stored["without_groups"]["frechet_distance"], stored["without_groups"]["sizes"]
+
+
 def test_a_sweep_of_a_run(whole, swept):
     first = swept["stages"][0]
     assert (first["name"], first["num"], len(first["points"])) == ("coarse", 20, 2 * (1 + 2 * 2))
@@ -255,6 +282,17 @@ def test_a_sweep_of_a_run(whole, swept):
         assert (protocol["count"], metrics["count"]) == (point["num"], point["num"])
         assert point["value"] == metrics["frechet_distance"]
         assert point["error"] == metrics["frechet_distance_error"]
+    for stage in swept["stages"]:
+        best, *others = stage["points"]
+        assert best["behind"] is None
+        for point in others:
+            assert point["behind"]["difference"] == point["value"] - best["value"] >= 0
+            assert point["behind"]["error"] > 0
+    for path in (whole / "points").iterdir():
+        stored = json.loads(path.read_text())
+        error, bias = jackknife(stored["metrics"]["frechet_distance"], *parts_of(stored))
+        assert error == stored["metrics"]["frechet_distance_error"]
+        assert bias == stored["metrics"]["frechet_distance_bias"]
     chosen = min(swept["stages"][-1]["points"], key=lambda point: point["value"])
     assert all(swept["confirmed"][0][key] == chosen[key] for key in ("cfg_scale", "cfg_interval", "ema"))
     # Features go when they are no longer needed, and so does all else that is no result.
@@ -281,6 +319,19 @@ def test_the_page(whole, swept):
     assert "Guidance for t from 0.2 to 0.9" not in page  # It is within the pictures.
     for word in ("went on", "chosen", "--cfg-scale"):
         assert word in page
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_numbers_can_be_read_in_every_cell_of_a_map(mode):
+    def luminance(colour):
+        values = [int(getattr(colour, mode)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for level, colour in enumerate(palette.SCALE):
+        low, high = sorted((luminance(colour), luminance(palette.PAPER if level < palette.DEEP else palette.INK)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2 for text
+    assert len({colour.light for colour in palette.SCALE}) == len(palette.SCALE)
 
 
 def test_a_damaged_result_is_said(whole, swept, tmp_path):

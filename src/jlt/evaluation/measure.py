@@ -103,6 +103,17 @@ def frechet_with_error(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) 
 
     By the jackknife over 10 groups of images. The reference is taken as it is: its own images are the same for all.
     """
+    distance, without, sizes = frechet_without_groups(pooled, reference)
+    return distance, *jackknife(distance, without, sizes)
+
+
+def frechet_without_groups(
+    pooled: Float32[np.ndarray, "n d"], reference: Gaussian
+) -> tuple[float, list[float], list[int]]:
+    """Return the Frechet distance of images to a reference, those without one group of images each, and their sizes.
+
+    What the jackknife is made of: differences of two such triples have its error for the difference.
+    """
     count = len(pooled)
     parts = [FeatureStatistics(pooled.shape[1]) for _ in range(GROUPS)]
     groups = group_of(count)
@@ -116,7 +127,7 @@ def frechet_with_error(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) 
         whole.merge(part)
     distance = reference.distance(whole.gaussian)
     without = [reference.distance(whole.without(part).gaussian) for part in parts]
-    return distance, *jackknife(distance, without, [len(np.flatnonzero(groups == group)) for group in range(GROUPS)])
+    return distance, without, [len(np.flatnonzero(groups == group)) for group in range(GROUPS)]
 
 
 def group_of(count: int) -> Int64[np.ndarray, " n"]:

@@ -23,9 +23,11 @@ from typing import Any, Literal, get_args
 from jlt.config import SampleConfig, to_dict
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import FeatureExtractor
-from jlt.evaluation.measure import GROUPS, Metrics
+from jlt.evaluation.measure import GROUPS, Metrics, frechet_without_groups
+from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.real import open_reference
 from jlt.evaluation.reference import Reference
+from jlt.experiments.drawn import open_table
 from jlt.experiments.evaluate import evaluate_sampler, warn_if_few
 from jlt.files import claim_folder, lock_folder, read_json, write_json
 from jlt.processes import Group
@@ -60,9 +62,9 @@ COARSE_SHARE = 20
 COARSE_PER_DIMENSION = 2
 """The first stage takes a twentieth of the images, and no fewer than twice the dimension of the features."""
 RULE = (
-    f"Each stage draws {GROWTH} times as many images for each setting that is left. A setting is dropped if it is in "
-    f"the worse half and worse than the best by more than {ERRORS:g} errors of the difference, where the metric has an "
-    "error: the root of the sum of the two squared errors."
+    f"Each stage goes on to {GROWTH} times as many images for the settings that are left. A setting is dropped if it "
+    f"is in the worse half and worse than the best by more than {ERRORS:g} errors of the difference, where the metric "
+    "has an error. That of the difference is small, since both start from the same noise."
 )
 
 
@@ -163,19 +165,28 @@ class Measured:
     error: float
     lower_is_better: bool
     result: dict[str, Any]
+    without: tuple[float, ...] = ()
+    """Values without one group of images each, for the error of differences; empty where the metric has none."""
+    sizes: tuple[int, ...] = ()
 
     @property
     def cost(self) -> float:
         """The value, negative where larger values are better."""
         return self.value if self.lower_is_better else -self.value
 
-    def clearly_worse(self, other: Measured) -> bool:
-        """Whether the difference is larger than the errors allow.
+    def difference_error(self, other: Measured) -> float:
+        """Return the standard error of the difference of two measurements that start from the same noise.
 
-        They are added as if independent. With the same noise they are not, and the difference is known better than
-        that: the rule rather keeps too much.
+        By the jackknife over the differences, for images that begin alike become better or worse together.
         """
-        return self.cost - other.cost > ERRORS * math.hypot(self.error, other.error)
+        if not self.without or self.sizes != other.sizes:
+            return math.hypot(self.error, other.error)
+        without = [mine - theirs for mine, theirs in zip(self.without, other.without, strict=True)]
+        return jackknife(self.value - other.value, without, self.sizes)[0]
+
+    def clearly_worse(self, other: Measured) -> bool:
+        """Whether the difference is larger than its error allows."""
+        return self.cost - other.cost > ERRORS * self.difference_error(other)
 
 
 @dataclass(frozen=True)
@@ -314,16 +325,27 @@ class Sweeper:
             self._sampler = with_config(self._sampler, self.config.sample_config(setting, num, seed))
             place = self._drawn(setting, seed)
             result = evaluate_sampler(self._sampler, self._reference, self._extractor, place, self.group, keep=True)
+            result |= {"without_groups": self.group.on_first(lambda: self._without_groups(place))}
             self.group.on_first(lambda: write_json(path, result))
             self._images, self._seconds = self._images + fresh, self._seconds + time.monotonic() - began
         return self._measured(setting, num, seed, result)
+
+    def _without_groups(self, place: Path) -> dict[str, Any] | None:
+        if self.config.metric not in ERROR_OF:
+            return None
+        table = open_table(self._sampler, self._extractor, place)
+        _, without, sizes = frechet_without_groups(table.read()["pooled"], self._reference.pooled.gaussian)
+        return {"frechet_distance": without, "sizes": sizes}
 
     def _measured(self, setting: Setting, num: int, seed: int, result: dict[str, Any]) -> Measured:
         metric, metrics = self.config.metric, result["metrics"]
         if metrics[metric] is None:
             raise JLTError(f"{metric} cannot be measured with these features and this reference: choose another.")
         error = metrics.get(ERROR_OF.get(metric, "")) or 0.0
-        return Measured(setting, num, seed, metrics[metric], error, metric in LOWER_IS_BETTER, result)
+        point = Measured(setting, num, seed, metrics[metric], error, metric in LOWER_IS_BETTER, result)
+        if parts := result["without_groups"]:
+            point = replace(point, without=tuple(parts[metric]), sizes=tuple(parts["sizes"]))
+        return point
 
     def drop(self, setting: Setting) -> None:
         """Remove the features of a setting that is out."""
@@ -464,21 +486,24 @@ def describe(
         "rule": RULE,
         "search": {"seed": config.sample.seed, "coarse_num": config.coarse_num, "num": shown.num},
         "confirmation": {"seed": config.confirm_seed, "num": config.sample.num},
-        "choice": {**_described(shown), "confirmed": _described(best)},
-        "confirmed": [_described(point) | {"protocol": point.result["protocol"]} for point in confirmed],
+        "choice": _described(shown, shown),
+        "confirmed": [_described(point, best) | {"protocol": point.result["protocol"]} for point in confirmed],
         "stages": [
             {
                 "name": stage.name,
                 "num": stage.measured[0].num,
                 "kept": stage.kept,
-                "points": [_described(point) | {"protocol": point.result["protocol"]} for point in stage.measured],
+                "points": [
+                    _described(point, stage.measured[0]) | {"protocol": point.result["protocol"]}
+                    for point in stage.measured
+                ],
             }
             for stage in stages
         ],
     }
 
 
-def _described(point: Measured) -> dict[str, Any]:
+def _described(point: Measured, best: Measured) -> dict[str, Any]:
     return {
         "cfg_scale": point.setting.cfg_scale,
         "cfg_interval": list(point.setting.cfg_interval),
@@ -487,6 +512,9 @@ def _described(point: Measured) -> dict[str, Any]:
         "seed": point.seed,
         "value": point.value,
         "error": point.error or None,
+        "behind": None
+        if point is best
+        else {"difference": point.cost - best.cost, "error": point.difference_error(best) or None},
         "metrics": point.result["metrics"],
     }
 

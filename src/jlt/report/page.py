@@ -50,7 +50,7 @@ def render(study: Study) -> str:
         "limits": findings.limits(study),
         "facts": page_facts(study),
         "rows": result_rows(study),
-        "time_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
+        "more_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
         "training": training_figure(study),
         "logged": run_figures(study),
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],

@@ -33,15 +33,16 @@ TIME: tuple[Colour, ...] = (
     Colour("#c33d80", "#fdb42f"),
     Colour("#e56a5d", "#f4ed27"),
 )
-# From good to bad: where a number is written on it, the first four carry the colour of the paper, the others ink.
+# From good to bad, for numbers in cells; the first ones carry the colour of the paper, the others ink.
+DEEP = 3
 SCALE: tuple[Colour, ...] = (
-    Colour("#0b4f4c", "#7fe3d4"),
-    Colour("#14706a", "#55c2b4"),
-    Colour("#2a8f86", "#3aa196"),
-    Colour("#4f807c", "#5f9a94"),
-    Colour("#a3cdc8", "#2a5955"),
-    Colour("#c9e2df", "#234542"),
-    Colour("#e6f1f0", "#1d3230"),
+    Colour("#083f3d", "#8cebdd"),
+    Colour("#0f5f5a", "#62cdbf"),
+    Colour("#1f7d76", "#45ab9f"),
+    Colour("#72b5ae", "#2f6f68"),
+    Colour("#a6d0cb", "#28564f"),
+    Colour("#cbe4e1", "#22433f"),
+    Colour("#e7f2f1", "#1d3230"),
 )
 MARKER: dict[str, str] = {"x": "o", "eps": "^", "v": "s"}
 SYMBOL: dict[str, str] = {"x": "x", "eps": "ε", "v": "v"}

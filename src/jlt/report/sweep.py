@@ -39,7 +39,7 @@ def sweep_context(folder: Path) -> dict[str, Any]:
             "verdict": verdict(result),
             "details": details(result),
             "facts": facts(result),
-            "columns": [column_name(metric) for metric in shown],
+            "columns": [column_name(shown[0]), "Behind the best", *map(column_name, shown[1:])],
             "confirmed": [row(result, point, shown, "") for point in _confirmed(result)],
             "confirmed_caption": confirmed_caption(result),
             "figures": sweep_figures(result),
@@ -50,7 +50,7 @@ def sweep_context(folder: Path) -> dict[str, Any]:
             "reproduce": result["reproduce"],
             "command": result["command"],
             "created": result["created"][:10],
-            "time_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
+            "more_colours": [(f"s{place}", colour) for place, colour in enumerate(palette.SCALE)],
         }
     except (KeyError, IndexError, TypeError) as error:
         raise JLTError(f"{path} is damaged or was written by another version ({error!r}).") from error
@@ -81,7 +81,23 @@ def value_text(result: Mapping[str, Any], point: Point) -> str:
     """Write the number that was searched by, with its error."""
     if result["metric"] in SHARES:
         return percent(point["value"])
-    return " ".join(with_error(point["value"], point["error"])) if point["error"] else number(point["value"], 4)
+    if not point["error"]:
+        return number(point["value"], 4)
+    # No line is broken within it.
+    return " ".join(with_error(point["value"], point["error"])).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def behind_text(result: Mapping[str, Any], point: Point) -> str:
+    """Write by how much a measurement is worse than the best beside it, with the error of the difference."""
+    behind = point["behind"]
+    if behind is None:
+        return ""
+    difference, error = behind["difference"], behind["error"]
+    if result["metric"] in SHARES:
+        return percent(difference)
+    return (
+        " ".join(with_error(difference, error)).replace(" ", "\N{NO-BREAK SPACE}") if error else number(difference, 3)
+    )
 
 
 def same(one: Point, other: Point) -> bool:
@@ -192,7 +208,7 @@ def row(result: Mapping[str, Any], point: Point, metrics: Sequence[str], note: s
         f"{point['cfg_scale']:g}",
         f"{low:g} to {high:g}" if guided else "—",
         point["ema"],
-        (value_text(result, point), *besides),
+        (value_text(result, point), behind_text(result, point), *besides),
         note,
         same(point, result["choice"]),
     )
@@ -205,7 +221,11 @@ def _confirmed(result: Mapping[str, Any]) -> list[Point]:
 def confirmed_caption(result: Mapping[str, Any]) -> str:
     """Say what the confirmed numbers are of."""
     confirmation = result["confirmation"]
-    error = " ± is the standard error by the jackknife." if result["confirmed"][0]["error"] else ""
+    error = (
+        " ± is the standard error by the jackknife; that of a difference is smaller for the same noise."
+        if result["confirmed"][0]["error"]
+        else ""
+    )
     return (
         f"{confirmation['num']:,} images of seed {confirmation['seed']} for each setting; the choice, in bold, was "
         f"made before they were drawn.{error}"

@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from jlt.report.figures import LOG_RATIO, Figure, LegendEntry, Panel, draw, plain_log
-from jlt.report.palette import INK, MUTED, PAPER, SCALE, TIME, time_swatch
+from jlt.report.palette import DEEP, INK, MUTED, PAPER, SCALE
 from jlt.report.sweep import Point, ema_text, metric_name, same, setting_text, value_text
 from jlt.report.wording import number, percent, sentence
 
-MARKERS = ("o", "s", "^", "D", "v")
 COLUMN_INCHES = 0.62
 ROW_INCHES = 0.46
 
@@ -51,20 +50,21 @@ def _grid_figure(result: Mapping[str, Any]) -> Figure | None:
     panels = tuple(panel(result, points, scales, interval) for interval in axes["cfg_interval"])
     name, seed = sentence(metric_name(result)), result["search"]["seed"]
     direction = "lower is better" if result["lower_is_better"] else "higher is better"
-    better = "Darker cells are better" if mapped else sentence(direction)
     text = (
         f"{name} of {stage['num']:,} images for each setting, {direction}: enough to find the region, not to report. "
         f"All settings start from the same noise (seed {seed}), so that their differences are known better than each "
         "number. "
     )
     if mapped:
-        text = text.replace(f", {direction}:", ":") + f"{better} on light paper, brighter ones on dark; "
-        text += "the frame marks the choice."
-    else:
-        text += "Bars are standard errors; the ring marks the choice."
+        text += "The stronger the colour, the better. "
+    elif any(point["error"] for point in points):
+        text += "Bars are standard errors. "
     chosen = result["choice"]
-    if not any(same(point, chosen) for point in points):
-        text += f" The choice, guidance {chosen['cfg_scale']:g}, was found later between two of these."
+    if any(same(point, chosen) for point in points):
+        text += f"The {'frame' if mapped else 'ring'} marks the choice."
+    else:
+        text += f"The choice, guidance {chosen['cfg_scale']:g}, was found later between two of these."
+        text += " The ring marks where." if mapped else ""
     return Figure("The whole grid", panels, text)
 
 
@@ -84,7 +84,7 @@ def _map_panel(
                 cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=SCALE[level].light)
                 cell.set(edgecolor=PAPER.light, linewidth=2)
                 axes.add_patch(cell)
-                ink = PAPER.light if level < 4 else INK.light
+                ink = PAPER.light if level < DEEP else INK.light
                 axes.text(column, row, _cell(result, point), ha="center", va="center", fontsize=9.5, color=ink)
         _mark(axes, scales, emas, chosen, interval)
         axes.set_xlim(-0.5, len(scales) - 0.5)
@@ -103,7 +103,7 @@ def _map_panel(
 
 
 def _ema_label(ema: str) -> str:
-    return "raw weights" if ema == "none" else f"EMA {ema}" if ema[0].isdigit() else ema.replace("_", " ")
+    return "raw weights" if ema == "none" else f"EMA {ema}" if ema[0].isdigit() else ema
 
 
 def _mark(axes: Axes, scales: Sequence[float], emas: Sequence[str], chosen: Point, interval: Sequence[float]) -> None:
@@ -169,7 +169,12 @@ def _curve_panel(
         for place, point in shown:
             if same(point, chosen):
                 _ring(axes, positions[place], point["value"])
-        _scale_values(axes, [point["value"] for _, point in shown])
+        _scale_values(axes, [point["value"] for point in points])
+        if axes.get_yscale() != "log":
+            # The same for all intervals, so that panels can be compared.
+            ends = [point["value"] + sign * (point["error"] or 0) for point in points for sign in (-1, 1)]
+            margin = 0.06 * (max(ends) - min(ends)) or 0.5
+            axes.set_ylim(min(ends) - margin, max(ends) + margin)
         axes.set_xticks(positions, ticks)
         axes.margins(x=0.08)
         axes.set_xlabel("guidance scale" if by_scale else "average of the weights")
@@ -183,68 +188,64 @@ def _curve_panel(
 
 
 def _around_figure(result: Mapping[str, Any]) -> Figure | None:
-    """Draw each stage's measurements with the chosen average and interval, and the confirmed ones."""
+    """Draw what the first and the last stage found with the chosen average and interval, and what was confirmed."""
     chosen = result["choice"]
-    series: dict[int, dict[float, Point]] = {}
-    for stage in result["stages"]:
-        for point in stage["points"]:
-            if _at([point], point["cfg_scale"], chosen["cfg_interval"], chosen["ema"]):
-                series.setdefault(stage["num"], {})[point["cfg_scale"]] = point
-    confirmed = [
-        point
-        for point in result["confirmed"]
-        if _at([point], point["cfg_scale"], chosen["cfg_interval"], chosen["ema"])
-    ]
-    scales = sorted({scale for points in series.values() for scale in points})
-    if len(scales) < 2 or len(result["stages"]) < 2:
+
+    def on_line(points: Sequence[Point]) -> list[Point]:
+        found = {
+            point["cfg_scale"]: point
+            for point in points
+            if _at([point], point["cfg_scale"], chosen["cfg_interval"], chosen["ema"])
+        }
+        return [found[scale] for scale in sorted(found)]
+
+    stages = result["stages"]
+    first, confirmed = on_line(stages[0]["points"]), on_line(result["confirmed"])
+    last = on_line([point for stage in stages for point in stage["points"] if point["num"] == stages[-1]["num"]])
+    if len(stages) < 2 or len({point["cfg_scale"] for point in (*first, *last)}) < 2:
         return None
-    colours = [MUTED.light, *(colour.light for colour in TIME)]
-    # The last curves are those that decided: they get the ends of the scale, ink for the confirmation.
-    styles = list(zip(colours, (*MARKERS, "P"), strict=True))
+    curves = [(last, SCALE[2].light, "s")]
+    if stages[0]["num"] != stages[-1]["num"]:
+        curves.insert(0, (first, MUTED.light, "o"))
 
     def paint(axes: Axes) -> None:
-        values = [point["value"] for points in series.values() for point in points.values()]
-        for place, points in enumerate(series.values()):
-            colour, marker = styles[min(place, len(styles) - 1)]
-            ordered = sorted(points)
-            _errorbar(axes, ordered, [points[scale] for scale in ordered], colour, marker, joined=True)
-        if confirmed:
-            where = [point["cfg_scale"] for point in confirmed]
-            _errorbar(axes, where, confirmed, INK.light, "*", joined=False, size=11)
-            values += [point["value"] for point in confirmed]
-        _scale_values(axes, values)
-        axes.set_xticks(scales, [f"{scale:g}" for scale in scales], rotation=45 if len(scales) > 8 else 0)
+        for points, colour, marker in curves:
+            _errorbar(axes, [point["cfg_scale"] for point in points], points, colour, marker, joined=True)
+        where = [point["cfg_scale"] for point in confirmed]
+        axes.plot(where, [point["value"] for point in confirmed], "*", color=INK.light, markersize=12, zorder=5)
+        _scale_values(axes, [point["value"] for point in (*first, *last, *confirmed)])
         axes.margins(x=0.06)
         axes.set_xlabel("guidance scale")
         axes.set_title(sentence(metric_name(result)))
 
     search, confirmation = result["search"], result["confirmation"]
+    marks = {"o": ("var(--muted)", DOT), "s": ("var(--s2)", SQUARE)}
     legend = [
-        LegendEntry(_swatch(place), f"{num:,} images of seed {search['seed']}") for place, num in enumerate(series)
+        LegendEntry(_swatch(*marks[marker], line=True), f"{points[0]['num']:,} images of seed {search['seed']}")
+        for points, _, marker in curves
     ]
-    legend.append(LegendEntry(_star(), f"confirmed: {confirmation['num']:,} images of seed {confirmation['seed']}"))
+    text = f"confirmed, {confirmation['num']:,} images of seed {confirmation['seed']}"
+    legend.append(LegendEntry(_swatch("var(--ink)", STAR, line=False), text))
     interval = "" if tuple(chosen["cfg_interval"]) == (0, 1) else f" and {_interval_text(chosen['cfg_interval'])}"
     caption = (
-        f"With {ema_text(chosen['ema'])}{interval}. Bars are standard errors. Curves of fewer images lie at other "
-        "values for want of images, and are to be compared each in itself. "
+        f"With {ema_text(chosen['ema'])}{interval}; bars are standard errors. Numbers of unlike counts of images are "
+        "not to be compared, so each curve is to be looked at by itself. Stars are what counts: they are of other "
+        "images than those the choice was made on."
     )
-    caption += "The star is what counts: it is of other images than those the choice was made on."
     alt = f"{sentence(metric_name(result))} against guidance scale at the chosen average, a curve per number of images."
-    return Figure("Around the choice", (draw(paint, alt, (6.2, 3.4)),), caption, tuple(legend))
+    return Figure("Around the choice", (draw(paint, alt, (5.0, 3.2)),), caption, tuple(legend))
 
 
-def _swatch(place: int) -> str:
-    if place:
-        return time_swatch(min(place, len(TIME)) - 1)
-    line = '<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2.5"/>'
-    return f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:var(--muted)">{line}</svg>'
+DOT = '<circle cx="17" cy="6" r="3.4"/>'
+SQUARE = '<rect x="13.8" y="2.8" width="6.4" height="6.4"/>'
+STAR = '<path d="M17 0 L18.6 4.2 L23 4.4 L19.6 7.1 L20.8 11.4 L17 9 L13.2 11.4 L14.4 7.1 L11 4.4 L15.4 4.2 Z"/>'
 
 
-def _star() -> str:
-    star = "M17 0 L18.6 4.2 L23 4.4 L19.6 7.1 L20.8 11.4 L17 9 L13.2 11.4 L14.4 7.1 L11 4.4 L15.4 4.2 Z"
+def _swatch(colour: str, mark: str, line: bool) -> str:
+    stroke = '<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2"/>' if line else ""
     return (
-        '<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:var(--ink)">'
-        f'<path d="{star}" fill="currentColor"/></svg>'
+        f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:{colour}">'
+        f'{stroke}<g fill="currentColor">{mark}</g></svg>'
     )
 
 

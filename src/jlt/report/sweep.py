@@ -22,7 +22,7 @@ METRIC_NAMES = {
     "inception_score": "inception score",
     "label_agreement": "label agreement",
 }
-BESIDES = ("frechet_distance", "inception_score", "precision", "recall", "label_agreement")
+BESIDES = ("frechet_distance", "inception_score", "recall", "label_agreement")
 """Metrics that the tables show beside the one that was searched by."""
 
 
@@ -91,7 +91,7 @@ def behind_text(result: Mapping[str, Any], point: Point) -> str:
     """Write by how much a measurement is worse than the best beside it, with the error of the difference."""
     behind = point["behind"]
     if behind is None:
-        return ""
+        return "—"
     difference, error = behind["difference"], behind["error"]
     if result["metric"] in SHARES:
         return percent(difference)
@@ -158,12 +158,16 @@ def facts(result: Mapping[str, Any]) -> dict[str, str]:
     device = result["machine"]["device"]
     return {
         "Checkpoint": f"step {result['checkpoint']['step']:,}",
-        "Grid": f"{len(first['points'])} settings, {first['num']:,} images each",
-        "Last stage": f"{len(stages[-1]['points'])} settings, {stages[-1]['num']:,} images each",
-        "Confirmation": f"{len(result['confirmed'])} settings, {result['confirmation']['num']:,} images each",
+        "Grid": _counts(len(first["points"]), first["num"]),
+        "Last stage": _counts(len(stages[-1]["points"]), stages[-1]["num"]),
+        "Confirmation": _counts(len(result["confirmed"]), result["confirmation"]["num"]),
         "Sampler": f"{protocol['steps']}-step {protocol['solver'].title()}",
         "Machine": device if device != "cpu" else f"{result['machine']['cores']} cores",
     }
+
+
+def _counts(settings: int, images: int) -> str:
+    return f"1 setting, {images:,} images" if settings == 1 else f"{settings} settings, {images:,} images each"
 
 
 def columns(result: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,12 +19,13 @@ import tyro
 
 from jlt import processes
 from jlt.cli_benchmark import BENCHMARKS
+from jlt.cli_sweep import Sweep
 from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DIGITS_SAMPLING, images_of_recipe, renamed, resolve_recipe
 from jlt.progress import silence
-from jlt.verbs import Result, Verb
+from jlt.verbs import Result, Verb, command_line
 
 STOPPED = os.EX_TEMPFAIL
 """Exit code of work that was asked to stop and is saved: the code by which a job asks to be run again."""
@@ -468,7 +468,7 @@ class Ablate(RecipeVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
-    """Write report.html for a run (also one under way), an ablation, a quickstart or an analysis.
+    """Write report.html for a run (also one under way), an ablation, a quickstart, a sweep or an analysis.
 
     For example:
 
@@ -505,6 +505,7 @@ VERBS: tuple[type[Verb], ...] = (
     Evaluate,
     Reference,
     Fetch,
+    Sweep,
     Ablate,
     Report,
     Benchmark,
@@ -539,11 +540,6 @@ def _parse(arguments: list[str], named: dict[str, type[Verb]], prog: str, descri
         return dataclasses.replace(verb, overrides=tuple(rest))
     # Parsing once more without leave for unknown words explains them.
     return tyro.cli(union, args=arguments, **options) if rest else verb
-
-
-def command_line() -> str:
-    """Return the words of this process as a shell would take them again."""
-    return shlex.join(["jlt", *sys.argv[1:]])
 
 
 def _summary(verb: type[Verb]) -> str:

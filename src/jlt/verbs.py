@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass
 from typing import Any
+
+
+def command_line() -> str:
+    """Return the words of this process as a shell would take them again."""
+    return shlex.join(["jlt", *sys.argv[1:]])
 
 
 @dataclass(frozen=True)

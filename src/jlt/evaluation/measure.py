@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,26 @@ def frechet_with_error(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) 
 
     By the jackknife over 10 groups of images. The reference is taken as it is: its own images are the same for all.
     """
+    found = frechet_without_groups(pooled, reference)
+    return found.distance, *jackknife(found.rough, found.without, found.sizes)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a jackknife is made of: differences of two have the error of the difference.
+
+    The `rough` distance of all images, and those `without` one group of so many images (`sizes`) each, by one rule;
+    `distance` is the exact one.
+    """
+
+    distance: float
+    rough: float
+    without: Sequence[float]
+    sizes: Sequence[int]
+
+
+def frechet_without_groups(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) -> LeftOut:
+    """Return the Frechet distances of images to a reference, of all and without each of 10 groups."""
     count = len(pooled)
     parts = [FeatureStatistics(pooled.shape[1]) for _ in range(GROUPS)]
     groups = group_of(count)
@@ -116,9 +137,9 @@ def frechet_with_error(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) 
         whole.merge(part)
     distance = reference.distance(whole.gaussian)
     # Among themselves these are exact enough, and there are eleven.
+    rough = reference.rough_distance(whole.gaussian)
     without = [reference.rough_distance(whole.without(part).gaussian) for part in parts]
-    sizes = [part.count or 0 for part in parts]
-    return distance, *jackknife(reference.rough_distance(whole.gaussian), without, sizes)
+    return LeftOut(distance, rough, without, [part.count or 0 for part in parts])
 
 
 def group_of(count: int) -> Int64[np.ndarray, " n"]:

@@ -65,7 +65,7 @@ def draw_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Pat
             batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
             for start, pixels, labels in aligned(batches):
                 table.write(start, {**_arrays(extractor(pixels)), "labels": labels.numpy()})
-                shown.show(group.add(f"drawn for {table.folder.name}", len(labels)))
+                shown.show(group.add(f"drawn for {table.folder.name} to {table.count}", len(labels)))
         return table
 
 

@@ -75,7 +75,8 @@ def evaluate_sampler(
     """Draw, decode and measure, with no images on disk; return what an evaluation file holds, in all processes.
 
     The features lie in `place` (a folder of the system's where there is none) until all are drawn, so that the same
-    call continues what was interrupted, and with `keep` beyond, so that a larger number continues a smaller one.
+    call continues what was interrupted, and with `keep` beyond, so that a larger number continues a smaller one; the
+    smaller is then no result, and nothing is said of its being made of few images.
     JLTError before the first image for a reference that does not fit, too few images or a disk without room.
     """
     group = group or Alone()
@@ -89,7 +90,7 @@ def evaluate_sampler(
         labelled = sampler.classes == extractor.classes_of
         metrics = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
         group.on_first(lambda: None if keep else _remove(table))
-    if group.rank == 0:
+    if group.rank == 0 and not keep:
         warn_if_few(metrics, extractor)
     return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
 

@@ -106,7 +106,7 @@ def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HA
 
 
 def _darken(svg: str) -> str:
-    roles = [*PREDICTION.values(), *TIME, INK, MUTED, LINE, PAPER]
+    roles = [*PREDICTION.values(), *TIME, *palette.SCALE, INK, MUTED, LINE, PAPER]
     dark = {role.light: role.dark for role in roles}
     return re.sub(r"#[0-9a-f]{6}\b", lambda match: dark.get(match[0], match[0]), svg)
 

@@ -22,22 +22,56 @@ HIGHER_IS_BETTER = {"frechet_distance": False, "inception_score": True, "label_a
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html into an ablation folder or a run folder from the result files in it, and return its path.
+    """Write report.html into the folder of an ablation, a run or a sweep from the result files in it; return its path.
 
     Raises JLTError for any other folder, damaged files, and evaluations that were not made the same way.
     """
     path = folder / "report.html"
-    write_text(path, render(read_study(folder)))
+    if (folder / "sweep.json").exists():
+        from jlt.report.sweep import sweep_context
+
+        write_text(path, render_template("sweep.html", sweep_context(folder)))
+    else:
+        write_text(path, render(read_study(folder)))
     return path
 
 
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from jlt.report.figures import training_figure
     from jlt.report.geometry_figures import geometry_figures
     from jlt.report.run_figures import run_figures
+
+    context = {
+        "study": study,
+        "title": study.title,
+        "verdict": findings.verdict(study),
+        "details": findings.details(study),
+        "limits": findings.limits(study),
+        "facts": page_facts(study),
+        "rows": result_rows(study),
+        "more_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
+        "training": training_figure(study),
+        "logged": run_figures(study),
+        "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],
+        "grids": sample_grids(study),
+        "geometry": geometry_figures(study.geometry) if study.geometry else [],
+        "spectra": spectrum_rows(study),
+        "channels_hide": findings.channels_sentence(study),
+        "matched": matched_statements(study),
+        "shared_settings": settings(study)[0],
+        "differing_settings": settings(study)[1],
+        "protocol": flatten(study.protocol or {}),
+        "command": command(study),
+        "set_aside": set_aside_rows(study),
+        "machine_and_latents": flatten({"machine": study.facts.get("machine"), "latents": study.latents}),
+    }
+    return render_template("report.html", context)
+
+
+def render_template(name: str, context: Mapping[str, Any]) -> str:
+    """Return one of the package's pages as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("jlt.report"),
@@ -46,32 +80,8 @@ def render(study: Study) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(
-        study=study,
-        version=__version__,
-        palette=palette,
-        verdict=findings.verdict(study),
-        details=findings.details(study),
-        limits=findings.limits(study),
-        facts=page_facts(study),
-        rows=result_rows(study),
-        time_colours=[(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
-        training=training_figure(study),
-        logged=run_figures(study),
-        series=sample_series(study.runs[0]) if len(study.runs) == 1 else [],
-        grids=sample_grids(study),
-        geometry=geometry_figures(study.geometry) if study.geometry else [],
-        spectra=spectrum_rows(study),
-        channels_hide=findings.channels_sentence(study),
-        matched=matched_statements(study),
-        shared_settings=settings(study)[0],
-        differing_settings=settings(study)[1],
-        protocol=flatten(study.protocol or {}),
-        command=command(study),
-        set_aside=set_aside_rows(study),
-        value_text=value_text,
-        machine_and_latents=flatten({"machine": study.facts.get("machine"), "latents": study.latents}),
-    )
+    template = environment.get_template(name)
+    return template.render(version=__version__, palette=palette, value_text=value_text, **context)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,17 @@ TIME: tuple[Colour, ...] = (
     Colour("#c33d80", "#fdb42f"),
     Colour("#e56a5d", "#f4ed27"),
 )
+# From good to bad, for numbers in cells; the first ones carry the colour of the paper, the others ink.
+DEEP = 3
+SCALE: tuple[Colour, ...] = (
+    Colour("#083f3d", "#8cebdd"),
+    Colour("#0f5f5a", "#62cdbf"),
+    Colour("#1f7d76", "#45ab9f"),
+    Colour("#72b5ae", "#2f6f68"),
+    Colour("#a6d0cb", "#28564f"),
+    Colour("#cbe4e1", "#22433f"),
+    Colour("#e7f2f1", "#1d3230"),
+)
 MARKER: dict[str, str] = {"x": "o", "eps": "^", "v": "s"}
 SYMBOL: dict[str, str] = {"x": "x", "eps": "ε", "v": "v"}
 WORDS: dict[str, str] = {"x": "clean prediction (x)", "eps": "noise prediction (ε)", "v": "velocity prediction (v)"}

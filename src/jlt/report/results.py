@@ -163,7 +163,7 @@ def read_study(folder: Path) -> Study:
     else:
         raise JLTError(
             f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "
-            "(geometry.json)."
+            "(geometry.json) nor a finished sweep (sweep.json)."
         )
     return keep_one_protocol(study)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jlt.protocol import versions
 from jlt.sampling.generate import SampleBatch, decode_to_uint8, labels_for, sample_latents
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.solvers import network_evaluations
-from jlt.training.averages import choose_name, choose_weights
+from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -119,6 +119,24 @@ def open_sampler(
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 
+def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
+    """Return a sampler of the same checkpoint with other settings, opening only what they change.
+
+    Raises JLTError as `open_sampler` does.
+    """
+    checkpoint, before = sampler.checkpoint, sampler.config
+    check_guidance(checkpoint.config, config)
+    weights, guide = sampler.weights, sampler.guide if config.autoguided else None
+    if (config.ema, config.t_eps, config.compile) != (before.ema, before.t_eps, before.compile):
+        weights = _open_weights(checkpoint, config.ema, config, sampler.device)
+    if config.autoguided:
+        check_guide(checkpoint, config)
+        kept = ("autoguide", "autoguide_ema", "t_eps", "compile")
+        if guide is None or any(getattr(config, key) != getattr(before, key) for key in kept):
+            guide = _open_guide(checkpoint, config, sampler.device)
+    return replace(sampler, weights=weights, guide=guide, config=config)
+
+
 def _open_weights(checkpoint: Checkpoint, ema: str, config: SampleConfig, device: str) -> Weights:
     train = checkpoint.config
     chosen = choose_weights(checkpoint, ema)
@@ -133,16 +151,23 @@ def _open_weights(checkpoint: Checkpoint, ema: str, config: SampleConfig, device
 
 
 def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> Weights:
-    """Open the weaker network of autoguidance; JLTError if its latents, classes or noise are not those of the other."""
+    return _open_weights(check_guide(checkpoint, config), config.autoguide_ema, config, device)
+
+
+def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
+    """Return the checkpoint of the weaker network of autoguidance.
+
+    JLTError if its latents, classes or noise are not those of the other, or if the two are one.
+    """
     guide = open_checkpoint(Path(config.autoguide)) if config.autoguide else checkpoint
     mine, theirs = (_sampled_space(side) for side in (checkpoint, guide))
     if lines := difference(mine, theirs):
         raise JLTError(f"{guide.folder} cannot guide, it draws something else: {'; '.join(lines)}.")
-    weights = _open_weights(guide, config.autoguide_ema, config, device)
+    require_ema(guide, config.autoguide_ema)
     mine_ema = choose_name(checkpoint, config.ema)
-    if guide.sha256 == checkpoint.sha256 and weights.identity["ema"] == mine_ema:
+    if guide.sha256 == checkpoint.sha256 and choose_name(guide, config.autoguide_ema) == mine_ema:
         raise JLTError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
-    return weights
+    return guide
 
 
 def _sampled_space(checkpoint: Checkpoint) -> dict[str, Any]:

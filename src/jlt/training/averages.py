@@ -39,14 +39,23 @@ def choose_weights(checkpoint: Checkpoint, ema: str) -> ChosenWeights:
 
     JLTError for words that name nothing, for damaged files, and where there is nothing to rebuild from.
     """
+    require_ema(checkpoint, ema)
     names, chosen = checkpoint.ema_names(), choose_name(checkpoint, ema)
     if chosen == "none":
         return ChosenWeights(checkpoint.read("network.safetensors"), chosen, None)
     if chosen in names:
         return ChosenWeights(checkpoint.read(f"ema_{chosen}.safetensors"), chosen, None)
-    if chosen.startswith(WORDS):
-        return _rebuild(checkpoint, chosen)
-    raise unknown_name("EMA in this checkpoint", chosen, [*names, "none", f"{WORDS}0.07"])
+    return _rebuild(checkpoint, chosen)
+
+
+def require_ema(checkpoint: Checkpoint, ema: str) -> None:
+    """Raise a JLTError for words that name no weights; reads none."""
+    names, chosen = checkpoint.ema_names(), choose_name(checkpoint, ema)
+    if chosen in (*names, "none"):
+        return
+    if not chosen.startswith(WORDS):
+        raise unknown_name("EMA in this checkpoint", chosen, [*names, "none", f"{WORDS}0.07"])
+    parse_ema_words(chosen)
 
 
 def _rebuild(checkpoint: Checkpoint, words: str) -> ChosenWeights:

@@ -437,7 +437,9 @@ class Ablate(RecipeVerb):
     reference: str = ""
     """Real images or an .npz of their statistics; empty takes the images that the store was made from."""
     features: str = "digits"
-    """Feature extractor."""
+    """Feature extractor: digits, inception or dinov2."""
+    features_path: str = ""
+    """Where its weights are, if not in the usual place."""
     evaluations: int = 6
     """Points of each training curve."""
     workers: int | None = None
@@ -457,6 +459,7 @@ class Ablate(RecipeVerb):
             sample=self.sample,
             evaluations=self.evaluations,
             extractor=self.features,
+            features_path=self.features_path,
             reference=self.reference,
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,

@@ -45,7 +45,9 @@ class Sweep(Verb):
     reference: str = "digits"
     """An .npz of statistics, a folder of class folders, or the name of a bundled set."""
     features: str = "digits"
-    """Feature extractor."""
+    """Feature extractor: digits, inception or dinov2."""
+    features_path: Path | None = None
+    """Where its weights are, if not in the usual place."""
     cfg_scale: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
     """Guidance scales; 1 is unguided."""
     cfg_interval: tuple[str, ...] = (WHOLE,)
@@ -87,7 +89,7 @@ class Sweep(Verb):
 
         intervals = tuple(map(parse_interval, self.cfg_interval))
         device, checkpoint = default_device(), open_checkpoint(self.checkpoint)
-        extractor = load_extractor(self.features, device)
+        extractor = load_extractor(self.features, device, self.features_path)
         sample = SampleConfig(
             **{entry.name: getattr(self.config, entry.name) for entry in dataclasses.fields(self.config)}
         )
@@ -113,6 +115,7 @@ class Sweep(Verb):
                 group,
                 self.autoencoder_path,
                 command_line(),
+                self.features_path,
             )
             report = group.on_first(lambda: write_report(out))
         data = {**result, "folder": str(out), "report": str(report)}

@@ -54,6 +54,8 @@ class AblationConfig:
     """Real images, or an .npz of their statistics; empty takes the images that the store was made from."""
     title: str
     recipe: str
+    features_path: str = ""
+    """Where the extractor's weights are, if not in the usual place."""
 
     def __post_init__(self) -> None:
         for axis in ("prediction", "loss_space", "patch_size", "seed"):
@@ -77,6 +79,7 @@ class System:
     extractor: str
     sample: SampleConfig
     device: str
+    features_path: str = ""
 
     @property
     def evaluated_steps(self) -> list[int]:
@@ -97,15 +100,17 @@ def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) ->
         # Checkpoints are what is measured, so all of them stay.
         varied = replace(varied, checkpoint_every=every, keep_last=0)
         run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}-s{seed}"
-        systems.append(System(varied, run, latents, reference, config.extractor, config.sample, device))
+        systems.append(
+            System(varied, run, latents, reference, config.extractor, config.sample, device, config.features_path)
+        )
     return sorted(systems, key=lambda system: system.config.network.patch_size)
 
 
 def run_system(system: System) -> None:
     """Train one system, measure it along its training and draw its sample grid; whatever exists is kept."""
     train(system.config, LatentStore.open(system.latents), system.run, system.device)
-    reference, extractor = str(system.reference), system.extractor
-    evaluate_run(system.run, system.evaluated_steps, reference, extractor, system.sample, system.device)
+    extractor = load_extractor(system.extractor, system.device, system.features_path or None)
+    evaluate_run(system.run, system.evaluated_steps, str(system.reference), extractor, system.sample, system.device)
     last = open_checkpoint(step_folder(system.run, system.config.steps))
     draw_grid(last, system.sample, system.device, system.run / "samples" / "grid.png")
 
@@ -125,7 +130,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     with lock_folder(out):
         images = config.reference or images_of(store)
         exif = (store.manifest.encoding or {}).get("exif", "ignore")
-        extractor = load_extractor(config.extractor)
+        extractor = load_extractor(config.extractor, device, config.features_path or None)
         save_reference(reference_path(config, out), images, extractor, store.manifest.resolution, exif)
         summary = {"command": command, **describe(config, systems, store, device)}
         # Written before the work too, so that an ablation under way can be reported on.
@@ -171,7 +176,7 @@ def describe(config: AblationConfig, systems: Sequence[System], store: LatentSto
         "machine": machine(device),
         "latents": store.identity(),
         "autoencoder_psnr": store.manifest.autoencoder.get("held_out_psnr"),
-        "classifier_accuracy": load_extractor(config.extractor).held_out_accuracy,
+        "classifier_accuracy": load_extractor(config.extractor, "cpu", config.features_path or None).held_out_accuracy,
         "systems": [
             {
                 "name": system.config.name,

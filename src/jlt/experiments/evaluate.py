@@ -21,7 +21,7 @@ from jlt.data.sources.selected import Selected
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.evaluation.evaluate import evaluate_images
-from jlt.evaluation.features import FeatureExtractor, load_extractor
+from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.images import open_images
 from jlt.evaluation.measure import Metrics, measure, require_enough
 from jlt.evaluation.real import open_reference
@@ -189,10 +189,14 @@ def write_evaluation(run: Path, result: dict[str, Any]) -> None:
 
 
 def evaluate_run(
-    run: Path, steps: Iterable[int], reference_words: str, extractor_name: str, config: SampleConfig, device: str
+    run: Path,
+    steps: Iterable[int],
+    reference_words: str,
+    extractor: FeatureExtractor,
+    config: SampleConfig,
+    device: str,
 ) -> None:
     """Measure the checkpoints of a run at the given steps; those that were measured by this protocol are kept."""
-    extractor = load_extractor(extractor_name)
     reference: Reference | None = None
     for step in steps:
         sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)

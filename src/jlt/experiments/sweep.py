@@ -386,6 +386,7 @@ def sweep(
     group: Group,
     autoencoder_path: str | None = None,
     command: str = "jlt sweep",
+    features_path: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Search, confirm, and return the folder and what its `sweep.json` holds; the same call continues.
 
@@ -425,6 +426,7 @@ def sweep(
             reference_words,
             extractor.name,
             autoencoder_path,
+            features_path,
         )
         told = {"command": command, "machine": machine(device), "latents": checkpoint.latents}
         result = {**told, **describe(config, checkpoint, stages, confirmed), "reproduce": reproduce}
@@ -448,11 +450,18 @@ def _require_room(config: SweepConfig, extractor: FeatureExtractor, out: Path) -
 
 
 def evaluate_command(
-    checkpoint: Checkpoint, sample: SampleConfig, reference: str, features: str, autoencoder_path: str | None
+    checkpoint: Checkpoint,
+    sample: SampleConfig,
+    reference: str,
+    features: str,
+    autoencoder_path: str | None,
+    features_path: Path | None = None,
 ) -> str:
     """Return the command that measures one setting."""
     words: list[Any] = ["jlt", "evaluate", "--checkpoint", checkpoint.folder, "--reference", reference]
     words += ["--features", features]
+    if features_path:
+        words += ["--features-path", features_path]
     if autoencoder_path:
         words += ["--autoencoder-path", autoencoder_path]
     for option, value in _options(sample):

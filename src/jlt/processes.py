@@ -211,9 +211,9 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
             group.add(section, 1)
         failed = None if error is None or isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
         ends = group.gather((error is not None, failed))
-    failures = [f"process {rank} failed ({said})" for rank, (_, said) in enumerate(ends) if said]
+    failures = [f"Process {rank} failed ({said}), so all end." for rank, (_, said) in enumerate(ends) if said]
     if failures and (error is None or isinstance(error, Stopped)):
-        raise JLTError(f"{failures[0].capitalize()}, so all end.")
+        raise JLTError(failures[0])
     if error is None and any(ended for ended, _ in ends):
         error = Stopped("Stopped on request.")
     if error is not None:

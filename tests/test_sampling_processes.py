@@ -1,0 +1,167 @@
+"""Sampling and evaluation in several processes: the same images, however many there are and whatever befalls them."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from training_helpers import ends_of, run_processes, start_processes
+
+from jlt.cli import main
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode
+from jlt.data.sources.digits import Digits
+from jlt.data.store import LatentStore
+from jlt.evaluation.features import load_extractor
+from jlt.evaluation.images import open_images
+from jlt.experiments.evaluate import evaluate_files
+from jlt.experiments.recipes import resolve_recipe
+from jlt.experiments.reference import make_reference
+from jlt.training.loop import train
+
+pytestmark = pytest.mark.slow
+WORDS = ["--num", "200", "--batch-size", "24", "--steps", "3", "--cfg-scale", "1.5"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a small run on digits and a reference."""
+    folder = tmp_path_factory.mktemp("processes")
+    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
+    store = LatentStore.open(folder / "latents")
+    config = dataclasses.replace(resolve_recipe("digits", store.shape), steps=30, batch_size=16, checkpoint_every=30)
+    train(config, store, folder / "run")
+    make_reference(Digits(), load_extractor("digits"), 32, folder / "digits.npz", "cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """What a process by itself draws."""
+    assert main(["sample", "--checkpoint", str(place / "run"), "--out", str(place / "alone"), *WORDS]) == 0
+    return stack(place / "alone")
+
+
+def stack(path):
+    return np.concatenate([images.numpy() for images, _ in open_images(path).batches(64)])
+
+
+def sample_words(place, out, *words):
+    return ["sample", "--checkpoint", str(place / "run"), "--out", str(out), *WORDS, *words]
+
+
+@pytest.mark.parametrize(("count", "form"), [(2, "png"), (3, "npz")])
+def test_any_number_of_processes_draws_the_same_images(place, alone, tmp_path, count, form):
+    run_processes(count, sample_words(place, tmp_path / "out", "--format", form))
+    found = stack(tmp_path / "out" if form == "png" else tmp_path / "out" / "samples.npz")
+    assert found.shape == alone.shape
+    assert abs(found.astype(int) - alone).max() <= 1
+    if form == "npz":
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "protocol.json", "samples.npz"]
+
+
+SLOW = """
+import time
+from jlt.rows import RowTable
+write = RowTable.write
+def slow(self, *arguments):
+    write(self, *arguments)
+    print("written", flush=True, file=__import__("sys").stderr)
+    time.sleep(0.5)
+RowTable.write = slow
+"""
+
+
+def rows_written(folder):
+    checks = list(folder.rglob(".checks"))
+    return int((np.fromfile(checks[0], dtype=np.uint32) != 0).sum()) if checks else 0
+
+
+def wait_for_rows(folder, started, count=24):
+    deadline = time.monotonic() + 60
+    while rows_written(folder) < count:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+
+
+def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(place, alone, tmp_path):
+    words = sample_words(place, tmp_path / "out", "--format", "npz")
+    started = start_processes(3, words, SLOW)
+    wait_for_rows(tmp_path / "out", started)
+    started[1].kill()
+    codes, said = ends_of(started, timeout=60)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] == codes[2] == 1, said
+    assert 0 < rows_written(tmp_path / "out") < 200
+    run_processes(2, words)
+    assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
+
+
+def evaluate_words(place, *words):
+    return ["evaluate", "--checkpoint", str(place / "run"), "--reference", str(place / "digits.npz"), *WORDS, *words]
+
+
+def results(place):
+    return [json.loads(path.read_text()) for path in (place / "run" / "evaluations").glob("*.json")]
+
+
+def clear(place):
+    for path in (place / "run").glob("evaluations/*.json"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_process_that_is_asked_to_stop_stops_the_evaluation_in_all_and_it_goes_on(place, alone, number):
+    clear(place)
+    started = start_processes(2, evaluate_words(place), SLOW)
+    drawn = place / "run" / "evaluations" / ".drawn"
+    wait_for_rows(drawn, started)
+    started[1].send_signal(number)
+    codes, said = ends_of(started, timeout=60)
+    assert codes == [os.EX_TEMPFAIL] * 2, said
+    before = rows_written(drawn)
+    assert 0 < before < 200
+    started = start_processes(1, evaluate_words(place), SLOW)
+    codes, said = ends_of(started)
+    assert codes == [0], said
+    assert f"{before} of 200 images were drawn before" in said[0]
+    assert not drawn.exists()
+    # The number is that of the images that one process draws at once, but for single levels.
+    (result,) = results(place)
+    whole = evaluate_files(place / "alone", str(place / "digits.npz"), load_extractor("digits"))
+    assert result["metrics"]["frechet_distance"] == pytest.approx(whole["metrics"]["frechet_distance"], rel=1e-3)
+
+
+FAILING = """
+import os
+from jlt.sampling import sampler
+decode = sampler.decode_to_uint8
+def failing(*arguments):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("no kernel for this")
+    return decode(*arguments)
+sampler.decode_to_uint8 = failing
+"""
+
+
+def test_an_error_of_one_process_ends_all_and_is_named(place):
+    clear(place)
+    codes, said = ends_of(start_processes(2, evaluate_words(place), FAILING), timeout=60)
+    assert codes == [1, 1], said
+    assert "process 1 failed (RuntimeError: no kernel for this)" in said[0].lower().replace(
+        "runtimeerror", "RuntimeError"
+    )
+    assert "no kernel for this" in said[1]
+    assert results(place) == []
+
+
+def test_refusals_are_said_once_and_at_once(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    codes, said = ends_of(start_processes(2, sample_words(place, tmp_path / "out")), timeout=60)
+    assert codes == [1, 1]
+    assert sum("thesis.tex" in text for text in said) == 1

@@ -407,7 +407,7 @@ def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: 
         (row, column)
         for original in originals
         for row in range(0, pixels.shape[0] - 160)
-        for column in (12, 12 + 7 * 172)
+        for column in (12, 12 + 7 * 164)
         if np.abs(pixels[row : row + 160, column : column + 160].astype(int) - original).max() <= 1
     ]
     assert [column for _, column in found] == [12, 12, 12 + 7 * 172, 12 + 7 * 172]

@@ -257,7 +257,9 @@ def test_columns_in_a_file_give_the_numbers_of_columns_in_memory(classifier, ref
     mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in arrays}
     whole = measure(Columns(**arrays), reference, classifier)
     assert measure(Columns(**mapped), reference, classifier) == whole
-    assert all(value is not None for name, value in asdict(whole).items() if name != "spatial_frechet_distance")
+    # 296 digits are too few to tell the bias in 64 dimensions.
+    missing = {name for name, value in asdict(whole).items() if value is None}
+    assert missing == {"spatial_frechet_distance", "frechet_distance_bias"}
     np.testing.assert_array_equal(mapped["pooled"], arrays["pooled"])
 
 
@@ -265,7 +267,7 @@ def test_what_cannot_be_measured_is_none(classifier, reference, held_out):
     pooled = classifier(held_out.images).pooled.numpy()
     found = asdict(measure(Columns(pooled), Reference(reference.pooled, protocol=reference.protocol), classifier))
     measured = {name for name, value in found.items() if value is not None}
-    assert measured == {"frechet_distance", "frechet_distance_error", "frechet_distance_bias", "count"}
+    assert measured == {"frechet_distance", "frechet_distance_error", "count"}
     with pytest.raises(JLTError, match="at least 10 images, there are 9"):
         measure(Columns(pooled[:9]), reference, classifier)
 

@@ -17,7 +17,7 @@ from data_helpers import NoiseSource
 from jlt.cli import main
 from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor, Features
-from jlt.evaluation.real import evenly_spaced, open_reference, reference_statistics
+from jlt.evaluation.real import chosen_at_random, open_reference, reference_statistics
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
 from jlt.experiments.reference import make_reference
@@ -242,10 +242,16 @@ def test_references_of_another_extractor_or_size_are_refused():
 # ---- made of real images ----
 
 
-def test_evenly_spaced_numbers():
-    assert evenly_spaced(7, 10).tolist() == list(range(7))
-    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
-    assert evenly_spaced(0, 4).tolist() == []
+def test_a_selection_is_always_the_same_and_meets_every_class():
+    assert chosen_at_random(7, 10).tolist() == list(range(7))
+    assert chosen_at_random(0, 4).tolist() == []
+    chosen = chosen_at_random(50_000, 10_000)
+    assert len(np.unique(chosen)) == 10_000
+    assert (np.diff(chosen) > 0).all()
+    assert np.array_equal(chosen, chosen_at_random(50_000, 10_000))
+    # Labels that repeat, as i mod 1000: every class has about ten.
+    counts = np.bincount(chosen % 1000, minlength=1000)
+    assert 0 < counts.min() <= counts.max() < 30
 
 
 class Threads(Group):
@@ -298,7 +304,7 @@ def test_any_number_of_processes_measures_the_same(size):
     flat = images.flatten(1).double()
     torch.testing.assert_close(alone.pooled.covariance, torch.cov(flat[:, :5].T), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(alone.spatial.mean, flat[:, 7:10].mean(dim=0), rtol=1e-12, atol=0)
-    assert torch.equal(alone.kept, flat[::5, :5].float())
+    assert torch.equal(alone.kept, flat[chosen_at_random(300, 60), :5].float())
     for found in measured_by(size, source):
         assert found.count == 300
         torch.testing.assert_close(found.pooled.mean, alone.pooled.mean, rtol=1e-13, atol=0)

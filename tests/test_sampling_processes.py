@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -15,6 +16,7 @@ from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.sources.digits import Digits
 from jlt.data.store import LatentStore
+from jlt.errors import JLTError
 from jlt.evaluation.features import load_extractor
 from jlt.evaluation.images import open_images
 from jlt.experiments.evaluate import evaluate_files
@@ -165,3 +167,42 @@ def test_refusals_are_said_once_and_at_once(place, tmp_path):
     codes, said = ends_of(start_processes(2, sample_words(place, tmp_path / "out")), timeout=60)
     assert codes == [1, 1]
     assert sum("thesis.tex" in text for text in said) == 1
+
+
+def test_what_others_wrote_elsewhere_is_missed_and_not_taken_for_black(place, tmp_path):
+    """Two machines that do not share the folder: each sees the rows of its own processes alone."""
+    plant = """
+import os, pathlib
+from jlt.rows import RowTable
+begin = RowTable.__init__
+def elsewhere(self, folder, *arguments):
+    begin(self, folder if os.environ["RANK"] == "0" else pathlib.Path(str(folder) + "-elsewhere"), *arguments)
+RowTable.__init__ = elsewhere
+"""
+    codes, said = ends_of(
+        start_processes(2, sample_words(place, tmp_path / "out", "--format", "npz"), plant), timeout=60
+    )
+    assert codes == [1, 1], said
+    assert "it must be a folder that all of them share" in said[0]
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_a_smaller_evaluation_leaves_what_a_larger_one_has_drawn(place):
+    clear(place)
+    started = start_processes(2, evaluate_words(place), SLOW)
+    drawn = place / "run" / "evaluations" / ".drawn"
+    wait_for_rows(drawn, started, 100)
+    started[0].send_signal(signal.SIGTERM)
+    assert ends_of(started, timeout=60)[0] == [os.EX_TEMPFAIL] * 2
+    before = rows_written(drawn)
+    assert main(evaluate_words(place, "--num", "20")) == 0
+    assert rows_written(drawn) >= before
+    assert main(evaluate_words(place)) == 0
+    assert not drawn.exists()
+
+
+def test_an_unfinished_folder_is_not_measured(place, alone, tmp_path):
+    shutil.copytree(place / "alone", tmp_path / "part")
+    (tmp_path / "part" / "000199.png").unlink()
+    with pytest.raises(JLTError, match="199 images of 200 that were to be drawn"):
+        evaluate_files(tmp_path / "part", str(place / "digits.npz"), load_extractor("digits"))

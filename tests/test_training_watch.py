@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from training_helpers import config_for, events, run_processes, train_words
@@ -15,6 +16,7 @@ from jlt.evaluation.features import load_extractor
 from jlt.experiments.evaluate import evaluate_checkpoint
 from jlt.experiments.recipes import images_of_recipe, resolve_recipe
 from jlt.experiments.training import say_what_does_not_reach, train_and_watch
+from jlt.processes import ending_together
 from jlt.signals import Stopped
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
 from jlt.training.loop import Watcher, train
@@ -178,3 +180,30 @@ def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsy
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     say_what_does_not_reach()
     assert "say --precision" in capsys.readouterr().err
+
+
+class FailingOnce(Watcher):
+    """Fails in one process alone, before the processes come together."""
+
+    def due(self, step):
+        return step == 2
+
+    def look(self, checkpoint, group):
+        with ending_together(group):
+            if group.rank == 1:
+                raise RuntimeError("no memory here")
+        raise AssertionError("nobody comes here")
+
+
+def test_a_look_that_fails_in_one_process_alone_fails_in_all_and_the_training_goes_on(store, tmp_path):
+    plant = """
+import sys
+sys.path.insert(0, TESTS)
+import jlt.experiments.training as place
+from test_training_watch import FailingOnce
+place.watchers_of = lambda *arguments: [FailingOnce()]
+""".replace("TESTS", repr(str(Path(__file__).parent)))
+    run_processes(2, train_words(store, tmp_path / "run", "--steps", "4"), plant)
+    assert [event["step"] for event in events(tmp_path / "run", "failed")] == [2]
+    assert "Process 1 failed (RuntimeError: no memory here)" in events(tmp_path / "run", "failed")[0]["error"]
+    assert open_checkpoint(tmp_path / "run").step == 4

@@ -6,6 +6,7 @@ A `TrainConfig` round-trips through JSON; a key or a value that does not exist i
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -149,7 +150,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
-        _require(self.shift > 0, f"shift must be positive, not {self.shift}.")
+        _require(0 < self.shift < math.inf, f"shift must be positive, not {self.shift}.")
+        _require(math.isfinite(self.cfg_scale), f"cfg_scale must be a number, not {self.cfg_scale}.")
         if self.grid:
             rising = all(t < t_next for t, t_next in pairwise(self.grid))
             _require(

@@ -199,9 +199,15 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
     with stop_on_signal() as asked:
 
         def until_stopped(items: Iterable[T]) -> Iterator[T]:
-            for item in items:
+            waiting = iter(items)
+            while True:
+                # Before the next item is made, which may take minutes.
                 if group.add(section, int(bool(asked))):
                     raise Stopped("Stopped on request.")
+                try:
+                    item = next(waiting)
+                except StopIteration:
+                    return
                 yield item
 
         try:
@@ -209,8 +215,8 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
         except Exception as raised:
             error = raised
             group.add(section, 1)
-        failed = None if error is None or isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
-        ends = group.gather((error is not None, failed))
+        # A request that came with the last item is one too.
+        ends = group.gather((error is not None or bool(asked), _said(error)))
     failures = [f"Process {rank} failed ({said}), so all end." for rank, (_, said) in enumerate(ends) if said]
     if failures and (error is None or isinstance(error, Stopped)):
         raise JLTError(failures[0])
@@ -220,6 +226,12 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
         # Whoever hears that another one has gone already, since all go, is not to make an alarm of it.
         group.pulse.leaving |= isinstance(error, Stopped)
         raise error
+
+
+def _said(error: Exception | None) -> str | None:
+    if error is None or isinstance(error, Stopped):
+        return None
+    return str(error) if isinstance(error, JLTError) else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

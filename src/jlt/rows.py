@@ -38,6 +38,8 @@ class RowTable:
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {self._path(name): self._row_bytes(name) * count for name in columns}
         sizes[folder / CHECKS] = 4 * count
+        self.holds_more = any(path.exists() and path.stat().st_size > size for path, size in sizes.items())
+        """Whether more rows than these lie there, of somebody who wants more."""
         missing = {path: size - (path.stat().st_size if path.exists() else 0) for path, size in sizes.items()}
         require_space(folder, sum(max(0, size) for size in missing.values()), f"{count} rows")
         for path, size in sizes.items():
@@ -71,6 +73,15 @@ class RowTable:
             name: np.memmap(self._path(name), dtype=dtype, mode="r", shape=(self.count, *shape))
             for name, (dtype, shape) in self.columns.items()
         }
+
+    def require_full(self) -> None:
+        """Raise JLTError if rows are missing that other processes wrote."""
+        missing = int((~self.written()).sum())
+        if missing:
+            raise JLTError(
+                f"{missing} of {self.count} rows that other processes wrote are not in {self.folder}: "
+                "it must be a folder that all of them share."
+            )
 
     def remove(self) -> None:
         """Remove the table's files, and its folder if nothing else is in it."""
@@ -118,12 +129,13 @@ def _reserve(path: Path, size: int) -> None:
     try:
         if os.fstat(descriptor).st_size >= size:
             return
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-            os.truncate(descriptor, size)
+        os.truncate(descriptor, size)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
     finally:
         os.close(descriptor)
 

@@ -94,8 +94,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 def until_stopped(items: Iterable[T]) -> Iterator[T]:
     """Yield items until somebody asks this process to stop, which raises Stopped."""
+    waiting = iter(items)
     with stop_on_signal() as stop:
-        for item in items:
+        while True:
+            # Before the next item is made, which may take minutes.
             if stop:
                 raise Stopped("Stopped on request.")
+            try:
+                item = next(waiting)
+            except StopIteration:
+                return
             yield item

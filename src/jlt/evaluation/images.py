@@ -30,6 +30,10 @@ class StoredImages(abc.ABC):
     classes: str | None = None
 
     @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abc.abstractmethod
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         """Yield all images in order, with the labels they were drawn for where those are stored."""
 
@@ -52,6 +56,9 @@ class ImageFolder(StoredImages):
         first = self._read(self.paths[0], None)
         self.resolution, self.classes = first.width, first.info.get("classes")
         self._labelled = "label" in first.info
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         """Yield the images with their labels; JLTError for one of another size or without a label where others have."""
@@ -99,6 +106,9 @@ class ImageArray(StoredImages):
         if len(self.images) == 0 or (self.labels is not None and self.labels.shape != shape[:1]):
             raise JLTError(f"{path} holds no images, or not one label in arr_1 for each of them.")
         self.resolution = shape[1]
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
         """Yield the images with their labels."""

@@ -22,7 +22,7 @@ from jlt.evaluation.metrics import (
     label_agreement,
     overlap,
 )
-from jlt.evaluation.real import KEPT, evenly_spaced
+from jlt.evaluation.real import KEPT, chosen_at_random
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
 
@@ -31,6 +31,8 @@ GROUPS = 10
 GROUP_RUN = 64
 """Consecutive images that belong to one part."""
 RUNS_AT_ONCE = 16
+IMAGES_FOR_BIAS = 5
+"""Images for each dimension from which the jackknife tells the bias: with fewer it is no longer as 1 / count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +78,10 @@ def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor)
     check_reference(reference, extractor)
     count = len(columns.pooled)
     require_enough(count)
-    distance, error, bias = frechet_with_error(columns.pooled, reference.pooled.gaussian)
-    found: dict[str, float] = {"frechet_distance_error": error, "frechet_distance_bias": bias}
+    distance, error, bias = frechet_with_error(columns.pooled, reference.gaussian)
+    found: dict[str, float] = {"frechet_distance_error": error}
+    if count >= IMAGES_FOR_BIAS * extractor.dimension:
+        found["frechet_distance_bias"] = bias
     if columns.logits is not None:
         found["inception_score"], found["inception_score_std"] = inception_score(columns.logits)
         found["inception_score_whole"], _ = inception_score(columns.logits, splits=1)
@@ -158,7 +162,7 @@ def _label_agreement(logits: Float[np.ndarray, "n k"], labels: Int64[np.ndarray,
 
 
 def _of_single_images(pooled: Float32[np.ndarray, "n d"], real: Float[Tensor, "m d"]) -> dict[str, float]:
-    samples = torch.from_numpy(np.asarray(pooled[evenly_spaced(len(pooled), KEPT)]))
+    samples = torch.from_numpy(np.asarray(pooled[chosen_at_random(len(pooled), KEPT)]))
     release(pooled)
     distance, spread = kernel_distance(samples, real)
     near = overlap(samples, real)

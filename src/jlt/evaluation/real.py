@@ -20,13 +20,13 @@ from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.reference import SUFFIXES, Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
 from jlt.files import difference
-from jlt.processes import Alone, Group, local_world_size
+from jlt.processes import Alone, Group, ending_together, local_world_size
 from jlt.progress import bar, say
 from jlt.protocol import cores
-from jlt.signals import until_stopped
 
 CHUNK = 64
 """Images that an extractor sees at a time, always the same by their numbers: its last digits may depend on it."""
+CHOICE_SEED = 2020
 KEPT = 10_000
 """Images whose features are kept for precision, recall and the like: 80 MB of 2048 dimensions."""
 MAX_WORKERS = 16
@@ -52,15 +52,16 @@ def reference_statistics(
     protocol = reference_protocol(source, extractor, resolution, exif)
     _require_one_mind(group, protocol)
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
-    mine = _Share(extractor, evenly_spaced(len(source), kept))
+    mine = _Share(extractor, chosen_at_random(len(source), kept))
     share = chunks[group.rank :: group.size]
-    with bar(f"Reference features of {source.name}", len(source)) as shown:
+    seen = group.begin()
+    with ending_together(group) as until_stopped, bar(f"Reference features of {source.name}", len(source)) as shown:
         workers = _workers(source, len(share))
         for batch in until_stopped(load_batches(source, share, resolution, exif, workers)):
             if batch.bad:
                 raise BadImageError(batch.bad[0].image, batch.bad[0].reason)
             mine.add(batch.rows, torch.from_numpy(batch.pixels))
-            shown.show(group.add("reference images", len(batch.rows)))
+            shown.show(group.add(seen, len(batch.rows)))
     # In the order of ranks, on the first process.
     parts = group.gather((mine.pooled, mine.spatial, mine.numbers, mine.kept))
     return group.on_first(lambda: _merged(parts, extractor, protocol))
@@ -74,10 +75,14 @@ def reference_protocol(
     return protocol if exif == "ignore" else {**protocol, "exif": exif}
 
 
-def evenly_spaced(count: int, most: int) -> Int64[np.ndarray, " m"]:
-    """Return the numbers of at most `most` of `count` images, ascending, at equal distances from the first on."""
-    size = min(count, most)
-    return np.arange(size) * count // max(1, size)
+def chosen_at_random(count: int, most: int) -> Int64[np.ndarray, " m"]:
+    """Return the numbers of at most `most` of `count` images, ascending: always the same ones, chosen at random.
+
+    Equal distances would not do: where labels repeat, as i mod K, they meet some classes and miss others.
+    """
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(CHOICE_SEED).permutation(count)[:most])
 
 
 def open_reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import zipfile
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
+from jlt.evaluation.metrics import Gaussian
 from jlt.evaluation.statistics import FeatureStatistics
 from jlt.files import atomic_path, read_json, write_json
 
@@ -31,8 +33,8 @@ UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, AttributeError
 class Reference:
     """Statistics of pooled features, of spatial ones (sFID) where there are some, and some images' features themselves.
 
-    `kept` are the pooled features of evenly spaced images, by which precision, recall and the like are measured; None
-    where a file does not have them. `protocol` holds what the features are of, as JSON values; it is empty for
+    `kept` are the pooled features of a fixed selection of images, by which precision, recall and the like are measured;
+    None where a file does not have them. `protocol` holds what the features are of, as JSON values; it is empty for
     statistics that another program wrote.
     """
 
@@ -40,6 +42,11 @@ class Reference:
     spatial: FeatureStatistics | None = None
     kept: Float[Tensor, "m d"] | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of the pooled features, factored once for all that is compared with it."""
+        return self.pooled.gaussian
 
     @property
     def count(self) -> int | None:

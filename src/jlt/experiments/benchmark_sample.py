@@ -47,6 +47,9 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
         "jlt": lambda: flow(compiled, noise, labels, sample),
         "plain": lambda: plain_heun(denoiser, noise, labels, sample),
     }
+    if sample.compile:
+        # What compilation gives is no merit of the loop.
+        ways["eager"] = lambda: flow(denoiser, noise, labels, sample)
     reset_peak_memory(device)
     rounds = [
         {name: seconds_of(way, device) for name, way in ways.items()} for _ in track(range(1 + ROUNDS), "sampling")
@@ -60,6 +63,7 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
     )
     seconds = {name: statistics.median(round_[name] for round_ in rounds) for name in ways}
     dtype = torch.bfloat16 if sample.precision == "bfloat16" else torch.float32
+    eager = "eager" if sample.compile else "jlt"
     rows = rows_evaluated(sampling_grid(sample), sample)
     rate, product = sample.batch_size / seconds["jlt"], matmul_rate(dtype, device)
     return {
@@ -81,6 +85,7 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
         "plain_img_per_second": sample.batch_size / seconds["plain"],
         "ratio": statistics.median(round_["plain"] / round_["jlt"] for round_ in rounds),
         "ratio_by_round": [round_["plain"] / round_["jlt"] for round_ in rounds],
+        "eager_ratio": statistics.median(round_["plain"] / round_[eager] for round_ in rounds),
         "matmul_gflops": product / 1e9,
         "mfu": rate * rows * forward_flops(config.network) / product,
         "peak_memory_gib": peak / 2**30,

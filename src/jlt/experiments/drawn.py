@@ -45,28 +45,33 @@ def open_table(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) 
     return RowTable(place / digest, found, sampler.config.num)
 
 
-def draw_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> RowTable:
-    """Draw the images that the table does not have yet, in all processes, and return it full.
+@contextlib.contextmanager
+def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> Iterator[RowTable]:
+    """Draw the images that the table does not have yet, in all processes, and give a block the full one, locked.
 
     Stopped when any process was asked to end: the rows that are written stay, and the same call goes on from them.
+    JLTError if another program draws into the same table, or if the processes do not share its folder.
     """
     with contextlib.ExitStack() as held:
 
         def find() -> list[range]:
-            held.enter_context(lock_folder(place))
-            written = open_table(sampler, extractor, place).written()
+            table = open_table(sampler, extractor, place)
+            held.enter_context(lock_folder(table.folder))
+            written = table.written()
             if written.any():
                 say(f"{written.sum()} of {len(written)} images were drawn before.")
             return unwritten(batches_of(sampler.config.num, sampler.config.batch_size), written)
 
         missing = group.on_first(find)
-        table, images = open_table(sampler, extractor, place), sum(map(len, missing))
+        images = sum(map(len, missing))
         with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
+            table = open_table(sampler, extractor, place)
             batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
             for start, pixels, labels in aligned(batches):
                 table.write(start, {**_arrays(extractor(pixels)), "labels": labels.numpy()})
                 shown.show(group.add(f"drawn for {table.folder.name} to {table.count}", len(labels)))
-        return table
+        group.on_first(table.require_full)
+        yield table
 
 
 def _arrays(features: Features) -> dict[str, np.ndarray]:
@@ -79,7 +84,8 @@ def aligned(
 ) -> Iterator[tuple[int, UInt8[Tensor, "n h w 3"], Int64[Tensor, " n"]]]:
     """Yield the same numbered images cut at multiples of `size`, as far as they are consecutive.
 
-    An extractor then sees each image beside the same others, whatever the batch size, as `evaluate_images` does.
+    An extractor then sees an image beside the same others as in `evaluate_images`, unless ranges that are no multiples
+    of `size` are shared among processes: that moves its last digits.
     """
     waiting: ImageBatch | None = None
     for batch in batches:

@@ -26,7 +26,7 @@ from jlt.evaluation.images import open_images
 from jlt.evaluation.measure import Metrics, measure, require_enough
 from jlt.evaluation.real import open_reference
 from jlt.evaluation.reference import Reference, check_reference
-from jlt.experiments.drawn import columns_of, draw_features
+from jlt.experiments.drawn import columns_of, drawn_features
 from jlt.files import LOCK, atomic_path, read_json, write_json
 from jlt.processes import Alone, Group
 from jlt.progress import say
@@ -85,21 +85,22 @@ def evaluate_sampler(
     with contextlib.ExitStack() as held:
         if place is None:
             place = Path(group.on_first(lambda: held.enter_context(tempfile.TemporaryDirectory(prefix="jlt-"))))
-        table = draw_features(sampler, extractor, place, group)
-        # Labels are compared with the extractor's classes where those are the same thing.
-        labelled = sampler.classes == extractor.classes_of
-        metrics = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
-        group.on_first(lambda: None if keep else _remove(table))
+        with drawn_features(sampler, extractor, place, group) as table:
+            # Labels are compared with the extractor's classes where those are the same thing.
+            labelled = sampler.classes == extractor.classes_of
+            metrics = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
+            if not (keep or table.holds_more):
+                group.on_first(lambda: _remove(table))
     if group.rank == 0 and not keep:
         warn_if_few(metrics, extractor)
     return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
 
 
 def _remove(table: RowTable) -> None:
-    """Remove a table, and the folder of tables if it was the last one."""
+    """Remove a table that this process has locked, and the folder of tables if it was the last one."""
+    (table.folder / LOCK).unlink(missing_ok=True)
     table.remove()
     with contextlib.suppress(OSError):
-        (table.folder.parent / LOCK).unlink(missing_ok=True)
         table.folder.parent.rmdir()
 
 
@@ -124,6 +125,10 @@ def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: Fea
 def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtractor) -> dict[str, Any]:
     """Measure images that lie in a folder or in an .npz; return what an evaluation file holds."""
     images = open_images(samples)
+    drawn = _drawn_by(samples)
+    wanted = drawn.get("drawn", {}).get("count", len(images))
+    if wanted != len(images):
+        raise JLTError(f"{samples} holds {len(images)} images of {wanted} that were to be drawn: finish that first.")
     reference = open_reference(reference_words, extractor, images.resolution)
     # Labels say whose classes they are, if a program of ours wrote them; else they are taken for the extractor's own.
     labelled = extractor.classes_of is not None and images.classes in (None, extractor.classes_of)
@@ -132,7 +137,7 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
-        **_drawn_by(samples),
+        **drawn,
         "count": metrics.count,
         "extractor": extractor.identity(),
         "reference": reference.identity(),
@@ -157,6 +162,7 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Measure the samples of a run's newest checkpoint, or of a checkpoint, and write the result into its run."""
     group = group or Alone()
+    require_enough(config.num)
     checkpoint = open_checkpoint(path)
     sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
     reference = open_reference(reference_words, extractor, sampler.resolution, group=group)

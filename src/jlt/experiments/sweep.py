@@ -334,7 +334,7 @@ class Sweeper:
         if self.config.metric not in ERROR_OF:
             return None
         table = open_table(self._sampler, self._extractor, place)
-        found = frechet_without_groups(table.read()["pooled"], self._reference.pooled.gaussian)
+        found = frechet_without_groups(table.read()["pooled"], self._reference.gaussian)
         return {"frechet_distance": list(found.without), "sizes": list(found.sizes)}
 
     def _measured(self, setting: Setting, num: int, seed: int, result: dict[str, Any]) -> Measured:

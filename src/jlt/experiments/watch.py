@@ -9,6 +9,7 @@ from jlt.config import EvaluationConfig, TrainConfig
 from jlt.data.store import LatentStore
 from jlt.errors import unknown_name
 from jlt.evaluation.features import load_extractor
+from jlt.evaluation.measure import require_enough
 from jlt.evaluation.real import open_reference
 from jlt.experiments.evaluate import (
     draw_grid,
@@ -20,7 +21,7 @@ from jlt.experiments.evaluate import (
     sampler_protocol,
     write_evaluation,
 )
-from jlt.processes import Group
+from jlt.processes import Group, ending_together
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher
@@ -48,6 +49,8 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     if sample.ema.startswith(WORDS):
         parse_ema_words(sample.ema)
     check_guidance(config, sample)
+    if config.evaluate_every:
+        require_enough(sample.num)
     matching_autoencoder(store.manifest.autoencoder, None, device)
 
 
@@ -93,9 +96,10 @@ class EvaluationWatcher(Watcher):
 
     def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Measure a checkpoint and write the result into its run, unless it is there."""
-        opened = open_checkpoint(checkpoint)
-        sampler = open_sampler(opened, self._config.sample, self._device)
-        path = evaluation_path(opened.run, opened.step, sampler_protocol(sampler, self._reference, self._extractor))
+        with ending_together(group):
+            opened = open_checkpoint(checkpoint)
+            sampler = open_sampler(opened, self._config.sample, self._device)
+            path = evaluation_path(opened.run, opened.step, sampler_protocol(sampler, self._reference, self._extractor))
         group.on_first(lambda: remove_stale(opened.run, opened))
         if group.on_first(path.exists):
             return None

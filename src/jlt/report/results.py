@@ -35,8 +35,8 @@ class Evaluation:
     def method(self) -> str:
         """The protocol without what belongs to one checkpoint, as text that is equal for equal protocols."""
         kept = {key: value for key, value in self.protocol.items() if key not in OWN_TO_A_RUN}
-        if "autoguide" in kept:
-            kept["autoguide"] = kept["autoguide"]["ema"]
+        if kept.get("autoguide", {}).get("checkpoint") == self.protocol.get("checkpoint"):
+            kept["autoguide"] = kept.get("autoguide", {}).get("ema")
         reference = kept.get("reference", {})
         if "images" in reference:
             # The last digits of its moments, and so their hash, depend on how many processes measured the same images.

@@ -40,6 +40,8 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     JLTError for samplers whose noise is not the same, and for a folder that holds anything else.
     """
     first = samplers[0]
+    if kind == "interpolation" and (first.config.num % 2 or first.config.batch_size % 2):
+        raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
     for other in samplers[1:]:
         require_same_noise(first, other)
     claim_folder(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})
@@ -101,8 +103,6 @@ def _strip(sampler: ImageSampler, numbers: range) -> Rows:
 
 def _interpolation(sampler: ImageSampler, numbers: range) -> Rows:
     """Return rows from the noise of an image to that of the next one, with the label of the first."""
-    if len(numbers) % 2 or numbers.start % 2:
-        raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
     noise, labels, fresh = _begin(sampler, numbers)
     guide = sampler.guide.denoiser if sampler.guide else None
     columns = []

@@ -42,13 +42,13 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     group = group or Alone()
     with contextlib.ExitStack() as held:
         place = group.on_first(lambda: _claim(held, sampler, out, form))
-        keep, missing = (_png if form == "png" else _table)(sampler, out, group)
+        missing = group.on_first(lambda: _missing(sampler, place))
         with ending_together(group) as until_stopped:
+            keep = _keep_png(sampler, out) if form == "png" else _keep_row(_open_table(sampler, out))
             share = missing[group.rank :: group.size]
             for batch in track(until_stopped(sampler.batches(share)), _what(sampler), total=len(share)):
                 keep(batch)
-        if form != "png":
-            group.on_first(lambda: _finish(sampler, out, place))
+        group.on_first(lambda: _finish(sampler, place))
         return place
 
 
@@ -58,31 +58,44 @@ def _what(sampler: ImageSampler) -> str:
 
 def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
     """Make the folder the place of these images, and of no more of them than are asked for."""
-    words = {**sampler.protocol(), "format": form}
+    words, marker = {**sampler.protocol(), "format": form}, out / PROTOCOL
+    if marker.is_file():
+        # Whoever writes there goes on by the words that it began with.
+        held.enter_context(lock_folder(out))
+    stored = read_json(marker) if marker.is_file() else words
     # A grid or an array is of all its images; a folder can be completed to more.
-    stored = read_json(out / PROTOCOL) if (out / PROTOCOL).is_file() else words
-    more = form == "png" and stored.get("count", 0) <= sampler.config.num
-    claim_folder(out, PROTOCOL, words, free=("count",) if more else ())
-    held.enter_context(lock_folder(out))
+    more = form == "png" and isinstance(stored, dict) and stored.get("count", 0) <= sampler.config.num
     numbers = (int(path.stem) for path in out.glob("*.png") if path.stem.isdigit())
-    if form == "png" and (beyond := [number for number in numbers if number >= sampler.config.num]):
+    beyond = [number for number in numbers if number >= sampler.config.num] if form == "png" and more else []
+    if beyond:
         raise JLTError(f"{out} holds an image {min(beyond)}, and {sampler.config.num} were asked for: remove it.")
+    locked = marker.is_file()
+    claim_folder(out, PROTOCOL, words, free=("count",) if more else ())
+    if not locked:
+        held.enter_context(lock_folder(out))
     for path in out.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
     return {"png": out, "npz": out / "samples.npz", "grid": out / "grid.png"}[form]
 
 
+def _missing(sampler: ImageSampler, place: Path) -> list[range]:
+    """Return the ranges of numbers whose images are not all there; JLTError for a disk without room for them."""
+    ranges = batches_of(sampler.config.num, sampler.config.batch_size)
+    if place.is_file():
+        return []
+    if not place.is_dir():
+        return unwritten(ranges, _open_table(sampler, place.parent).written())
+    there = np.array([png_path(place, number).exists() for number in range(sampler.config.num)])
+    size = int(PNG_SHARE * 3 * sampler.resolution**2 * (~there).sum())
+    require_space(place, size, f"{(~there).sum()} PNG images")
+    return unwritten(ranges, there)
+
+
 Keep = Callable[[ImageBatch], None]
 
 
-def _png(sampler: ImageSampler, out: Path, group: Group) -> tuple[Keep, list[range]]:
-    """Return what keeps a batch as numbered PNG, and the ranges of numbers that are not all there."""
-
-    def find() -> list[range]:
-        there = np.array([png_path(out, number).exists() for number in range(sampler.config.num)])
-        pixels = 3 * sampler.resolution**2
-        require_space(out, int(PNG_SHARE * pixels * (~there).sum()), f"{(~there).sum()} PNG images")
-        return unwritten(batches_of(sampler.config.num, sampler.config.batch_size), there)
+def _keep_png(sampler: ImageSampler, out: Path) -> Keep:
+    """Return what writes the images of a batch that are not there."""
 
     def keep(batch: ImageBatch) -> None:
         for offset, (image, label) in enumerate(zip(batch.images.numpy(), batch.labels.tolist(), strict=True)):
@@ -90,7 +103,12 @@ def _png(sampler: ImageSampler, out: Path, group: Group) -> tuple[Keep, list[ran
             if not path.exists():
                 save_image(image, path, {"label": str(label), "classes": sampler.classes})
 
-    return keep, group.on_first(find)
+    return keep
+
+
+def _keep_row(table: RowTable) -> Keep:
+    """Return what writes a batch into a table."""
+    return lambda batch: table.write(batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()})
 
 
 def png_path(out: Path, number: int) -> Path:
@@ -103,35 +121,31 @@ def _open_table(sampler: ImageSampler, out: Path) -> RowTable:
     return RowTable(out, {"images": (np.uint8, image), "labels": (np.int64, ())}, sampler.config.num)
 
 
-def _table(sampler: ImageSampler, out: Path, group: Group) -> tuple[Keep, list[range]]:
-    """Return what keeps a batch in a table on disk, and the ranges of numbers that are not all there."""
-    ranges = batches_of(sampler.config.num, sampler.config.batch_size)
-    if group.on_first(lambda: any(out.glob("samples.npz")) or any(out.glob("grid.png"))):
-        return lambda _: None, []
-    missing = group.on_first(lambda: unwritten(ranges, _open_table(sampler, out).written()))
-    table = _open_table(sampler, out)
-    return lambda batch: table.write(
-        batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()}
-    ), missing
-
-
-def _finish(sampler: ImageSampler, out: Path, place: Path) -> None:
-    """Make the array or the grid of a full table, and remove the table."""
-    if place.exists():
+def _finish(sampler: ImageSampler, place: Path) -> None:
+    """Make the array or the grid of a full table, and remove the table; of PNG see that all are there."""
+    if place.is_dir():
+        if left := sum(map(len, _missing(sampler, place))):
+            raise JLTError(f"{left} images are not in {place}: it must be a folder that all processes share.")
         return
-    table = _open_table(sampler, out)
-    columns = table.read()
-    if place.suffix == ".npz":
-        require_space(out, columns["images"].nbytes, f"{len(columns['images'])} images")
-        with atomic_path(place) as temporary:
-            np.savez(temporary, arr_0=columns["images"], arr_1=columns["labels"], classes=np.array(sampler.classes))
-    else:
-        names = [class_name(sampler, label) for label in columns["labels"].tolist()]
-        columns_of_grid = math.ceil(math.sqrt(len(names)))
-        sheet = draw_sheet(np.asarray(columns["images"]), columns_of_grid, Words(captions=names), GRID_SIDE)
-        with atomic_path(place) as temporary:
-            sheet.save(temporary)
+    table = _open_table(sampler, place.parent)
+    if not place.is_file():
+        table.require_full()
+        (_save_npz if place.suffix == ".npz" else _save_grid)(sampler, table.read(), place)
     table.remove()
+
+
+def _save_npz(sampler: ImageSampler, columns: Mapping[str, np.ndarray], place: Path) -> None:
+    require_space(place.parent, columns["images"].nbytes, f"{len(columns['images'])} images")
+    with atomic_path(place) as temporary:
+        np.savez(temporary, arr_0=columns["images"], arr_1=columns["labels"], classes=np.array(sampler.classes))
+
+
+def _save_grid(sampler: ImageSampler, columns: Mapping[str, np.ndarray], place: Path) -> None:
+    names = [class_name(sampler, label) for label in columns["labels"].tolist()]
+    across = math.ceil(math.sqrt(len(names)))
+    sheet = draw_sheet(np.asarray(columns["images"]), across, Words(captions=names), GRID_SIDE)
+    with atomic_path(place) as temporary:
+        sheet.save(temporary)
 
 
 def class_name(sampler: ImageSampler, label: int) -> str:

@@ -140,7 +140,13 @@ def test_a_reference_that_cannot_be_had_is_refused_before_the_first_step(digits,
 
 @pytest.mark.parametrize(
     ("sample", "named"),
-    [({"ema": "0.77"}, "no EMA in this run"), ({"labels": "3,10"}, "no class 10"), ({"ema": "sigma_rel=7"}, "length")],
+    [
+        ({"autoguide": "nowhere", "cfg_scale": 2.0}, "nowhere"),
+        ({"num": 9}, "at least 10 images"),
+        ({"ema": "0.77"}, "no EMA in this run"),
+        ({"labels": "3,10"}, "no class 10"),
+        ({"ema": "sigma_rel=7"}, "length"),
+    ],
 )
 def test_samples_that_cannot_be_drawn_are_refused_before_the_first_step(digits, tmp_path, sample, named):
     config = watched()

@@ -264,7 +264,7 @@ class Plan(RecipeVerb):
 class Sample(Verb):
     """Draw images from a checkpoint; image i of a seed is always the same.
 
-    Several processes share the work: torchrun --nproc-per-node 8 -m jlt sample ...
+    Several processes share the work: torchrun --nproc-per-node 8 -m -- jlt sample ...
     The same words continue what was interrupted.
 
     For example:

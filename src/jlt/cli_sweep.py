@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from jlt.config import SampleConfig
+from jlt.config import Metric, SampleConfig
 from jlt.errors import WrongWordsError
 from jlt.verbs import Result, Verb, command_line
 
@@ -31,7 +31,7 @@ class Sweep(Verb):
 
     Few images of each setting find the region, more of the same noise the best; images of another seed, which took no
     part in the choice, say how good it is. The same words continue what was interrupted, and several processes share
-    the work: torchrun --nproc-per-node 8 -m jlt sweep ...
+    the work: torchrun --nproc-per-node 8 -m -- jlt sweep ...
 
     For example:
 
@@ -62,17 +62,7 @@ class Sweep(Verb):
     """Rounds that try the guidance scales halfway to the neighbours of the best."""
     confirm: int = 2
     """Most settings that are confirmed: the best, and those that cannot be told from it."""
-    metric: Literal[
-        "frechet_distance",
-        "spatial_frechet_distance",
-        "kernel_distance",
-        "inception_score",
-        "precision",
-        "recall",
-        "density",
-        "coverage",
-        "label_agreement",
-    ] = "frechet_distance"
+    metric: Metric = "frechet_distance"
     """What is best; only the Frechet distance has an error by which settings are told apart."""
     config: Annotated[Unswept, tyro.conf.arg(name="")] = field(default_factory=lambda: Unswept(num=1000))
     autoencoder_path: str | None = None

@@ -21,6 +21,17 @@ LossSpace = Literal["x", "eps", "v"]
 Weighting = Literal["published", "matched"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
+Metric = Literal[
+    "frechet_distance",
+    "spatial_frechet_distance",
+    "kernel_distance",
+    "inception_score",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "label_agreement",
+]
 PREDICTIONS: tuple[Prediction, ...] = typing.get_args(Prediction)
 MAX_SIGMA_REL = 0.28
 """Just below 12**-0.5, the relative width of a plain average over all of training."""

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from jlt.config import SampleConfig, to_dict
+from jlt.config import Metric, SampleConfig, to_dict
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.measure import GROUPS, Metrics, frechet_without_groups
@@ -40,17 +40,6 @@ from jlt.signals import Stopped, stop_on_signal
 from jlt.training.averages import choose_name, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
-Metric = Literal[
-    "frechet_distance",
-    "spatial_frechet_distance",
-    "kernel_distance",
-    "inception_score",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "label_agreement",
-]
 LOWER_IS_BETTER = frozenset({"frechet_distance", "spatial_frechet_distance", "kernel_distance"})
 ERROR_OF = {"frechet_distance": "frechet_distance_error"}
 """Metrics with a standard error. The others have none, and are compared as they stand."""

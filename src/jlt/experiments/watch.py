@@ -51,6 +51,8 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     check_guidance(config, sample)
     if config.evaluate_every:
         require_enough(sample.num)
+    if sample.autoguide:
+        open_checkpoint(Path(sample.autoguide))
     matching_autoencoder(store.manifest.autoencoder, None, device)
 
 

@@ -3,16 +3,13 @@
 import dataclasses
 import itertools
 import json
-import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 
+import forked
 import pytest
 from data_helpers import file_bytes
-from training_helpers import WRAPPER
 
 from jlt.cli import main
 from jlt.cli_sweep import parse_interval
@@ -384,9 +381,9 @@ sweep.write_json = writing
 
 def test_a_killed_sweep_goes_on_and_ends_the_same(few, few_results, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", WRAPPER, PLANT.format(count=4), *few, "--out", str(out)]
-    killed = subprocess.run(command, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = forked.start([*few, "--out", str(out)], plant=PLANT.format(count=4))
+    _, said = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, said
     assert len(list((out / "points").iterdir())) == 4
     before = {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
     assert main([*few, "--out", str(out)]) == 0

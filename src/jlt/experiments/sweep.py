@@ -454,7 +454,9 @@ def evaluate_command(
     if autoencoder_path:
         words += ["--autoencoder-path", autoencoder_path]
     for option, value in _options(sample):
-        words += [f"--{option.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+        # A switch has no value.
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        words += [f"--{option.replace('_', '-')}", *values]
     return shlex.join(map(str, words))
 
 
@@ -462,7 +464,7 @@ def _options(sample: SampleConfig) -> Iterator[tuple[str, Any]]:
     """Yield what has to be said of a sampling: a grid stands for steps and shift, and what is empty is left out."""
     for entry in fields(SampleConfig):
         value = getattr(sample, entry.name)
-        if value not in ("", ()) and not (sample.grid and entry.name in ("steps", "shift")):
+        if value is not False and value not in ("", ()) and not (sample.grid and entry.name in ("steps", "shift")):
             yield entry.name, value
 
 

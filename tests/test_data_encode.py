@@ -410,7 +410,7 @@ def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: 
         for column in (12, 12 + 7 * 164)
         if np.abs(pixels[row : row + 160, column : column + 160].astype(int) - original).max() <= 1
     ]
-    assert [column for _, column in found] == [12, 12, 12 + 7 * 172, 12 + 7 * 172]
+    assert [column for _, column in found] == [12, 12, 12 + 7 * 164, 12 + 7 * 164]
     assert found[1][0] - found[0][0] == 164
     assert "8 images over their reconstructions" in capsys.readouterr().err
     assert verify_store(tmp_path / "store") == []

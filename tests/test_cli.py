@@ -114,7 +114,7 @@ def test_help_of_a_verb_is_short_and_has_an_example(verb):
     assert answer.code == 0
     assert answer.err == ""
     # What draws images has the sampler's settings besides its own.
-    assert len(answer.out.splitlines()) < 85
+    assert len(answer.out.splitlines()) < 90
     example = re.search(r"For example:\s+(jlt .*)", answer.out)
     assert example, answer.out
     assert example[1].split()[1] == verb

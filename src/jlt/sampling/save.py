@@ -59,19 +59,19 @@ def _what(sampler: ImageSampler) -> str:
 def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
     """Make the folder the place of these images, and of no more of them than are asked for."""
     words, marker = {**sampler.protocol(), "format": form}, out / PROTOCOL
-    if marker.is_file():
+    stored = read_json(marker) if marker.is_file() else words
+    begun = marker.is_file() and isinstance(stored, dict) and "format" in stored
+    if begun:
         # Whoever writes there goes on by the words that it began with.
         held.enter_context(lock_folder(out))
-    stored = read_json(marker) if marker.is_file() else words
     # A grid or an array is of all its images; a folder can be completed to more.
     more = form == "png" and isinstance(stored, dict) and stored.get("count", 0) <= sampler.config.num
     numbers = (int(path.stem) for path in out.glob("*.png") if path.stem.isdigit())
     beyond = [number for number in numbers if number >= sampler.config.num] if form == "png" and more else []
     if beyond:
         raise JLTError(f"{out} holds an image {min(beyond)}, and {sampler.config.num} were asked for: remove it.")
-    locked = marker.is_file()
     claim_folder(out, PROTOCOL, words, free=("count",) if more else ())
-    if not locked:
+    if not begun:
         held.enter_context(lock_folder(out))
     for path in out.glob(".*.partial.*"):
         path.unlink(missing_ok=True)

@@ -404,11 +404,19 @@ def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: P
     assert run_figures(read_study(tmp_path)) == []
 
 
-@pytest.mark.parametrize("bins", [[1.0, None, 0.5], [None] * 10, [0.0] * 10, [1.0]])
-def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None]) -> None:
+@pytest.mark.parametrize(
+    ("bins", "told"),
+    [
+        ([1.0, None, 0.5], "It is 1.00 at t 0.17 and 0.500 at t 0.83."),
+        ([None] * 10, "No sample was drawn."),
+        ([0.0] * 10, "It is 0 at t 0.05 and 0 at t 0.95."),
+        ([1.0], "It is 1.00 at t 0.5 and 1.00 at t 0.5."),
+    ],
+)
+def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None], told: str) -> None:
     write_json(tmp_path / "config.json", config("x", 1, 0))
     write_log(tmp_path, *({"event": "step", "step": step, "loss": 1.0, "loss_by_time": bins} for step in (1, 2)))
-    write_report(tmp_path)
+    assert told in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_an_ablation_shows_the_loss_against_time_and_nothing_else_of_its_logs(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlt.errors import JLTError
+from jlt.files import difference
 from jlt.heartbeat import Heartbeat, Pulse
-from jlt.signals import Stopped, stop_on_signal
+from jlt.signals import Stopped, stop_on_signal, until
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -199,16 +200,7 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
     with stop_on_signal() as asked:
 
         def until_stopped(items: Iterable[T]) -> Iterator[T]:
-            waiting = iter(items)
-            while True:
-                # Before the next item is made, which may take minutes.
-                if group.add(section, int(bool(asked))):
-                    raise Stopped("Stopped on request.")
-                try:
-                    item = next(waiting)
-                except StopIteration:
-                    return
-                yield item
+            return until(items, lambda: group.add(section, int(bool(asked))) > 0)
 
         try:
             yield until_stopped
@@ -228,6 +220,14 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
         raise error
 
 
+def require_one_mind(group: Group, words: Mapping[str, Any], verb: str) -> None:
+    """Raise a JLTError unless all processes mean the same work, told by JSON `words`; `verb` is what they would do."""
+    all_words = group.gather(words)
+    for rank, theirs in enumerate(all_words):
+        if lines := difference(all_words[0], theirs):
+            raise JLTError(f"Process {rank} would {verb} something else than process 0: {'; '.join(lines)}.")
+
+
 def _said(error: Exception | None) -> str | None:
     if error is None or isinstance(error, Stopped):
         return None
@@ -238,7 +238,8 @@ def _said(error: Exception | None) -> str | None:
 def joined(device: str = "cpu") -> Iterator[Group]:
     """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one.
 
-    They agree over gloo, and add up what lies on `device` over what is fast there. One that dies or hangs ends all.
+    They agree over gloo, and add up what lies on `device` over what is fast there. One that dies ends all; one that
+    hangs does where steps are told of, in a training.
     """
     if world_size() == 1:
         yield Alone()

@@ -25,14 +25,14 @@ FREE_SHARE = 0.02
 """Of what is about to be written: room that is left over."""
 
 
-Columns = Mapping[str, tuple[type[np.generic], tuple[int, ...]]]
-"""The type of each column's elements and the shape of one row."""
+Column = tuple[type[np.generic], tuple[int, ...]]
+"""The type of a column's elements and the shape of one row."""
 
 
 class RowTable:
     """Rows of named columns."""
 
-    def __init__(self, folder: Path, columns: Columns, count: int) -> None:
+    def __init__(self, folder: Path, columns: Mapping[str, Column], count: int) -> None:
         """Open a table of `count` rows, new, or with rows from before; JLTError if the disk has no room for it."""
         self.folder, self.columns, self.count = folder, dict(columns), count
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,7 @@ class RowTable:
 
     def remove(self) -> None:
         """Remove the table's files, and its folder if nothing else is in it."""
-        for path in (*map(self._path, self.columns), self.folder / CHECKS):
-            path.unlink(missing_ok=True)
+        remove_rows(self.folder)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -107,6 +106,12 @@ class RowTable:
             # 0 is a row that was not written.
             sums[row] = check or 1
         return sums
+
+
+def remove_rows(folder: Path) -> None:
+    """Remove the files of a table from a folder, if there is one."""
+    for path in (*folder.glob(f".*{SUFFIX}"), folder / CHECKS):
+        path.unlink(missing_ok=True)
 
 
 def unwritten(ranges: Iterable[range], written: Bool[np.ndarray, " count"]) -> list[range]:

@@ -94,14 +94,17 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 def until_stopped(items: Iterable[T]) -> Iterator[T]:
     """Yield items until somebody asks this process to stop, which raises Stopped."""
-    waiting = iter(items)
     with stop_on_signal() as stop:
-        while True:
-            # Before the next item is made, which may take minutes.
-            if stop:
-                raise Stopped("Stopped on request.")
-            try:
-                item = next(waiting)
-            except StopIteration:
-                return
-            yield item
+        yield from until(items, lambda: bool(stop))
+
+
+def until(items: Iterable[T], asked: Callable[[], bool]) -> Iterator[T]:
+    """Yield items until `asked` says so, which raises Stopped: before the next one is made, which may take minutes."""
+    waiting = iter(items)
+    while not asked():
+        try:
+            item = next(waiting)
+        except StopIteration:
+            return
+        yield item
+    raise Stopped("Stopped on request.")

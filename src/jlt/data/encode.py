@@ -33,7 +33,7 @@ from jlt.data.statistics import LatentSums
 from jlt.data.store import STATE_FOLDER, VERIFY_THREADS, LatentStore, shard_problem
 from jlt.errors import JLTError
 from jlt.files import atomic_path, difference, lock_folder, read_sealed_json, sealed_text, sha256_file, write_text
-from jlt.processes import Group, joined, local_world_size
+from jlt.processes import Group, joined, local_world_size, require_one_mind
 from jlt.progress import bar, say
 from jlt.protocol import cores
 from jlt.signals import until_stopped
@@ -64,7 +64,7 @@ def encode_source(source: ImageSource, autoencoder: Autoencoder, config: EncodeC
     _require_outside(source, out)
     job = EncodingJob(source, autoencoder, config, out)
     with joined() as group, contextlib.ExitStack() as held:
-        _require_one_mind(group, job)
+        require_one_mind(group, job.words(), "encode")
         missing = group.on_first(lambda: _begin(job, held))
         if missing is not None:
             _make_shards(job, missing, group)
@@ -77,15 +77,6 @@ def _require_outside(source: ImageSource, out: Path) -> None:
     """Raise a JLTError for a store among class folders: the next look at the images would take it for a class."""
     if isinstance(source, ClassFolders) and out.resolve().is_relative_to(source.folder):
         raise JLTError(f"{out} lies among the images in {source.folder}: name a folder elsewhere.")
-
-
-def _require_one_mind(group: Group, job: EncodingJob) -> None:
-    """Raise a JLTError unless all processes found the same images, weights and words."""
-    words = group.gather(job.words())
-    for rank, theirs in enumerate(words):
-        lines = difference(words[0], theirs)
-        if lines:
-            raise JLTError(f"Process {rank} would encode something else than process 0: {'; '.join(lines)}.")
 
 
 Missing = dict[int, str | None]

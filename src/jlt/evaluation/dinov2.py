@@ -21,7 +21,7 @@ from torch.nn import functional
 from jlt.assets.weights import weights_sha256
 from jlt.data.batch import exact_arithmetic
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor, Features
+from jlt.evaluation.features import FeatureExtractor, Features, pieces
 from jlt.hub import require_reachable
 
 DEFAULT = "facebook/dinov2-large"
@@ -29,8 +29,6 @@ INPUT_SIZE = 224
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 POSITION_OFFSET = 0.1
-PIECE_ON_CPU = 16
-PIECE_ON_GPU = 256
 REMEDY = "name a folder that transformers saved, or a Hub id that can be reached, with --features-path."
 
 
@@ -79,7 +77,7 @@ class DinoExtractor(FeatureExtractor):
         with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
             found = [
                 self._model(_network_input(piece.to(device))).last_hidden_state[:, 0]
-                for piece in images.split(PIECE_ON_CPU if device.type == "cpu" else PIECE_ON_GPU)
+                for piece in pieces(images, device)
             ]
         return Features(torch.cat(found))
 

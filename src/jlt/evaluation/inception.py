@@ -27,7 +27,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from jlt.assets.weights import weights_sha256
 from jlt.data.batch import exact_arithmetic
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor, Features
+from jlt.evaluation.features import FeatureExtractor, Features, pieces
 from jlt.evaluation.fetch import INCEPTION, cache_folder
 from jlt.files import sha256_file
 from jlt.progress import say
@@ -36,8 +36,6 @@ INPUT_SIZE = 299
 NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7
 SPATIAL_SIZE = 17
-PIECE_ON_CPU = 16
-PIECE_ON_GPU = 256
 COUNTER = "num_batches_tracked"
 """What batch normalisation counts while it trains; some files have it, and it changes nothing here."""
 
@@ -310,10 +308,8 @@ class InceptionExtractor(FeatureExtractor):
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return features, logits without bias and spatial features; images are resized as TensorFlow 1 does."""
         device = self._network.fc.weight.device
-        # Pieces bound the memory; on a CPU small ones are also as fast as any.
-        pieces = images.split(PIECE_ON_CPU if device.type == "cpu" else PIECE_ON_GPU)
         with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
-            found = [self._network(_network_input(piece.to(device))) for piece in pieces]
+            found = [self._network(_network_input(piece.to(device))) for piece in pieces(images, device)]
         pooled, logits, spatial = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Features(pooled, logits, spatial)
 

@@ -15,12 +15,10 @@ from jlt.data.crop import Exif
 from jlt.data.images import load_batches
 from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.data.sources.registry import open_source
-from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.reference import SUFFIXES, Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import difference
-from jlt.processes import Alone, Group, ending_together, local_world_size
+from jlt.processes import Alone, Group, ending_together, local_world_size, require_one_mind
 from jlt.progress import bar, say
 from jlt.protocol import cores
 
@@ -50,7 +48,7 @@ def reference_statistics(
     """
     group = group or Alone()
     protocol = reference_protocol(source, extractor, resolution, exif)
-    _require_one_mind(group, protocol)
+    require_one_mind(group, protocol, "measure")
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     mine = _Share(extractor, chosen_at_random(len(source), kept))
     share = chunks[group.rank :: group.size]
@@ -140,14 +138,6 @@ def _merged(parts: Sequence[Any], extractor: FeatureExtractor, protocol: dict[st
         rows |= dict(zip(numbers, kept, strict=True))
     features = torch.from_numpy(np.stack([rows[number] for number in sorted(rows)])) if rows else None
     return Reference(pooled, spatial, features, protocol)
-
-
-def _require_one_mind(group: Group, protocol: dict[str, Any]) -> None:
-    words = group.gather(protocol)
-    for rank, theirs in enumerate(words):
-        lines = difference(words[0], theirs)
-        if lines:
-            raise JLTError(f"Process {rank} would measure something else than process 0: {'; '.join(lines)}.")
 
 
 def _workers(source: ImageSource, chunks: int) -> int:

@@ -20,8 +20,7 @@ from jlt.evaluation.real import CHUNK
 from jlt.files import lock_folder
 from jlt.processes import Group, ending_together
 from jlt.progress import bar, say
-from jlt.rows import Columns as TableColumns
-from jlt.rows import RowTable, unwritten
+from jlt.rows import Column, RowTable, unwritten
 from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
 
@@ -33,16 +32,12 @@ def open_table(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) 
     """
     words = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
     digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
-    columns: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "pooled": (np.float32, (extractor.dimension,)),
-        "labels": (np.int64, ()),
-    }
+    columns: dict[str, Column] = {"pooled": (np.float32, (extractor.dimension,)), "labels": (np.int64, ())}
     if extractor.num_classes:
         columns["logits"] = (np.float32, (extractor.num_classes,))
     if extractor.spatial_dimension:
         columns["spatial"] = (np.float32, (extractor.spatial_dimension,))
-    found: TableColumns = columns
-    return RowTable(place / digest, found, sampler.config.num)
+    return RowTable(place / digest, columns, sampler.config.num)
 
 
 @contextlib.contextmanager
@@ -63,13 +58,13 @@ def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Pa
             return unwritten(batches_of(sampler.config.num, sampler.config.batch_size), written)
 
         missing = group.on_first(find)
-        images = sum(map(len, missing))
+        images, drawn = sum(map(len, missing)), group.begin()
         with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
             table = open_table(sampler, extractor, place)
             batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
             for start, pixels, labels in aligned(batches):
                 table.write(start, {**_arrays(extractor(pixels)), "labels": labels.numpy()})
-                shown.show(group.add(f"drawn for {table.folder.name} to {table.count}", len(labels)))
+                shown.show(group.add(drawn, len(labels)))
         group.on_first(table.require_full)
         yield table
 

@@ -166,7 +166,7 @@ def evaluate_checkpoint(
     checkpoint = open_checkpoint(path)
     sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
     reference = open_reference(reference_words, extractor, sampler.resolution, group=group)
-    run = checkpoint.folder.parent.parent
+    run = checkpoint.run
     in_run = (run / "config.json").is_file()
     result = evaluate_sampler(sampler, reference, extractor, drawn_folder(run) if in_run else None, group)
     if in_run:

@@ -20,6 +20,9 @@ from jlt.sampling.guidance import Denoiser, guided
 from jlt.sampling.solvers import Noise, no_noise, solve
 from jlt.timesteps import sampling_grid
 
+Seen = Callable[[float, Float[Tensor, "n c h w"]], None]
+"""What is told of a time on the path and the clean prediction there."""
+
 
 @dataclass(frozen=True)
 class SampleBatch:
@@ -84,7 +87,7 @@ def flow(
     config: SampleConfig,
     fresh: Noise = no_noise,
     guide: Denoiser | None = None,
-    seen: Callable[[float, Float[Tensor, "n c h w"]], None] | None = None,
+    seen: Seen | None = None,
 ) -> Float[Tensor, "n c h w"]:
     """Carry noise to latents; `seen` is told the clean prediction x^ (eq. 4) of every time that is asked for.
 

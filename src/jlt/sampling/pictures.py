@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.files import atomic_path, claim_folder, lock_folder
 from jlt.progress import track
-from jlt.sampling.generate import batches_of, decode_to_uint8, flow, labels_for, noise_of
+from jlt.sampling.generate import batches_of, decode_to_uint8, labels_for
 from jlt.sampling.sampler import ImageSampler
 from jlt.sampling.save import GRID_SIDE, PROTOCOL, class_name
 from jlt.sheet import Words, draw_sheet
@@ -87,28 +87,26 @@ def strip_times(sampler: ImageSampler) -> list[float]:
 
 def _strip(sampler: ImageSampler, numbers: range) -> Rows:
     """Return rows of x^ at the times of the strip, and the image."""
-    noise, labels, fresh = _begin(sampler, numbers)
+    noise, labels, fresh = sampler.begin(numbers)
     found: dict[float, Tensor] = {}
-    guide = sampler.guide.denoiser if sampler.guide else None
     wanted = strip_times(sampler)
 
     def seen(t: float, clean: Float[Tensor, "n c h w"]) -> None:
         if t in wanted:
             found[t] = clean
 
-    latents = flow(sampler.weights.denoiser, noise, labels, sampler.config, fresh, guide, seen)
+    latents = sampler.flow(noise, labels, fresh, seen)
     parts = [decode_to_uint8(sampler.autoencoder, part) for part in (*(found[t] for t in wanted), latents)]
     return torch.stack(parts, dim=1).cpu().numpy()
 
 
 def _interpolation(sampler: ImageSampler, numbers: range) -> Rows:
     """Return rows from the noise of an image to that of the next one, with the label of the first."""
-    noise, labels, fresh = _begin(sampler, numbers)
-    guide = sampler.guide.denoiser if sampler.guide else None
+    noise, labels, fresh = sampler.begin(numbers)
     columns = []
     for place in range(COLUMNS):
         between = spherical(noise[::2], noise[1::2], place / (COLUMNS - 1))
-        part = flow(sampler.weights.denoiser, between, labels[::2], sampler.config, lambda k: fresh(k)[::2], guide)
+        part = sampler.flow(between, labels[::2], lambda k: fresh(k)[::2])
         columns.append(decode_to_uint8(sampler.autoencoder, part))
     return torch.stack(columns, dim=1).cpu().numpy()
 
@@ -130,16 +128,6 @@ def spherical(a: Float[Tensor, "n *rest"], b: Float[Tensor, "n *rest"], share: f
     return math.cos(angle) * a + math.sin(angle) * b
 
 
-def _begin(
-    sampler: ImageSampler, numbers: range
-) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n"], Callable[[int], Tensor]]:
-    network, config = sampler.checkpoint.config.network, sampler.config
-    labels = labels_for(config.labels, numbers, network.num_classes, config.seed).to(sampler.device)
-    shape = (network.channels, network.height, network.width)
-    noise, fresh = noise_of(config.seed, numbers, shape, sampler.device, sampler.checkpoint.config.noise_scale)
-    return noise, labels, fresh
-
-
 def _classes(sampler: ImageSampler) -> int:
     return sampler.checkpoint.config.network.num_classes
 
@@ -147,7 +135,7 @@ def _classes(sampler: ImageSampler) -> int:
 def require_same_noise(a: ImageSampler, b: ImageSampler) -> None:
     """Raise JLTError unless the images of the same number begin with the same noise and label, at the same size."""
     for name, of in {
-        "latents": lambda s: [getattr(s.checkpoint.config.network, key) for key in ("channels", "height", "width")],
+        "latents": lambda s: s.shape,
         "noise_scale": lambda s: s.checkpoint.config.noise_scale,
         "classes": _classes,
         "pixels": lambda s: s.resolution,

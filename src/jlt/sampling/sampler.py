@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
@@ -19,9 +19,9 @@ from jlt.files import difference
 from jlt.networks.transformer import build_network
 from jlt.progress import say
 from jlt.protocol import versions
-from jlt.sampling.generate import SampleBatch, decode_to_uint8, labels_for, sample_latents
+from jlt.sampling.generate import SampleBatch, Seen, decode_to_uint8, flow, labels_for, noise_of, sample_latents
 from jlt.sampling.guidance import NOISE_END, Denoiser
-from jlt.sampling.solvers import network_evaluations
+from jlt.sampling.solvers import Noise, network_evaluations
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
@@ -62,19 +62,40 @@ class ImageSampler:
 
     def latents(self, numbers: Iterable[range] | None = None) -> Iterator[SampleBatch]:
         """Yield what `batches` decodes."""
-        network, train = self.checkpoint.config.network, self.checkpoint.config
-        shape = (network.channels, network.height, network.width)
-        guide = self.guide.denoiser if self.guide else None
+        train = self.checkpoint.config
         return sample_latents(
             self.weights.denoiser,
-            shape,
-            network.num_classes,
+            self.shape,
+            train.network.num_classes,
             self.config,
             self.device,
             train.noise_scale,
             numbers,
-            guide,
+            self._guide,
         )
+
+    def begin(self, numbers: range) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n"], Noise]:
+        """Return the noise and the labels of numbered images, and what a stochastic solver adds at each step."""
+        train, config = self.checkpoint.config, self.config
+        labels = labels_for(config.labels, numbers, train.network.num_classes, config.seed).to(self.device)
+        noise, fresh = noise_of(config.seed, numbers, self.shape, self.device, train.noise_scale)
+        return noise, labels, fresh
+
+    def flow(
+        self, noise: Float[Tensor, "n c h w"], labels: Int[Tensor, "n"], fresh: Noise, seen: Seen | None = None
+    ) -> Float[Tensor, "n c h w"]:
+        """Carry noise of any kind to latents, as `jlt.sampling.generate.flow` does."""
+        return flow(self.weights.denoiser, noise, labels, self.config, fresh, self._guide, seen)
+
+    @property
+    def _guide(self) -> Denoiser | None:
+        return self.guide.denoiser if self.guide else None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The (C, H, W) of a latent."""
+        network = self.checkpoint.config.network
+        return network.channels, network.height, network.width
 
     @property
     def resolution(self) -> int:

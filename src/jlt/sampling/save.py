@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,9 +20,10 @@ from jlt.errors import JLTError
 from jlt.files import atomic_path, claim_folder, lock_folder, read_json
 from jlt.processes import Alone, Group, ending_together
 from jlt.progress import track
-from jlt.rows import RowTable, require_space, unwritten
+from jlt.rows import RowTable, remove_rows, require_space, unwritten
 from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
+from jlt.sampling.solvers import network_evaluations
 from jlt.sheet import Words, draw_sheet
 
 PROTOCOL = "protocol.json"
@@ -42,6 +42,8 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     group = group or Alone()
     with contextlib.ExitStack() as held:
         place = group.on_first(lambda: _claim(held, sampler, out, form))
+        if group.on_first(lambda: _finished(place)):
+            return place
         missing = group.on_first(lambda: _missing(sampler, place))
         with ending_together(group) as until_stopped:
             keep = _keep_png(sampler, out) if form == "png" else _keep_row(_open_table(sampler, out))
@@ -53,23 +55,22 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
 
 
 def _what(sampler: ImageSampler) -> str:
-    return f"sampling {sampler.config.num} images, {sampler.protocol()['nfe']} NFE each"
+    nfe = network_evaluations(sampler.config.solver, sampler.config.steps)
+    return f"sampling {sampler.config.num} images, {nfe} NFE each"
 
 
 def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
     """Make the folder the place of these images, and of no more of them than are asked for."""
     words, marker = {**sampler.protocol(), "format": form}, out / PROTOCOL
-    stored = read_json(marker) if marker.is_file() else words
-    begun = marker.is_file() and isinstance(stored, dict) and "format" in stored
+    stored = read_json(marker) if marker.is_file() else {}
+    begun = isinstance(stored, dict) and "format" in stored
     if begun:
         # Whoever writes there goes on by the words that it began with.
         held.enter_context(lock_folder(out))
     # A grid or an array is of all its images; a folder can be completed to more.
-    more = form == "png" and isinstance(stored, dict) and stored.get("count", 0) <= sampler.config.num
-    numbers = (int(path.stem) for path in out.glob("*.png") if path.stem.isdigit())
-    beyond = [number for number in numbers if number >= sampler.config.num] if form == "png" and more else []
-    if beyond:
-        raise JLTError(f"{out} holds an image {min(beyond)}, and {sampler.config.num} were asked for: remove it.")
+    more = form == "png" and (not begun or stored["count"] <= sampler.config.num)
+    if more:
+        _require_none_beyond(out, sampler.config.num)
     claim_folder(out, PROTOCOL, words, free=("count",) if more else ())
     if not begun:
         held.enter_context(lock_folder(out))
@@ -78,11 +79,22 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
     return {"png": out, "npz": out / "samples.npz", "grid": out / "grid.png"}[form]
 
 
+def _require_none_beyond(out: Path, num: int) -> None:
+    beyond = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit() and int(path.stem) >= num]
+    if beyond:
+        raise JLTError(f"{out} holds an image {min(beyond)}, and {num} were asked for: remove it.")
+
+
+def _finished(place: Path) -> bool:
+    """Whether the array or the grid is there; its table, which a kill may have left, is then removed."""
+    if place.is_file():
+        remove_rows(place.parent)
+    return place.is_file()
+
+
 def _missing(sampler: ImageSampler, place: Path) -> list[range]:
     """Return the ranges of numbers whose images are not all there; JLTError for a disk without room for them."""
     ranges = batches_of(sampler.config.num, sampler.config.batch_size)
-    if place.is_file():
-        return []
     if not place.is_dir():
         return unwritten(ranges, _open_table(sampler, place.parent).written())
     there = np.array([png_path(place, number).exists() for number in range(sampler.config.num)])
@@ -128,9 +140,8 @@ def _finish(sampler: ImageSampler, place: Path) -> None:
             raise JLTError(f"{left} images are not in {place}: it must be a folder that all processes share.")
         return
     table = _open_table(sampler, place.parent)
-    if not place.is_file():
-        table.require_full()
-        (_save_npz if place.suffix == ".npz" else _save_grid)(sampler, table.read(), place)
+    table.require_full()
+    (_save_npz if place.suffix == ".npz" else _save_grid)(sampler, table.read(), place)
     table.remove()
 
 
@@ -154,10 +165,10 @@ def class_name(sampler: ImageSampler, label: int) -> str:
     return names[label] if label < len(names) else str(label)
 
 
-def save_image(image: UInt8[np.ndarray, "h w 3"], path: Path, words: Mapping[str, Any] | None = None) -> None:
+def save_image(image: UInt8[np.ndarray, "h w 3"], path: Path, words: Mapping[str, str]) -> None:
     """Write one PNG atomically, with words that tell what it shows."""
     info = PngInfo()
-    for key, value in (words or {}).items():
-        info.add_text(key, str(value))
+    for key, value in words.items():
+        info.add_text(key, value)
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, pnginfo=info)

@@ -17,7 +17,7 @@ from jlt.errors import JLTError
 from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier
 from jlt.evaluation.evaluate import evaluate_images, in_chunks
 from jlt.evaluation.features import load_extractor
-from jlt.evaluation.measure import Columns, Metrics, frechet_with_error, group_of, measure
+from jlt.evaluation.measure import Columns, Metrics, frechet_without_groups, group_of, measure
 from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
 from jlt.evaluation.real import reference_statistics
 from jlt.evaluation.reference import Reference
@@ -144,7 +144,7 @@ def batches(images, labels, size):
 def test_the_reference_against_itself(classifier, reference):
     images, labels = all_digits()
     assert reference.count == len(images) == 1797
-    metrics = evaluate_images(batches(images, labels, 100), reference, classifier)
+    metrics = evaluate_images(batches(images, labels, 100), reference, classifier, len(images))
     # The same images in another order.
     assert metrics.frechet_distance < 1e-5 * reference.pooled.covariance.trace().item()
     assert metrics.label_agreement > 0.99
@@ -154,7 +154,7 @@ def test_the_reference_against_itself(classifier, reference):
 
 def test_the_numbers_do_not_depend_on_the_batches(classifier, reference, held_out):
     metrics = [
-        evaluate_images(batches(held_out.images, held_out.labels, size), reference, classifier)
+        evaluate_images(batches(held_out.images, held_out.labels, size), reference, classifier, 296)
         for size in (7, 128, 296)
     ]
     # To the last digit.
@@ -164,7 +164,7 @@ def test_the_numbers_do_not_depend_on_the_batches(classifier, reference, held_ou
 
 def test_worse_images_get_worse_numbers(classifier, reference, held_out):
     def distance(images):
-        return evaluate_images(batches(images, None, 100), reference, classifier)
+        return evaluate_images(batches(images, None, 100), reference, classifier, len(images))
 
     noise = torch.randn(held_out.images.shape, generator=generator())
     noisy = [(held_out.images + level * noise).clamp(0, 255).byte() for level in (0, 30, 90)]
@@ -183,11 +183,17 @@ def test_a_reference_of_another_extractor_is_refused_before_the_first_sample(cla
         yield
 
     with pytest.raises(JLTError, match="dimension 3, .* gives 64"):
-        evaluate_images(never(), Reference(FeatureStatistics(3)), classifier)
+        evaluate_images(never(), Reference(FeatureStatistics(3)), classifier, 10)
     unlike = {**classifier.identity(), "weights_sha256": "0" * 64}
     other = Reference(FeatureStatistics(64), protocol={"extractor": unlike})
     with pytest.raises(JLTError, match="another extractor .weights_sha256 '0000"):
-        evaluate_images(never(), other, classifier)
+        evaluate_images(never(), other, classifier, 10)
+
+
+@pytest.mark.parametrize("count", [295, 297])
+def test_images_are_as_many_as_was_said(classifier, reference, held_out, count):
+    with pytest.raises(ValueError, match=f"{count} images"):
+        evaluate_images(batches(held_out.images, None, 100), reference, classifier, count)
 
 
 def test_metrics_are_json(classifier, reference, tmp_path):
@@ -226,7 +232,8 @@ def test_error_and_bias_of_the_frechet_distance_are_what_repetition_shows(count)
     found = []
     for _ in range(trials):
         images = (random.standard_normal((count, dimension)) * scale + 0.3).astype(np.float32)
-        found.append(frechet_with_error(images, exact))
+        left_out = frechet_without_groups(images, exact)
+        found.append((left_out.distance, *left_out.error_and_bias()))
     distances, errors, biases = np.array(found).T
     scatter, bias = distances.std(), distances.mean() - true
     assert 1 / 1.5 < errors.mean() / scatter < 1.5
@@ -246,7 +253,9 @@ def test_the_jackknife_leaves_out_the_groups_it_says():
     groups = group_of(1500)
     without = [distance(images[groups != group]) for group in range(10)]
     expected = jackknife(distance(images), without, np.bincount(groups).tolist())
-    assert frechet_with_error(images, exact) == pytest.approx((distance(images), *expected), rel=1e-7)
+    left_out = frechet_without_groups(images, exact)
+    assert left_out.distance == pytest.approx(distance(images), rel=1e-7)
+    assert left_out.error_and_bias() == pytest.approx(expected, rel=1e-7)
 
 
 def test_columns_in_a_file_give_the_numbers_of_columns_in_memory(classifier, reference, held_out, tmp_path):
@@ -255,8 +264,8 @@ def test_columns_in_a_file_give_the_numbers_of_columns_in_memory(classifier, ref
     for name, array in arrays.items():
         np.save(tmp_path / f"{name}.npy", array)
     mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in arrays}
-    whole = measure(Columns(**arrays), reference, classifier)
-    assert measure(Columns(**mapped), reference, classifier) == whole
+    whole = measure(Columns(**arrays), reference, classifier)[0]
+    assert measure(Columns(**mapped), reference, classifier)[0] == whole
     # 296 digits are too few to tell the bias in 64 dimensions.
     missing = {name for name, value in asdict(whole).items() if value is None}
     assert missing == {"spatial_frechet_distance", "frechet_distance_bias"}
@@ -265,7 +274,7 @@ def test_columns_in_a_file_give_the_numbers_of_columns_in_memory(classifier, ref
 
 def test_what_cannot_be_measured_is_none(classifier, reference, held_out):
     pooled = classifier(held_out.images).pooled.numpy()
-    found = asdict(measure(Columns(pooled), Reference(reference.pooled, protocol=reference.protocol), classifier))
+    found = asdict(measure(Columns(pooled), Reference(reference.pooled, protocol=reference.protocol), classifier)[0])
     measured = {name for name, value in found.items() if value is not None}
     assert measured == {"frechet_distance", "frechet_distance_error", "count"}
     with pytest.raises(JLTError, match="at least 10 images, there are 9"):
@@ -277,14 +286,14 @@ def test_spatial_features_have_a_distance_of_their_own(classifier, reference, he
     spatial = np.random.default_rng(0).standard_normal((len(pooled), 4)).astype(np.float32)
     real = FeatureStatistics(4)
     real.update(torch.from_numpy(spatial + 2))
-    found = measure(Columns(pooled, spatial=spatial), Reference(reference.pooled, real), classifier)
+    found = measure(Columns(pooled, spatial=spatial), Reference(reference.pooled, real), classifier)[0]
     # The same covariance, moved by two in each of four directions.
     assert found.spatial_frechet_distance == pytest.approx(16, rel=1e-5)
 
 
 def test_samples_of_another_size_are_refused(classifier, reference, held_out):
     with pytest.raises(JLTError, match="32x32 pixels, the samples have 16x16"):
-        evaluate_images([(held_out.images[:, ::2, ::2], None)], reference, classifier)
+        evaluate_images([(held_out.images[:, ::2, ::2], None)], reference, classifier, 296)
 
 
 @pytest.mark.parametrize("sizes", [(150,), (1,) * 150, (63, 1, 64, 22), (64, 64, 22), (130, 0, 20)])

@@ -22,6 +22,7 @@ from jlt.evaluation.images import open_images
 from jlt.experiments.evaluate import evaluate_files
 from jlt.experiments.recipes import resolve_recipe
 from jlt.experiments.reference import make_reference
+from jlt.files import lock_folder
 from jlt.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,30 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(place, alo
     assert codes[0] == codes[2] == 1, said
     assert 0 < rows_written(tmp_path / "out") < 200
     run_processes(2, words)
+    assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
+
+
+HANGS = """
+import jlt.heartbeat as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0
+import os, time
+from jlt.rows import RowTable
+write, calls = RowTable.write, []
+def hanging(self, *arguments):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 4:
+        time.sleep(1000)
+    write(self, *arguments)
+RowTable.write = hanging
+"""
+
+
+def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tmp_path):
+    words = sample_words(place, tmp_path / "out", "--format", "npz")
+    codes, said = ends_of(start_processes(2, words, HANGS), timeout=60)
+    assert codes == [1, 1], said
+    assert any("so it hangs" in text for text in said), said
+    assert 0 < rows_written(tmp_path / "out") < 200
+    assert main(words) == 0
     assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
 
 
@@ -198,6 +223,19 @@ def test_a_smaller_evaluation_leaves_what_a_larger_one_has_drawn(place):
     assert main(evaluate_words(place, "--num", "20")) == 0
     assert rows_written(drawn) >= before
     assert main(evaluate_words(place)) == 0
+    assert not drawn.exists()
+
+
+def test_features_of_checkpoints_that_are_gone_go(place):
+    clear(place)
+    drawn = place / "run" / "evaluations" / ".drawn"
+    gone, held = drawn / "step_0000007-0123", drawn / "step_0000008-0123"
+    gone.mkdir(parents=True)
+    (gone / ".pooled.rows").write_bytes(b"0")
+    with lock_folder(held):
+        assert main(evaluate_words(place, "--num", "20")) == 0
+    assert (gone.exists(), held.exists()) == (False, True)
+    assert main(evaluate_words(place, "--num", "30")) == 0
     assert not drawn.exists()
 
 

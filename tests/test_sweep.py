@@ -24,7 +24,7 @@ from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.real import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
-from jlt.experiments.sweep import Measured, Setting, SweepConfig, default_coarse_num, keep, search, to_confirm
+from jlt.experiments.search import Measured, Setting, SweepConfig, default_coarse_num, keep, search, to_confirm
 from jlt.report import palette
 from jlt.report.page import write_report
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
@@ -262,7 +262,7 @@ def results(folder):
 
 
 def parts_of(stored):
-    return stored["without_groups"]["frechet_distance"], stored["without_groups"]["sizes"]
+    return stored["jackknife"]["frechet_distance"], stored["jackknife"]["sizes"]
 
 
 def test_a_sweep_of_a_run(whole, swept):

@@ -309,6 +309,8 @@ class Sample(Verb):
 
         if self.steps_strip and self.interpolate:
             raise WrongWordsError("One picture is either --steps-strip or --interpolate.")
+        if self.format != "png":
+            raise WrongWordsError("--steps-strip, --interpolate and --compare draw one PNG: leave --format out.")
         kind = "strip" if self.steps_strip else "interpolation" if self.interpolate else "pairs"
         paths = [self.checkpoint, *([self.compare] if self.compare else [])]
         checkpoints = [open_checkpoint(path) for path in paths]
@@ -395,6 +397,8 @@ class Reference(Verb):
         from jlt.experiments.reference import make_reference
         from jlt.protocol import default_device
 
+        if self.resolution < 1:
+            raise WrongWordsError("--resolution must be 1 or more.")
         device = default_device()
         extractor = load_extractor(self.features, device, self.features_path)
         source = open_source(self.images, self.split)

@@ -70,7 +70,8 @@ class Sweep(Verb):
 
     def run(self) -> Result:
         from jlt.evaluation.features import load_extractor
-        from jlt.experiments.sweep import SweepConfig, default_coarse_num, resolve_ema, sweep
+        from jlt.experiments.search import SweepConfig, default_coarse_num
+        from jlt.experiments.sweep import resolve_ema, sweep
         from jlt.processes import joined
         from jlt.protocol import default_device
         from jlt.report.page import write_report

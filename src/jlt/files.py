@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,18 @@ from typing import Any
 from jlt.errors import JLTError
 
 LOCK = ".lock"
+UNREADABLE_ARRAYS = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and torch raise for files of arrays that are damaged or of another kind."""
 LONG_LIST = 8
 """Lists with more values than this are not shown whole in a message."""
 
@@ -58,16 +72,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _indented(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; one that is missing or does not parse is named in a JLTError."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a file that is missing, does not parse or holds anything else is named in a JLTError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise JLTError(f"{path} does not exist.") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise JLTError(
             f"{path} is not readable JSON ({error}): it is damaged or was written by something else."
         ) from error
+    if not isinstance(content, dict):
+        raise JLTError(f"{path} holds no JSON object: it is damaged or was written by something else.")
+    return content
 
 
 def sealed_text(content: Mapping[str, Any]) -> str:
@@ -83,7 +100,7 @@ def sealed_sha256(content: Mapping[str, Any]) -> str:
 def read_sealed_json(path: Path) -> dict[str, Any]:
     """Return the content of a sealed file, without its hash; JLTError if it was damaged or edited."""
     content = read_json(path)
-    if not isinstance(content, dict) or "sha256" not in content:
+    if "sha256" not in content:
         raise JLTError(f"{path} carries no hash of itself: it was damaged or written by something else.")
     # The bytes are compared too, since an edit may leave the parsed values as they are (1e-05 for 1E-05).
     unchanged = path.read_bytes() == _indented(content).encode()

@@ -47,6 +47,15 @@ class Pulse:
         self._last = now
 
     @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Tell of steps for the duration of a block, which are no measure of those before it and after it."""
+        longest, self._longest, last, self._last = self._longest, 0.0, self._last, 0.0
+        try:
+            yield
+        finally:
+            self._longest, self._last = longest, time.monotonic() if last else 0.0
+
+    @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Do something other than steps for the duration of a block, however long it takes."""
         self._busy += 1

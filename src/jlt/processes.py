@@ -191,7 +191,7 @@ def _is_broken_connection(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
-    """Give a block `until_stopped`, which passes items on until any process was asked to stop or has failed.
+    """Give a block `until_stopped`, which passes items on until any process was asked to stop, has failed or hangs.
 
     Every process reaches the end of the block, and all leave it alike: whole, stopped, or with the error of one.
     """
@@ -200,15 +200,20 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
     with stop_on_signal() as asked:
 
         def until_stopped(items: Iterable[T]) -> Iterator[T]:
-            return until(items, lambda: group.add(section, int(bool(asked))) > 0)
+            # Whoever hangs in one item ends all; whoever is done waits for the others as long as it takes.
+            with group.pulse.stepping():
+                for item in until(items, lambda: group.add(section, int(bool(asked))) > 0):
+                    group.pulse.step()
+                    yield item
 
         try:
             yield until_stopped
         except Exception as raised:
             error = raised
             group.add(section, 1)
-        # A request that came with the last item is one too.
-        ends = group.gather((error is not None or bool(asked), _said(error)))
+        with group.pulse.busy():
+            # A request that came with the last item is one too.
+            ends = group.gather((error is not None or bool(asked), _said(error)))
     failures = [f"Process {rank} failed ({said}), so all end." for rank, (_, said) in enumerate(ends) if said]
     if failures and (error is None or isinstance(error, Stopped)):
         raise JLTError(failures[0])
@@ -238,8 +243,8 @@ def _said(error: Exception | None) -> str | None:
 def joined(device: str = "cpu") -> Iterator[Group]:
     """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one.
 
-    They agree over gloo, and add up what lies on `device` over what is fast there. One that dies ends all; one that
-    hangs does where steps are told of, in a training.
+    They agree over gloo, and add up what lies on `device` over what is fast there. One that dies ends all, and so does
+    one that hangs where steps are told of: in a training, and between the items of `ending_together`.
     """
     if world_size() == 1:
         yield Alone()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 ROWS = 1024
@@ -20,6 +20,16 @@ def blocks(array: Shaped[np.ndarray, "n *_"], size: int = ROWS) -> Iterator[tupl
         rows = slice(start, min(start + size, len(array)))
         yield rows, torch.from_numpy(np.array(array[rows]))
         release(array)
+
+
+def take(array: Shaped[np.ndarray, "n *_"], rows: Int64[np.ndarray, " m"]) -> Shaped[Tensor, "m *_"]:
+    """Return a copy of the given rows as a tensor."""
+    taken = np.empty((len(rows), *array.shape[1:]), dtype=array.dtype)
+    for start in range(0, len(rows), ROWS):
+        # What lies around a row comes into memory with it.
+        taken[start : start + ROWS] = array[rows[start : start + ROWS]]
+        release(array)
+    return torch.from_numpy(taken)
 
 
 def release(array: Shaped[np.ndarray, "..."]) -> None:

@@ -1,45 +1,50 @@
-"""Images -> features -> numbers, in one pass and with no file in between."""
+"""Images that are there already -> features -> numbers, in one pass."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor, Features
+from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.images import LabelledBatch
-from jlt.evaluation.measure import Columns, Metrics, measure
+from jlt.evaluation.measure import Metrics, measure, require_enough
 from jlt.evaluation.real import CHUNK
 from jlt.evaluation.reference import Reference, check_reference
+from jlt.evaluation.table import arrays_of, columns_of, open_table
 
 
-def evaluate_images(batches: Iterable[LabelledBatch], reference: Reference, extractor: FeatureExtractor) -> Metrics:
-    """Measure RGB images 0..255, with the labels they were drawn for or None, against a reference.
+def evaluate_images(
+    batches: Iterable[LabelledBatch], reference: Reference, extractor: FeatureExtractor, count: int
+) -> Metrics:
+    """Measure `count` RGB images 0..255, with the labels they were drawn for or None, against a reference.
 
-    JLTError before the first batch is drawn if the reference is of another extractor, at the first batch if it is of
-    images of another size, and for fewer than 10 images.
+    Their features lie in a folder of the system's meanwhile. JLTError before the first batch is drawn if the reference
+    is of another extractor, for fewer than 10 images and for a disk without room, at the first batch if the reference
+    is of images of another size; ValueError if there are not `count`.
     """
     check_reference(reference, extractor)
-    found: list[Features] = []
-    labels: list[Int64[Tensor, " _"]] = []
-    for images, chunk_labels in in_chunks(batches, CHUNK):
-        if not found:
-            check_reference(reference, extractor, images.shape[1])
-        found.append(extractor(images))
-        labels += [] if chunk_labels is None else [chunk_labels]
-    if not found:
-        raise JLTError("There are no images to measure.")
-    columns = Columns(
-        pooled=torch.cat([features.pooled for features in found]).float().cpu().numpy(),
-        logits=_column([features.logits for features in found]),
-        spatial=_column([features.spatial for features in found]),
-        labels=torch.cat(labels).cpu().numpy() if labels else None,
-    )
-    return measure(columns, reference, extractor)
+    require_enough(count)
+    with tempfile.TemporaryDirectory(prefix="jlt-") as folder:
+        table = open_table(Path(folder) / "features", extractor, count)
+        start, labelled = 0, False
+        for images, labels in in_chunks(batches, CHUNK):
+            if start == 0:
+                check_reference(reference, extractor, images.shape[1])
+                labelled = labels is not None
+            if start + len(images) > count:
+                break
+            numbers = np.full(len(images), -1) if labels is None else labels.cpu().numpy()
+            table.write(start, {**arrays_of(extractor(images)), "labels": numbers})
+            start += len(images)
+        if start != count:
+            raise ValueError(f"{count} images were announced, and there are more or fewer")
+        return measure(columns_of(table, labelled), reference, extractor)[0]
 
 
 def in_chunks(batches: Iterable[LabelledBatch], size: int = CHUNK) -> Iterator[LabelledBatch]:
@@ -65,8 +70,3 @@ def in_chunks(batches: Iterable[LabelledBatch], size: int = CHUNK) -> Iterator[L
         waiting -= whole
     if waiting:
         yield torch.cat(images), torch.cat(labels) if labelled else None
-
-
-def _column(parts: list[Tensor | None]) -> np.ndarray | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present).float().cpu().numpy() if present else None

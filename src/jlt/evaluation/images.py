@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from jlt.data.sources.contract import read_image
 from jlt.errors import JLTError
+from jlt.files import UNREADABLE_ARRAYS
 
 LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]
+IMAGES = "arr_0.npy"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -87,32 +91,52 @@ def _label(path: Path, image: Image.Image) -> int:
 
 
 class ImageArray(StoredImages):
-    """`arr_0`, uint8 (N, H, W, 3), and the labels `arr_1` where there are some."""
+    """`arr_0`, uint8 (N, H, W, 3), read as it is needed, and the labels `arr_1` where there are some."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                self.images = file["arr_0"]
+                with file.zip.open(IMAGES) as images:
+                    shape, fortran_order, dtype = _header(images)
                 labels = file.get("arr_1")
                 self.classes = str(file["classes"]) if "classes" in file else None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        except UNREADABLE_ARRAYS as error:
             raise JLTError(f"{path} is not an .npz of images under arr_0 ({error}).") from error
         if labels is not None and not np.issubdtype(labels.dtype, np.integer):
             raise JLTError(f"{path} holds labels (arr_1) that are {labels.dtype}, not whole numbers.")
         self.labels = None if labels is None else labels.astype(np.int64)
-        shape = self.images.shape
-        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
-            raise JLTError(f"{path} holds {self.images.dtype} {shape}: square images are uint8 (N, H, H, 3).")
-        if len(self.images) == 0 or (self.labels is not None and self.labels.shape != shape[:1]):
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            order = " in Fortran's order" if fortran_order else ""
+            raise JLTError(f"{path} holds {dtype} {shape}{order}: square images are uint8 (N, H, H, 3).")
+        if shape[0] == 0 or (self.labels is not None and self.labels.shape != shape[:1]):
             raise JLTError(f"{path} holds no images, or not one label in arr_1 for each of them.")
-        self.resolution = shape[1]
+        self._shape, self.resolution = shape, shape[1]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self._shape[0]
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield the images with their labels."""
-        for start in range(0, len(self.images), batch_size):
-            part = slice(start, start + batch_size)
-            labels = None if self.labels is None else torch.from_numpy(self.labels[part])
-            yield torch.from_numpy(self.images[part]), labels
+        """Yield the images with their labels; JLTError where the file is damaged."""
+        image = self._shape[1:]
+        try:
+            with zipfile.ZipFile(self._path) as file, file.open(IMAGES) as images:
+                _header(images)
+                for start in range(0, len(self), batch_size):
+                    count = min(batch_size, len(self) - start)
+                    content = images.read(count * math.prod(image))
+                    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *image)
+                    labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + count])
+                    yield pixels, labels
+                # The checksum of what was read is compared where the end is met.
+                images.read(1)
+        except UNREADABLE_ARRAYS as error:
+            raise JLTError(f"{self._path} is damaged ({error}).") from error
+
+
+def _header(array: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and type of an array that numpy wrote."""
+    version = np.lib.format.read_magic(array)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(array)
+    return np.lib.format.read_array_header_2_0(array)

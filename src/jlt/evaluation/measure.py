@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.evaluation.blocks import blocks, release
+from jlt.evaluation.blocks import blocks, take
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.metrics import (
     DENSITY_NEIGHBOURS,
@@ -73,12 +73,34 @@ class Metrics:
     count: int
 
 
-def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor) -> Metrics:
-    """Measure images by their features. JLTError for another extractor's reference and for fewer than 10 images."""
+@dataclass(frozen=True)
+class LeftOut:
+    """What a jackknife over groups of images is made of: differences of two have the error of the difference.
+
+    The `rough` distance of all images, and those `without` one group of so many images (`sizes`) each, by one rule;
+    `distance` is the exact one. The reference is taken as it is: its own images are the same for all.
+    """
+
+    distance: float
+    rough: float
+    without: Sequence[float]
+    sizes: Sequence[int]
+
+    def error_and_bias(self) -> tuple[float, float]:
+        """Return the standard error of the distance, and by how much it is too large for want of images."""
+        return jackknife(self.rough, self.without, self.sizes)
+
+
+def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor) -> tuple[Metrics, LeftOut]:
+    """Measure images by their features; return also what the error of the Frechet distance was found from.
+
+    JLTError for another extractor's reference and for fewer than 10 images.
+    """
     check_reference(reference, extractor)
     count = len(columns.pooled)
     require_enough(count)
-    distance, error, bias = frechet_with_error(columns.pooled, reference.gaussian)
+    left_out = frechet_without_groups(columns.pooled, reference.gaussian)
+    error, bias = left_out.error_and_bias()
     found: dict[str, float] = {"frechet_distance_error": error}
     if count >= IMAGES_FOR_BIAS * extractor.dimension:
         found["frechet_distance_bias"] = bias
@@ -94,7 +116,7 @@ def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor)
         found["spatial_frechet_distance"] = reference.spatial.gaussian.distance(spatial.gaussian)
     if reference.kept is not None and len(reference.kept) > DENSITY_NEIGHBOURS:
         found |= _of_single_images(columns.pooled, reference.kept)
-    return Metrics(frechet_distance=distance, count=count, **found)
+    return Metrics(frechet_distance=left_out.distance, count=count, **found), left_out
 
 
 def require_enough(count: int) -> None:
@@ -103,47 +125,28 @@ def require_enough(count: int) -> None:
         raise JLTError(f"An evaluation needs at least {GROUPS} images, there are {count}.")
 
 
-def frechet_with_error(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) -> tuple[float, float, float]:
-    """Return the Frechet distance of images to a reference, its standard error, and its bias for want of images.
-
-    By the jackknife over 10 groups of images. The reference is taken as it is: its own images are the same for all.
-    """
-    found = frechet_without_groups(pooled, reference)
-    return found.distance, *jackknife(found.rough, found.without, found.sizes)
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What a jackknife is made of: differences of two have the error of the difference.
-
-    The `rough` distance of all images, and those `without` one group of so many images (`sizes`) each, by one rule;
-    `distance` is the exact one.
-    """
-
-    distance: float
-    rough: float
-    without: Sequence[float]
-    sizes: Sequence[int]
-
-
 def frechet_without_groups(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) -> LeftOut:
     """Return the Frechet distances of images to a reference, of all and without each of 10 groups."""
-    count = len(pooled)
-    parts = [FeatureStatistics(pooled.shape[1]) for _ in range(GROUPS)]
-    groups = group_of(count)
-    for group, part in enumerate(parts):
-        members = np.flatnonzero(groups == group)
-        for start in range(0, len(members), GROUP_RUN * RUNS_AT_ONCE):
-            part.update(torch.from_numpy(np.asarray(pooled[members[start : start + GROUP_RUN * RUNS_AT_ONCE]])))
-            release(pooled)
     whole = FeatureStatistics(pooled.shape[1])
-    for part in parts:
-        whole.merge(part)
+    for _, block in blocks(pooled):
+        whole.update(block)
     distance = reference.distance(whole.gaussian)
     # Among themselves these are exact enough, and there are eleven.
     rough = reference.rough_distance(whole.gaussian)
-    without = [reference.rough_distance(whole.without(part).gaussian) for part in parts]
-    return LeftOut(distance, rough, without, [part.count or 0 for part in parts])
+    groups, without, sizes = group_of(len(pooled)), [], []
+    for group in range(GROUPS):
+        # Read once more: ten covariances at a time would be half of all memory that is needed here.
+        part = _statistics_of(pooled, np.flatnonzero(groups == group))
+        without.append(reference.rough_distance(whole.without(part).gaussian))
+        sizes.append(part.count or 0)
+    return LeftOut(distance, rough, without, sizes)
+
+
+def _statistics_of(pooled: Float32[np.ndarray, "n d"], members: Int64[np.ndarray, " m"]) -> FeatureStatistics:
+    part = FeatureStatistics(pooled.shape[1])
+    for start in range(0, len(members), GROUP_RUN * RUNS_AT_ONCE):
+        part.update(take(pooled, members[start : start + GROUP_RUN * RUNS_AT_ONCE]))
+    return part
 
 
 def group_of(count: int) -> Int64[np.ndarray, " n"]:
@@ -162,8 +165,7 @@ def _label_agreement(logits: Float[np.ndarray, "n k"], labels: Int64[np.ndarray,
 
 
 def _of_single_images(pooled: Float32[np.ndarray, "n d"], real: Float[Tensor, "m d"]) -> dict[str, float]:
-    samples = torch.from_numpy(np.asarray(pooled[chosen_at_random(len(pooled), KEPT)]))
-    release(pooled)
+    samples = take(pooled, chosen_at_random(len(pooled), KEPT))
     distance, spread = kernel_distance(samples, real)
     near = overlap(samples, real)
     return {

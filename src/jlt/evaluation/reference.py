@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +19,11 @@ from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.metrics import Gaussian
 from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import atomic_path, read_json, write_json
+from jlt.files import UNREADABLE_ARRAYS, atomic_path, read_json, write_json
 
 SCHEMA = 2
 SUFFIXES = (".npz", ".pt")
 """Files of statistics: numpy's, as pytorch-fid and ADM write them too, and torch's, as torch-fidelity does."""
-UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile)
-"""What numpy and torch raise for files that are damaged or of another kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +120,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                         "such images, jlt reference makes statistics of a collection."
                     )
                 return {name: file[name] for name in names if name in file}
-    except UNREADABLE as error:
+    except UNREADABLE_ARRAYS as error:
         # numpy refuses object arrays and bare pickles with a ValueError; an .npy has no context to enter.
         raise JLTError(f"{path} does not hold statistics, arrays of numbers named mu and sigma ({error}).") from error
 

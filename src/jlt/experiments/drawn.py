@@ -9,35 +9,29 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from jlt.evaluation.features import FeatureExtractor, Features
-from jlt.evaluation.measure import Columns
+from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.real import CHUNK
+from jlt.evaluation.table import arrays_of, open_table
 from jlt.files import lock_folder
 from jlt.processes import Group, ending_together
 from jlt.progress import bar, say
-from jlt.rows import Column, RowTable, unwritten
+from jlt.rows import RowTable, unwritten
 from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
 
 
-def open_table(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> RowTable:
+def open_drawn(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> RowTable:
     """Open the table of a sampler's features in the folder `place`; one of fewer images grows to this many.
 
     JLTError for a disk without room.
     """
     words = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
     digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
-    columns: dict[str, Column] = {"pooled": (np.float32, (extractor.dimension,)), "labels": (np.int64, ())}
-    if extractor.num_classes:
-        columns["logits"] = (np.float32, (extractor.num_classes,))
-    if extractor.spatial_dimension:
-        columns["spatial"] = (np.float32, (extractor.spatial_dimension,))
-    return RowTable(place / digest, columns, sampler.config.num)
+    return open_table(place / f"{sampler.checkpoint.folder.name}-{digest}", extractor, sampler.config.num)
 
 
 @contextlib.contextmanager
@@ -50,7 +44,7 @@ def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Pa
     with contextlib.ExitStack() as held:
 
         def find() -> list[range]:
-            table = open_table(sampler, extractor, place)
+            table = open_drawn(sampler, extractor, place)
             held.enter_context(lock_folder(table.folder))
             written = table.written()
             if written.any():
@@ -60,18 +54,13 @@ def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Pa
         missing = group.on_first(find)
         images, drawn = sum(map(len, missing)), group.begin()
         with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
-            table = open_table(sampler, extractor, place)
+            table = open_drawn(sampler, extractor, place)
             batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
             for start, pixels, labels in aligned(batches):
-                table.write(start, {**_arrays(extractor(pixels)), "labels": labels.numpy()})
+                table.write(start, {**arrays_of(extractor(pixels)), "labels": labels.numpy()})
                 shown.show(group.add(drawn, len(labels)))
         group.on_first(table.require_full)
         yield table
-
-
-def _arrays(features: Features) -> dict[str, np.ndarray]:
-    tensors = {"pooled": features.pooled, "logits": features.logits, "spatial": features.spatial}
-    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
 def aligned(
@@ -99,14 +88,3 @@ def aligned(
         waiting = left if len(left.labels) else None
     if waiting is not None:
         yield waiting.start, waiting.images, waiting.labels
-
-
-def columns_of(table: RowTable, labelled: bool) -> Columns:
-    """Return a full table for measuring, with labels where they are to be compared."""
-    found = table.read()
-    return Columns(
-        pooled=found["pooled"],
-        logits=found.get("logits"),
-        spatial=found.get("spatial"),
-        labels=found["labels"] if labelled else None,
-    )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,11 +24,12 @@ from jlt.errors import JLTError
 from jlt.evaluation.evaluate import evaluate_images
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.images import open_images
-from jlt.evaluation.measure import Metrics, measure, require_enough
+from jlt.evaluation.measure import LeftOut, Metrics, measure, require_enough
 from jlt.evaluation.real import open_reference
 from jlt.evaluation.reference import Reference, check_reference
-from jlt.experiments.drawn import columns_of, drawn_features
-from jlt.files import LOCK, atomic_path, read_json, write_json
+from jlt.evaluation.table import columns_of
+from jlt.experiments.drawn import drawn_features
+from jlt.files import LOCK, atomic_path, lock_folder, read_json, write_json
 from jlt.processes import Alone, Group
 from jlt.progress import say
 from jlt.protocol import default_device, versions
@@ -88,12 +90,18 @@ def evaluate_sampler(
         with drawn_features(sampler, extractor, place, group) as table:
             # Labels are compared with the extractor's classes where those are the same thing.
             labelled = sampler.classes == extractor.classes_of
-            metrics = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
+            metrics, left_out = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
             if not (keep or table.holds_more):
                 group.on_first(lambda: _remove(table))
     if group.rank == 0 and not keep:
         warn_if_few(metrics, extractor)
-    return _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
+    result = _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
+    return {**result, "jackknife": _jackknife(left_out)}
+
+
+def _jackknife(left_out: LeftOut) -> dict[str, Any]:
+    """Return what tells the error of a difference of two evaluations that start from the same noise."""
+    return {"frechet_distance": list(left_out.without), "sizes": list(left_out.sizes)}
 
 
 def _remove(table: RowTable) -> None:
@@ -133,7 +141,7 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     # Labels say whose classes they are, if a program of ours wrote them; else they are taken for the extractor's own.
     labelled = extractor.classes_of is not None and images.classes in (None, extractor.classes_of)
     batches = ((pixels, labels if labelled else None) for pixels, labels in images.batches(BATCH_SIZE))
-    metrics = evaluate_images(until_stopped(batches), reference, extractor)
+    metrics = evaluate_images(until_stopped(batches), reference, extractor, len(images))
     warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
@@ -168,6 +176,8 @@ def evaluate_checkpoint(
     reference = open_reference(reference_words, extractor, sampler.resolution, group=group)
     run = checkpoint.run
     in_run = (run / "config.json").is_file()
+    if in_run:
+        group.on_first(lambda: _remove_orphans(run))
     result = evaluate_sampler(sampler, reference, extractor, drawn_folder(run) if in_run else None, group)
     if in_run:
         group.on_first(lambda: write_evaluation(run, result))
@@ -177,6 +187,15 @@ def evaluate_checkpoint(
 def drawn_folder(run: Path) -> Path:
     """Return where a run keeps the features of an evaluation that is not finished."""
     return run / "evaluations" / ".drawn"
+
+
+def _remove_orphans(run: Path) -> None:
+    """Remove the features of checkpoints that are gone: nobody will go on with them."""
+    for folder in drawn_folder(run).glob("step_*"):
+        if not list(run.glob(f"*/{folder.name.rpartition('-')[0]}")):
+            # Whoever still measures them holds the lock.
+            with contextlib.suppress(JLTError), lock_folder(folder):
+                shutil.rmtree(folder)
 
 
 def _result(step: int | None, metrics: Metrics, protocol: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jlt.evaluation.reference import Reference, require_npz
 from jlt.files import difference, read_json
 from jlt.processes import joined
 from jlt.progress import say
+from jlt.rows import require_space
 
 
 def make_reference(
@@ -54,7 +54,5 @@ def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExt
         raise JLTError(f"{out.parent} cannot be written to: name another file.")
     needed = sum(8 * size * (size + 1) for size in (extractor.dimension, extractor.spatial_dimension))
     needed += 4 * min(count, KEPT) * extractor.dimension
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise JLTError(f"The statistics take {needed / 1e6:.3g} MB, and {out.parent} has {free / 1e6:.3g} MB free.")
+    require_space(out.parent, needed, "The statistics")
     return None

@@ -63,7 +63,7 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
     """Make the folder the place of these images, and of no more of them than are asked for."""
     words, marker = {**sampler.protocol(), "format": form}, out / PROTOCOL
     stored = read_json(marker) if marker.is_file() else {}
-    begun = isinstance(stored, dict) and "format" in stored
+    begun = "format" in stored
     if begun:
         # Whoever writes there goes on by the words that it began with.
         held.enter_context(lock_folder(out))

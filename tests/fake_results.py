@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from jlt.data.shape import LatentShape
 from jlt.files import write_json
 from jlt.geometry.analyze import analyze
 
@@ -45,9 +46,15 @@ class GaussianStore:
         smooth = noise + 0.8 * noise.roll(1, -1) + 0.8 * noise.roll(1, -2)
         return torch.einsum("dc,nchw->ndhw", basis * scales, smooth)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.latents.split(batch_size):
-            yield batch, torch.zeros(len(batch), dtype=torch.int64)
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape(*self.latents.shape[1:], 10)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.latents[indices], torch.from_numpy(indices % 10)
 
     def identity(self) -> dict[str, Any]:
         return LATENTS
@@ -56,7 +63,7 @@ class GaussianStore:
 @cache
 def geometry() -> str:
     """Return a geometry.json as text."""
-    return json.dumps(analyze(GaussianStore(), [1, 2]))
+    return json.dumps(analyze(GaussianStore(), [1, 2], [64]))
 
 
 def protocol(checkpoint: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jlt.data.encode import encode_source
 from jlt.data.job import EncodingJob
 from jlt.data.store import verify_store
 from jlt.errors import JLTError
+from jlt.heartbeat import SILENT_SECONDS, Pulse
 from jlt.processes import Alone, Group
 from jlt.protocol import default_device
 
@@ -221,3 +222,28 @@ def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
     assert codes == [0]
     assert "10 shards are there already" in said
     assert file_bytes(out) == uninterrupted
+
+
+def test_steps_are_watched_within_other_work_and_leave_no_trace(monkeypatch):
+    """An evaluation in the midst of a training: its own items may hang, and say nothing of the training's steps."""
+    now = [100.0]
+    monkeypatch.setattr("jlt.heartbeat.time.monotonic", lambda: now[0])
+    pulse = Pulse()
+    for _ in range(3):
+        pulse.step()
+        now[0] += 1
+    with pulse.busy():
+        now[0] += 1000
+        assert not pulse.hanging()
+        with pulse.stepping():
+            for _ in range(2):
+                pulse.step()
+                now[0] += 60
+            assert not pulse.hanging()
+            now[0] += 300
+            assert pulse.hanging()
+        now[0] += 1000
+        assert not pulse.hanging()
+    assert not pulse.hanging()
+    now[0] += SILENT_SECONDS + 1
+    assert pulse.hanging()

@@ -15,9 +15,10 @@ import torch
 from data_helpers import NoiseSource
 
 from jlt.cli import main
+from jlt.draws import chosen_at_random
 from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor, Features
-from jlt.evaluation.real import chosen_at_random, open_reference, reference_statistics
+from jlt.evaluation.real import open_reference, reference_statistics
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
 from jlt.experiments.reference import make_reference
@@ -273,6 +274,9 @@ class Threads(Group):
         gathered = [self._values[rank] for rank in range(self.size)]
         self.wait()
         return gathered
+
+    def fold(self, value, merge):
+        raise NotImplementedError
 
     def add(self, name, amount):
         return amount

@@ -36,6 +36,7 @@ from jlt.report.page import (
 from jlt.report.results import Study, read_study
 from jlt.report.run_figures import run_figures, thinned
 from jlt.report.table import metrics_table, results_table
+from jlt.report.wording import number
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +239,14 @@ def test_a_second_way_of_evaluating_a_step_is_set_aside_and_named(tmp_path: Path
 
 
 def test_an_analysis_of_latents_has_a_page(tmp_path: Path) -> None:
-    write_json(tmp_path / "geometry.json", analyze(GaussianStore(), [1, 2]))
+    geometry = analyze(GaussianStore(), [1, 2], [64])
+    needed = geometry["tokens"]["1"]["forecast"]["needed"]["0.05"]
+    write_json(tmp_path / "geometry.json", geometry)
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "At patch 1, 7 of 16 directions vary less than a tenth as much as the noise." in page
+    assert "7 directions vary less than a tenth as much as the noise." in page
+    expected = f"it needs {number(needed['x'])} of 16 directions where velocity prediction (v) needs {needed['v']:.1f}."
+    assert f"At patch 1 clean prediction (x) is expected to win: {expected}" in page
+    assert geometry["tokens"]["2"]["forecast"]["advice"][0]["words"] in page
     assert re.findall(r'<section id="(\w+)"', page) == ["geometry", "limits", "protocol", "reproduce"]
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from jlt import rows
 from jlt.autoencoders.contract import Autoencoder
 from jlt.config import SampleConfig
 from jlt.data.config import EncodeConfig
@@ -23,7 +24,7 @@ from jlt.errors import JLTError
 from jlt.evaluation.images import open_images
 from jlt.experiments.recipes import resolve_recipe
 from jlt.files import lock_folder
-from jlt.sampling.sampler import open_sampler
+from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import save_samples
 from jlt.sheet import GAP, MARGIN, Words, draw_sheet
 from jlt.training.checkpoint import open_checkpoint
@@ -258,10 +259,44 @@ def test_a_folder_is_completed_to_more_images(sampler, whole, tmp_path):
     assert file_bytes(out) == file_bytes(whole)
 
 
+def test_an_image_of_somebody_else_is_refused(sampler, tmp_path):
+    out = save_samples(sampler(num=9), tmp_path / "out", "png")
+    (out / "extra.jpg").write_bytes((out / "000008.png").read_bytes())
+    with pytest.raises(JLTError, match="holds extra.jpg, which is none of the 9 images"):
+        save_samples(sampler(num=9), out, "png")
+
+
+def test_an_array_and_its_images_need_room_before_the_first(sampler, tmp_path, monkeypatch):
+    drawing = sampler(num=9)
+    left = [int(1.5 * 9 * 3 * drawing.resolution**2)]
+    reserve = rows._reserve
+
+    def take(path, size):
+        left[0] -= size
+        reserve(path, size)
+
+    monkeypatch.setattr(rows, "_reserve", take)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=left[0]))
+    monkeypatch.setattr(ImageSampler, "batches", lambda *arguments: pytest.fail("an image was drawn"))
+    with pytest.raises(JLTError, match=r"samples.npz and its images take .* make room first"):
+        save_samples(drawing, tmp_path / "out", "npz")
+
+
+def test_a_compiled_network_sees_batches_of_one_size(sampler, monkeypatch):
+    plain, seen = [batch.images for batch in sampler(num=9, batch_size=4).batches()], []
+    drawing, latents = sampler(num=9, batch_size=4), ImageSampler.latents
+    compiled = dataclasses.replace(drawing, config=dataclasses.replace(drawing.config, compile=True))
+    monkeypatch.setattr(ImageSampler, "latents", lambda self, numbers: latents(self, seen.extend(numbers) or numbers))
+    filled = list(compiled.batches())
+    assert [len(part) for part in seen] == [4, 4, 4]
+    assert [len(batch.labels) for batch in filled] == [4, 4, 1]
+    assert all((a.images.int() - b.int()).abs().max() <= 1 for a, b in zip(filled, plain, strict=True))
+
+
 def test_an_image_beyond_the_last_is_refused(sampler, tmp_path):
     out = save_samples(sampler(num=9), tmp_path / "out", "png")
     (out / "000009.png").write_bytes((out / "000008.png").read_bytes())
-    with pytest.raises(JLTError, match="holds an image 9, and 9 were asked for"):
+    with pytest.raises(JLTError, match="holds 000009.png, which is none of the 9 images"):
         save_samples(sampler(num=9), out, "png")
 
 

@@ -35,7 +35,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
     store = LatentStore.open(folder / "latents")
-    config = dataclasses.replace(resolve_recipe("digits", store.shape), steps=30, batch_size=16, checkpoint_every=30)
+    small = {"steps": 30, "batch_size": 16, "checkpoint_every": 15, "keep_last": 0}
+    config = dataclasses.replace(resolve_recipe("digits", store.shape), **small)
     train(config, store, folder / "run")
     make_reference(Digits(), load_extractor("digits"), 32, folder / "digits.npz", "cpu")
     return folder
@@ -126,6 +127,48 @@ def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tm
     assert 0 < rows_written(tmp_path / "out") < 200
     assert main(words) == 0
     assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
+
+
+NEWER = """
+import os, pathlib
+from jlt.experiments import evaluate
+from jlt.training import checkpoint
+opened = checkpoint.open_checkpoint
+def newer(path):
+    found = opened(path)
+    return found if os.environ["RANK"] == "0" else opened(path / "checkpoints" / "step_0000015")
+checkpoint.open_checkpoint = evaluate.open_checkpoint = newer
+"""
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_processes_that_mean_other_checkpoints_are_refused(place, tmp_path, verb):
+    """A run that goes on while they start has another newest checkpoint for each."""
+    words = sample_words(place, tmp_path / "out") if verb == "sample" else evaluate_words(place)
+    codes, said = ends_of(start_processes(2, words, NEWER), timeout=60)
+    assert codes == [1, 1], said
+    assert any("Process 1 would" in text and "checkpoint" in text for text in said), said
+
+
+def test_a_signal_while_numbers_are_measured_is_heard(place, tmp_path):
+    clear(place)
+    slow = """
+import time, jlt.experiments.evaluate as e
+measure = e.measure
+def slow(*arguments):
+    open("MARK", "w").close()
+    time.sleep(2)
+    return measure(*arguments)
+e.measure = slow
+"""
+    started = start_processes(1, evaluate_words(place), slow.replace("MARK", str(tmp_path / "measuring")))
+    while not (tmp_path / "measuring").exists():
+        assert started[0].poll() is None
+        time.sleep(0.02)
+    started[0].send_signal(signal.SIGTERM)
+    assert ends_of(started, timeout=60)[0] == [os.EX_TEMPFAIL]
+    assert main(evaluate_words(place)) == 0
+    assert len(results(place)) == 1
 
 
 def evaluate_words(place, *words):

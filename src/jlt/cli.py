@@ -20,7 +20,7 @@ import tyro
 from jlt import processes
 from jlt.cli_benchmark import BENCHMARKS
 from jlt.cli_sweep import Sweep
-from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TrainConfig, in_steps, to_dict
+from jlt.config import LossSpace, Prediction, SampleConfig, SampleFormat, TimestepConfig, TrainConfig, in_steps, to_dict
 from jlt.data.config import EncodeConfig
 from jlt.errors import JLTError, WrongWordsError, unknown_name
 from jlt.experiments.recipes import DIGITS_SAMPLING, images_of_recipe, renamed, resolve_recipe
@@ -173,24 +173,39 @@ class Verify(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze(Verb):
-    """Measure and draw the target geometry of a latent store: eq. 9-12 of docs/notation.md.
+    """Measure the target geometry of a latent store, and say which prediction it favours: eq. 9-13 of docs/notation.md.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m -- jlt analyze ...
 
     For example:
 
-      jlt analyze --latents latents --out geometry --patch-size 1 2
+      jlt analyze --latents latents --out geometry --patch-size 1 2 --width 768
     """
 
     latents: Path
     out: Path
     """Folder for geometry.json and report.html."""
     patch_size: tuple[int, ...] = (1, 2)
+    width: tuple[int, ...] = (768,)
+    """Widths of networks that the advice is for: 768 is that of JLT-B."""
+    timesteps: Annotated[TimestepConfig, Flat] = field(default_factory=TimestepConfig)
+    """The training times that the advice is for."""
+    t_eps: float = 0.05
+    """Clamp of the matched loss that the advice is for (eq. 5); 0 takes eq. 13 as it stands."""
 
     def run(self) -> Result:
         from jlt.data.store import LatentStore
-        from jlt.experiments.quickstart import analyze_into
+        from jlt.experiments.geometry import analyze_into
+        from jlt.geometry.forecast import TimeModel
+        from jlt.processes import joined
+        from jlt.protocol import default_device
         from jlt.report.table import geometry_table
 
-        geometry = analyze_into(LatentStore.open(self.latents), self.out, self.patch_size)
+        if min((*self.width, *self.patch_size), default=0) < 1:
+            raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
+        store, model, device = LatentStore.open(self.latents), TimeModel(self.timesteps, self.t_eps), default_device()
+        with joined(device) as group:
+            geometry = analyze_into(store, self.out, self.patch_size, self.width, model, device, group)
         return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")
 
 
@@ -302,6 +317,7 @@ class Sample(Verb):
         return Result({"written": str(written), "protocol": sampler.protocol()}, f"{self.config.num} images: {written}")
 
     def _picture(self) -> Result:
+        from jlt.processes import joined
         from jlt.protocol import default_device
         from jlt.sampling.pictures import save_picture
         from jlt.sampling.sampler import open_sampler
@@ -316,7 +332,8 @@ class Sample(Verb):
         checkpoints = [open_checkpoint(path) for path in paths]
         samplers = [open_sampler(one, self.config, default_device(), self.autoencoder_path) for one in checkpoints]
         names = [f"{one.run.name}, step {one.step:,}" for one in checkpoints]
-        written = save_picture(samplers, self.out, kind, names)
+        with joined(default_device()) as group:
+            written = group.on_first(lambda: save_picture(samplers, self.out, kind, names))
         protocols = [sampler.protocol() for sampler in samplers]
         return Result({"written": str(written), "protocols": protocols}, f"Open {written}")
 
@@ -352,10 +369,10 @@ class Evaluate(Verb):
         from jlt.report.table import metrics_table
 
         device = default_device()
-        if self.samples and not self.checkpoint:
-            result = evaluate_files(
-                self.samples, self.reference, load_extractor(self.features, device, self.features_path)
-            )
+        if (samples := self.samples) and not self.checkpoint:
+            extractor = load_extractor(self.features, device, self.features_path)
+            with joined(device) as group:
+                result = group.on_first(lambda: evaluate_files(samples, self.reference, extractor))
         elif self.checkpoint and not self.samples:
             extractor = load_extractor(self.features, device, self.features_path)
             with joined(device) as group:

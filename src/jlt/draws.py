@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -33,3 +34,13 @@ def normal_per_sample(
     for row, seed in zip(noise.unbind(0), seeds, strict=True):
         row.normal_(generator=stream.manual_seed(seed))
     return noise
+
+
+def chosen_at_random(count: int, most: int) -> Int64[np.ndarray, " m"]:
+    """Return the numbers of at most `most` of `count` images, ascending: always the same ones, chosen at random.
+
+    Equal distances would not do: where labels repeat, as i mod K, they meet some classes and miss others.
+    """
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(2020).permutation(count)[:most])

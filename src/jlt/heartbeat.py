@@ -48,12 +48,15 @@ class Pulse:
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
-        """Tell of steps for the duration of a block, which are no measure of those before it and after it."""
+        """Tell of steps for the duration of a block, be it within `busy`; they are no measure of those around it."""
         longest, self._longest, last, self._last = self._longest, 0.0, self._last, 0.0
+        busy, self._busy = self._busy, 0
         try:
             yield
         finally:
-            self._longest, self._last = longest, time.monotonic() if last else 0.0
+            # In this order: the watching thread looks at any moment.
+            self._busy, self._last = busy, time.monotonic() if last else 0.0
+            self._longest = longest
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:

@@ -83,6 +83,10 @@ class Group(abc.ABC):
         """Return the values of all processes, by rank."""
 
     @abc.abstractmethod
+    def fold(self, value: T, merge: Callable[[T, T], object]) -> T | None:
+        """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
+
+    @abc.abstractmethod
     def add(self, name: str, amount: int) -> int:
         """Add to a number that all processes share, and return what it is now."""
 
@@ -108,6 +112,10 @@ class Alone(Group):
     def gather(self, value: Any) -> list[Any]:
         """Return a list of the value."""
         return [value]
+
+    def fold(self, value: T, merge: Callable[[T, T], object]) -> T | None:  # noqa: ARG002
+        """Return the value."""
+        return value
 
     def add(self, name: str, amount: int) -> int:
         """Add to a number and return what it is now."""
@@ -156,6 +164,20 @@ class Processes(Group):
         with together():
             dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def fold(self, value: T, merge: Callable[[T, T], object]) -> T | None:
+        """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
+        import torch.distributed as dist
+
+        with together():
+            if self.rank:
+                dist.send_object_list([value], dst=0, group=self.control)
+                return None
+            for other in range(1, self.size):
+                received: list[Any] = [None]
+                dist.recv_object_list(received, src=other, group=self.control)
+                merge(value, received[0])
+        return value
 
     def add(self, name: str, amount: int) -> int:
         """Add to a number that all processes share, and return what it is now."""

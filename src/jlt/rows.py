@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, UInt32
 
+from jlt.blocks import release
 from jlt.errors import JLTError
 
 CHECKS = ".checks"
@@ -54,6 +55,8 @@ class RowTable:
         for start in range(0, len(found), 1024):
             rows = found[start : start + 1024]
             done[rows] = self._checksums([columns[name][rows] for name in self.columns]) == checks[rows]
+            for column in columns.values():
+                release(column)
         return done
 
     def write(self, start: int, values: Mapping[str, np.ndarray]) -> None:
@@ -132,7 +135,8 @@ def _reserve(path: Path, size: int) -> None:
     """Give a file at least this size, zeros where it is new, and its room on the disk where the disk can promise it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if os.fstat(descriptor).st_size >= size:
+        before = os.fstat(descriptor).st_size
+        if before >= size:
             return
         os.truncate(descriptor, size)
         if hasattr(os, "posix_fallocate"):
@@ -140,6 +144,8 @@ def _reserve(path: Path, size: int) -> None:
                 os.posix_fallocate(descriptor, 0, size)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    # A file of its full size would be taken for one that has its room.
+                    os.truncate(descriptor, before)
                     raise
     finally:
         os.close(descriptor)

@@ -31,7 +31,7 @@ class Features:
 
 
 class FeatureExtractor(abc.ABC):
-    """A frozen network; an image's features depend on that image alone, whatever batch it comes in.
+    """A frozen network; an image's features depend on that image alone, but for last digits on those beside it.
 
     `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 where it gives none.
     `classes_of` is the kind of image source whose labels its classes are, None where there is no such source.

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from jlt.blocks import blocks, take
+from jlt.draws import chosen_at_random
 from jlt.errors import JLTError
-from jlt.evaluation.blocks import blocks, take
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.metrics import (
     DENSITY_NEIGHBOURS,
@@ -22,7 +23,7 @@ from jlt.evaluation.metrics import (
     label_agreement,
     overlap,
 )
-from jlt.evaluation.real import KEPT, chosen_at_random
+from jlt.evaluation.real import KEPT
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
 

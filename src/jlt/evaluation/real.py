@@ -15,6 +15,7 @@ from jlt.data.crop import Exif
 from jlt.data.images import load_batches
 from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.data.sources.registry import open_source
+from jlt.draws import chosen_at_random
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.reference import SUFFIXES, Reference, check_reference
 from jlt.evaluation.statistics import FeatureStatistics
@@ -24,7 +25,6 @@ from jlt.protocol import cores
 
 CHUNK = 64
 """Images that an extractor sees at a time, always the same by their numbers: its last digits may depend on it."""
-CHOICE_SEED = 2020
 KEPT = 10_000
 """Images whose features are kept for precision, recall and the like: 80 MB of 2048 dimensions."""
 MAX_WORKERS = 16
@@ -71,16 +71,6 @@ def reference_protocol(
     """Return what a reference says of what it was made of."""
     protocol = {"extractor": extractor.identity(), "images": source.identity(), "resolution": resolution}
     return protocol if exif == "ignore" else {**protocol, "exif": exif}
-
-
-def chosen_at_random(count: int, most: int) -> Int64[np.ndarray, " m"]:
-    """Return the numbers of at most `most` of `count` images, ascending: always the same ones, chosen at random.
-
-    Equal distances would not do: where labels repeat, as i mod K, they meet some classes and miss others.
-    """
-    if count <= most:
-        return np.arange(count)
-    return np.sort(np.random.RandomState(CHOICE_SEED).permutation(count)[:most])
 
 
 def open_reference(

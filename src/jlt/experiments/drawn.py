@@ -24,37 +24,35 @@ from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
 
 
-def open_drawn(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> RowTable:
-    """Open the table of a sampler's features in the folder `place`; one of fewer images grows to this many.
-
-    JLTError for a disk without room.
-    """
+def table_folder(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> Path:
+    """Return where, in the folder `place`, the features of a sampler lie, of however many images."""
     words = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
     digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
-    return open_table(place / f"{sampler.checkpoint.folder.name}-{digest}", extractor, sampler.config.num)
+    return place / f"{sampler.checkpoint.folder.name}-{digest}"
 
 
 @contextlib.contextmanager
 def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> Iterator[RowTable]:
-    """Draw the images that the table does not have yet, in all processes, and give a block the full one, locked.
+    """Draw the images that a table in `place` does not have yet, in all processes; give a block the full one, locked.
 
+    One of fewer images grows to this many.
     Stopped when any process was asked to end: the rows that are written stay, and the same call goes on from them.
     JLTError if another program draws into the same table, or if the processes do not share its folder.
     """
+    folder, num = table_folder(sampler, extractor, place), sampler.config.num
     with contextlib.ExitStack() as held:
 
         def find() -> list[range]:
-            table = open_drawn(sampler, extractor, place)
-            held.enter_context(lock_folder(table.folder))
-            written = table.written()
+            held.enter_context(lock_folder(folder))
+            written = open_table(folder, extractor, num).written()
             if written.any():
                 say(f"{written.sum()} of {len(written)} images were drawn before.")
-            return unwritten(batches_of(sampler.config.num, sampler.config.batch_size), written)
+            return unwritten(batches_of(num, sampler.config.batch_size), written)
 
         missing = group.on_first(find)
         images, drawn = sum(map(len, missing)), group.begin()
         with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
-            table = open_drawn(sampler, extractor, place)
+            table = open_table(folder, extractor, num)
             batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
             for start, pixels, labels in aligned(batches):
                 table.write(start, {**arrays_of(extractor(pixels)), "labels": labels.numpy()})

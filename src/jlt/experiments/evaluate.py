@@ -30,15 +30,14 @@ from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.table import columns_of
 from jlt.experiments.drawn import drawn_features
 from jlt.files import LOCK, atomic_path, lock_folder, read_json, write_json
-from jlt.processes import Alone, Group
+from jlt.processes import Alone, Group, ending_together, require_one_mind
 from jlt.progress import say
 from jlt.protocol import default_device, versions
 from jlt.report.wording import number
 from jlt.rows import RowTable
 from jlt.sampling.sampler import ImageSampler, open_sampler
-from jlt.sampling.save import PROTOCOL, class_name
+from jlt.sampling.save import ARRAY, PROTOCOL, class_name
 from jlt.sheet import Words, draw_sheet
-from jlt.signals import until_stopped
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
 BATCH_SIZE = 250
@@ -82,6 +81,8 @@ def evaluate_sampler(
     JLTError before the first image for a reference that does not fit, too few images or a disk without room.
     """
     group = group or Alone()
+    protocol = sampler_protocol(sampler, reference, extractor)
+    require_one_mind(group, {**protocol, "batch_size": sampler.config.batch_size}, "measure")
     check_reference(reference, extractor, sampler.resolution)
     require_enough(sampler.config.num)
     with contextlib.ExitStack() as held:
@@ -90,13 +91,13 @@ def evaluate_sampler(
         with drawn_features(sampler, extractor, place, group) as table:
             # Labels are compared with the extractor's classes where those are the same thing.
             labelled = sampler.classes == extractor.classes_of
-            metrics, left_out = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
+            with ending_together(group):
+                metrics, left_out = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
             if not (keep or table.holds_more):
                 group.on_first(lambda: _remove(table))
     if group.rank == 0 and not keep:
         warn_if_few(metrics, extractor)
-    result = _result(sampler.checkpoint.step, metrics, sampler_protocol(sampler, reference, extractor))
-    return {**result, "jackknife": _jackknife(left_out)}
+    return {**_result(sampler.checkpoint.step, metrics, protocol), "jackknife": _jackknife(left_out)}
 
 
 def _jackknife(left_out: LeftOut) -> dict[str, Any]:
@@ -106,9 +107,11 @@ def _jackknife(left_out: LeftOut) -> dict[str, Any]:
 
 def _remove(table: RowTable) -> None:
     """Remove a table that this process has locked, and the folder of tables if it was the last one."""
-    (table.folder / LOCK).unlink(missing_ok=True)
     table.remove()
+    # Last: until then nobody else begins here.
+    (table.folder / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
+        table.folder.rmdir()
         table.folder.parent.rmdir()
 
 
@@ -135,13 +138,16 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     images = open_images(samples)
     drawn = _drawn_by(samples)
     wanted = drawn.get("drawn", {}).get("count", len(images))
-    if wanted != len(images):
+    if wanted > len(images):
         raise JLTError(f"{samples} holds {len(images)} images of {wanted} that were to be drawn: finish that first.")
+    if wanted < len(images):
+        raise JLTError(f"{samples} holds {len(images)} images, and {wanted} were drawn: others lie among them.")
     reference = open_reference(reference_words, extractor, images.resolution)
     # Labels say whose classes they are, if a program of ours wrote them; else they are taken for the extractor's own.
     labelled = extractor.classes_of is not None and images.classes in (None, extractor.classes_of)
-    batches = ((pixels, labels if labelled else None) for pixels, labels in images.batches(BATCH_SIZE))
-    metrics = evaluate_images(until_stopped(batches), reference, extractor, len(images))
+    with ending_together(Alone()) as until_stopped:
+        batches = ((pixels, labels if labelled else None) for pixels, labels in images.batches(BATCH_SIZE))
+        metrics = evaluate_images(until_stopped(batches), reference, extractor, len(images))
     warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
@@ -155,9 +161,11 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
 
 
 def _drawn_by(samples: Path) -> dict[str, Any]:
-    """Return the protocol by which images were drawn, if they lie where it was left."""
+    """Return the protocol by which images were drawn, if they lie where it was left, under the names that it gives."""
     path = (samples if samples.is_dir() else samples.parent) / PROTOCOL
-    return {"drawn": read_json(path)} if path.is_file() else {}
+    drawn = read_json(path) if path.is_file() else {}
+    ours = samples.is_dir() or (samples.name == ARRAY and drawn.get("format") == "npz")
+    return {"drawn": drawn} if drawn and ours else {}
 
 
 def evaluate_checkpoint(

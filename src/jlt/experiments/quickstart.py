@@ -11,9 +11,10 @@ from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.store import LatentStore
 from jlt.experiments.ablation import AblationConfig, ablate
+from jlt.experiments.geometry import measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
-from jlt.files import claim_folder, read_json, write_json
-from jlt.geometry.analyze import analyze
+from jlt.files import claim_folder
+from jlt.geometry.forecast import TimeModel
 from jlt.progress import say
 from jlt.report.page import write_report
 
@@ -35,9 +36,10 @@ def quickstart(
     store = LatentStore.open(latents)
 
     say("2/4 measuring the geometry of their latents")
-    measure_geometry(store, out, PATCH_SIZES)
-
     config = quickstart_ablation(store, seeds, steps)
+    model = TimeModel(config.train.timesteps, config.train.loss.t_eps)
+    measure_geometry(store, out, PATCH_SIZES, (config.train.network.hidden_size,), model)
+
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
     say(f"3/4 training {runs} systems for {config.train.steps} steps each")
     summary = ablate(config, latents, out, workers, command)
@@ -62,23 +64,3 @@ def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int |
         title="Which target do the digits' latents favour?",
         recipe="digits",
     )
-
-
-def measure_geometry(store: LatentStore, folder: Path, patch_sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Write `geometry.json` into a folder, or keep the one that is there if it is of these latents and patch sizes."""
-    path = folder / "geometry.json"
-    if path.exists():
-        stored = read_json(path)
-        if stored.get("latents") == store.identity() and set(stored["tokens"]) == set(map(str, patch_sizes)):
-            return stored
-    measured = analyze(store, patch_sizes)
-    write_json(path, measured)
-    return measured
-
-
-def analyze_into(store: LatentStore, out: Path, patch_sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Measure a store's geometry in a folder of its own, and write the page; return the geometry."""
-    claim_folder(out, "analysis.json", {"latents": store.identity()})
-    geometry = measure_geometry(store, out, patch_sizes)
-    write_report(out)
-    return geometry

@@ -40,7 +40,7 @@ from jlt.experiments.search import (
     to_confirm,
 )
 from jlt.files import claim_folder, lock_folder, read_json, write_json
-from jlt.processes import Group
+from jlt.processes import Group, require_one_mind
 from jlt.progress import format_seconds, say
 from jlt.protocol import machine, versions
 from jlt.report.wording import with_error
@@ -49,6 +49,8 @@ from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open
 from jlt.signals import Stopped, stop_on_signal
 from jlt.training.averages import choose_name, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
+
+SCHEMA = 2
 
 
 class Sweeper:
@@ -154,7 +156,8 @@ def sweep(
     """Search, confirm, and return the folder and what its `sweep.json` holds; the same call continues.
 
     JLTError before the first image for settings that cannot be drawn, a reference that does not fit, a folder of other
-    words or a disk without room; Stopped when any process was asked to end.
+    words, processes that mean unlike work, or a disk without room for the first stage and for the last ones; more may
+    be needed between them, and is asked for then. Stopped when any process was asked to end.
     """
     checkpoint = open_checkpoint(path)
     out = out or sweep_folder(checkpoint)
@@ -169,6 +172,7 @@ def sweep(
     sampler = open_sampler(checkpoint, first, device, autoencoder_path)
     reference = open_reference(reference_words, extractor, sampler.resolution, group=group)
     words = {
+        "schema": SCHEMA,
         "sweep": to_dict(config),
         "checkpoint": checkpoint.sha256,
         "autoencoder": sampler.autoencoder.identity(),
@@ -176,6 +180,7 @@ def sweep(
         "reference": reference.identity(),
         "versions": versions(),
     }
+    require_one_mind(group, words, "search")
     group.on_first(lambda: claim_folder(out, "plan.json", words, allowed={"report.html"}))
     with contextlib.ExitStack() as held:
         group.on_first(lambda: held.enter_context(lock_folder(out)))
@@ -193,7 +198,11 @@ def sweep(
         )
         told = {"command": command, "machine": machine(device), "latents": checkpoint.latents}
         result = {**told, **describe(config, checkpoint, stages, confirmed), "reproduce": reproduce}
-        result = {"schema": 1, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **result}
+        result = {
+            "schema": SCHEMA,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **result,
+        }
         group.on_first(lambda: write_json(out / "sweep.json", result))
         group.on_first(lambda: shutil.rmtree(out / ".drawn", ignore_errors=True))
     return out, result
@@ -208,7 +217,8 @@ def sweep_folder(checkpoint: Checkpoint) -> Path:
 
 def _require_room(config: SweepConfig, extractor: FeatureExtractor, out: Path) -> None:
     values = extractor.dimension + (extractor.num_classes or 0) + (extractor.spatial_dimension or 0)
-    images = max(len(config.settings()) * config.coarse_num, config.sample.num)
+    first = len(config.settings()) * config.coarse_num
+    images = max(first, (1 + 2 * config.refine + config.confirm) * config.sample.num)
     require_space(out, images * (4 * values + 12), f"The features of {images} images")
 
 

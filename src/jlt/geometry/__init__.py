@@ -1,1 +1,1 @@
-"""Target geometry: closed forms (eq. 9-12) and measured covariances."""
+"""Target geometry: closed forms (eq. 9-13), measured covariances, and which prediction they favour."""

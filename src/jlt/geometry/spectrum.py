@@ -34,7 +34,12 @@ class SpectrumSummary:
 
 def eigenvalues_descending(covariance: Float64[np.ndarray, "d d"]) -> Spectrum:
     """Return the eigenvalues of a covariance, largest first; negative rounding residue becomes 0."""
-    return np.ascontiguousarray(np.linalg.eigvalsh(covariance)[::-1].clip(min=0.0))
+    return descending(np.linalg.eigvalsh(covariance))
+
+
+def descending(eigenvalues: Spectrum) -> Spectrum:
+    """Return eigenvalues of a covariance largest first; negative rounding residue becomes 0."""
+    return np.ascontiguousarray(np.sort(eigenvalues)[::-1].clip(min=0.0))
 
 
 def summarise(eigenvalues: Spectrum) -> SpectrumSummary:

@@ -147,8 +147,15 @@ def _verdict_of_geometry(tokens: Mapping[str, Any]) -> str:
     where = f"At patch {smallest['patch_size']}"
     if smallest["sphericity"] >= NEARLY_ISOTROPIC:
         return f"{where} these latents are nearly isotropic: the choice of the prediction should hardly matter."
-    below = smallest["share_below"]["0.1"]["directions"]
-    return f"{where}, {below} of {smallest['dimension']} directions vary less than a tenth as much as the noise."
+    forecast = smallest["forecast"]
+    if forecast["advice"][0]["even"]:
+        return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
+    needed = forecast["needed"][f"{forecast['stated_share']:g}"]
+    first, second = forecast["order"][:2]
+    return (
+        f"{where} {WORDS[first]} is expected to win: it needs {number(needed[first])} of {smallest['dimension']} "
+        f"directions where {WORDS[second]} needs {number(needed[second])}."
+    )
 
 
 def details(study: Study) -> list[str]:
@@ -169,6 +176,7 @@ def details(study: Study) -> list[str]:
     if study.geometry is not None:
         entries = list(study.geometry["tokens"].values())
         texts.extend(geometry_sentence(entry) for entry in (entries[:1] if study.systems else entries))
+        texts.extend(advice_sentences(entries))
     return texts
 
 
@@ -261,14 +269,22 @@ def geometry_sentence(entry: Mapping[str, Any]) -> str:
     )
 
 
+def advice_sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was advised before any training, for each patch size and width."""
+    return [
+        f"Advice at patch {entry['patch_size']}, for a width of {advice['width']}: {advice['words']}"
+        for entry in entries
+        for advice in entry["forecast"]["advice"]
+    ]
+
+
 def channels_sentence(study: Study) -> str:
     """Say that channel variances hide the anisotropy, empty where they do not span ten times less than the spectrum."""
     for entry in (study.geometry or {}).get("tokens", {}).values():
         channels, anisotropy = entry["channel_variance"], entry["anisotropy"]
         if min(channels) > 0 and (anisotropy is None or 10 * max(channels) / min(channels) < anisotropy):
             return (
-                "Single channels, in the last row, span far less than directions do: the anisotropy lies across "
-                "channels and positions."
+                "Single channels span far less than directions do: the anisotropy lies across channels and positions."
             )
     return ""
 

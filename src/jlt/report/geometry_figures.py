@@ -26,8 +26,10 @@ def geometry_figures(geometry: Mapping[str, Any]) -> list[Figure]:
     return [
         _spectrum_figure(entries),
         _target_figure(entries),
+        _capacity_figure(entries),
         _coefficient_figure(smallest, times),
         _conditional_figure(smallest, times),
+        _estimates_figure(smallest, geometry),
     ]
 
 
@@ -73,7 +75,7 @@ def _spectrum_figure(entries: list[Entry]) -> Figure:
     caption = (
         "Eigenvalues of the token covariance, sorted, for each patch size. Where the curve runs below the grey line, a "
         "direction of the clean latent varies less than the noise that is added to it. Each eigenvalue is known to "
-        f"about {percent(error)}, counting images as the independent samples."
+        f"about {percent(error)} (the median over directions)."
     )
     panels = (
         draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),
@@ -210,3 +212,92 @@ def _conditional_figure(entry: Entry, times: list[float]) -> Figure:
         "what can be known. Values below 0.0001 are not drawn."
     )
     return Figure("The error that remains", tuple(map(panel, columns)), caption, prediction_legend())
+
+
+def _capacity_figure(entries: list[Entry]) -> Figure:
+    """Draw eq. 13: what each prediction loses with too few directions, and where it has enough."""
+    stated = entries[0]["forecast"]["stated_share"]
+    floor = stated / 50
+
+    def panel(entry: Entry) -> Panel:
+        forecast = entry["forecast"]
+        needed = forecast["needed"][f"{stated:g}"]
+        shares = [rank / entry["dimension"] for rank in forecast["ranks"]]
+
+        def paint(axes: Axes) -> None:
+            for prediction, curve in forecast["curves"].items():
+                excess = [value / forecast["unavoidable_risk"] for value in curve]
+                shown = [value if value >= floor else float("nan") for value in excess]
+                axes.plot(shares, shown, **_target_style(prediction, len(shown)))
+            axes.axhline(stated, color=MUTED.light, linewidth=1)
+            axes.annotate(percent(stated), (0.0, stated), xytext=(3, 3), textcoords="offset points", fontsize=8.5,
+                          color=MUTED.light)  # fmt: skip
+            axes.set_yscale("log")
+            highest = max(max(curve) for curve in forecast["curves"].values()) / forecast["unavoidable_risk"]
+            axes.set_ylim(floor, 2 * max(highest, stated))
+            axes.yaxis.set_major_formatter(FuncFormatter(_share_or_multiple))
+            axes.set_title(f"Error beyond the unavoidable, patch {entry['patch_size']}")
+            axes.set_xlabel("directions that the predictor has")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+
+        told = [f"{SHORT_WORDS[name]} {number(value)}" for name, value in needed.items()]
+        alt = (
+            f"Excess velocity error against the rank of the predictor, patch {entry['patch_size']}. Directions needed, "
+            f"of {entry['dimension']}, to come within {percent(stated)}: {listed(told)}."
+        )
+        return draw(paint, alt)
+
+    caption = (
+        "The capacity curves (eq. 13), averaged over the training times: how much larger the velocity error of the "
+        "best predictor with so few directions is, in units of the error that nobody can avoid. Where a curve meets "
+        f"the grey line, at {percent(stated)}, its prediction has what it needs."
+    )
+    return Figure("What each prediction needs", tuple(map(panel, entries)), caption, prediction_legend())
+
+
+def _share_or_multiple(value: float, _: int | None) -> str:
+    return f"{value:.0%}" if value < 1 else f"{value:g}x"
+
+
+def _estimates_figure(entry: Entry, geometry: Mapping[str, Any]) -> Figure:
+    """Draw the same space by other estimates: local ones, and the spectrum of whole latents."""
+    tokens = {"tokens": entry["eigenvalues"], **{name: local["eigenvalues"] for name, local in entry["local"].items()}}
+    stationary = geometry["stationary"]
+    whole = {
+        f"by frequency, {name}": (spectrum["ranks"], spectrum["eigenvalues"])
+        for name, spectrum in stationary["spectra"].items()
+    }
+    leading = geometry["whole"]
+    whole[f"leading directions ({leading['method']})"] = (range(len(leading["eigenvalues"])), leading["eigenvalues"])
+    lines = [(None, None), (4, 2), (1, 1.5), (6, 2, 1, 2)]
+
+    def curves(axes: Axes, spectra: Mapping[str, tuple[Any, list[float]]], dimension: int) -> None:
+        for (name, (ranks, spectrum)), dashes in zip(spectra.items(), lines, strict=False):
+            shown = [value if value > 0 else float("nan") for value in spectrum]
+            axes.plot([(rank + 1) / dimension for rank in ranks], shown, color=INK.light, dashes=dashes, label=name)
+        positive = [value for _, spectrum in spectra.values() for value in spectrum if value > 0]
+        axes.set_yscale("log")
+        plain_log(axes.yaxis, [*positive, 1.0])
+        axes.legend(fontsize=8, frameon=False, loc="lower left")
+        _label_ranks(axes)
+
+    def paint_tokens(axes: Axes) -> None:
+        curves(axes, {name: (range(len(lam)), lam) for name, lam in tokens.items()}, entry["dimension"])
+        axes.set_title(f"Tokens, patch {entry['patch_size']}")
+
+    def paint_whole(axes: Axes) -> None:
+        curves(axes, whole, stationary["dimension"])
+        axes.set_title("Whole latents")
+
+    shares = [f"{name} {percent(local['variance_share'])}" for name, local in entry["local"].items()]
+    local = f" Of the variance of tokens, {listed(shares)} lie there." if shares else ""
+    caption = (
+        "The analysis is local: what counts is how latents vary among those that a network must tell apart. On the "
+        "left the spectrum of tokens beside those within classes and among nearest neighbours. On the right whole "
+        "latents, as if their positions were a torus, and their leading directions as they are."
+    )
+    panels = (
+        draw(paint_tokens, f"Eigenvalue against rank by {listed(list(tokens))}.{local}"),
+        draw(paint_whole, f"Eigenvalue against rank of whole latents, {stationary['dimension']:,} directions."),
+    )
+    return Figure("The same space by other estimates", panels, caption + local)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jlt import __version__
@@ -255,6 +256,8 @@ def spectrum_rows(study: Study) -> dict[str, list[str]]:
             "Directions below 0.1": f"{below['directions']:,}",
             "their share of the variance": percent(below["variance_share"]),
             "Variances of single channels": " to ".join(span),
+            **{f"Variance {name}": percent(local["variance_share"]) for name, local in entry["local"].items()},
+            "Excess kurtosis, median direction": number(median(entry["excess_kurtosis"]), 2),
         }
         for name, text in summary.items():
             rows.setdefault(name, []).append(text)
@@ -338,7 +341,9 @@ def command(study: Study) -> str:
     if study.facts.get("command"):
         return str(study.facts["command"])
     if not study.systems and study.geometry is not None:
-        return f"jlt analyze --latents LATENTS --out OUT --patch-size {' '.join(study.geometry['tokens'])}"
+        widths = " ".join(map(str, study.geometry.get("widths", [])))
+        sizes = " ".join(study.geometry["tokens"])
+        return f"jlt analyze --latents LATENTS --out OUT --patch-size {sizes}{f' --width {widths}' if widths else ''}"
     if not study.facts:
         return f"jlt report {shlex.quote(str(study.folder))}"
     words: dict[str, list[Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from jlt.report.page import result_rows
 from jlt.report.results import read_study
 from jlt.report.wording import number, percent, with_error
+
+TEXT_WIDTH = 100
 
 
 def text_table(
@@ -75,7 +78,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def geometry_table(geometry: Mapping[str, Any]) -> str:
-    """Return the spectra of an analysis, a row per patch size."""
+    """Return the spectra of an analysis, a row per patch size, and the advice for each patch size and width."""
     rows = [
         [
             f"patch {size}",
@@ -87,7 +90,13 @@ def geometry_table(geometry: Mapping[str, Any]) -> str:
         ]
         for size, entry in geometry["tokens"].items()
     ]
-    return text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)
+    table = text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)
+    advice = [
+        f"Patch {size}, width {advice['width']}: {advice['words']}"
+        for size, entry in geometry["tokens"].items()
+        for advice in entry["forecast"]["advice"]
+    ]
+    return "\n\n".join([table, *(textwrap.fill(words, TEXT_WIDTH) for words in advice)])
 
 
 def encode_benchmark_table(measured: Mapping[str, Any]) -> str:

@@ -19,7 +19,16 @@ from jlt.files import difference
 from jlt.networks.transformer import build_network
 from jlt.progress import say
 from jlt.protocol import versions
-from jlt.sampling.generate import SampleBatch, Seen, decode_to_uint8, flow, labels_for, noise_of, sample_latents
+from jlt.sampling.generate import (
+    SampleBatch,
+    Seen,
+    batches_of,
+    decode_to_uint8,
+    flow,
+    labels_for,
+    noise_of,
+    sample_latents,
+)
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.solvers import Noise, network_evaluations
 from jlt.training.averages import choose_name, choose_weights, require_ema
@@ -56,9 +65,13 @@ class ImageSampler:
 
     def batches(self, numbers: Iterable[range] | None = None) -> Iterator[ImageBatch]:
         """Yield the images of these ranges of numbers, a batch each; without them all `config.num`, in order."""
-        for batch in self.latents(numbers):
-            images = decode_to_uint8(self.autoencoder, batch.latents)
-            yield ImageBatch(batch.start, images.cpu(), batch.labels.cpu())
+        ranges = list(batches_of(self.config.num, self.config.batch_size)) if numbers is None else list(numbers)
+        # A compiled network would be compiled anew for a shorter last batch, which takes longer than to fill it.
+        filled = [range(part.start, part.start + self.config.batch_size) for part in ranges]
+        drawn = self.latents(filled if self.config.compile else ranges)
+        for part, batch in zip(ranges, drawn, strict=True):
+            images = decode_to_uint8(self.autoencoder, batch.latents[: len(part)])
+            yield ImageBatch(batch.start, images.cpu(), batch.labels[: len(part)].cpu())
 
     def latents(self, numbers: Iterable[range] | None = None) -> Iterator[SampleBatch]:
         """Yield what `batches` decodes."""

@@ -17,8 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from jlt.config import SampleFormat
 from jlt.errors import JLTError
+from jlt.evaluation.images import SUFFIXES
 from jlt.files import atomic_path, claim_folder, lock_folder, read_json
-from jlt.processes import Alone, Group, ending_together
+from jlt.processes import Alone, Group, ending_together, require_one_mind
 from jlt.progress import track
 from jlt.rows import RowTable, remove_rows, require_space, unwritten
 from jlt.sampling.generate import batches_of
@@ -27,6 +28,7 @@ from jlt.sampling.solvers import network_evaluations
 from jlt.sheet import Words, draw_sheet
 
 PROTOCOL = "protocol.json"
+ARRAY = "samples.npz"
 PNG_SHARE = 0.6
 """Size of a PNG of a photograph against its pixels, roughly: for the room that is asked for before the first."""
 GRID_SIDE = 96
@@ -40,6 +42,7 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     anything else, or more images, and for a disk without room. Stopped when any process was asked to end.
     """
     group = group or Alone()
+    require_one_mind(group, {**sampler.protocol(), "format": form, "batch_size": sampler.config.batch_size}, "draw")
     with contextlib.ExitStack() as held:
         place = group.on_first(lambda: _claim(held, sampler, out, form))
         if group.on_first(lambda: _finished(place)):
@@ -76,13 +79,16 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
         held.enter_context(lock_folder(out))
     for path in out.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
-    return {"png": out, "npz": out / "samples.npz", "grid": out / "grid.png"}[form]
+    return {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form]
 
 
 def _require_none_beyond(out: Path, num: int) -> None:
-    beyond = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit() and int(path.stem) >= num]
-    if beyond:
-        raise JLTError(f"{out} holds an image {min(beyond)}, and {num} were asked for: remove it.")
+    """Raise JLTError for an image that is none of those to be drawn: whoever measures the folder would take it in."""
+    wanted = {png_path(out, number).name for number in range(num)}
+    foreign = sorted(path.name for path in out.glob("*") if path.suffix.lower() in SUFFIXES and path.name not in wanted)
+    visible = [name for name in foreign if not name.startswith(".")]
+    if visible:
+        raise JLTError(f"{out} holds {visible[0]}, which is none of the {num} images that were asked for: remove it.")
 
 
 def _finished(place: Path) -> bool:
@@ -96,7 +102,11 @@ def _missing(sampler: ImageSampler, place: Path) -> list[range]:
     """Return the ranges of numbers whose images are not all there; JLTError for a disk without room for them."""
     ranges = batches_of(sampler.config.num, sampler.config.batch_size)
     if not place.is_dir():
-        return unwritten(ranges, _open_table(sampler, place.parent).written())
+        table = _open_table(sampler, place.parent)
+        if place.suffix == ".npz":
+            # The table has its room; the array is made beside it.
+            require_space(place.parent, 3 * sampler.config.num * sampler.resolution**2, f"{place.name} and its images")
+        return unwritten(ranges, table.written())
     there = np.array([png_path(place, number).exists() for number in range(sampler.config.num)])
     size = int(PNG_SHARE * 3 * sampler.resolution**2 * (~there).sum())
     require_space(place, size, f"{(~there).sum()} PNG images")
@@ -146,7 +156,6 @@ def _finish(sampler: ImageSampler, place: Path) -> None:
 
 
 def _save_npz(sampler: ImageSampler, columns: Mapping[str, np.ndarray], place: Path) -> None:
-    require_space(place.parent, columns["images"].nbytes, f"{len(columns['images'])} images")
     with atomic_path(place) as temporary:
         np.savez(temporary, arr_0=columns["images"], arr_1=columns["labels"], classes=np.array(sampler.classes))
 

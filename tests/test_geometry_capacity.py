@@ -1,0 +1,216 @@
+"""Eq. 13 against reduced-rank regressions and Monte Carlo, and the advice that is made of it."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from jlt.config import PREDICTIONS, LossConfig, TimestepConfig
+from jlt.geometry import gaussian
+from jlt.geometry.capacity import (
+    Times,
+    capacity_curve,
+    matched_weight,
+    required_rank,
+    training_times,
+    unavoidable_risk,
+    velocity_gain,
+)
+from jlt.geometry.forecast import HARDLY, Estimate, TimeModel, forecast, needed_ranks
+from jlt.loss import error_gain
+from jlt.prediction import readout_gain
+from jlt.timesteps import times_from_uniform
+
+EIGENVALUES = np.array([6.0, 1.0, 0.3, 0.03, 0.0008])
+PUBLISHED = TimestepConfig()
+
+
+def at(t):
+    return Times(np.array([t]), np.ones(1))
+
+
+def second_moments(prediction, lam, t):
+    """Covariances of (target, z), (z, z) and (target, target) for a Gaussian, in axes that are no eigen-directions."""
+    turn = np.linalg.qr(np.random.default_rng(3).standard_normal((len(lam), len(lam))))[0]
+    sigma, identity = turn @ np.diag(lam) @ turn.T, np.eye(len(lam))
+    with_z = {"x": t * sigma, "eps": (1 - t) * identity, "v": t * sigma - (1 - t) * identity}[prediction]
+    own = {"x": sigma, "eps": identity, "v": sigma + identity}[prediction]
+    return with_z, t**2 * sigma + (1 - t) ** 2 * identity, own
+
+
+def fitted(prediction, lam, t, rank, rounds=4000):
+    """Return the error of the best map U V of a rank, found by solving for U and V in turn."""
+    with_z, z, own = second_moments(prediction, lam, t)
+    right = np.random.default_rng(0).standard_normal((rank, len(lam)))
+    for _ in range(rounds):
+        left = with_z @ right.T @ np.linalg.inv(right @ z @ right.T)
+        right = np.linalg.solve(left.T @ left, left.T @ with_z) @ np.linalg.inv(z)
+    product = left @ right
+    return np.trace(own - 2 * product @ with_z.T + product @ z @ product.T)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.85])
+def test_capacity_curves_are_reduced_rank_regressions(prediction, t):
+    curve = capacity_curve(prediction, EIGENVALUES, at(t))
+    gain = {"x": (1 - t) ** -2, "eps": t**-2, "v": 1.0}[prediction]
+    best = gaussian.conditional_variance(prediction, EIGENVALUES, t).sum()
+    assert curve[-1] == 0
+    for rank in range(1, len(EIGENVALUES)):
+        assert curve[rank] == pytest.approx(gain * (fitted(prediction, EIGENVALUES, t, rank) - best), rel=1e-6)
+    _, _, own = second_moments(prediction, EIGENVALUES, t)
+    assert curve[0] == pytest.approx(gain * (np.trace(own) - best), rel=1e-9)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_sampled_velocity_error_is_the_curve(prediction):
+    """Draw data, noise and times, predict with the best map of rank 2, read the velocity out, and average."""
+    random, count, rank = np.random.default_rng(0), 400_000, 2
+    u = torch.from_numpy(random.uniform(size=count))
+    t = times_from_uniform(u, PUBLISHED).numpy()[:, None]
+    x = random.standard_normal((count, 5)) * np.sqrt(EIGENVALUES)
+    eps = random.standard_normal((count, 5))
+    z, v = t * x + (1 - t) * eps, x - eps
+    power = gaussian.explained_power(prediction, EIGENVALUES, t)
+    kept = np.argsort(np.argsort(-power, axis=1), axis=1) < rank
+    output = kept * gaussian.best_coefficient(prediction, EIGENVALUES, t) * z
+    read = {"x": (output - z) / (1 - t), "eps": (z - output) / t, "v": output}[prediction]
+    errors = ((read - v) ** 2 * matched_weight(t, 0.05)).sum(1)
+    times = training_times(PUBLISHED, 0.05)
+    told = unavoidable_risk(EIGENVALUES, times, 0.05) + capacity_curve(prediction, EIGENVALUES, times, 0.05)[rank]
+    assert errors.mean() == pytest.approx(told, abs=4 * errors.std() / math.sqrt(count))
+
+
+def test_one_subspace_for_all_times_costs_velocity_and_nobody_else():
+    times = training_times(PUBLISHED)
+    for prediction in PREDICTIONS:
+        own, shared = (capacity_curve(prediction, EIGENVALUES, times, shared=shared) for shared in (False, True))
+        assert (shared >= own * (1 - 1e-12)).all()
+        assert np.allclose(own, shared, rtol=1e-12) == (prediction != "v")
+        assert (np.diff(own) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PUBLISHED, TimestepConfig(P_mean=0.0, P_std=1.0), TimestepConfig(shift=3.0), TimestepConfig("uniform", shift=0.5)],
+    ids=["published", "authors' velocity", "shifted", "uniform"],
+)
+def test_the_quadrature_averages_over_training_times(config):
+    times = training_times(config, 0.05)
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    draws = times_from_uniform(u, config).numpy()
+    assert times.weight.sum() == pytest.approx(1, rel=1e-12)
+    for function in (lambda t: t, np.square, lambda t: matched_weight(t, 0.05) / (1 - t) ** 2):
+        assert times.average(function(times.t)) == pytest.approx(function(draws).mean(), rel=1e-4)
+
+
+def test_the_quadrature_is_exact_where_the_answer_is_known():
+    """E 1/(1-t)^2 = E (1 + e^n)^2 for n ~ N(m, s^2), without any clamp."""
+    for m, s in ((-0.8, 0.8), (0.0, 1.0), (0.5, 1.5)):
+        times = training_times(TimestepConfig(P_mean=m, P_std=s))
+        known = 1 + 2 * math.exp(m + s**2 / 2) + math.exp(2 * m + 2 * s**2)
+        assert times.average((1 - times.t) ** -2) == pytest.approx(known, rel=1e-10)
+    with pytest.raises(ValueError, match="infinite at uniform times"):
+        training_times(TimestepConfig("uniform"))
+
+
+def test_gains_and_weights_are_those_of_the_loss():
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    loss = LossConfig(space="v", weighting="matched", t_eps=0.05)
+    for prediction in PREDICTIONS:
+        gain = velocity_gain(prediction, t.numpy())
+        np.testing.assert_allclose(gain, readout_gain(prediction, t, 0.0).square().numpy(), rtol=1e-12)
+        np.testing.assert_allclose(
+            gain * matched_weight(t.numpy(), 0.05), error_gain(prediction, t, loss).square().numpy(), rtol=1e-12
+        )
+    assert (matched_weight(t.numpy(), 0.0) == 1).all()
+
+
+def test_the_unavoidable_risk_is_the_same_for_all_predictions():
+    for t in (0.1, 0.6):
+        for prediction in PREDICTIONS:
+            left = gaussian.conditional_variance(prediction, EIGENVALUES, t) * velocity_gain(prediction, np.array(t))
+            assert left.sum() == pytest.approx(unavoidable_risk(EIGENVALUES, at(t)), rel=1e-12)
+
+
+def test_required_ranks_lie_between_whole_ones():
+    curve = np.array([4.0, 2.0, 1.0, 0.0])
+    assert [required_rank(curve, risk) for risk in (5.0, 4.0, 3.0, 1.0, 0.25, 0.0)] == [0, 0, 0.5, 2, 2.75, 3]
+
+
+# ---- advice ----
+
+MODEL = TimeModel(PUBLISHED, 0.05)
+
+
+def estimate(lam, error=0.01, name="tokens"):
+    lam = np.asarray(lam, dtype=float)
+    return Estimate(name, lam, np.full(len(lam), error))
+
+
+def test_a_steep_spectrum_favours_clean_prediction():
+    steep = np.logspace(1, -4, 64)
+    found = forecast([estimate(steep)], MODEL, [64, 4096])
+    assert found["order"] == ["x", "v", "eps"]
+    assert found["confidence"] == 1
+    assert found["clean_over_velocity"] == pytest.approx(found["margin"])
+    assert found["margin"] > 0.4
+    narrow, wide = found["advice"]
+    assert not narrow["even"]
+    assert narrow["words"].startswith("Predict x (the clean latent): 100% of")
+    assert narrow["width_share"]["x"] == pytest.approx(needed_ranks(steep, MODEL, 0.05)["x"] / 64)
+    assert "may be small" in wide["words"]
+    assert "may be small" not in narrow["words"]
+
+
+def test_an_isotropic_space_hardly_cares():
+    """By the model velocity needs a little less there; it is the floor that makes a difference, and there is none."""
+    found = forecast([estimate(np.linspace(0.8, 1.2, 64))], MODEL, [768])
+    assert -0.3 < found["clean_over_velocity"] < 0
+    assert found["advice"][0]["even"]
+    assert "nearly isotropic" in found["advice"][0]["words"]
+    assert "should hardly matter" in found["advice"][0]["words"]
+
+
+def test_close_needs_are_called_even():
+    # Between a steep spectrum, which favours the clean latent, and a flat one.
+    found = [forecast([estimate(np.logspace(0.3, low, 32))], MODEL, [64]) for low in np.linspace(-2, 0, 21)]
+    near = min(found, key=lambda entry: abs(entry["clean_over_velocity"]))
+    assert abs(near["clean_over_velocity"]) < HARDLY
+    assert near["advice"][0]["even"]
+    assert "are close" in near["advice"][0]["words"]
+
+
+def test_large_variances_in_all_directions_favour_velocity():
+    """Where there is no direction with less variance than the noise, the floor costs nothing and 1/(1-t)^2 does."""
+    found = forecast(
+        [estimate(np.full(64, 50.0))], dataclasses.replace(MODEL, timesteps=TimestepConfig(P_mean=0.8)), [64]
+    )
+    assert found["needed"]["0.2"]["v"] < found["needed"]["0.2"]["x"]
+
+
+def test_confidence_falls_where_estimates_disagree():
+    steep, flat = estimate(np.logspace(1, -4, 32)), estimate(np.full(32, 3.0), name="within classes")
+    assert set(forecast([flat], MODEL, [64])["order"][:1]) != {"x"}
+    both = forecast([steep, flat], MODEL, [64])
+    assert 0.3 < both["confidence"] < 0.7
+    assert list(both["needed_by_estimate"]) == ["tokens", "within classes"]
+
+
+def test_needs_grow_as_the_stated_share_falls():
+    shares = forecast([estimate(EIGENVALUES)], MODEL, [64])["needed"]
+    for prediction in PREDICTIONS:
+        needs = [shares[key][prediction] for key in ("0.2", "0.1", "0.05", "0.02", "0.01")]
+        assert needs == sorted(needs)
+        assert needs[0] >= 0
+        assert needs[-1] <= len(EIGENVALUES)
+
+
+def test_directions_without_variance_are_free_for_clean_prediction_alone():
+    lam = np.array([2.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    needs = needed_ranks(lam, MODEL, 0.01)
+    assert needs["x"] <= 2
+    assert needs["v"] > 5
+    assert needs["eps"] > 5

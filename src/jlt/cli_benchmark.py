@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jlt.config import Precision
+from jlt.errors import WrongWordsError
 from jlt.verbs import Result, Verb
 
 
@@ -163,9 +164,33 @@ class SampleBenchmark(Verb):
         return Result(measured, sample_benchmark_table(measured))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GeometryBenchmark(Verb):
+    """Measuring the geometry of random 128x16x16 latents, against a bare matrix product in the same run.
+
+    For example:
+
+      jlt benchmark geometry --patch-size 1 2 --count 2000
+    """
+
+    patch_size: tuple[int, ...] = (1, 2)
+    count: int = 2000
+    """Latents of the first of two passes; the second has four times as many."""
+
+    def run(self) -> Result:
+        from jlt.experiments.benchmark_geometry import benchmark_geometry
+        from jlt.report.benchmark_table import geometry_benchmark_table
+
+        if self.count < 2:
+            raise WrongWordsError("--count must be 2 or more.")
+        measured = benchmark_geometry(self.patch_size, self.count)
+        return Result(measured, geometry_benchmark_table(measured))
+
+
 BENCHMARKS: dict[str, type[Verb]] = {
     "train": TrainBenchmark,
     "sample": SampleBenchmark,
     "data": DataBenchmark,
     "encode": EncodeBenchmark,
+    "geometry": GeometryBenchmark,
 }

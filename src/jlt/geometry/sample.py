@@ -36,6 +36,7 @@ class Sample:
     def __init__(self, numbers: Int64[np.ndarray, " m"]) -> None:
         self._wanted = numbers
         self._found: dict[int, Float[Tensor, "c h w"]] = {}
+        self._stacked: Float[Tensor, "m c h w"] | None = None
 
     def update(self, first: int, latents: Float[Tensor, "n c h w"]) -> None:
         """Look through a batch of consecutive latents, of which the first has this number."""
@@ -49,8 +50,12 @@ class Sample:
 
     @property
     def latents(self) -> Float[Tensor, "m c h w"]:
-        """What was found, in the order of numbers."""
-        return torch.stack([self._found[number] for number in sorted(self._found)])
+        """What was found, in the order of numbers; nothing can be added any more."""
+        if self._stacked is None:
+            self._stacked = torch.stack([self._found[number] for number in sorted(self._found)])
+            # Once is enough of them in memory.
+            self._found.clear()
+        return self._stacked
 
 
 @dataclass(frozen=True)

@@ -103,3 +103,25 @@ def sample_benchmark_table(result: Mapping[str, Any]) -> str:
         ["peak memory, GiB", number(result["peak_memory_gib"])],
     ]
     return text_table([title, ""], rows)
+
+
+def geometry_benchmark_table(result: Mapping[str, Any]) -> str:
+    """Return what a benchmark of measuring a space found."""
+    shape = "x".join(map(str, result["shape"]))
+    rows = []
+    for size, entry in result["tokens"].items():
+        rounds = ", ".join(number(ratio, 2) for ratio in entry["ratio_by_round"])
+        rows += [
+            [f"patch {size}: covariance of tokens, latents per second", number(entry["latents_per_second"])],
+            ["... a bare product of these tokens", number(entry["product_latents_per_second"])],
+            [f"... ratio (rounds {rounds})", number(entry["ratio"], 2)],
+        ]
+    rows += [
+        ["a whole pass, latents per second", number(result["latents_per_second"])],
+        ["1,281,167 latents of ImageNet, minutes", number(result["imagenet_minutes"])],
+        *(
+            [f"peak memory, {int(count):,} latents, MiB", number(mib, 4)]
+            for count, mib in result["peak_memory_mib_by_count"].items()
+        ),
+    ]
+    return text_table([f"latents of {shape}, float64", ""], rows)

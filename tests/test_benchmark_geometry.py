@@ -1,0 +1,46 @@
+"""The benchmark of measuring a space: what it times is the real measuring, and its report says what was found."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from jlt.cli import main
+from jlt.data.shape import LatentShape
+from jlt.experiments import benchmark_geometry as module
+from jlt.experiments.benchmark_geometry import IMAGENET, RandomLatents, benchmark_geometry
+from jlt.geometry.measure import measure_moments
+from jlt.processes import Alone
+from jlt.report.benchmark_table import geometry_benchmark_table
+
+SHAPE = LatentShape(channels=3, height=4, width=4, num_classes=5)
+
+
+def test_latents_are_as_many_as_one_likes(monkeypatch):
+    monkeypatch.setattr(module, "DISTINCT", 7)
+    store = RandomLatents(SHAPE, 20)
+    latents, labels = store.gather(np.arange(20))
+    assert len(store) == 20
+    assert torch.equal(latents[:7], latents[7:14])
+    assert labels.tolist() == [number % 5 for number in range(20)]
+    assert measure_moments(store, [1, 2], "cpu", Alone()).tokens[2].count == 20 * 4
+
+
+def test_report():
+    measured = benchmark_geometry((1, 2), 40, SHAPE)
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    assert list(measured["tokens"]) == ["1", "2"]
+    for size, entry in measured["tokens"].items():
+        assert entry["dimension"] == 3 * int(size) ** 2
+        assert min(entry["ratio_by_round"]) <= entry["ratio"] <= max(entry["ratio_by_round"])
+    assert measured["imagenet_minutes"] == pytest.approx(IMAGENET / measured["latents_per_second"] / 60)
+    assert list(measured["peak_memory_mib_by_count"]) == ["40", "160"]
+    table = geometry_benchmark_table(measured)
+    assert "patch 2: covariance of tokens" in table
+    assert "160 latents" in table
+
+
+def test_too_few_latents_are_wrong_words(capsys):
+    assert main(["benchmark", "geometry", "--count", "1"]) == 2
+    assert "--count must be 2 or more" in capsys.readouterr().err

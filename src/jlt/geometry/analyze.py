@@ -92,7 +92,7 @@ def _say_what_is_constant(moments: Moments) -> None:
 def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], model: TimeModel) -> dict[str, Any]:
     """Return the entry of geometry.json for one patch size."""
     tokens = moments.tokens[patch_size]
-    eigenvalues, basis = _eigenbasis(tokens)
+    eigenvalues, basis = eigenbasis(tokens)
     if not eigenvalues.any():
         raise JLTError("All latents of the store are equal: there is no variance to analyse.")
     _warn_if_few(tokens)
@@ -120,7 +120,7 @@ def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], mo
     }
 
 
-def _eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
+def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
     """Return eigenvalues, largest first, and their directions as columns."""
     values, vectors = torch.linalg.eigh(tokens.covariance)
     return descending(values.cpu().numpy()), vectors.flip(1)

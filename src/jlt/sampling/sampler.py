@@ -148,7 +148,7 @@ def open_sampler(
     """
     check_guidance(checkpoint.config, config)
     guide = _open_guide(checkpoint, config, device) if config.autoguided else None
-    weights = _open_weights(checkpoint, config.ema, config, device)
+    weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
@@ -162,7 +162,7 @@ def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
     check_guidance(checkpoint.config, config)
     weights, guide = sampler.weights, sampler.guide if config.autoguided else None
     if (config.ema, config.t_eps, config.compile) != (before.ema, before.t_eps, before.compile):
-        weights = _open_weights(checkpoint, config.ema, config, sampler.device)
+        weights = open_weights(checkpoint, config.ema, sampler.device, config.t_eps, config.compile)
     if config.autoguided:
         check_guide(checkpoint, config)
         kept = ("autoguide", "autoguide_ema", "t_eps", "compile")
@@ -171,21 +171,23 @@ def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
     return replace(sampler, weights=weights, guide=guide, config=config)
 
 
-def _open_weights(checkpoint: Checkpoint, ema: str, config: SampleConfig, device: str) -> Weights:
+def open_weights(checkpoint: Checkpoint, ema: str, device: str, t_eps: float = 0.0, compiled: bool = False) -> Weights:
+    """Return a checkpoint's network with the weights that words name (see `choose_weights`), as a denoiser."""
     train = checkpoint.config
     chosen = choose_weights(checkpoint, ema)
     network = build_network(train.network, seed=0)
     network.load_state_dict(chosen.tensors)
     network.to(device).eval().requires_grad_(False)
-    if config.compile:
+    if compiled:
         network.compile(dynamic=False)
-    denoiser = Denoiser(network, train.prediction, train.network.num_classes, config.t_eps)
+    denoiser = Denoiser(network, train.prediction, train.network.num_classes, t_eps)
     rebuilt = {"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {}
     return Weights(denoiser, {"checkpoint": checkpoint.sha256, "ema": chosen.ema, **rebuilt})
 
 
 def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> Weights:
-    return _open_weights(check_guide(checkpoint, config), config.autoguide_ema, config, device)
+    guide = check_guide(checkpoint, config)
+    return open_weights(guide, config.autoguide_ema, device, config.t_eps, config.compile)
 
 
 def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:

@@ -1,0 +1,191 @@
+"""Where trained networks err: the velocity error by eigen-direction of the tokens and by time, against eq. 11.
+
+All networks see the same latents, noise and times, so that what differs between them is known far better than each by
+itself. Two optima are given beside: that of a token by itself (eq. 11 on its own spectrum), which a network that looks
+at all tokens and the class may well undercut, and, for small latents, that of whole latents as one Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from jlt.data.store import LatentStore
+from jlt.draws import chosen_at_random, derive_seed, normal_per_sample
+from jlt.errors import JLTError
+from jlt.files import difference
+from jlt.geometry.analyze import eigenbasis
+from jlt.geometry.covariance import TokenCovariance, patch_tokens
+from jlt.geometry.gaussian import conditional_variance
+from jlt.geometry.measure import Moments, measure_moments
+from jlt.processes import Alone
+from jlt.progress import track
+from jlt.sampling.guidance import NOISE_END, Denoiser
+from jlt.sampling.sampler import open_weights
+from jlt.training.checkpoint import Checkpoint
+
+TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""From where noise prediction can be asked to where little noise is left."""
+BATCH_SIZE = 128
+BANDS = (
+    ("under a hundredth of the noise's variance", 0.0, 0.01),
+    ("a hundredth to a tenth", 0.01, 0.1),
+    ("a tenth to one", 0.1, 1.0),
+    ("above it", 1.0, np.inf),
+)
+"""Directions by their variance, from..to, in units of the noise's."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The eigen-directions of tokens as columns, their variances, and what nobody can avoid in each at each time."""
+
+    patch_size: int
+    eigenvalues: Float64[np.ndarray, " d"]
+    vectors: Float64[Tensor, "d d"]
+    optimum: Float64[np.ndarray, "t d"]
+    whole_optimum: Float64[np.ndarray, "t d"] | None
+
+
+def look_inside(
+    checkpoints: Sequence[Checkpoint],
+    store: LatentStore,
+    num: int,
+    ema: str = "",
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Return the errors of networks by time and direction, as JSON values.
+
+    `num` latents are drawn from the store, the same for all networks. JLTError for a checkpoint of other latents, and
+    for networks of unlike patch sizes.
+    """
+    _require_comparable(checkpoints, store)
+    patch_size = checkpoints[0].config.network.patch_size
+    moments = measure_moments(store, [patch_size], device, Alone())
+    assert moments is not None
+    basis = measure_basis(moments, patch_size)
+    numbers = chosen_at_random(len(store), num)
+    found = []
+    for checkpoint in checkpoints:
+        weights = open_weights(checkpoint, ema, device)
+        scale = checkpoint.config.noise_scale
+        squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device)
+        found.append((checkpoint, weights.identity, squares))
+    entries = [_describe(checkpoint, identity, squares, basis) for checkpoint, identity, squares in found]
+    first = found[0][2]
+    differences = [_mean_and_error(squares - first) for _, _, squares in found[1:]]
+    return {
+        "patch_size": patch_size,
+        "latents": store.identity(),
+        "count": len(numbers),
+        "seed": seed,
+        "times": list(TIMES),
+        "eigenvalues": basis.eigenvalues.tolist(),
+        "optimum": basis.optimum.tolist(),
+        "whole_optimum": None if basis.whole_optimum is None else basis.whole_optimum.tolist(),
+        "networks": entries,
+        "beyond_the_first": [{"difference": mean.tolist(), "error": error.tolist()} for mean, error in differences],
+    }
+
+
+def measure_basis(moments: Moments, patch_size: int) -> Basis:
+    """Return the directions of tokens with the optima of eq. 11, of tokens and, where it is small, of whole latents."""
+    eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
+    times = np.array(TIMES)[:, None]
+    whole = None
+    if isinstance(moments.whole, TokenCovariance):
+        whole = whole_optimum(moments.whole.covariance, moments.stationary.shape, patch_size, vectors)
+    return Basis(patch_size, eigenvalues, vectors.cpu(), conditional_variance("v", eigenvalues, times), whole)
+
+
+def whole_optimum(
+    covariance: Float64[Tensor, "D D"], shape: tuple[int, int, int], patch_size: int, vectors: Float64[Tensor, "d d"]
+) -> Float64[np.ndarray, "t d"]:
+    """Return eq. 11 for whole latents as one Gaussian, as it appears along the directions of tokens.
+
+    The unavoidable error has the eigen-directions w of the whole covariance and lam / D along them; along a token's
+    direction it is the sum over w of that, times the mean over positions of the squared component of w there.
+    """
+    lam, w = torch.linalg.eigh(covariance)
+    tokens = patch_tokens(w.T.reshape(-1, *shape), patch_size) @ vectors
+    share = tokens.square().view(len(lam), -1, len(vectors)).mean(1).cpu().numpy()
+    risk = conditional_variance("v", lam.clamp_min(0).cpu().numpy(), np.array(TIMES)[:, None])
+    return np.asarray(risk @ share)
+
+
+@torch.inference_mode()
+def squared_errors(
+    denoiser: Denoiser,
+    store: LatentStore,
+    numbers: Int64[np.ndarray, " n"],
+    basis: Basis,
+    noise_scale: float,
+    seed: int,
+    device: str,
+) -> Float64[Tensor, "t n d"]:
+    """Return each latent's squared velocity error along each direction, the mean over its tokens, at every time."""
+    found = torch.empty(len(TIMES), len(numbers), len(basis.eigenvalues), dtype=torch.float64)
+    starts = range(0, len(numbers), BATCH_SIZE)
+    for start in track(starts, "looking inside", total=len(starts)):
+        chosen = numbers[start : start + BATCH_SIZE]
+        latents, labels = store.gather(chosen)
+        x = latents.to(device).float()
+        seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
+        eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
+        for place, t in enumerate(TIMES):
+            velocity = denoiser.velocity(t * x + (1 - t) * eps, t, labels.to(device))
+            found[place, start : start + len(chosen)] = along(velocity - (x - eps), basis)
+    return found
+
+
+def along(error: Float[Tensor, "n c h w"], basis: Basis) -> Float64[Tensor, "n d"]:
+    """Return the mean over tokens of the squared components of an error along the directions."""
+    tokens = patch_tokens(error.cpu().double(), basis.patch_size) @ basis.vectors
+    return tokens.square().view(len(error), -1, len(basis.eigenvalues)).mean(1)
+
+
+def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Tensor, Tensor]:
+    return values.mean(1), values.std(1) / values.shape[1] ** 0.5
+
+
+def _describe(checkpoint: Checkpoint, identity: Any, squares: Float64[Tensor, "t n d"], basis: Basis) -> dict[str, Any]:
+    mean, error = _mean_and_error(squares)
+    excess = mean.numpy() - basis.optimum
+    lam = basis.eigenvalues
+    return {
+        "name": checkpoint.config.name,
+        "run": checkpoint.run.name,
+        "step": checkpoint.step,
+        "prediction": checkpoint.config.prediction,
+        **identity,
+        "error": mean.tolist(),
+        "standard_error": error.tolist(),
+        "bands": [
+            {
+                "name": name,
+                "directions": int(inside.sum()),
+                "error": mean[:, inside].sum(1).tolist(),
+                "beyond_optimum": excess[:, inside].sum(1).tolist(),
+            }
+            for name, low, high in BANDS
+            if (inside := (lam >= low) & (lam < high)).any()
+        ],
+    }
+
+
+def _require_comparable(checkpoints: Sequence[Checkpoint], store: LatentStore) -> None:
+    sizes = {checkpoint.config.network.patch_size for checkpoint in checkpoints}
+    if len(sizes) > 1:
+        raise JLTError(f"Networks of unlike patch sizes have no common directions: {sorted(sizes)}.")
+    for checkpoint in checkpoints:
+        wanted = {key: store.identity()[key] for key in ("autoencoder", "source", "resolution")}
+        lines = difference({key: checkpoint.latents[key] for key in wanted}, wanted)
+        if lines:
+            raise JLTError(f"{checkpoint.folder} was not trained on these latents: {'; '.join(lines)}.")

@@ -192,20 +192,33 @@ class Analyze(Verb):
     """The training times that the advice is for."""
     t_eps: float = 0.05
     """Clamp of the matched loss that the advice is for (eq. 5); 0 takes eq. 13 as it stands."""
+    checkpoint: tuple[Path, ...] = ()
+    """Runs or checkpoints, trained on these latents, whose errors by direction and time are measured too."""
+    ema: str = ""
+    """Which of their weights; empty takes a run's first EMA."""
+    num: int = 1024
+    """Latents that the networks are shown."""
 
     def run(self) -> Result:
         from jlt.data.store import LatentStore
-        from jlt.experiments.geometry import analyze_into
+        from jlt.experiments.geometry import analyze_into, look_into
         from jlt.geometry.forecast import TimeModel
         from jlt.processes import joined
         from jlt.protocol import default_device
         from jlt.report.table import geometry_table
+        from jlt.training.checkpoint import open_checkpoint
 
         if min((*self.width, *self.patch_size), default=0) < 1:
             raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
         store, model, device = LatentStore.open(self.latents), TimeModel(self.timesteps, self.t_eps), default_device()
         with joined(device) as group:
+            if self.checkpoint:
+                # Before the space is measured: what cannot be compared is refused at once.
+                checkpoints = [open_checkpoint(path) for path in self.checkpoint]
+                inside = group.on_first(lambda: look_into(checkpoints, store, self.out, self.num, self.ema, device))
             geometry = analyze_into(store, self.out, self.patch_size, self.width, model, device, group)
+            if self.checkpoint:
+                geometry = {**geometry, "inside": inside}
         return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jlt.config import to_dict
 from jlt.data.store import LatentStore
+from jlt.experiments.inside import look_inside
 from jlt.files import claim_folder, read_json, write_json
 from jlt.geometry.analyze import SCHEMA, analyze
 from jlt.geometry.forecast import TimeModel
 from jlt.processes import Alone, Group
 from jlt.report.page import write_report
+from jlt.report.results import INSIDE
+from jlt.training.checkpoint import Checkpoint
 
 
 def measure_geometry(
@@ -38,6 +42,16 @@ def measure_geometry(
     measured = {**question, **analyze(store, patch_sizes, widths, model, device, group)}
     group.on_first(lambda: write_json(path, measured))
     return measured
+
+
+def look_into(
+    checkpoints: Sequence[Checkpoint], store: LatentStore, out: Path, num: int, ema: str, device: str = "cpu"
+) -> dict[str, Any]:
+    """Write `inside.json`, where trained networks err, beside the geometry of the latents that they learnt."""
+    claim_folder(out, "analysis.json", {"latents": store.identity()})
+    found = look_inside(checkpoints, store, num, ema, device=device)
+    write_json(out / INSIDE, found)
+    return found
 
 
 def analyze_into(

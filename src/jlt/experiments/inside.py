@@ -16,14 +16,13 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from jlt.data.store import LatentStore
 from jlt.draws import chosen_at_random, derive_seed, normal_per_sample
 from jlt.errors import JLTError
 from jlt.files import difference
 from jlt.geometry.analyze import eigenbasis
 from jlt.geometry.covariance import TokenCovariance, patch_tokens
 from jlt.geometry.gaussian import conditional_variance
-from jlt.geometry.measure import Moments, measure_moments
+from jlt.geometry.measure import Latents, Moments, measure_moments
 from jlt.processes import Alone
 from jlt.progress import track
 from jlt.sampling.guidance import NOISE_END, Denoiser
@@ -34,10 +33,10 @@ TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """From where noise prediction can be asked to where little noise is left."""
 BATCH_SIZE = 128
 BANDS = (
-    ("under a hundredth of the noise's variance", 0.0, 0.01),
-    ("a hundredth to a tenth", 0.01, 0.1),
-    ("a tenth to one", 0.1, 1.0),
-    ("above it", 1.0, np.inf),
+    ("with less than a hundredth of the noise's variance", 0.0, 0.01),
+    ("with a hundredth to a tenth of it", 0.01, 0.1),
+    ("with a tenth to all of it", 0.1, 1.0),
+    ("with more than the noise", 1.0, np.inf),
 )
 """Directions by their variance, from..to, in units of the noise's."""
 
@@ -55,7 +54,7 @@ class Basis:
 
 def look_inside(
     checkpoints: Sequence[Checkpoint],
-    store: LatentStore,
+    store: Latents,
     num: int,
     ema: str = "",
     seed: int = 0,
@@ -123,7 +122,7 @@ def whole_optimum(
 @torch.inference_mode()
 def squared_errors(
     denoiser: Denoiser,
-    store: LatentStore,
+    store: Latents,
     numbers: Int64[np.ndarray, " n"],
     basis: Basis,
     noise_scale: float,
@@ -180,7 +179,7 @@ def _describe(checkpoint: Checkpoint, identity: Any, squares: Float64[Tensor, "t
     }
 
 
-def _require_comparable(checkpoints: Sequence[Checkpoint], store: LatentStore) -> None:
+def _require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:
     sizes = {checkpoint.config.network.patch_size for checkpoint in checkpoints}
     if len(sizes) > 1:
         raise JLTError(f"Networks of unlike patch sizes have no common directions: {sorted(sizes)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,6 +279,31 @@ def advice_sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def inside_sentences(inside: Mapping[str, Any]) -> list[str]:
+    """Say, for every further network, how its error compares with that of the first, by the variance of directions."""
+    texts = []
+    times, first = inside["times"], inside["networks"][0]
+    for network in inside["networks"][1:]:
+        parts = []
+        for mine, theirs in zip(network["bands"], first["bands"], strict=True):
+            ratios = [a / b for a, b in zip(mine["error"], theirs["error"], strict=True)]
+            place = max(range(len(times)), key=lambda index: abs(math.log(ratios[index])))
+            typical = number(sorted(ratios)[len(ratios) // 2], 2)
+            parts.append(
+                f"{typical} times as large in the {mine['directions']} directions {mine['name']} "
+                f"({number(ratios[place], 2)} times at t = {times[place]:g})"
+            )
+        texts.append(
+            f"The velocity error of {_network_name(network)} is, against that of {_network_name(first)} and as the "
+            f"median over times, {listed(parts)}."
+        )
+    return texts
+
+
+def _network_name(network: Mapping[str, Any]) -> str:
+    return f"{network['run']} ({SYMBOL[network['prediction']]}, step {network['step']:,})"
+
+
 def channels_sentence(study: Study) -> str:
     """Say that channel variances hide the anisotropy, empty where they do not span ten times less than the spectrum."""
     for entry in (study.geometry or {}).get("tokens", {}).values():
@@ -323,12 +349,17 @@ def limits(study: Study) -> list[str]:
     if study.geometry is not None and not study.systems:
         texts.append(
             "The geometry is a linear-Gaussian picture of single tokens. It says what each target asks of a network, "
-            "not how well a network does it; nothing has been trained here."
+            f"not how well a network does it{'' if study.inside else '; nothing has been trained here'}."
         )
     elif study.geometry is not None:
         texts.append(
             "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it "
             "causes them is not tested here, since the latent space itself was never changed."
+        )
+    if study.inside is not None:
+        texts.append(
+            "The networks are shown latents that they were trained on; an error of the velocity is no distance of "
+            "samples."
         )
     return texts
 

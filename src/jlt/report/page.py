@@ -41,6 +41,7 @@ def render(study: Study) -> str:
     """Return the page of a study as HTML."""
     from jlt.report.figures import training_figure
     from jlt.report.geometry_figures import geometry_figures
+    from jlt.report.inside_figures import inside_figures
     from jlt.report.run_figures import run_figures
 
     context = {
@@ -57,6 +58,8 @@ def render(study: Study) -> str:
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],
         "grids": sample_grids(study),
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
+        "inside": inside_figures(study.inside) if study.inside else [],
+        "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],
         "spectra": spectrum_rows(study),
         "channels_hide": findings.channels_sentence(study),
         "matched": matched_statements(study),
@@ -343,7 +346,10 @@ def command(study: Study) -> str:
     if not study.systems and study.geometry is not None:
         widths = " ".join(map(str, study.geometry.get("widths", [])))
         sizes = " ".join(study.geometry["tokens"])
-        return f"jlt analyze --latents LATENTS --out OUT --patch-size {sizes}{f' --width {widths}' if widths else ''}"
+        runs = " ".join(network["run"] for network in study.inside["networks"]) if study.inside else ""
+        named = {"--patch-size": sizes, "--width": widths, "--checkpoint": runs}
+        told = "".join(f" {option} {values}" for option, values in named.items() if values)
+        return f"jlt analyze --latents LATENTS --out OUT{told}"
     if not study.facts:
         return f"jlt report {shlex.quote(str(study.folder))}"
     words: dict[str, list[Any]] = {

@@ -18,6 +18,7 @@ Protocol = Mapping[str, Any]
 MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
 """The metrics that tables and curves show, in their order."""
 
+INSIDE = "inside.json"
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
 """What a protocol says of the thing that was evaluated, not of how; everything else must agree within a table."""
 
@@ -109,6 +110,8 @@ class Study:
     facts: Mapping[str, Any]
     """ablation.json as it stands; empty otherwise."""
     geometry: Mapping[str, Any] | None
+    inside: Mapping[str, Any] | None = None
+    """inside.json: where trained networks err, of an analysis that names some."""
     set_aside: tuple[Evaluation, ...] = ()
     """Further evaluations of steps that have one already, made in another way; in no table or curve."""
 
@@ -159,7 +162,9 @@ def read_study(folder: Path) -> Study:
     elif (folder / "config.json").exists():
         study = _read_single(folder)
     elif (folder / "geometry.json").exists():
-        study = Study(folder, "Target geometry", systems=(), facts={}, geometry=read_json(folder / "geometry.json"))
+        inside = read_json(folder / INSIDE) if (folder / INSIDE).exists() else None
+        geometry = read_json(folder / "geometry.json")
+        study = Study(folder, "Target geometry", systems=(), facts={}, geometry=geometry, inside=inside)
     else:
         raise JLTError(
             f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "

@@ -1,0 +1,71 @@
+"""The figure of inside.json: the velocity error of trained networks by direction, at some times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from jlt.report import palette
+from jlt.report.figures import THIRD, Figure, LegendEntry, Panel, draw, plain_log
+from jlt.report.palette import INK, MUTED, PREDICTION, swatch
+from jlt.report.wording import listed, number
+
+SHOWN_TIMES = (0.05, 0.4, 0.8)
+LINES = ((None, None), (4, 2), (1, 1.5))
+"""Networks of one prediction are told apart by their dashes."""
+
+
+def inside_figures(inside: Mapping[str, Any]) -> list[Figure]:
+    """Draw the error of every network and the optima, a panel for each of some times."""
+    places = [index for index, t in enumerate(inside["times"]) if t in SHOWN_TIMES]
+    networks = inside["networks"]
+    seen: dict[str, int] = {}
+    styles: list[dict[str, Any]] = []
+    for network in networks:
+        order = seen[network["prediction"]] = seen.get(network["prediction"], -1) + 1
+        colour, marker = PREDICTION[network["prediction"]].light, palette.MARKER[network["prediction"]]
+        styles.append({"color": colour, "marker": marker, "dashes": LINES[order % len(LINES)]})
+    optima = {"a token as a Gaussian": (inside["optimum"], MUTED.light)}
+    if inside["whole_optimum"] is not None:
+        optima["whole latents as one"] = (inside["whole_optimum"], INK.light)
+
+    def panel(place: int) -> Panel:
+        lines = [network["error"][place] for network in networks]
+
+        def paint(axes: Axes) -> None:
+            ranks = range(1, len(lines[0]) + 1)
+            for (rows, colour), dashes in zip(optima.values(), ((1, 1.5), (4, 2)), strict=False):
+                axes.plot(ranks, rows[place], color=colour, dashes=dashes, linewidth=1.2)
+            for line, style in zip(lines, styles, strict=True):
+                axes.plot(ranks, line, **style, markersize=4, markevery=max(1, len(line) // 8))
+            axes.set_yscale("log")
+            plain_log(axes.yaxis, [value for line in lines for value in line])
+            axes.set_title(f"t = {inside['times'][place]:g}")
+            axes.set_xlabel("direction, largest first")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+        last = [f"{network['run']} {number(line[-1], 2)}" for network, line in zip(networks, lines, strict=True)]
+        time = f"t = {inside['times'][place]:g}"
+        return draw(paint, f"Squared velocity error by direction at {time}; in the smallest: {listed(last)}.", THIRD)
+
+    legend = tuple(
+        LegendEntry(swatch(network["prediction"], 1 + seen_before), f"{network['run']}, step {network['step']:,}")
+        for network, seen_before in zip(networks, _repeats(networks), strict=True)
+    )
+    caption = (
+        f"Squared error of the velocity that {len(networks)} networks read out, along the eigen-directions of the "
+        f"tokens, for the same {inside['count']:,} latents and noise. Thin lines are what a linear predictor cannot "
+        f"avoid (eq. 11): dotted of {listed(list(optima)[:1])}"
+        + (f", dashed of {listed(list(optima)[1:])}" if len(optima) > 1 else "")
+        + ". A network may undercut the dotted one, for it sees all tokens and the class."
+    )
+    return [Figure("Where the networks err", tuple(map(panel, places)), caption, legend)]
+
+
+def _repeats(networks: Any) -> list[int]:
+    """Return for each network how many of the same prediction come before it."""
+    kinds = [network["prediction"] for network in networks]
+    return [kinds[:place].count(kind) for place, kind in enumerate(kinds)]

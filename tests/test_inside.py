@@ -1,0 +1,124 @@
+"""Errors by direction and time: of networks whose errors are known in closed form, and through the command line."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_geometry import FakeStore
+from torch import nn
+
+from jlt.cli import main
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode
+from jlt.data.store import LatentStore
+from jlt.errors import JLTError
+from jlt.experiments.inside import TIMES, look_inside, measure_basis, squared_errors
+from jlt.experiments.recipes import resolve_recipe
+from jlt.geometry.measure import measure_moments
+from jlt.processes import Alone
+from jlt.sampling.guidance import Denoiser
+from jlt.training.checkpoint import open_checkpoint
+from jlt.training.loop import train
+
+SHAPE = (2, 4, 4)
+
+
+def gaussian_latents(count=6000):
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(32, 32, generator=generator, dtype=torch.float64) / 4
+    return (torch.randn(count, 32, generator=generator, dtype=torch.float64) @ mix).view(count, *SHAPE).float()
+
+
+class Optimal(nn.Module):
+    """The best linear predictor of a target, given the covariance of whole latents and a mean."""
+
+    def __init__(self, prediction, covariance, mean):
+        super().__init__()
+        self.prediction, self.mean = prediction, mean
+        self.lam, self.basis = torch.linalg.eigh(covariance)
+
+    def forward(self, z, t, labels):
+        t = t[0].double()
+        variance = t**2 * self.lam + (1 - t) ** 2
+        coefficient = {
+            "x": t * self.lam / variance,
+            "eps": (1 - t) / variance,
+            "v": (t * self.lam - (1 - t)) / variance,
+        }[self.prediction]
+        rest = (z.double().flatten(1) - t * self.mean) @ self.basis
+        offset = 0 if self.prediction == "eps" else self.mean
+        return (offset + (rest * coefficient) @ self.basis.T).view_as(z).float()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("prediction", ["x", "eps", "v"])
+def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size):
+    store = FakeStore(gaussian_latents())
+    moments = measure_moments(store, [patch_size], "cpu", Alone())
+    basis = measure_basis(moments, patch_size)
+    network = Optimal(prediction, moments.whole.covariance, moments.whole.mean)
+    denoiser = Denoiser(network, prediction, null_label=1)
+    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, 1.0, 0, "cpu")
+    error = squares.std(1) / len(store) ** 0.5
+    assert squares.shape == (len(TIMES), len(store), 2 * patch_size**2)
+    apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
+    # In units of standard errors, over all times and directions.
+    assert apart.square().mean() < 2
+    assert apart.abs().max() < 5
+    # A token by itself knows less.
+    assert (basis.whole_optimum < basis.optimum * (1 + 1e-9)).all()
+
+
+def test_latents_of_one_token_have_one_optimum():
+    moments = measure_moments(FakeStore(gaussian_latents(200)), [4], "cpu", Alone())
+    basis = measure_basis(moments, 4)
+    np.testing.assert_allclose(basis.whole_optimum, basis.optimum, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two short runs, of x and of v, on the same digits."""
+    folder = tmp_path_factory.mktemp("inside")
+    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
+    store = LatentStore.open(folder / "latents")
+    base = dataclasses.replace(resolve_recipe("digits", store.shape), steps=20, batch_size=32, checkpoint_every=20)
+    for name, changes in {"x": {}, "v": {"prediction": "v"}}.items():
+        train(dataclasses.replace(base, **changes), store, folder / name)
+    return folder
+
+
+def test_networks_are_looked_into_by_one_command(place, tmp_path):
+    words = ["analyze", "--latents", place / "latents", "--out", tmp_path / "out", "--patch-size", "1", "--width", "64"]
+    words += ["--checkpoint", place / "x", place / "v", "--num", "100"]
+    assert main([*map(str, words)]) == 0
+    found = json.loads((tmp_path / "out" / "inside.json").read_text())
+    assert (found["count"], found["patch_size"]) == (100, 1)
+    assert [(network["run"], network["prediction"]) for network in found["networks"]] == [("x", "x"), ("v", "v")]
+    x, v = (np.array(network["error"]) for network in found["networks"])
+    assert x.shape == v.shape == (len(TIMES), 16)
+    (beyond,) = found["beyond_the_first"]
+    np.testing.assert_allclose(beyond["difference"], v - x, rtol=1e-9, atol=1e-12)
+    # From the same noise: the difference is known better than the two would tell.
+    apart = np.hypot(*(np.array(network["standard_error"]) for network in found["networks"]))
+    assert np.median((np.array(beyond["error"]) / apart)[:, :4]) < 0.8
+    for network in found["networks"]:
+        total = sum(np.array(band["error"]) for band in network["bands"])
+        np.testing.assert_allclose(total, np.array(network["error"]).sum(1), rtol=1e-9)
+        assert sum(band["directions"] for band in network["bands"]) == 16
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Inside the networks" in page
+    assert "--checkpoint x v" in page
+
+
+def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
+    store, run = LatentStore.open(place / "latents"), open_checkpoint(place / "x")
+    wider = dataclasses.replace(run, config=dataclasses.replace(
+        run.config, network=dataclasses.replace(run.config.network, patch_size=2)
+    ))  # fmt: skip
+    with pytest.raises(JLTError, match="unlike patch sizes"):
+        look_inside([run, wider], store, 10)
+    encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
+    with pytest.raises(JLTError, match="was not trained on these latents: autoencoder"):
+        look_inside([run], LatentStore.open(tmp_path / "pixels"), 10)

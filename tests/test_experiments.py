@@ -22,12 +22,15 @@ from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.sources.registry import open_source
 from jlt.data.store import LatentStore
-from jlt.errors import JLTError
+from jlt.errors import JLTError, WrongWordsError
 from jlt.experiments.ablation import AblationConfig, ablate, check_matched, prove_matched, require_equal, systems_of
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
+from jlt.geometry.analyze import token_estimate
+from jlt.geometry.forecast import TimeModel, needed_ranks
 from jlt.networks.transformer import build_network
+from jlt.report.page import write_report
 from jlt.signals import Stopped, stop_on_signal
 from jlt.training import loop, state
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
@@ -167,13 +170,26 @@ def test_other_settings_or_latents_are_refused_in_the_same_folder(finished, late
 def test_matched_runs_differ_in_the_axes_alone(latents):
     base = base_config(latents)
     runs = [vary(base, prediction, space, 2, 1) for prediction in ("x", "v", "eps") for space in ("x", "v")]
-    assert check_matched([to_dict(run) for run in (base, *runs)]) == [
+    assert check_matched([to_dict(run) for run in (base, *runs)], ablation_config(latents)) == [
         "loss.space",
         "network.patch_size",
         "prediction",
         "seed",
     ]
-    assert check_matched([to_dict(base)]) == []
+    assert check_matched([to_dict(base)], ablation_config(latents)) == []
+
+
+def test_a_width_is_an_axis_only_where_it_is_named(latents):
+    base = base_config(latents)
+    runs = [to_dict(vary(base, "x", "v", 1, 0, width)) for width in (32, 64)]
+    assert check_matched(runs, ablation_config(latents, width=(32, 64))) == [
+        "network.hidden_size",
+        "network.num_heads",
+    ]
+    with pytest.raises(JLTError, match="also differ in network.hidden_size, network.num_heads"):
+        check_matched(runs, ablation_config(latents))
+    with pytest.raises(JLTError, match="A width of 40 is no multiple of the 16 values of a head"):
+        vary(base, "x", "v", 1, 0, 40)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +206,7 @@ def test_a_run_with_another_setting_is_refused_by_name(latents, change, named):
     base = base_config(latents)
     odd = dataclasses.replace(vary(base, "v", "v", 1, 0), **change)
     with pytest.raises(JLTError, match=f"not matched: they also differ in {named}\\."):
-        check_matched([to_dict(run) for run in (base, vary(base, "eps", "v", 1, 0), odd)])
+        check_matched([to_dict(run) for run in (base, vary(base, "eps", "v", 1, 0), odd)], ablation_config(latents))
 
 
 def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
@@ -217,7 +233,10 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     systems = systems_of(ablation_config(latents), latents, out, "cpu")
-    assert prove_matched(systems)["matched"]["differs"] == ["network.patch_size", "prediction"]
+    assert prove_matched(systems, ablation_config(latents))["matched"]["differs"] == [
+        "network.patch_size",
+        "prediction",
+    ]
     odd = next(system for system in systems if system.run.name == "v-v-p1-s0")
     config = odd.config
     if planted == "another order":
@@ -229,7 +248,43 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
     shutil.rmtree(odd.run)
     loop.train(config, LatentStore.open(latents), odd.run)
     with pytest.raises(JLTError, match=f"not matched: {said}"):
-        prove_matched(systems)
+        prove_matched(systems, ablation_config(latents))
+
+
+# ---- intervening in the geometry ----
+
+
+def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path):
+    config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64))
+    summary = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
+    assert len(summary["systems"]) == 2 * 2 * 2
+    assert {system["variant"] for system in summary["systems"]} == {
+        f"anisotropy {power}, width {width}" for power in (0, 1) for width in (32, 64)
+    }
+    differs = {name.rpartition(".")[2] for name in summary["matched"]["differs"]}
+    assert {"prediction", "hidden_size", "num_heads", "anisotropy", "manifest_sha256"} <= differs
+    assert len(set(summary["matched"]["draws"].values())) == 1
+    assert len(set(summary["matched"]["initial_weights"].values())) == 2
+    for told in summary["forecasts"]:
+        store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{told['anisotropy']:g}-p1")
+        model = TimeModel(config.train.timesteps, config.train.loss.t_eps)
+        assert told["needed"]["0.05"] == pytest.approx(needed_ranks(token_estimate(store, 1).eigenvalues, model, 0.05))
+    white, as_it_is = (
+        next(told for told in summary["forecasts"] if told["anisotropy"] == power) for power in (0.0, 1.0)
+    )
+    assert white["sphericity"] > 0.99 > as_it_is["sphericity"]
+    assert as_it_is["clean_over_velocity"] > 0.3 > white["clean_over_velocity"]
+    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "anisotropy 0, width 32" in page
+    before = file_bytes(tmp_path / "out" / "runs")
+    ablate(config, latents, tmp_path / "out", workers=2, command="again")
+    assert file_bytes(tmp_path / "out" / "runs") == before
+
+
+@pytest.mark.parametrize("powers", [(-1.0,), (9.0,), (1.0, 1.0)])
+def test_powers_that_make_no_sense_are_wrong_words(latents, powers):
+    with pytest.raises(WrongWordsError, match=r"anisotropy"):
+        ablation_config(latents, anisotropy=powers)
 
 
 # ---- processes ----

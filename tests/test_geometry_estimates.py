@@ -13,11 +13,12 @@ from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.errors import JLTError
 from jlt.geometry.classes import ClassMeans
-from jlt.geometry.covariance import TokenCovariance, patch_tokens
+from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.sample import NEIGHBOURS, Sample, direction_moments, neighbourhood_covariance, sample_numbers
 from jlt.geometry.spectrum import eigenvalues_descending
 from jlt.geometry.stationary import StationaryCovariance, between_classes, multiplicity
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
+from jlt.patches import patch_tokens
 
 
 def generator(seed=0):

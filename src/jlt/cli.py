@@ -467,6 +467,10 @@ class Ablate(RecipeVerb):
     loss_space: tuple[LossSpace, ...] = ("v",)
     patch_size: tuple[int, ...] = (1,)
     seed: tuple[int, ...] = (0,)
+    anisotropy: tuple[float, ...] = ()
+    """Train in coordinates whose eigenvalues are raised to these powers: 0 is whitened, 1 untouched."""
+    width: tuple[int, ...] = ()
+    """Widths of the network (default: the recipe's)."""
     sample: SampleConfig = DIGITS_SAMPLING
     reference: str = ""
     """Real images or an .npz of their statistics; empty takes the images that the store was made from."""
@@ -495,6 +499,8 @@ class Ablate(RecipeVerb):
             extractor=self.features,
             features_path=self.features_path,
             reference=self.reference,
+            anisotropy=self.anisotropy,
+            width=self.width,
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,
         )

@@ -1,7 +1,7 @@
 """Matched ablations: the same run with another prediction, loss space, patch size or seed, and nothing else changed.
 
-An ablation folder holds `runs/`, `reference.npz`, `geometry.json` and `ablation.json`; every part of it that exists is
-kept when the same command is given again.
+An ablation folder holds `runs/`, `reference.npz`, `geometry.json` and `ablation.json`, and `coordinates/` where the
+geometry of the latents is an axis; every part of it that exists is kept when the same command is given again.
 """
 
 from __future__ import annotations
@@ -18,23 +18,40 @@ from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
 from jlt.evaluation.features import load_extractor
+from jlt.experiments.coordinates import store_in_coordinates
 from jlt.experiments.evaluate import draw_grid, evaluate_run, images_of, save_reference
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.progress import AblationProgress
 from jlt.experiments.recipes import vary
 from jlt.files import claim_folder, difference, lock_folder, read_json, write_json
+from jlt.geometry.analyze import token_estimate
+from jlt.geometry.forecast import TimeModel, forecast
 from jlt.protocol import default_device, machine
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
 WORKERS = {"cpu": 2, "cuda": 1}
 """Systems trained side by side. On two cores, two processes of one thread bear other programs, two threads do not."""
-GROWING = {"prediction", "loss_space", "patch_size", "seed"}
+GROWING = {"prediction", "loss_space", "patch_size", "seed", "anisotropy", "width"}
 """Axes that may have more points when an ablation is continued."""
 PREPARED = {"quickstart.json", "latents", "geometry.json"}
 """What may lie in a folder before its ablation begins."""
 AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
 """Settings in which the systems of an ablation may differ."""
+MOST_ANISOTROPY = 3.0
+FORECAST_FIELDS = (
+    "order",
+    "margin",
+    "clean_over_velocity",
+    "confidence",
+    "sphericity",
+    "stated_share",
+    "needed",
+    "advice",
+)
+AXES_OF_WIDTH = {"network.hidden_size", "network.num_heads"}
+AXES_OF_ANISOTROPY = ("latents.autoencoder.normalisation.coordinates", "latents.manifest_sha256")
+"""What differs besides where width or anisotropy are axes; of the latter all that begins so."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,22 @@ class AblationConfig:
     recipe: str
     features_path: str = ""
     """Where the extractor's weights are, if not in the usual place."""
+    anisotropy: tuple[float, ...] = ()
+    """Powers that the eigenvalues of the tokens are raised to, by other coordinates; none takes the latents as they
+    are."""
+    width: tuple[int, ...] = ()
+    """Widths of the network; none takes that of the recipe."""
 
     def __post_init__(self) -> None:
-        for axis in ("prediction", "loss_space", "patch_size", "seed"):
+        for axis in ("prediction", "loss_space", "patch_size", "seed", "anisotropy", "width"):
             points = getattr(self, axis)
-            if not points or len(set(points)) < len(points):
+            may_be_empty = axis in ("anisotropy", "width")
+            if not (points or may_be_empty) or len(set(points)) < len(points):
                 raise WrongWordsError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
+        if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
+            raise WrongWordsError(
+                f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched."
+            )
         if self.train.sample_every or self.train.evaluate_every:
             raise WrongWordsError("An ablation measures by itself: --evaluations says how often.")
         if self.evaluations < 1:
@@ -80,6 +107,15 @@ class System:
     sample: SampleConfig
     device: str
     features_path: str = ""
+    anisotropy: float | None = None
+    width: int | None = None
+    """The point on either axis, where it is one."""
+
+    @property
+    def variant(self) -> str:
+        """Words for the point on the axes that the network's name does not tell; empty where there are none."""
+        parts = {"anisotropy": self.anisotropy, "width": self.width}
+        return ", ".join(f"{axis} {value:g}" for axis, value in parts.items() if value is not None)
 
     @property
     def evaluated_steps(self) -> list[int]:
@@ -94,16 +130,41 @@ def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) ->
     """Return the runs of an ablation, the longest first so that the workers end together."""
     every = math.ceil(config.train.steps / config.evaluations)
     reference, systems = reference_path(config, out), []
-    axes = itertools.product(config.seed, config.patch_size, config.loss_space, config.prediction)
-    for seed, patch_size, loss_space, prediction in axes:
-        varied = vary(config.train, prediction, loss_space, patch_size, seed)
+    axes = itertools.product(
+        config.seed,
+        config.patch_size,
+        config.width or (None,),
+        config.anisotropy or (None,),
+        config.loss_space,
+        config.prediction,
+    )
+    for seed, patch_size, width, anisotropy, loss_space, prediction in axes:
+        varied = vary(config.train, prediction, loss_space, patch_size, seed, width)
         # Checkpoints are what is measured, so all of them stay.
         varied = replace(varied, checkpoint_every=every, keep_last=0)
-        run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}-s{seed}"
+        told = "" if anisotropy is None else f"-a{anisotropy:g}"
+        told += "" if width is None else f"-w{width}"
+        run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}{told}-s{seed}"
         systems.append(
-            System(varied, run, latents, reference, config.extractor, config.sample, device, config.features_path)
+            System(
+                config=varied,
+                run=run,
+                latents=latents if anisotropy is None else coordinates_folder(out, patch_size, anisotropy),
+                reference=reference,
+                extractor=config.extractor,
+                sample=config.sample,
+                device=device,
+                features_path=config.features_path,
+                anisotropy=anisotropy,
+                width=width,
+            )
         )
-    return sorted(systems, key=lambda system: system.config.network.patch_size)
+    return sorted(systems, key=lambda system: (system.config.network.patch_size, -system.config.network.hidden_size))
+
+
+def coordinates_folder(out: Path, patch_size: int, anisotropy: float) -> Path:
+    """Return where an ablation keeps the latents in other coordinates."""
+    return out / "coordinates" / f"a{anisotropy:g}-p{patch_size}"
 
 
 def run_system(system: System) -> None:
@@ -122,7 +183,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     """
     store, device = LatentStore.open(latents), default_device()
     systems = systems_of(config, latents, out, device)
-    check_matched([to_dict(system.config) for system in systems])
+    check_matched([to_dict(system.config) for system in systems], config)
     workers = WORKERS[device] if workers is None else workers
     if workers < 1:
         raise WrongWordsError(f"An ablation needs at least one worker, not {workers}.")
@@ -132,12 +193,14 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
         exif = (store.manifest.encoding or {}).get("exif", "ignore")
         extractor = load_extractor(config.extractor, device, config.features_path or None)
         save_reference(reference_path(config, out), images, extractor, store.manifest.resolution, exif)
+        for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
+            store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
         summary = {"command": command, **describe(config, systems, store, device)}
         # Written before the work too, so that an ablation under way can be reported on.
         write_json(out / "ablation.json", summary)
         with AblationProgress(systems) as progress:
             run_jobs(run_system, systems, workers, progress.poll)
-        summary |= prove_matched(systems)
+        summary |= prove_matched(systems, config)
         write_json(out / "ablation.json", summary)
     return summary
 
@@ -147,13 +210,15 @@ def reference_path(config: AblationConfig, out: Path) -> Path:
     return Path(config.reference) if config.reference.endswith(".npz") else out / "reference.npz"
 
 
-def check_matched(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig) -> list[str]:
     """Return the settings in which runs differ; JLTError if any is not an axis of the ablation."""
     differs = set()
     for config in configs[1:]:
         differs |= {line.partition(":")[0] for line in difference(configs[0], config)}
-    if not differs <= AXES:
-        raise JLTError(f"The runs are not matched: they also differ in {', '.join(sorted(differs - AXES))}.")
+    axes = AXES | (AXES_OF_WIDTH if ablation.width else set())
+    axes |= {name for name in differs if ablation.anisotropy and name.startswith(AXES_OF_ANISOTROPY)}
+    if not differs <= axes:
+        raise JLTError(f"The runs are not matched: they also differ in {', '.join(sorted(differs - axes))}.")
     return sorted(differs - {"name"})
 
 
@@ -183,29 +248,54 @@ def describe(config: AblationConfig, systems: Sequence[System], store: LatentSto
                 "prediction": system.config.prediction,
                 "loss_space": system.config.loss.space,
                 "patch_size": system.config.network.patch_size,
+                "variant": system.variant,
+                "anisotropy": system.anisotropy,
+                "width": system.config.network.hidden_size,
                 "seed": system.config.seed,
                 "run": f"{system.run.parent.name}/{system.run.name}",
             }
             for system in systems
         ],
+        "forecasts": forecasts(systems),
     }
 
 
-def prove_matched(systems: Sequence[System]) -> dict[str, Any]:
+def forecasts(systems: Sequence[System]) -> list[dict[str, Any]]:
+    """Return what is expected of x, eps and v in every geometry and network, before anything is trained."""
+    found, spectra = {}, {}
+    for system in systems:
+        network, train = system.config.network, system.config
+        if (place := (system.latents, network.patch_size)) not in spectra:
+            spectra[place] = token_estimate(LatentStore.open(system.latents), network.patch_size)
+        key = (system.anisotropy, network.patch_size, network.hidden_size)
+        if key in found:
+            continue
+        clamp = train.loss.t_eps if train.loss.weighting == "matched" else 0.0
+        told = forecast([spectra[place]], TimeModel(train.timesteps, clamp), [network.hidden_size])
+        found[key] = {
+            "variant": system.variant,
+            "anisotropy": system.anisotropy,
+            "patch_size": network.patch_size,
+            "width": network.hidden_size,
+            "dimension": network.channels * network.patch_size**2,
+            **{name: told[name] for name in FORECAST_FIELDS},
+        }
+    return list(found.values())
+
+
+def prove_matched(systems: Sequence[System], config: AblationConfig) -> dict[str, Any]:
     """Return what was found equal in the finished runs, read back from them; JLTError if they are not matched."""
     ends = {system.run.name: open_checkpoint(step_folder(system.run, system.config.steps)) for system in systems}
-    differs = check_matched([read_json(system.run / "config.json") for system in systems])
+    differs = check_matched([read_json(system.run / "config.json") for system in systems], config)
     states = {name: checkpoint.read_state() for name, checkpoint in ends.items()}
     draws = {name: state["draws"] for name, state in states.items()}
     weights = {name: state["initial_weights"] for name, state in states.items()}
     require_equal(systems, draws, "random draws", lambda system: system.config.seed)
-    require_equal(
-        systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network.patch_size)
-    )
+    require_equal(systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network))
     matched = {
         "checked": [
             "every other setting",
-            "initial weights at equal patch size and seed",
+            f"initial weights at equal patch size{', width' if config.width else ''} and seed",
             "sample order, times, noise seeds and label drops at equal seed",
         ],
         "differs": differs,

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
-from jlt.geometry.covariance import TokenCovariance, patch_tokens
+from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.measure import BATCH_VALUES, measure_moments
 from jlt.measure import peak_memory, reset_peak_memory, seconds_of
+from jlt.patches import patch_tokens
 from jlt.processes import Alone
 from jlt.progress import say
 from jlt.protocol import default_device, machine, versions

@@ -20,9 +20,10 @@ from jlt.draws import chosen_at_random, derive_seed, normal_per_sample
 from jlt.errors import JLTError
 from jlt.files import difference
 from jlt.geometry.analyze import eigenbasis
-from jlt.geometry.covariance import TokenCovariance, patch_tokens
+from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.measure import Latents, Moments, measure_moments
+from jlt.patches import patch_tokens
 from jlt.processes import Alone
 from jlt.progress import track
 from jlt.sampling.guidance import NOISE_END, Denoiser

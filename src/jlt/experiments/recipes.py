@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jlt.config import LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig, from_dict
 from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
-from jlt.errors import unknown_name
+from jlt.errors import JLTError, unknown_name
 from jlt.experiments.systems import system_name
 from jlt.files import read_json
 from jlt.networks.sizes import size_name, sized_network
@@ -99,12 +99,28 @@ def images_of_recipe(name: str) -> int:
     return read_json(Path(name))["latents"]["count"] if name.endswith(".json") else DEFAULT_IMAGES[name]
 
 
-def vary(base: TrainConfig, prediction: Prediction, loss_space: LossSpace, patch_size: int, seed: int) -> TrainConfig:
-    """Return a run that differs from `base` in the axes of an ablation and in nothing else."""
+def vary(
+    base: TrainConfig,
+    prediction: Prediction,
+    loss_space: LossSpace,
+    patch_size: int,
+    seed: int,
+    width: int | None = None,
+) -> TrainConfig:
+    """Return a run that differs from `base` in the axes of an ablation and in nothing else.
+
+    Another width has heads of the same size, so more or fewer of them; JLTError for one that does not divide so.
+    """
+    network = dataclasses.replace(base.network, patch_size=patch_size)
+    if width is not None:
+        head = network.hidden_size // network.num_heads
+        if width < head or width % head:
+            raise JLTError(f"A width of {width} is no multiple of the {head} values of a head.")
+        network = dataclasses.replace(network, hidden_size=width, num_heads=width // head)
     varied = dataclasses.replace(
         base,
         prediction=prediction,
-        network=dataclasses.replace(base.network, patch_size=patch_size),
+        network=network,
         loss=dataclasses.replace(base.loss, space=loss_space),
         seed=seed,
     )

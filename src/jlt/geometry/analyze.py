@@ -36,6 +36,7 @@ TABULATED_DIRECTIONS = 32
 """Directions in the tables over time, so that they stay small in a space of thousands; eigenvalues are kept whole."""
 TABULATED_EIGENVALUES = 513
 """Eigenvalues that are kept of spectra of whole latents, at equal distances in rank."""
+TOKEN_BATCH = 256
 LARGE_ERROR = 0.1
 """Relative sampling error of an eigenvalue above which `analyze` warns."""
 DEFAULT_TIMES = TimeModel(TimestepConfig(), 0.05)
@@ -118,6 +119,15 @@ def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], mo
         **_tables_over_time(eigenvalues),
         "forecast": forecast(estimates, model, widths),
     }
+
+
+def token_estimate(store: Latents, patch_size: int) -> Estimate:
+    """Return the spectrum of a store's tokens alone, each eigenvalue with the error of as many Gaussian latents."""
+    tokens = TokenCovariance(store.shape.channels, patch_size)
+    for start in range(0, len(store), TOKEN_BATCH):
+        tokens.update(store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))[0])
+    eigenvalues, _ = eigenbasis(tokens)
+    return Estimate("tokens", eigenvalues, np.full(len(eigenvalues), sampling_error(tokens.images)))
 
 
 def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from jlt.geometry.covariance import patch_tokens
+from jlt.patches import patch_tokens
 
 
 class ClassMeans:

@@ -1,4 +1,4 @@
-"""Mean and covariance, accumulated in float64 from batches that are then forgotten, and the tokens of latents."""
+"""Mean and covariance of tokens, accumulated in float64 from batches that are then forgotten."""
 
 from __future__ import annotations
 
@@ -7,23 +7,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from jlt.errors import JLTError
+from jlt.patches import patches
 
 CHUNK_BYTES = 2**24
 """Rows in float64 that are at work at a time: what is beside them in memory, and large enough for a product."""
-
-
-def patches(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "n rows columns c p p"]:
-    """View latents as non-overlapping patches; JLTError where the grid is no multiple of the patch size."""
-    n, c, h, w = latents.shape
-    p = patch_size
-    if p < 1 or h % p or w % p:
-        raise JLTError(f"Latents of {h} x {w} positions cannot be cut into patches of {p} x {p}: choose a divisor.")
-    return latents.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-
-
-def patch_tokens(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "tokens d"]:
-    """Cut latents into n (h/p) (w/p) tokens of d = c p p values, channel first; JLTError as `patches`."""
-    return patches(latents, patch_size).reshape(-1, latents.shape[1] * patch_size**2)
 
 
 def require_finite(latents: Float[Tensor, "n c h w"], mean: Tensor, first: int) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from jlt.draws import chosen_at_random
-from jlt.geometry.covariance import TokenCovariance, patch_tokens
+from jlt.geometry.covariance import TokenCovariance
+from jlt.patches import patch_tokens
 
 SAMPLE = 4096
 SAMPLE_BYTES = 2**28

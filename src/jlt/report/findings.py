@@ -29,6 +29,7 @@ class Comparison:
 
     patch_size: int
     loss_space: str
+    variant: str
     ranked: tuple[tuple[System, Spread], ...]
 
     @property
@@ -54,17 +55,17 @@ class Comparison:
 
 
 def comparisons(study: Study) -> list[Comparison]:
-    """Group the systems evaluated at the final step by patch size and loss space; groups of one are left out."""
-    groups: dict[tuple[int, str], list[tuple[System, Spread]]] = {}
+    """Group the systems evaluated at the final step by all but the prediction; groups of one are left out."""
+    groups: dict[tuple[int, str, str], list[tuple[System, Spread]]] = {}
     if study.final_step is None:
         return []
     for system in study.systems:
         value = system.measured("frechet_distance", study.final_step)
         if value is not None:
-            groups.setdefault((system.patch_size, system.loss_space), []).append((system, value))
+            groups.setdefault((system.patch_size, system.loss_space, system.variant), []).append((system, value))
     return [
-        Comparison(patch_size, loss_space, tuple(sorted(found, key=lambda item: item[1].mean)))
-        for (patch_size, loss_space), found in sorted(groups.items())
+        Comparison(patch_size, loss_space, variant, tuple(sorted(found, key=lambda item: item[1].mean)))
+        for (patch_size, loss_space, variant), found in sorted(groups.items())
         if len(found) > 1
     ]
 
@@ -74,7 +75,8 @@ def setting(comparison: Comparison, study: Study) -> str:
     several = len({system.loss_space for system in study.systems}) > 1
     article = "a" if comparison.loss_space == "v" else "an"
     loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if several else ""
-    return f"patch {comparison.patch_size}{loss}"
+    variant = f", {comparison.variant}" if comparison.variant else ""
+    return f"patch {comparison.patch_size}{variant}{loss}"
 
 
 def verdict(study: Study) -> str:

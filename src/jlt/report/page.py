@@ -145,7 +145,8 @@ def _kind(system: System, study: Study) -> str:
     """Say what a system predicts, and in which space its loss is where that varies."""
     several = len({other.loss_space for other in study.systems}) > 1
     loss = f", {palette.SYMBOL[system.loss_space]}-space loss" if several else ""
-    return f"{palette.SHORT_WORDS[system.prediction]}, patch {system.patch_size}{loss}"
+    variant = f", {system.variant}" if system.variant else ""
+    return f"{palette.SHORT_WORDS[system.prediction]}, patch {system.patch_size}{variant}{loss}"
 
 
 def _best(metric: str, values: list[Spread | None]) -> float | None:

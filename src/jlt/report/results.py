@@ -23,6 +23,20 @@ OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
 """What a protocol says of the thing that was evaluated, not of how; everything else must agree within a table."""
 
 
+def _shared(protocol: Protocol) -> dict[str, Any]:
+    """Return what must agree within a table: all but what was evaluated, and the coordinates that it was trained in.
+
+    Those are undone before anything is decoded, so images are compared with images.
+    """
+    kept = {key: value for key, value in protocol.items() if key not in OWN_TO_A_RUN}
+    autoencoder = kept.get("autoencoder")
+    normalisation = autoencoder.get("normalisation") if isinstance(autoencoder, Mapping) else None
+    if isinstance(autoencoder, Mapping) and isinstance(normalisation, Mapping) and "coordinates" in normalisation:
+        plain = {key: value for key, value in normalisation.items() if key != "coordinates"}
+        kept["autoencoder"] = {**autoencoder, "normalisation": plain}
+    return kept
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation file: the numbers and how they came about."""
@@ -35,7 +49,7 @@ class Evaluation:
     @property
     def method(self) -> str:
         """The protocol without what belongs to one checkpoint, as text that is equal for equal protocols."""
-        kept = {key: value for key, value in self.protocol.items() if key not in OWN_TO_A_RUN}
+        kept = _shared(self.protocol)
         if kept.get("autoguide", {}).get("checkpoint") == self.protocol.get("checkpoint"):
             kept["autoguide"] = kept.get("autoguide", {}).get("ema")
         reference = kept.get("reference", {})
@@ -88,6 +102,8 @@ class System:
     loss_space: str
     patch_size: int
     runs: tuple[Run, ...]
+    variant: str = ""
+    """Words for the point on further axes, geometry or width."""
 
     def measured(self, metric: str, step: int) -> Spread | None:
         """Return a metric over the seeds that have been evaluated at a step, or None."""
@@ -140,7 +156,7 @@ class Study:
         """The protocol that all evaluations share, without what belongs to one checkpoint."""
         for run in self.runs:
             for evaluation in run.evaluations:
-                return {key: value for key, value in evaluation.protocol.items() if key not in OWN_TO_A_RUN}
+                return _shared(evaluation.protocol)
         return None
 
 
@@ -210,11 +226,11 @@ def _keep_method(run: Run, main: Evaluation, aside: list[Evaluation]) -> Run:
 
 def protocol_differences(one: Evaluation, other: Evaluation) -> list[tuple[str, str, str]]:
     """Return every dotted key of the protocols that differs, with the two values as JSON or `missing`."""
-    ours, theirs = flatten(one.protocol), flatten(other.protocol)
+    ours, theirs = flatten(_shared(one.protocol)), flatten(_shared(other.protocol))
     return [
         (key, _shown(ours, key), _shown(theirs, key))
         for key in sorted(ours.keys() | theirs.keys())
-        if key.split(".")[0] not in OWN_TO_A_RUN and ours.get(key) != theirs.get(key)
+        if ours.get(key) != theirs.get(key)
     ]
 
 
@@ -232,15 +248,20 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def _read_ablation(folder: Path) -> Study:
     path = folder / "ablation.json"
     facts = read_json(path)
-    grouped: dict[tuple[str, str, str, int], list[Run]] = {}
+    grouped: dict[tuple[str, str, str, int, str], list[Run]] = {}
     for entry in _get(facts, "systems", path):
-        key = tuple(_get(entry, name, path) for name in ("name", "prediction", "loss_space", "patch_size"))
+        name, prediction, space, patch_size = (
+            _get(entry, field, path) for field in ("name", "prediction", "loss_space", "patch_size")
+        )
         run_folder = folder / _get(entry, "run", path)
-        runs = grouped.setdefault(key, [])
+        runs = grouped.setdefault((name, prediction, space, patch_size, entry.get("variant", "")), [])
         # A system whose training has not begun has no folder yet.
         if (run_folder / "config.json").exists():
             runs.append(read_run(run_folder, _get(entry, "seed", path)))
-    systems = tuple(System(*key, runs=tuple(runs)) for key, runs in grouped.items())
+    systems = tuple(
+        System(name, prediction, space, patch_size, tuple(runs), variant)
+        for (name, prediction, space, patch_size, variant), runs in grouped.items()
+    )
     geometry = folder / "geometry.json"
     return Study(
         folder=folder,

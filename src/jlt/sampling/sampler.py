@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.registry import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
 from jlt.config import SampleConfig, TrainConfig, to_dict
 from jlt.errors import JLTError
@@ -231,6 +232,8 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
     adopted name no weights: any of the right sizes are taken, and a line says so.
     """
     autoencoder = load_autoencoder(identity["name"], path or _recorded_place(identity), device)
+    if coordinates := coordinates_of(identity):
+        autoencoder = CoordinateAutoencoder(autoencoder, coordinates)
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:

@@ -1,0 +1,123 @@
+"""Other coordinates of a latent space: what they do to the spectrum, that they are undone, and a store in them."""
+
+import numpy as np
+import pytest
+import torch
+
+from jlt.autoencoders.coordinates import SMALLEST, CoordinateAutoencoder, Coordinates
+from jlt.autoencoders.registry import load_autoencoder
+from jlt.data.config import EncodeConfig
+from jlt.data.encode import encode
+from jlt.data.store import LatentStore, verify_store
+from jlt.errors import JLTError
+from jlt.experiments.coordinates import NAME, measure_coordinates, store_in_coordinates
+from jlt.geometry.analyze import token_estimate
+from jlt.geometry.covariance import TokenCovariance
+from jlt.patches import join_tokens, patch_tokens
+from jlt.sampling.sampler import matching_autoencoder
+
+
+def latents(count=500):
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(4, 4, generator=generator) * torch.logspace(0.3, -1.5, 4)
+    white = torch.randn(count, 4, 4, 4, generator=generator)
+    return torch.einsum("dc,nchw->ndhw", mix, white) + torch.arange(4.0)[:, None, None]
+
+
+def spectrum(data, patch_size):
+    tokens = TokenCovariance(data.shape[1], patch_size)
+    tokens.update(data)
+    return torch.linalg.eigvalsh(tokens.covariance), tokens
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_tokens_are_put_together_again(patch_size):
+    data = latents(3)
+    assert torch.equal(join_tokens(patch_tokens(data, patch_size), patch_size, (4, 4, 4)), data)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5])
+def test_eigenvalues_are_raised_to_a_power_and_keep_their_sum(patch_size, power):
+    data = latents()
+    lam, tokens = spectrum(data, patch_size)
+    coordinates = Coordinates.raised(tokens.covariance, tokens.mean, patch_size, power)
+    changed, again = spectrum(coordinates.apply(data), patch_size)
+    expected = lam**power
+    np.testing.assert_allclose(changed, expected * lam.sum() / expected.sum(), rtol=2e-4)
+    torch.testing.assert_close(again.mean, tokens.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(coordinates.undo(coordinates.apply(data)), data, rtol=1e-4, atol=1e-4)
+    if power == 1:
+        torch.testing.assert_close(coordinates.apply(data), data, rtol=1e-6, atol=1e-6)
+
+
+def test_directions_without_variance_stay_finite():
+    data = latents()
+    data[:, 3] = 0
+    _, tokens = spectrum(data, 1)
+    coordinates = Coordinates.raised(tokens.covariance, tokens.mean, 1, 0.0)
+    largest = torch.linalg.eigvalsh(tokens.covariance)[-1]
+    most = (tokens.covariance.trace() / 4 / (SMALLEST * largest)) ** 0.5
+    assert torch.linalg.eigvalsh(coordinates.matrix)[-1] <= 1.01 * most
+    torch.testing.assert_close(coordinates.undo(coordinates.apply(data)), data, rtol=1e-4, atol=1e-3)
+
+
+def test_a_map_is_read_back_and_others_are_refused(tmp_path):
+    _, tokens = spectrum(latents(), 2)
+    coordinates = Coordinates.raised(tokens.covariance, tokens.mean, 2, 0.5)
+    coordinates.save(tmp_path / "map.safetensors")
+    found = Coordinates.load(tmp_path / "map.safetensors")
+    assert (found.patch_size, found.anisotropy) == (2, 0.5)
+    assert torch.equal(found.matrix, coordinates.matrix)
+    (tmp_path / "text.safetensors").write_text("text")
+    for name in ("text.safetensors", "missing.safetensors"):
+        with pytest.raises(JLTError, match="holds no coordinates"):
+            Coordinates.load(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
+    return LatentStore.open(folder / "latents")
+
+
+def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_path):
+    whitened = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0)
+    assert verify_store(tmp_path / "whitened") == []
+    assert (len(whitened), whitened.class_names) == (len(digits), digits.class_names)
+    assert whitened.manifest.dtype == "float32"
+    assert np.array_equal(whitened.labels, digits.labels)
+    lam = token_estimate(whitened, 1).eigenvalues
+    np.testing.assert_allclose(lam, lam.mean(), rtol=1e-3)
+    assert lam.sum() == pytest.approx(token_estimate(digits, 1).eigenvalues.sum(), rel=1e-4)
+    numbers = np.arange(0, 1797, 100)
+    plain, changed = (store.gather(numbers)[0].float() for store in (digits, whitened))
+    decoder = matching_autoencoder(whitened.manifest.autoencoder, None, "cpu")
+    assert isinstance(decoder, CoordinateAutoencoder)
+    with torch.inference_mode():
+        images = load_autoencoder("tiny").decode(plain)
+        assert (decoder.decode(changed) - images).abs().max() < 1e-3
+        again = decoder.encode(images)
+    # The codec is not perfect; what its latents are seen in is.
+    assert (decoder.coordinates.undo(again) - load_autoencoder("tiny").encode(images)).abs().max() < 1e-3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_store_is_kept_and_a_half_written_one_is_made_anew(digits, tmp_path, monkeypatch):
+    (tmp_path / ".whitened.partial").mkdir()
+    (tmp_path / ".whitened.partial" / "shard-00000.safetensors").write_bytes(b"half")
+    first = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256()
+    monkeypatch.setattr("jlt.experiments.coordinates._write", lambda *arguments: pytest.fail("written again"))
+    assert store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256() == first
+
+
+def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
+    whitened = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0)
+    identity = whitened.manifest.autoencoder
+    words = identity["normalisation"]["coordinates"]
+    assert (words["anisotropy"], words["patch_size"]) == (0.0, 1)
+    assert words["source"] == str(tmp_path / "whitened" / NAME)
+    measure_coordinates(digits, 1, 0.5).save(tmp_path / "whitened" / NAME)
+    with pytest.raises(JLTError, match="normalisation"):
+        matching_autoencoder(identity, None, "cpu")

@@ -14,6 +14,7 @@ from jlt import __version__
 from jlt.files import write_text
 from jlt.progress import format_seconds
 from jlt.report import findings, palette
+from jlt.report.expected import check_rows, check_sentences, checks
 from jlt.report.log import Log
 from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
 from jlt.report.samples import Grid, picture_uri, sample_series
@@ -39,6 +40,7 @@ def write_report(folder: Path) -> Path:
 
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
+    from jlt.report.expected_figures import expected_figure
     from jlt.report.figures import training_figure
     from jlt.report.geometry_figures import geometry_figures
     from jlt.report.inside_figures import inside_figures
@@ -58,6 +60,9 @@ def render(study: Study) -> str:
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],
         "grids": sample_grids(study),
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
+        "checks": check_rows(checks(study)),
+        "check_texts": check_sentences(checks(study)),
+        "expected": expected_figure(checks(study)),
         "inside": inside_figures(study.inside) if study.inside else [],
         "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],
         "spectra": spectrum_rows(study),

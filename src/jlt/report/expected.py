@@ -1,0 +1,139 @@
+"""What was expected of clean and velocity prediction before the training, against what was measured after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jlt.report.results import Spread, Study, System, spread
+from jlt.report.wording import listed, number, percent
+
+
+@dataclass(frozen=True)
+class Check:
+    """One geometry and network: by how many of all directions velocity was expected to need more than the clean
+    latent, and the Frechet distance of velocity over that of clean prediction, pair by pair of equal seeds.
+    """
+
+    setting: str
+    anisotropy: float | None
+    patch_size: int
+    width: int
+    expected: float
+    even: bool
+    ratio: Spread
+
+    @property
+    def measured_first(self) -> str | None:
+        """The prediction that won for every seed; None where seeds disagree."""
+        if self.ratio.low > 1:
+            return "x"
+        return "v" if self.ratio.high < 1 else None
+
+    @property
+    def expected_first(self) -> str | None:
+        """The prediction that was expected to win; None where it was called even."""
+        if self.even:
+            return None
+        return "x" if self.expected > 0 else "v"
+
+
+def checks(study: Study) -> list[Check]:
+    """Return every setting of which something was expected and in which both predictions were measured."""
+    spaces = sorted({system.loss_space for system in study.systems})
+    found = []
+    for forecast in study.facts.get("forecasts", []):
+        for space in spaces:
+            ratio = spread(_ratios(study, forecast, space))
+            if ratio is None:
+                continue
+            where = [f"patch {forecast['patch_size']}", forecast["variant"], f"{space}-space" * (len(spaces) > 1)]
+            found.append(
+                Check(
+                    setting=", ".join(filter(None, where)),
+                    anisotropy=forecast["anisotropy"],
+                    patch_size=forecast["patch_size"],
+                    width=forecast["width"],
+                    expected=forecast["clean_over_velocity"],
+                    even=forecast["advice"][0]["even"],
+                    ratio=ratio,
+                )
+            )
+    return found
+
+
+def _ratios(study: Study, forecast: Mapping[str, Any], space: str) -> list[float]:
+    """Return the distance of velocity over that of clean prediction at the final step, for every seed of both."""
+    of = {
+        system.prediction: _by_seed(system, study.final_step)
+        for system in study.systems
+        if (system.patch_size, system.variant, system.loss_space)
+        == (forecast["patch_size"], forecast["variant"], space)
+    }
+    clean, velocity = of.get("x", {}), of.get("v", {})
+    return [velocity[seed] / clean[seed] for seed in sorted(clean.keys() & velocity.keys()) if clean[seed] > 0]
+
+
+def _by_seed(system: System, step: int | None) -> dict[int, float]:
+    found = {}
+    for run in system.runs:
+        evaluation = run.at(step) if step is not None else None
+        value = evaluation.metrics.get("frechet_distance") if evaluation else None
+        if value is not None:
+            found[run.seed] = value
+    return found
+
+
+def check_sentences(found: Sequence[Check]) -> list[str]:
+    """Say how the expectation fared, whichever way it went."""
+    if not found:
+        return []
+    decided = [check for check in found if check.expected_first and check.measured_first]
+    right = [check for check in decided if check.expected_first == check.measured_first]
+    wrong = [check.setting for check in decided if check not in right]
+    texts = []
+    if decided:
+        texts.append(
+            f"In {len(right)} of {len(decided)} settings that were called before the training and that all seeds agree "
+            f"on, the prediction that won is the one that was expected{f'; not at {listed(wrong)}' if wrong else ''}."
+        )
+    even = [check for check in found if check.expected_first is None]
+    if even:
+        ratios = listed([f"{number(check.ratio.mean)} at {check.setting}" for check in even])
+        texts.append(f"Called even: the distance of velocity over that of clean prediction came to {ratios}.")
+    if len({check.expected for check in found}) > 2:
+        texts.append(
+            "The rank correlation of what was expected with what was measured is "
+            f"{number(rank_correlation([c.expected for c in found], [c.ratio.mean for c in found]), 2)} over "
+            f"{len(found)} settings (1 is the same order, 0 none, minus 1 the reverse)."
+        )
+    return texts
+
+
+def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
+    """Return setting, what was expected, the measured ratio and its range over seeds, as text."""
+    return [
+        (
+            check.setting,
+            f"{'even' if check.even else check.expected_first}, {percent(check.expected)}",
+            number(check.ratio.mean),
+            f"{number(check.ratio.low)} to {number(check.ratio.high)}" if check.ratio.count > 1 else "",
+        )
+        for check in found
+    ]
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Spearman's rank correlation, equal values sharing their mean rank; 0 where one side is constant."""
+    ranks = [_ranks(values) for values in (a, b)]
+    mean = (len(a) - 1) / 2
+    x, y = ([rank - mean for rank in side] for side in ranks)
+    norm = math.sqrt(sum(value**2 for value in x) * sum(value**2 for value in y))
+    return sum(p * q for p, q in zip(x, y, strict=True)) / norm if norm else 0.0
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]

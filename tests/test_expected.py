@@ -1,0 +1,87 @@
+"""What the page says of an expectation follows from the numbers, whichever way they fall."""
+
+from pathlib import Path
+
+import pytest
+
+from jlt.report.expected import check_rows, check_sentences, checks, rank_correlation
+from jlt.report.expected_figures import expected_figure
+from jlt.report.log import read_log
+from jlt.report.results import Evaluation, Run, Spread, Study, System
+
+
+def run(seed, distance):
+    evaluation = Evaluation(Path("evaluation.json"), 100, {"frechet_distance": distance}, {})
+    return Run(Path("run"), seed, {}, read_log(Path("missing.jsonl")), (evaluation,), None)
+
+
+def study(distances, forecasts):
+    """Distances by (prediction, variant), one for each seed."""
+    systems = tuple(
+        System("name", prediction, "v", 1, tuple(run(seed, value) for seed, value in enumerate(values)), variant)
+        for (prediction, variant), values in distances.items()
+    )
+    facts = {
+        "forecasts": [
+            {
+                "variant": variant,
+                "anisotropy": power,
+                "patch_size": 1,
+                "width": 64,
+                "clean_over_velocity": expected,
+                "advice": [{"even": abs(expected) < 0.1}],
+            }
+            for variant, power, expected in forecasts
+        ]
+    }
+    return Study(Path("study"), "title", systems, facts, None)
+
+
+DISTANCES = {
+    ("x", "white"): [4.0, 5.0],
+    ("v", "white"): [4.4, 4.0],
+    ("x", "steep"): [2.0, 2.5],
+    ("v", "steep"): [6.0, 5.0],
+    ("x", "turned"): [3.0, 3.0],
+    ("v", "turned"): [2.0, 1.5],
+}
+FORECASTS = [("white", 0.0, 0.05), ("steep", 1.0, 0.5), ("turned", 1.5, 0.6)]
+
+
+def test_pairs_of_seeds_are_compared():
+    found = {check.setting: check for check in checks(study(DISTANCES, FORECASTS))}
+    assert found["patch 1, steep"].ratio == Spread(2.5, 2.0, 3.0, 2)
+    assert found["patch 1, steep"].measured_first == found["patch 1, steep"].expected_first == "x"
+    assert found["patch 1, white"].expected_first is None
+    assert found["patch 1, white"].measured_first is None
+    assert (found["patch 1, turned"].expected_first, found["patch 1, turned"].measured_first) == ("x", "v")
+
+
+def test_what_did_not_come_true_is_said():
+    found = checks(study(DISTANCES, FORECASTS))
+    first, even, correlation = check_sentences(found)
+    assert "In 1 of 2 settings" in first
+    assert first.endswith("; not at patch 1, turned.")
+    assert "Called even" in even
+    assert "0.950 at patch 1, white" in even
+    # Expected white < steep < turned, measured turned < white < steep.
+    assert "is -0.50 over 3 settings" in correlation
+    assert check_rows(found)[0] == ("patch 1, white", "even, 5.0%", "0.950", "0.800 to 1.10")
+    assert len(expected_figure(found).panels) == 2
+
+
+def test_seeds_without_a_partner_are_left_out():
+    lonely = {("x", "steep"): [2.0, 2.5], ("v", "steep"): [6.0]}
+    (found,) = checks(study(lonely, FORECASTS))
+    assert found.ratio == Spread(3.0, 3.0, 3.0, 1)
+    assert checks(study({("x", "steep"): [2.0]}, FORECASTS)) == []
+    assert check_sentences([]) == []
+    assert expected_figure([found]) is None
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "known"),
+    [([1, 2, 3], [10, 20, 30], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3], [5, 5, 5], 0), ([1, 1, 2], [1, 1, 9], 1)],
+)
+def test_rank_correlations(a, b, known):
+    assert rank_correlation(a, b) == pytest.approx(known)

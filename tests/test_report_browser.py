@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from fake_results import write_ablation, write_run, write_watched_run
 
+from jlt.files import read_json
+from jlt.geometry.gaussian import conditional_variance
 from jlt.report import palette
 from jlt.report.page import write_report
 
@@ -198,3 +200,34 @@ def test_colours_follow_the_scheme_with_enough_contrast(browser: Browser, report
         text = browser.evaluate(f"getComputedStyle(document.querySelector('{selector}')).color")
         low, high = sorted((luminance(background), luminance(text)))
         assert (high + 0.05) / (low + 0.05) >= 4.5, selector
+
+
+def test_a_slider_moves_the_curves_through_time(browser: Browser, tmp_path: Path) -> None:
+    write_ablation(tmp_path, seeds=(0,))
+    browser.open(write_report(tmp_path), DESKTOP)
+    figures = browser.evaluate("[...document.querySelectorAll('figure.slider')].map(f => f.hidden)")
+    assert figures == [False, False]
+    before = browser.evaluate(CURVES)
+    assert len(before) == 12
+    assert all(path.startswith("M") and "NaN" not in path for path in before)
+    browser.evaluate(MOVE.replace("TIME", "0.9"))
+    after = browser.evaluate(CURVES)
+    # Eq. 9 knows no time.
+    assert after[:3] == before[:3]
+    assert all(a != b for a, b in zip(after[3:], before[3:], strict=True))
+    entry = read_json(tmp_path / "geometry.json")["tokens"]["1"]
+    lam, t = entry["eigenvalues"][-1], 0.9
+    told = browser.evaluate("document.querySelectorAll('figure.slider svg[role=img]')[2].getAttribute('aria-label')")
+    shown = float(told.rpartition("v ")[2].rstrip("."))
+    assert shown == pytest.approx(float(conditional_variance("v", lam, t)), rel=0.05)
+    assert browser.complaints() == []
+
+
+CURVES = "[...document.querySelector('figure.slider').querySelectorAll('path.curve')].map(p => p.getAttribute('d'))"
+MOVE = """
+(() => {
+  const input = document.querySelector('figure.slider input');
+  input.value = TIME;
+  input.dispatchEvent(new Event('input'));
+})()
+"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import shlex
 from collections.abc import Mapping
@@ -20,6 +22,9 @@ from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, pro
 from jlt.report.samples import Grid, picture_uri, sample_series
 from jlt.report.wording import listed, number, percent
 
+SLIDER = "slider.js"
+SLIDER_POINTS = 96
+"""Directions of the spectrum that the slider moves, at equal distances in rank."""
 HIGHER_IS_BETTER = {"frechet_distance": False, "inception_score": True, "label_agreement": True}
 
 
@@ -66,6 +71,7 @@ def render(study: Study) -> str:
         "inside": inside_figures(study.inside) if study.inside else [],
         "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],
         "spectra": spectrum_rows(study),
+        "spectra_at_hand": spectra_at_hand(study.geometry),
         "channels_hide": findings.channels_sentence(study),
         "matched": matched_statements(study),
         "shared_settings": settings(study)[0],
@@ -82,15 +88,32 @@ def render_template(name: str, context: Mapping[str, Any]) -> str:
     """Return one of the package's pages as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    loader = PackageLoader("jlt.report")
     environment = Environment(
-        loader=PackageLoader("jlt.report"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     template = environment.get_template(name)
-    return template.render(version=__version__, palette=palette, value_text=value_text, **context)
+    # The page's own policy lets nothing run but this very script, and that only where there is something to move.
+    script = loader.get_source(environment, SLIDER)[0] if context.get("spectra_at_hand") else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else ""
+    words = {"version": __version__, "palette": palette, "value_text": value_text}
+    return template.render(**words, script=script, script_sha256=digest, **context)
+
+
+def spectra_at_hand(geometry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return, for every patch size, eigenvalues at equal distances in rank, and each rank as a share of all."""
+    found = []
+    for entry in (geometry or {}).get("tokens", {}).values():
+        last = len(entry["eigenvalues"]) - 1
+        ranks = sorted({round(place * last / SLIDER_POINTS) for place in range(SLIDER_POINTS + 1)})
+        eigenvalues = [float(f"{entry['eigenvalues'][rank]:.6g}") for rank in ranks]
+        shares = [round(rank / max(1, last), 5) for rank in ranks]
+        found.append({"patch_size": entry["patch_size"], "eigenvalues": eigenvalues, "shares": shares})
+    return found
 
 
 @dataclass(frozen=True)

@@ -34,33 +34,35 @@ def gaussian_latents(count=6000):
 class Optimal(nn.Module):
     """The best linear predictor of a target, given the covariance of whole latents and a mean."""
 
-    def __init__(self, prediction, covariance, mean):
+    def __init__(self, prediction, covariance, mean, scale):
         super().__init__()
-        self.prediction, self.mean = prediction, mean
+        self.prediction, self.mean, self.scale = prediction, mean, scale
         self.lam, self.basis = torch.linalg.eigh(covariance)
 
     def forward(self, z, t, labels):
         t = t[0].double()
-        variance = t**2 * self.lam + (1 - t) ** 2
+        noise = self.scale**2
+        variance = t**2 * self.lam + (1 - t) ** 2 * noise
         coefficient = {
             "x": t * self.lam / variance,
-            "eps": (1 - t) / variance,
-            "v": (t * self.lam - (1 - t)) / variance,
+            "eps": (1 - t) * noise / variance,
+            "v": (t * self.lam - (1 - t) * noise) / variance,
         }[self.prediction]
         rest = (z.double().flatten(1) - t * self.mean) @ self.basis
         offset = 0 if self.prediction == "eps" else self.mean
         return (offset + (rest * coefficient) @ self.basis.T).view_as(z).float()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("prediction", ["x", "eps", "v"])
-def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size):
+def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, scale):
     store = FakeStore(gaussian_latents())
     moments = measure_moments(store, [patch_size], "cpu", Alone())
-    basis = measure_basis(moments, patch_size)
-    network = Optimal(prediction, moments.whole.covariance, moments.whole.mean)
+    basis = measure_basis(moments, patch_size, scale)
+    network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, scale)
     denoiser = Denoiser(network, prediction, null_label=1)
-    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, 1.0, 0, "cpu")
+    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu")
     error = squares.std(1) / len(store) ** 0.5
     assert squares.shape == (len(TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error

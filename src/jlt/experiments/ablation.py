@@ -266,7 +266,9 @@ def forecasts(systems: Sequence[System]) -> list[dict[str, Any]]:
     for system in systems:
         network, train = system.config.network, system.config
         if (place := (system.latents, network.patch_size)) not in spectra:
-            spectra[place] = token_estimate(LatentStore.open(system.latents), network.patch_size)
+            estimate = token_estimate(LatentStore.open(system.latents), network.patch_size)
+            # Of latents in units of the noise, whose scale is the same for all.
+            spectra[place] = replace(estimate, eigenvalues=estimate.eigenvalues / train.noise_scale**2)
         key = (system.anisotropy, network.patch_size, network.hidden_size)
         if key in found:
             continue

@@ -70,12 +70,12 @@ def look_inside(
     patch_size = checkpoints[0].config.network.patch_size
     moments = measure_moments(store, [patch_size], device, Alone())
     assert moments is not None
-    basis = measure_basis(moments, patch_size)
+    scale = checkpoints[0].config.noise_scale
+    basis = measure_basis(moments, patch_size, scale)
     numbers = chosen_at_random(len(store), num)
     found = []
     for checkpoint in checkpoints:
         weights = open_weights(checkpoint, ema, device)
-        scale = checkpoint.config.noise_scale
         squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device)
         found.append((checkpoint, weights.identity, squares))
     entries = [_describe(checkpoint, identity, squares, basis) for checkpoint, identity, squares in found]
@@ -95,18 +95,27 @@ def look_inside(
     }
 
 
-def measure_basis(moments: Moments, patch_size: int) -> Basis:
+def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -> Basis:
     """Return the directions of tokens with the optima of eq. 11, of tokens and, where it is small, of whole latents."""
     eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
-    times = np.array(TIMES)[:, None]
     whole = None
     if isinstance(moments.whole, TokenCovariance):
-        whole = whole_optimum(moments.whole.covariance, moments.stationary.shape, patch_size, vectors)
-    return Basis(patch_size, eigenvalues, vectors.cpu(), conditional_variance("v", eigenvalues, times), whole)
+        whole = whole_optimum(moments.whole.covariance, moments.stationary.shape, patch_size, vectors, noise_scale)
+    return Basis(patch_size, eigenvalues, vectors.cpu(), _unavoidable(eigenvalues, noise_scale), whole)
+
+
+def _unavoidable(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
+    """Return eq. 11 for velocity at all times, for noise of any scale: of x / s in units of s^2."""
+    risk = conditional_variance("v", lam / noise_scale**2, np.array(TIMES)[:, None])
+    return np.asarray(noise_scale**2 * risk)
 
 
 def whole_optimum(
-    covariance: Float64[Tensor, "D D"], shape: tuple[int, int, int], patch_size: int, vectors: Float64[Tensor, "d d"]
+    covariance: Float64[Tensor, "D D"],
+    shape: tuple[int, int, int],
+    patch_size: int,
+    vectors: Float64[Tensor, "d d"],
+    noise_scale: float,
 ) -> Float64[np.ndarray, "t d"]:
     """Return eq. 11 for whole latents as one Gaussian, as it appears along the directions of tokens.
 
@@ -116,8 +125,7 @@ def whole_optimum(
     lam, w = torch.linalg.eigh(covariance)
     tokens = patch_tokens(w.T.reshape(-1, *shape), patch_size) @ vectors
     share = tokens.square().view(len(lam), -1, len(vectors)).mean(1).cpu().numpy()
-    risk = conditional_variance("v", lam.clamp_min(0).cpu().numpy(), np.array(TIMES)[:, None])
-    return np.asarray(risk @ share)
+    return np.asarray(_unavoidable(lam.clamp_min(0).cpu().numpy(), noise_scale) @ share)
 
 
 @torch.inference_mode()
@@ -184,6 +192,9 @@ def _require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> No
     sizes = {checkpoint.config.network.patch_size for checkpoint in checkpoints}
     if len(sizes) > 1:
         raise JLTError(f"Networks of unlike patch sizes have no common directions: {sorted(sizes)}.")
+    scales = {checkpoint.config.noise_scale for checkpoint in checkpoints}
+    if len(scales) > 1:
+        raise JLTError(f"Networks for noise of unlike scales see no common noise: {sorted(scales)}.")
     for checkpoint in checkpoints:
         wanted = {key: store.identity()[key] for key in ("autoencoder", "source", "resolution")}
         lines = difference({key: checkpoint.latents[key] for key in wanted}, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -229,7 +230,7 @@ def _thinned(spectrum: Spectrum) -> dict[str, Any]:
 def _describe_whole(moments: Moments) -> dict[str, Any]:
     """Return the leading directions of whole latents, and how much variance the others have together."""
     whole, sample = moments.whole, moments.sample.latents
-    dimension = moments.stationary.eigenvalues().size
+    dimension = math.prod(moments.stationary.shape)
     if isinstance(whole, TokenCovariance):
         method, total = "exact", float(whole.covariance.trace())
         leading = eigenvalues_descending(whole.covariance.numpy(force=True))[: min(dimension, whole.images - 1)]

@@ -36,6 +36,11 @@ LONG_LIST = 8
 """Lists with more values than this are not shown whole in a message."""
 
 
+def why_unreadable(error: Exception) -> str:
+    """Return what is wrong with a file of arrays, without numpy's advice to run what is in it."""
+    return "it is a pickle, or no archive of arrays" if "pickle" in str(error) else str(error)
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, flushed to disk and renamed to `path` if the block succeeds."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jlt.data.sources.contract import read_image
 from jlt.errors import JLTError
-from jlt.files import UNREADABLE_ARRAYS
+from jlt.files import UNREADABLE_ARRAYS, why_unreadable
 
 LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]
 IMAGES = "arr_0.npy"
@@ -102,7 +102,7 @@ class ImageArray(StoredImages):
                 labels = file.get("arr_1")
                 self.classes = str(file["classes"]) if "classes" in file else None
         except UNREADABLE_ARRAYS as error:
-            raise JLTError(f"{path} is not an .npz of images under arr_0 ({error}).") from error
+            raise JLTError(f"{path} is not an .npz of images under arr_0 ({why_unreadable(error)}).") from error
         if labels is not None and not np.issubdtype(labels.dtype, np.integer):
             raise JLTError(f"{path} holds labels (arr_1) that are {labels.dtype}, not whole numbers.")
         self.labels = None if labels is None else labels.astype(np.int64)

@@ -19,7 +19,7 @@ from jlt.errors import JLTError
 from jlt.evaluation.features import FeatureExtractor
 from jlt.evaluation.metrics import Gaussian
 from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import UNREADABLE_ARRAYS, atomic_path, read_json, write_json
+from jlt.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
 
 SCHEMA = 2
 SUFFIXES = (".npz", ".pt")
@@ -122,7 +122,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                 return {name: file[name] for name in names if name in file}
     except UNREADABLE_ARRAYS as error:
         # numpy refuses object arrays and bare pickles with a ValueError; an .npy has no context to enter.
-        raise JLTError(f"{path} does not hold statistics, arrays of numbers named mu and sigma ({error}).") from error
+        why = why_unreadable(error)
+        raise JLTError(f"{path} does not hold statistics, arrays of numbers named mu and sigma ({why}).") from error
 
 
 def _torch_arrays(content: bytes) -> Mapping[str, Any]:

@@ -50,23 +50,23 @@ FORECASTS = [("white", 0.0, 0.05), ("steep", 1.0, 0.5), ("turned", 1.5, 0.6)]
 
 def test_pairs_of_seeds_are_compared():
     found = {check.setting: check for check in checks(study(DISTANCES, FORECASTS))}
-    assert found["patch 1, steep"].ratio == Spread(2.5, 2.0, 3.0, 2)
-    assert found["patch 1, steep"].measured_first == found["patch 1, steep"].expected_first == "x"
-    assert found["patch 1, white"].expected_first is None
-    assert found["patch 1, white"].measured_first is None
-    assert (found["patch 1, turned"].expected_first, found["patch 1, turned"].measured_first) == ("x", "v")
+    assert found["patch 1 (steep)"].ratio == Spread(2.5, 2.0, 3.0, 2)
+    assert found["patch 1 (steep)"].measured_first == found["patch 1 (steep)"].expected_first == "x"
+    assert found["patch 1 (white)"].expected_first is None
+    assert found["patch 1 (white)"].measured_first is None
+    assert (found["patch 1 (turned)"].expected_first, found["patch 1 (turned)"].measured_first) == ("x", "v")
 
 
 def test_what_did_not_come_true_is_said():
     found = checks(study(DISTANCES, FORECASTS))
     first, even, correlation = check_sentences(found)
     assert "In 1 of 2 settings" in first
-    assert first.endswith("; not at patch 1, turned.")
+    assert first.endswith("; not at patch 1 (turned).")
     assert "Called even" in even
-    assert "0.950 at patch 1, white" in even
+    assert "0.950 at patch 1 (white)" in even
     # Expected white < steep < turned, measured turned < white < steep.
     assert "is -0.50 over 3 settings" in correlation
-    assert check_rows(found)[0] == ("patch 1, white", "even, 5.0%", "0.950", "0.800 to 1.10")
+    assert check_rows(found)[0] == ("patch 1 (white)", "even, 5.0%", "0.950", "0.800 to 1.10")
     assert len(expected_figure(found).panels) == 2
 
 

@@ -49,10 +49,11 @@ def checks(study: Study) -> list[Check]:
             ratio = spread(_ratios(study, forecast, space))
             if ratio is None:
                 continue
-            where = [f"patch {forecast['patch_size']}", forecast["variant"], f"{space}-space" * (len(spaces) > 1)]
+            where = [forecast["variant"], f"{space}-space loss" * (len(spaces) > 1)]
+            told = ", ".join(filter(None, where))
             found.append(
                 Check(
-                    setting=", ".join(filter(None, where)),
+                    setting=f"patch {forecast['patch_size']}{f' ({told})' if told else ''}",
                     anisotropy=forecast["anisotropy"],
                     patch_size=forecast["patch_size"],
                     width=forecast["width"],

@@ -75,7 +75,7 @@ def setting(comparison: Comparison, study: Study) -> str:
     several = len({system.loss_space for system in study.systems}) > 1
     article = "a" if comparison.loss_space == "v" else "an"
     loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if several else ""
-    variant = f", {comparison.variant}" if comparison.variant else ""
+    variant = f" ({comparison.variant})" if comparison.variant else ""
     return f"patch {comparison.patch_size}{variant}{loss}"
 
 

@@ -266,7 +266,8 @@ def sample_grids(study: Study) -> dict[int, list[Grid]]:
             continue
         distance = f"Fréchet distance {row.cells[0].text}" + (" over seeds" if row.cells[0].span else "")
         alt = f"Samples of {row.system.name}, one row per class; {distance}."
-        grids.setdefault(row.system.patch_size, []).append(Grid(row.system.name, picture_uri(run.grid), distance, alt))
+        name = ", ".join(filter(None, (row.system.name, row.system.variant)))
+        grids.setdefault(row.system.patch_size, []).append(Grid(name, picture_uri(run.grid), distance, alt))
     return grids
 
 

@@ -328,7 +328,7 @@ def test_a_worker_that_is_killed_ends_the_others_soon(tmp_path):
     assert time.monotonic() - begun < 20
 
 
-def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path):
+def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path, monkeypatch):
     poisoned, out = tmp_path / "latents", tmp_path / "out"
     shutil.copytree(latents, poisoned)
     shard = poisoned / "shard-00000.safetensors"
@@ -337,6 +337,11 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
     first, last = json.loads(content[8:begin])["latents"]["data_offsets"]
     content[begin + first : begin + last] = np.full((last - first) // 4, np.nan, np.float32).tobytes()
     shard.write_bytes(content)
+    with pytest.raises(JLTError, match="Latent 0 of the store is not finite"):
+        ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
+    assert not (out / "runs").exists()
+    # What is expected of the systems needs the latents too; without it they are met in the training alone.
+    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda systems: [])
     with pytest.raises(JLTError, match=r"Step 10: the loss is nan.* 10 in a row"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not claims_to_be_matched(out)

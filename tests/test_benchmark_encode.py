@@ -37,8 +37,7 @@ def test_figures(measured: dict) -> None:
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     assert measured["ratio"] == pytest.approx(measured["img_per_second"] / measured["bare_img_per_second"])
     assert (measured["images"], measured["orientations"]) == (40, 2)
-    # Two short measurements: a busy machine may slow either of them a good deal.
-    assert 0.05 < measured["ratio"] < 20
+    assert 0 < measured["ratio"] < 2
     # A fresh process with torch, and little else.
     few, many = measured["memory_mib_by_images"].values()
     assert 100 < few < 1000

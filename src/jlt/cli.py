@@ -201,7 +201,7 @@ class Analyze(Verb):
 
     def run(self) -> Result:
         from jlt.data.store import LatentStore
-        from jlt.experiments.geometry import analyze_into, look_into
+        from jlt.experiments.geometry import Question, analyze_into, look_into
         from jlt.geometry.forecast import TimeModel
         from jlt.processes import joined
         from jlt.protocol import default_device
@@ -210,13 +210,14 @@ class Analyze(Verb):
 
         if min((*self.width, *self.patch_size), default=0) < 1:
             raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
-        store, model, device = LatentStore.open(self.latents), TimeModel(self.timesteps, self.t_eps), default_device()
+        question = Question(self.patch_size, self.width, TimeModel(self.timesteps, self.t_eps))
+        store, device = LatentStore.open(self.latents), default_device()
         with joined(device) as group:
             if self.checkpoint:
-                # Before the space is measured: what cannot be compared is refused at once.
+                # First: checkpoints that cannot be compared are refused at once.
                 checkpoints = [open_checkpoint(path) for path in self.checkpoint]
                 inside = group.on_first(lambda: look_into(checkpoints, store, self.out, self.num, self.ema, device))
-            geometry = analyze_into(store, self.out, self.patch_size, self.width, model, device, group)
+            geometry = analyze_into(store, self.out, question, device, group)
             if self.checkpoint:
                 geometry = {**geometry, "inside": inside}
         return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")

@@ -7,6 +7,7 @@ A network that is trained in such coordinates sees the same data through another
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,11 @@ class Coordinates:
 
     def undo(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Return latents as the autoencoder made them, in float32."""
-        return self._mapped(latents, torch.linalg.inv(self.matrix))
+        return self._mapped(latents, self._inverse)
+
+    @functools.cached_property
+    def _inverse(self) -> Float64[Tensor, "d d"]:
+        return torch.linalg.inv(self.matrix)
 
     def _mapped(self, latents: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "d d"]) -> Float[Tensor, "n c h w"]:
         tokens = patch_tokens(latents, self.patch_size)

@@ -272,8 +272,7 @@ def forecasts(systems: Sequence[System]) -> list[dict[str, Any]]:
         key = (system.anisotropy, network.patch_size, network.hidden_size)
         if key in found:
             continue
-        clamp = train.loss.t_eps if train.loss.weighting == "matched" else 0.0
-        told = forecast([spectra[place]], TimeModel(train.timesteps, clamp), [network.hidden_size])
+        told = forecast([spectra[place]], TimeModel(train.timesteps, train.loss.t_eps), [network.hidden_size])
         found[key] = {
             "variant": system.variant,
             "anisotropy": system.anisotropy,

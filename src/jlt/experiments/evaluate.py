@@ -38,6 +38,7 @@ from jlt.rows import RowTable
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import ARRAY, PROTOCOL, class_name
 from jlt.sheet import Words, draw_sheet
+from jlt.signals import Stopped, stop_on_signal
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
 BATCH_SIZE = 250
@@ -91,8 +92,10 @@ def evaluate_sampler(
         with drawn_features(sampler, extractor, place, group) as table:
             # Labels are compared with the extractor's classes where those are the same thing.
             labelled = sampler.classes == extractor.classes_of
-            with ending_together(group):
+            with stop_on_signal() as asked:
                 metrics, left_out = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
+            if any(group.gather(bool(asked))):
+                raise Stopped("Stopped on request.")
             if not (keep or table.holds_more):
                 group.on_first(lambda: _remove(table))
     if group.rank == 0 and not keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,35 @@ from jlt.report.results import INSIDE
 from jlt.training.checkpoint import Checkpoint
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a space: by which patches it is cut, and for which networks and training the advice is."""
+
+    patch_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    model: TimeModel
+
+    def words(self, store: LatentStore) -> dict[str, Any]:
+        """Return what `geometry.json` says of the question, as JSON values."""
+        return {
+            "schema": SCHEMA,
+            "latents": store.identity(),
+            "patch_sizes": list(self.patch_sizes),
+            "widths": list(self.widths),
+            "training": {"timesteps": to_dict(self.model.timesteps), "t_eps": self.model.t_eps},
+        }
+
+
 def measure_geometry(
-    store: LatentStore,
-    folder: Path,
-    patch_sizes: tuple[int, ...],
-    widths: tuple[int, ...],
-    model: TimeModel,
-    device: str = "cpu",
-    group: Group | None = None,
+    store: LatentStore, folder: Path, question: Question, device: str = "cpu", group: Group | None = None
 ) -> dict[str, Any]:
     """Write `geometry.json` into a folder, or keep the one that is there if it answers the same question."""
-    group, path = group or Alone(), folder / "geometry.json"
-    question = {
-        "schema": SCHEMA,
-        "latents": store.identity(),
-        "patch_sizes": list(patch_sizes),
-        "widths": list(widths),
-        "training": {"timesteps": to_dict(model.timesteps), "t_eps": model.t_eps},
-    }
+    group, path, words = group or Alone(), folder / "geometry.json", question.words(store)
     stored = group.on_first(lambda: read_json(path) if path.exists() else {})
-    if {key: stored.get(key) for key in question} == question:
+    if {key: stored.get(key) for key in words} == words:
         return stored
-    measured = {**question, **analyze(store, patch_sizes, widths, model, device, group)}
+    found = analyze(store, question.patch_sizes, question.widths, question.model, device, group)
+    measured = {**words, **found}
     group.on_first(lambda: write_json(path, measured))
     return measured
 
@@ -55,17 +63,11 @@ def look_into(
 
 
 def analyze_into(
-    store: LatentStore,
-    out: Path,
-    patch_sizes: tuple[int, ...],
-    widths: tuple[int, ...],
-    model: TimeModel,
-    device: str = "cpu",
-    group: Group | None = None,
+    store: LatentStore, out: Path, question: Question, device: str = "cpu", group: Group | None = None
 ) -> dict[str, Any]:
     """Measure a store's geometry in a folder of its own, and write the page; return the geometry, in all processes."""
     group = group or Alone()
     group.on_first(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
-    geometry = measure_geometry(store, out, patch_sizes, widths, model, device, group)
+    geometry = measure_geometry(store, out, question, device, group)
     group.on_first(lambda: write_report(out))
     return geometry

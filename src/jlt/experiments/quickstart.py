@@ -11,7 +11,7 @@ from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.store import LatentStore
 from jlt.experiments.ablation import AblationConfig, ablate
-from jlt.experiments.geometry import measure_geometry
+from jlt.experiments.geometry import Question, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
 from jlt.files import claim_folder
 from jlt.geometry.forecast import TimeModel
@@ -38,7 +38,7 @@ def quickstart(
     say("2/4 measuring the geometry of their latents")
     config = quickstart_ablation(store, seeds, steps)
     model = TimeModel(config.train.timesteps, config.train.loss.t_eps)
-    measure_geometry(store, out, PATCH_SIZES, (config.train.network.hidden_size,), model)
+    measure_geometry(store, out, Question(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
     say(f"3/4 training {runs} systems for {config.train.steps} steps each")

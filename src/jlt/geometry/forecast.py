@@ -11,6 +11,7 @@ confidence. It says how firmly the model speaks, and not whether the model is ri
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jlt.config import PREDICTIONS, Prediction, TimestepConfig
+from jlt.errors import WrongWordsError
 from jlt.geometry.capacity import Times, capacity_curve, required_rank, training_times, unavoidable_risk
 from jlt.geometry.spectrum import Spectrum, summarise
 
@@ -53,6 +55,14 @@ class TimeModel:
     timesteps: TimestepConfig
     t_eps: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution == "uniform"):
+            raise WrongWordsError(
+                "t_eps must lie in [0, 0.5), and above 0 for uniform times: without a clamp the risk of a clean "
+                "prediction has no mean there."
+            )
+
+    @functools.cached_property
     def times(self) -> Times:
         """Return the quadrature of p(t)."""
         return training_times(self.timesteps, self.t_eps)
@@ -60,7 +70,7 @@ class TimeModel:
 
 def needed_ranks(lam: Spectrum, model: TimeModel, share: float, shared: bool = False) -> Needed:
     """Return the rank that each prediction needs for an excess risk of `share` times what nobody can avoid."""
-    return _needed(_curves(lam, model, shared), unavoidable_risk(lam, model.times(), model.t_eps), share)
+    return _needed(_curves(lam, model, shared), unavoidable_risk(lam, model.times, model.t_eps), share)
 
 
 def forecast(estimates: Sequence[Estimate], model: TimeModel, widths: Sequence[int]) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def forecast(estimates: Sequence[Estimate], model: TimeModel, widths: Sequence[i
     second needs more than the first; `confidence` is the share (0..1) of the variations with the same first.
     """
     lam = estimates[0].eigenvalues
-    unavoidable = unavoidable_risk(lam, model.times(), model.t_eps)
+    unavoidable = unavoidable_risk(lam, model.times, model.t_eps)
     curves = {shared: _curves(lam, model, shared) for shared in (False, True)}
     ranks = np.unique(np.linspace(0, len(lam), TABULATED_RANKS).round().astype(np.int64))
     needed = _needed(curves[False], unavoidable, STATED_SHARE)
@@ -107,7 +117,7 @@ def variations(estimates: Sequence[Estimate], model: TimeModel) -> list[Needed]:
     for estimate, replicate in itertools.product(estimates, range(REPLICATES)):
         error = random.standard_normal(len(estimate.eigenvalues)) * estimate.relative_error if replicate else 0.0
         lam = np.sort(estimate.eigenvalues * np.exp(error))[::-1]
-        unavoidable = unavoidable_risk(lam, model.times(), model.t_eps)
+        unavoidable = unavoidable_risk(lam, model.times, model.t_eps)
         for shared in (False, True):
             curves = _curves(lam, model, shared)
             found += [_needed(curves, unavoidable, share) for share in SHARES]
@@ -148,7 +158,7 @@ WORDS: dict[Prediction, str] = {"x": "the clean latent", "eps": "noise", "v": "v
 
 
 def _curves(lam: Spectrum, model: TimeModel, shared: bool) -> dict[Prediction, Float64[np.ndarray, " d_plus_1"]]:
-    times = model.times()
+    times = model.times
     return {name: capacity_curve(name, lam, times, model.t_eps, shared) for name in PREDICTIONS}
 
 

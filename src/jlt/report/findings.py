@@ -353,7 +353,7 @@ def limits(study: Study) -> list[str]:
             "The geometry is a linear-Gaussian picture of single tokens. It says what each target asks of a network, "
             f"not how well a network does it{'' if study.inside else '; nothing has been trained here'}."
         )
-    elif study.geometry is not None:
+    elif study.geometry is not None and not any("anisotropy" in system.variant for system in study.systems):
         texts.append(
             "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it "
             "causes them is not tested here, since the latent space itself was never changed."

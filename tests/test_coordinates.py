@@ -11,7 +11,7 @@ from jlt.data.encode import encode
 from jlt.data.store import LatentStore, verify_store
 from jlt.errors import JLTError
 from jlt.experiments.coordinates import NAME, measure_coordinates, store_in_coordinates
-from jlt.geometry.analyze import token_estimate
+from jlt.geometry.analyze import token_estimates
 from jlt.geometry.covariance import TokenCovariance
 from jlt.patches import join_tokens, patch_tokens
 from jlt.sampling.sampler import matching_autoencoder
@@ -88,9 +88,9 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
     assert (len(whitened), whitened.class_names) == (len(digits), digits.class_names)
     assert whitened.manifest.dtype == "float32"
     assert np.array_equal(whitened.labels, digits.labels)
-    lam = token_estimate(whitened, 1).eigenvalues
+    lam = token_estimates(whitened, [1], "cpu")[1].eigenvalues
     np.testing.assert_allclose(lam, lam.mean(), rtol=1e-3)
-    assert lam.sum() == pytest.approx(token_estimate(digits, 1).eigenvalues.sum(), rel=1e-4)
+    assert lam.sum() == pytest.approx(token_estimates(digits, [1], "cpu")[1].eigenvalues.sum(), rel=1e-4)
     numbers = np.arange(0, 1797, 100)
     plain, changed = (store.gather(numbers)[0].float() for store in (digits, whitened))
     decoder = matching_autoencoder(whitened.manifest.autoencoder, None, "cpu")

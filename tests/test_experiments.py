@@ -27,7 +27,7 @@ from jlt.experiments.ablation import AblationConfig, ablate, check_matched, prov
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
-from jlt.geometry.analyze import token_estimate
+from jlt.geometry.analyze import token_estimates
 from jlt.geometry.forecast import TimeModel, needed_ranks
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
@@ -268,7 +268,9 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path):
     for told in summary["forecasts"]:
         store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{told['anisotropy']:g}-p1")
         model = TimeModel(config.train.timesteps, config.train.loss.t_eps)
-        assert told["needed"]["0.05"] == pytest.approx(needed_ranks(token_estimate(store, 1).eigenvalues, model, 0.05))
+        assert told["needed"]["0.05"] == pytest.approx(
+            needed_ranks(token_estimates(store, [1], "cpu")[1].eigenvalues, model, 0.05)
+        )
     white, as_it_is = (
         next(told for told in summary["forecasts"] if told["anisotropy"] == power) for power in (0.0, 1.0)
     )

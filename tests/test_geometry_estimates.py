@@ -194,7 +194,7 @@ def test_the_sample_is_the_same_for_any_batches():
     data, _ = latents(50)
     numbers = np.array([0, 3, 17, 18, 49])
     for size in (1, 7, 50):
-        left, right = Sample(numbers), Sample(numbers)
+        left, right = (Sample(numbers, tuple(data.shape[1:])) for _ in range(2))
         for start in range(0, 50, size):
             (left if start < 20 else right).update(start, data[start : start + size])
         right.merge(left)

@@ -14,7 +14,14 @@ from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
-from jlt.experiments.inside import TIMES, look_inside, measure_basis, squared_errors
+from jlt.experiments.inside import (
+    TIMES,
+    measure_basis,
+    require_comparable,
+    squared_errors,
+    stationary_optimum,
+    whole_optimum,
+)
 from jlt.experiments.recipes import resolve_recipe
 from jlt.geometry.measure import measure_moments
 from jlt.processes import Alone
@@ -62,7 +69,7 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     basis = measure_basis(moments, patch_size, scale)
     network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, scale)
     denoiser = Denoiser(network, prediction, null_label=1)
-    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu")
+    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", Alone())
     error = squares.std(1) / len(store) ** 0.5
     assert squares.shape == (len(TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
@@ -77,6 +84,28 @@ def test_latents_of_one_token_have_one_optimum():
     moments = measure_moments(FakeStore(gaussian_latents(200)), [4], "cpu", Alone())
     basis = measure_basis(moments, 4)
     np.testing.assert_allclose(basis.whole_optimum, basis.optimum, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_by_spatial_frequency_the_optimum_is_that_of_the_whole_covariance(patch_size):
+    data = gaussian_latents(100)
+    # All shifts of all latents: a covariance that depends on distances alone.
+    data = torch.cat([data.roll((rows, columns), (2, 3)) for rows in range(4) for columns in range(4)])
+    moments = measure_moments(FakeStore(data), [patch_size], "cpu", Alone())
+    vectors = measure_basis(moments, patch_size).vectors
+    exact = whole_optimum(moments.whole.covariance, SHAPE, patch_size, vectors, 0.5)
+    found = stationary_optimum(moments.stationary, patch_size, vectors, 0.5)
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def test_large_latents_have_an_optimum_by_spatial_frequency():
+    data = torch.randn(40, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    moments = measure_moments(FakeStore(data), [4], "cpu", Alone())
+    basis = measure_basis(moments, 4)
+    assert basis.whole_estimate == "stationary"
+    assert basis.whole_optimum.shape == (len(TIMES), 48)
+    # White noise: whoever knows more than a token knows no more than the token tells.
+    np.testing.assert_allclose(basis.whole_optimum[6], basis.optimum[6], rtol=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +149,7 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
         run.config, network=dataclasses.replace(run.config.network, patch_size=2)
     ))  # fmt: skip
     with pytest.raises(JLTError, match="unlike patch sizes"):
-        look_inside([run, wider], store, 10)
+        require_comparable([run, wider], store)
     encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
     with pytest.raises(JLTError, match="was not trained on these latents: autoencoder"):
-        look_inside([run], LatentStore.open(tmp_path / "pixels"), 10)
+        require_comparable([run], LatentStore.open(tmp_path / "pixels"))

@@ -201,7 +201,8 @@ class Analyze(Verb):
 
     def run(self) -> Result:
         from jlt.data.store import LatentStore
-        from jlt.experiments.geometry import Question, analyze_into, look_into
+        from jlt.experiments.geometry import Question, analyze_into
+        from jlt.experiments.inside import Networks
         from jlt.geometry.forecast import TimeModel
         from jlt.processes import joined
         from jlt.protocol import default_device
@@ -212,14 +213,10 @@ class Analyze(Verb):
             raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
         question = Question(self.patch_size, self.width, TimeModel(self.timesteps, self.t_eps))
         store, device = LatentStore.open(self.latents), default_device()
+        opened = [open_checkpoint(path) for path in self.checkpoint]
+        networks = Networks(opened, self.num, self.ema) if opened else None
         with joined(device) as group:
-            if self.checkpoint:
-                # First: checkpoints that cannot be compared are refused at once.
-                checkpoints = [open_checkpoint(path) for path in self.checkpoint]
-                inside = group.on_first(lambda: look_into(checkpoints, store, self.out, self.num, self.ema, device))
-            geometry = analyze_into(store, self.out, question, device, group)
-            if self.checkpoint:
-                geometry = {**geometry, "inside": inside}
+            geometry = analyze_into(store, self.out, question, networks, device, group)
         return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")
 
 

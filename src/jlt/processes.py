@@ -191,6 +191,13 @@ class Processes(Group):
             dist.barrier(group=self.control)
 
 
+def of_first(value: T | None) -> T:
+    """Return what `Group.fold` left with the first process; ValueError in the others."""
+    if value is None:
+        raise ValueError("what was folded is with the first process")
+    return value
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Turn the broken connection that a process sees when another one has ended into a JLTError."""

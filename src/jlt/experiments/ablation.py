@@ -24,9 +24,10 @@ from jlt.experiments.pool import run_jobs
 from jlt.experiments.progress import AblationProgress
 from jlt.experiments.recipes import vary
 from jlt.files import claim_folder, difference, lock_folder, read_json, write_json
-from jlt.geometry.analyze import token_estimate
-from jlt.geometry.forecast import TimeModel, forecast
+from jlt.geometry.analyze import token_estimates
+from jlt.geometry.forecast import Estimate, TimeModel, forecast
 from jlt.protocol import default_device, machine
+from jlt.report.results import ABLATION
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
@@ -118,6 +119,11 @@ class System:
         return ", ".join(f"{axis} {value:g}" for axis, value in parts.items() if value is not None)
 
     @property
+    def setting(self) -> tuple[str, int]:
+        """Variant and patch size: systems that share them also share what is expected of their predictions."""
+        return self.variant, self.config.network.patch_size
+
+    @property
     def evaluated_steps(self) -> list[int]:
         """Steps at which the run is measured: its checkpoints."""
         return [
@@ -196,12 +202,14 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
         summary = {"command": command, **describe(config, systems, store, device)}
+        known = read_json(out / ABLATION).get("forecasts", []) if (out / ABLATION).exists() else []
+        summary["forecasts"] = forecasts(systems, known, device)
         # Written before the work too, so that an ablation under way can be reported on.
-        write_json(out / "ablation.json", summary)
+        write_json(out / ABLATION, summary)
         with AblationProgress(systems) as progress:
             run_jobs(run_system, systems, workers, progress.poll)
         summary |= prove_matched(systems, config)
-        write_json(out / "ablation.json", summary)
+        write_json(out / ABLATION, summary)
     return summary
 
 
@@ -232,7 +240,7 @@ def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
 
 
 def describe(config: AblationConfig, systems: Sequence[System], store: LatentStore, device: str) -> dict[str, Any]:
-    """Return what `ablation.json` says before the work is done."""
+    """Return what `ablation.json` says of the systems, before the work is done."""
     return {
         "schema": 1,
         "title": config.title,
@@ -256,32 +264,40 @@ def describe(config: AblationConfig, systems: Sequence[System], store: LatentSto
             }
             for system in systems
         ],
-        "forecasts": forecasts(systems),
     }
 
 
-def forecasts(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Return what is expected of x, eps and v in every geometry and network, before anything is trained."""
-    found, spectra = {}, {}
-    for system in systems:
-        network, train = system.config.network, system.config
-        if (place := (system.latents, network.patch_size)) not in spectra:
-            estimate = token_estimate(LatentStore.open(system.latents), network.patch_size)
-            # Of latents in units of the noise, whose scale is the same for all.
-            spectra[place] = replace(estimate, eigenvalues=estimate.eigenvalues / train.noise_scale**2)
-        key = (system.anisotropy, network.patch_size, network.hidden_size)
-        if key in found:
-            continue
-        told = forecast([spectra[place]], TimeModel(train.timesteps, train.loss.t_eps), [network.hidden_size])
-        found[key] = {
-            "variant": system.variant,
-            "anisotropy": system.anisotropy,
-            "patch_size": network.patch_size,
-            "width": network.hidden_size,
-            "dimension": network.channels * network.patch_size**2,
-            **{name: told[name] for name in FORECAST_FIELDS},
-        }
-    return list(found.values())
+def forecasts(
+    systems: Sequence[System], known: Sequence[dict[str, Any]] = (), device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Return what is expected of x, eps and v in every geometry and network, before anything is trained.
+
+    `known` are those of the same ablation, with fewer points on its axes.
+    """
+    found = {(told["variant"], told["patch_size"]): told for told in known}
+    new = [system for system in systems if system.setting not in found]
+    for latents in dict.fromkeys(system.latents for system in new):
+        there = [system for system in new if system.latents == latents]
+        sizes = list(dict.fromkeys(system.config.network.patch_size for system in there))
+        estimates = token_estimates(LatentStore.open(latents), sizes, device)
+        for system in there:
+            found.setdefault(system.setting, _forecast(system, estimates[system.config.network.patch_size]))
+    return [found[setting] for setting in dict.fromkeys(system.setting for system in systems)]
+
+
+def _forecast(system: System, estimate: Estimate) -> dict[str, Any]:
+    network, train = system.config.network, system.config
+    # Of latents in units of the noise.
+    spectrum = replace(estimate, eigenvalues=estimate.eigenvalues / train.noise_scale**2)
+    told = forecast([spectrum], TimeModel(train.timesteps, train.loss.t_eps), [network.hidden_size])
+    return {
+        "variant": system.variant,
+        "anisotropy": system.anisotropy,
+        "patch_size": network.patch_size,
+        "width": network.hidden_size,
+        "dimension": network.channels * network.patch_size**2,
+        **{name: told[name] for name in FORECAST_FIELDS},
+    }
 
 
 def prove_matched(systems: Sequence[System], config: AblationConfig) -> dict[str, Any]:

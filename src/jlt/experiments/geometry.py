@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jlt.config import to_dict
 from jlt.data.store import LatentStore
-from jlt.experiments.inside import look_inside
+from jlt.experiments.inside import Networks, look_inside, require_comparable
 from jlt.files import claim_folder, read_json, write_json
-from jlt.geometry.analyze import SCHEMA, analyze
+from jlt.geometry.analyze import SCHEMA, describe
 from jlt.geometry.forecast import TimeModel
-from jlt.processes import Alone, Group
+from jlt.geometry.measure import Moments, measure_moments
+from jlt.processes import Alone, Group, of_first
 from jlt.report.page import write_report
 from jlt.report.results import INSIDE
-from jlt.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,67 @@ def measure_geometry(
     store: LatentStore, folder: Path, question: Question, device: str = "cpu", group: Group | None = None
 ) -> dict[str, Any]:
     """Write `geometry.json` into a folder, or keep the one that is there if it answers the same question."""
-    group, path, words = group or Alone(), folder / "geometry.json", question.words(store)
-    stored = group.on_first(lambda: read_json(path) if path.exists() else {})
-    if {key: stored.get(key) for key in words} == words:
+    group = group or Alone()
+    stored = _stored(store, folder, question, group)
+    if stored is not None:
         return stored
-    found = analyze(store, question.patch_sizes, question.widths, question.model, device, group)
-    measured = {**words, **found}
-    group.on_first(lambda: write_json(path, measured))
-    return measured
-
-
-def look_into(
-    checkpoints: Sequence[Checkpoint], store: LatentStore, out: Path, num: int, ema: str, device: str = "cpu"
-) -> dict[str, Any]:
-    """Write `inside.json`, where trained networks err, beside the geometry of the latents that they learnt."""
-    claim_folder(out, "analysis.json", {"latents": store.identity()})
-    found = look_inside(checkpoints, store, num, ema, device=device)
-    write_json(out / INSIDE, found)
-    return found
+    return _answer(measure_moments(store, question.patch_sizes, device, group), store, folder, question, group)
 
 
 def analyze_into(
-    store: LatentStore, out: Path, question: Question, device: str = "cpu", group: Group | None = None
+    store: LatentStore,
+    out: Path,
+    question: Question,
+    networks: Networks | None = None,
+    device: str = "cpu",
+    group: Group | None = None,
 ) -> dict[str, Any]:
-    """Measure a store's geometry in a folder of its own, and write the page; return the geometry, in all processes."""
+    """Measure a store's geometry in a folder of its own, look into networks that learnt it, and write the page.
+
+    A geometry that is there and answers the same question is kept, and the store is read once. Returns the geometry, in
+    all processes, with `inside` where networks are named. JLTError for networks that cannot be compared on this store.
+    """
     group = group or Alone()
+    if networks is not None:
+        require_comparable(networks.checkpoints, store)
     group.on_first(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
-    geometry = measure_geometry(store, out, question, device, group)
+    if networks is None:
+        geometry = measure_geometry(store, out, question, device, group)
+    else:
+        geometry = _analyze_with(networks, store, out, question, device, group)
     group.on_first(lambda: write_report(out))
     return geometry
+
+
+def _analyze_with(
+    networks: Networks, store: LatentStore, out: Path, question: Question, device: str, group: Group
+) -> dict[str, Any]:
+    """Write `geometry.json` and `inside.json`, from what one pass over the store has seen."""
+    geometry = _stored(store, out, question, group)
+    patch_sizes = (networks.patch_size, *(() if geometry else question.patch_sizes))
+    moments = measure_moments(store, patch_sizes, device, group)
+    geometry = geometry or _answer(moments, store, out, question, group)
+    inside = look_inside(networks, store, moments, device, group)
+    group.on_first(lambda: write_json(out / INSIDE, inside))
+    return {**geometry, "inside": inside}
+
+
+def _stored(store: LatentStore, folder: Path, question: Question, group: Group) -> dict[str, Any] | None:
+    """Return the geometry that a folder holds, in all processes; None if it answers another question."""
+    path, words = folder / "geometry.json", question.words(store)
+    stored = group.on_first(lambda: read_json(path) if path.exists() else {})
+    return stored if {key: stored.get(key) for key in words} == words else None
+
+
+def _answer(
+    moments: Moments | None, store: LatentStore, folder: Path, question: Question, group: Group
+) -> dict[str, Any]:
+    """Write what the first process saw as the answer to a question, and return it, in all processes."""
+
+    def answer() -> dict[str, Any]:
+        found = describe(of_first(moments), store.identity(), question.patch_sizes, question.widths, question.model)
+        measured = {**question.words(store), **found}
+        write_json(folder / "geometry.json", measured)
+        return measured
+
+    return group.on_first(answer)

@@ -2,14 +2,16 @@
 
 All networks see the same latents, noise and times, so that what differs between them is known far better than each by
 itself. Two optima are given beside: that of a token by itself (eq. 11 on its own spectrum), which a network that looks
-at all tokens and the class may well undercut, and, for small latents, that of whole latents as one Gaussian.
+at all tokens and the class may well undercut, and that of whole latents as one Gaussian: of their full covariance where
+it is small enough to be formed, else of their covariance by spatial frequency, as if positions were a torus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +24,11 @@ from jlt.files import difference
 from jlt.geometry.analyze import eigenbasis
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.gaussian import conditional_variance
-from jlt.geometry.measure import Latents, Moments, measure_moments
-from jlt.patches import patch_tokens
-from jlt.processes import Alone
-from jlt.progress import track
+from jlt.geometry.measure import Latents, Moments
+from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
+from jlt.patches import join_tokens, patch_tokens
+from jlt.processes import Group, ending_together, of_first
+from jlt.progress import bar
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.sampler import open_weights
 from jlt.training.checkpoint import Checkpoint
@@ -42,6 +45,29 @@ BANDS = (
 """Directions by their variance, from..to, in units of the noise's."""
 
 
+WholeEstimate = Literal["exact", "stationary"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Trained networks that are looked into: with which of their weights, and on how many latents."""
+
+    checkpoints: Sequence[Checkpoint]
+    num: int = 1024
+    ema: str = ""
+    """Which weights; empty takes a run's first EMA."""
+
+    @property
+    def patch_size(self) -> int:
+        """The patch size of all of them."""
+        return self.checkpoints[0].config.network.patch_size
+
+    @property
+    def noise_scale(self) -> float:
+        """The scale of the noise of all of them."""
+        return self.checkpoints[0].config.noise_scale
+
+
 @dataclass(frozen=True)
 class Basis:
     """The eigen-directions of tokens as columns, their variances, and what nobody can avoid in each at each time."""
@@ -50,58 +76,59 @@ class Basis:
     eigenvalues: Float64[np.ndarray, " d"]
     vectors: Float64[Tensor, "d d"]
     optimum: Float64[np.ndarray, "t d"]
-    whole_optimum: Float64[np.ndarray, "t d"] | None
+    whole_optimum: Float64[np.ndarray, "t d"]
+    whole_estimate: WholeEstimate
 
 
 def look_inside(
-    checkpoints: Sequence[Checkpoint],
-    store: Latents,
-    num: int,
-    ema: str = "",
-    seed: int = 0,
-    device: str = "cpu",
+    networks: Networks, store: Latents, moments: Moments | None, device: str, group: Group, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the errors of networks by time and direction, as JSON values.
+    """Return the errors of networks by time and direction, as JSON values, in all processes, which share the work.
 
-    `num` latents are drawn from the store, the same for all networks. JLTError for a checkpoint of other latents, and
-    for networks of unlike patch sizes.
+    `moments` are what the first process saw of the store, with the networks' patch size; the others have none. `num`
+    latents are drawn from the store, the same for all networks and any number of processes.
     """
-    _require_comparable(checkpoints, store)
-    patch_size = checkpoints[0].config.network.patch_size
-    moments = measure_moments(store, [patch_size], device, Alone())
-    assert moments is not None
-    scale = checkpoints[0].config.noise_scale
-    basis = measure_basis(moments, patch_size, scale)
-    numbers = chosen_at_random(len(store), num)
+    scale = networks.noise_scale
+    basis = group.on_first(lambda: measure_basis(of_first(moments), networks.patch_size, scale))
+    numbers = chosen_at_random(len(store), networks.num)
     found = []
-    for checkpoint in checkpoints:
-        weights = open_weights(checkpoint, ema, device)
-        squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device)
+    for checkpoint in networks.checkpoints:
+        weights = open_weights(checkpoint, networks.ema, device)
+        squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device, group)
         found.append((checkpoint, weights.identity, squares))
-    entries = [_describe(checkpoint, identity, squares, basis) for checkpoint, identity, squares in found]
-    first = found[0][2]
-    differences = [_mean_and_error(squares - first) for _, _, squares in found[1:]]
-    return {
-        "patch_size": patch_size,
-        "latents": store.identity(),
-        "count": len(numbers),
-        "seed": seed,
-        "times": list(TIMES),
-        "eigenvalues": basis.eigenvalues.tolist(),
-        "optimum": basis.optimum.tolist(),
-        "whole_optimum": None if basis.whole_optimum is None else basis.whole_optimum.tolist(),
-        "networks": entries,
-        "beyond_the_first": [{"difference": mean.tolist(), "error": error.tolist()} for mean, error in differences],
-    }
+
+    def describe() -> dict[str, Any]:
+        seen = [(checkpoint, identity, of_first(squares)) for checkpoint, identity, squares in found]
+        first = seen[0][2]
+        beyond = [_mean_and_error(squares - first) for _, _, squares in seen[1:]]
+        return {
+            "patch_size": networks.patch_size,
+            "latents": store.identity(),
+            "count": len(numbers),
+            "seed": seed,
+            "times": list(TIMES),
+            "eigenvalues": basis.eigenvalues.tolist(),
+            "optimum": basis.optimum.tolist(),
+            "whole_optimum": basis.whole_optimum.tolist(),
+            "whole_estimate": basis.whole_estimate,
+            "networks": [_describe(checkpoint, identity, squares, basis) for checkpoint, identity, squares in seen],
+            "beyond_the_first": [{"difference": mean.tolist(), "error": error.tolist()} for mean, error in beyond],
+        }
+
+    return group.on_first(describe)
 
 
 def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -> Basis:
-    """Return the directions of tokens with the optima of eq. 11, of tokens and, where it is small, of whole latents."""
+    """Return the directions of tokens with the optima of eq. 11, of tokens and of whole latents."""
     eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
-    whole = None
+    vectors, stationary = vectors.cpu(), moments.stationary
+    estimate: WholeEstimate
     if isinstance(moments.whole, TokenCovariance):
-        whole = whole_optimum(moments.whole.covariance, moments.stationary.shape, patch_size, vectors, noise_scale)
-    return Basis(patch_size, eigenvalues, vectors.cpu(), _unavoidable(eigenvalues, noise_scale), whole)
+        covariance = moments.whole.covariance.cpu()
+        estimate, whole = "exact", whole_optimum(covariance, stationary.shape, patch_size, vectors, noise_scale)
+    else:
+        estimate, whole = "stationary", stationary_optimum(stationary, patch_size, vectors, noise_scale)
+    return Basis(patch_size, eigenvalues, vectors, _unavoidable(eigenvalues, noise_scale), whole, estimate)
 
 
 def _unavoidable(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
@@ -128,6 +155,25 @@ def whole_optimum(
     return np.asarray(_unavoidable(lam.clamp_min(0).cpu().numpy(), noise_scale) @ share)
 
 
+def stationary_optimum(
+    stationary: StationaryCovariance, patch_size: int, vectors: Float64[Tensor, "d d"], noise_scale: float
+) -> Float64[np.ndarray, "t d"]:
+    """Return eq. 11 for whole latents whose covariance depends on the distance of positions alone, along tokens.
+
+    Spatial frequencies are independent of each other then. A token's direction, placed anywhere in a latent, has
+    coefficients at each of them, and meets the error of the C x C matrix there.
+    """
+    height, width = stationary.shape[1:]
+    tokens = torch.zeros(len(vectors), height * width // patch_size**2, len(vectors), dtype=torch.float64)
+    tokens[:, 0] = vectors.T
+    placed = frequencies(join_tokens(tokens.flatten(0, 1), patch_size, stationary.shape)).to(stationary.device)
+    lam, w = torch.linalg.eigh(stationary.scatter / (stationary.images - 1))
+    share = (placed.conj() @ w).abs().square()
+    share *= torch.as_tensor(multiplicity(height, width), device=share.device)[:, None, None]
+    risk = _unavoidable(lam.clamp_min(0).flatten().cpu().numpy(), noise_scale)
+    return np.asarray(risk @ share.transpose(1, 2).reshape(-1, len(vectors)).cpu().numpy())
+
+
 @torch.inference_mode()
 def squared_errors(
     denoiser: Denoiser,
@@ -137,26 +183,32 @@ def squared_errors(
     noise_scale: float,
     seed: int,
     device: str,
-) -> Float64[Tensor, "t n d"]:
-    """Return each latent's squared velocity error along each direction, the mean over its tokens, at every time."""
-    found = torch.empty(len(TIMES), len(numbers), len(basis.eigenvalues), dtype=torch.float64)
-    starts = range(0, len(numbers), BATCH_SIZE)
-    for start in track(starts, "looking inside", total=len(starts)):
-        chosen = numbers[start : start + BATCH_SIZE]
-        latents, labels = store.gather(chosen)
-        x = latents.to(device).float()
-        seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
-        eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
-        for place, t in enumerate(TIMES):
-            velocity = denoiser.velocity(t * x + (1 - t) * eps, t, labels.to(device))
-            found[place, start : start + len(chosen)] = along(velocity - (x - eps), basis)
-    return found
+    group: Group,
+) -> Float64[Tensor, "t n d"] | None:
+    """Return each latent's squared velocity error along each direction, the mean over its tokens, at every time.
+
+    The processes share the latents; the first has them all in the end, the others None. Stopped when asked to end.
+    """
+    starts, found, seen = range(0, len(numbers), BATCH_SIZE), [], group.begin()
+    with ending_together(group) as until_stopped, bar("looking inside", len(numbers)) as shown:
+        for start in until_stopped(starts[group.rank :: group.size]):
+            chosen = numbers[start : start + BATCH_SIZE]
+            latents, labels = store.gather(chosen)
+            x, labels = latents.to(device).float(), labels.to(device)
+            seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
+            eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
+            velocities = (denoiser.velocity(t * x + (1 - t) * eps, t, labels) for t in TIMES)
+            errors = torch.stack([along(velocity - (x - eps), basis) for velocity in velocities])
+            found.append((start, errors))
+            shown.show(group.add(seen, len(chosen)))
+    whole = group.fold(found, list.extend)
+    return None if whole is None else torch.cat([errors for _, errors in sorted(whole, key=itemgetter(0))], dim=1)
 
 
 def along(error: Float[Tensor, "n c h w"], basis: Basis) -> Float64[Tensor, "n d"]:
-    """Return the mean over tokens of the squared components of an error along the directions."""
-    tokens = patch_tokens(error.cpu().double(), basis.patch_size) @ basis.vectors
-    return tokens.square().view(len(error), -1, len(basis.eigenvalues)).mean(1)
+    """Return the mean over tokens of the squared components of an error along the directions, on the CPU."""
+    tokens = patch_tokens(error.double(), basis.patch_size) @ basis.vectors.to(error.device)
+    return tokens.square().view(len(error), -1, len(basis.eigenvalues)).mean(1).cpu()
 
 
 def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Tensor, Tensor]:
@@ -188,7 +240,8 @@ def _describe(checkpoint: Checkpoint, identity: Any, squares: Float64[Tensor, "t
     }
 
 
-def _require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:
+def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:
+    """Raise JLTError for checkpoints of other latents, and for networks of unlike patch sizes or scales of noise."""
     sizes = {checkpoint.config.network.patch_size for checkpoint in checkpoints}
     if len(sizes) > 1:
         raise JLTError(f"Networks of unlike patch sizes have no common directions: {sorted(sizes)}.")

@@ -22,13 +22,13 @@ from jlt.geometry.gaussian import (
     explained_power,
     target_variance,
 )
-from jlt.geometry.measure import Latents, Moments, measure_moments, require_enough
+from jlt.geometry.measure import Latents, Moments, measure_moments
 from jlt.geometry.sample import NEIGHBOURS, direction_moments, neighbourhood_covariance
 from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, sampling_error, summarise
 from jlt.geometry.stationary import between_classes
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
-from jlt.processes import Alone, Group
-from jlt.progress import say
+from jlt.processes import Alone, of_first
+from jlt.progress import say, track
 
 SCHEMA = 2
 TIMES = np.round(np.linspace(0.0, 0.98, 50), 2)
@@ -49,33 +49,32 @@ def analyze(
     patch_sizes: Sequence[int],
     widths: Sequence[int] = DEFAULT_WIDTHS,
     model: TimeModel = DEFAULT_TIMES,
-    device: torch.device | str = "cpu",
-    group: Group | None = None,
     batch_size: int = 0,
 ) -> dict[str, Any]:
-    """Measure a store in one pass and return geometry.json (plain numbers, lists and dicts), in all processes.
+    """Measure a store in one pass, in this process, and return geometry.json (plain numbers, lists and dicts).
 
     `widths` are those of networks that the advice is for, `model` the training it is for. Raises JLTError for fewer
     than two latents, values that are not finite, latents without any variance, and a patch size that does not divide
     the grid; warns on stderr where there are too few latents for an estimate.
     """
-    group = group or Alone()
-    require_enough(len(store))
-    moments = measure_moments(store, patch_sizes, device, group, batch_size)
-    return group.on_first(lambda: _describe(moments, store.identity(), widths, model))
+    moments = measure_moments(store, patch_sizes, "cpu", Alone(), batch_size)
+    return describe(of_first(moments), store.identity(), patch_sizes, widths, model)
 
 
-def _describe(
-    moments: Moments | None, identity: dict[str, Any], widths: Sequence[int], model: TimeModel
+def describe(
+    moments: Moments,
+    identity: dict[str, Any],
+    patch_sizes: Sequence[int],
+    widths: Sequence[int],
+    model: TimeModel,
 ) -> dict[str, Any]:
-    if moments is None:
-        raise ValueError("the moments are with the first process")
+    """Return geometry.json of what was seen of a store; see `analyze`."""
     _say_what_is_constant(moments)
     return {
         "schema": SCHEMA,
         "latents": identity,
         "times": TIMES.tolist(),
-        "tokens": {str(p): describe_tokens(moments, p, widths, model) for p in moments.tokens},
+        "tokens": {str(p): describe_tokens(moments, p, widths, model) for p in dict.fromkeys(patch_sizes)},
         "stationary": _describe_stationary(moments),
         "whole": _describe_whole(moments),
     }
@@ -122,11 +121,17 @@ def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], mo
     }
 
 
-def token_estimate(store: Latents, patch_size: int) -> Estimate:
-    """Return the spectrum of a store's tokens alone, each eigenvalue with the error of as many Gaussian latents."""
-    tokens = TokenCovariance(store.shape.channels, patch_size)
-    for start in range(0, len(store), TOKEN_BATCH):
-        tokens.update(store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))[0])
+def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> dict[int, Estimate]:
+    """Return the spectra of a store's tokens alone, each eigenvalue with the error of as many Gaussian latents."""
+    sums = {p: TokenCovariance(store.shape.channels, p, device) for p in patch_sizes}
+    for start in track(range(0, len(store), TOKEN_BATCH), "spectra of the latents"):
+        latents, _ = store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))
+        for tokens in sums.values():
+            tokens.update(latents)
+    return {p: _token_estimate(tokens) for p, tokens in sums.items()}
+
+
+def _token_estimate(tokens: TokenCovariance) -> Estimate:
     eigenvalues, _ = eigenbasis(tokens)
     return Estimate("tokens", eigenvalues, np.full(len(eigenvalues), sampling_error(tokens.images)))
 

@@ -55,7 +55,7 @@ class Moments:
         self.tokens = {p: TokenCovariance(shape.channels, p, device) for p in dict.fromkeys(patch_sizes)}
         self.stationary = StationaryCovariance(*size, device)
         self.classes = ClassMeans(shape.num_classes, *size, device)
-        self.sample = Sample(sample_numbers(count, values))
+        self.sample = Sample(sample_numbers(count, values), size)
         self.whole: TokenCovariance | LeadingSketch = (
             TokenCovariance(values, 1, device) if values <= EXACT_DIMENSION else LeadingSketch(values, device=device)
         )
@@ -86,10 +86,11 @@ def measure_moments(
 ) -> Moments | None:
     """Read a store once, shared among processes, and return what was seen in the first of them, None in the others.
 
-    JLTError for latents that are not finite and a patch size that does not divide the grid, in all processes; Stopped
-    when asked to end. The number of processes and the batches move the last digits.
+    JLTError for fewer than two latents, for some that are not finite and for a patch size that does not divide the
+    grid, in all processes; Stopped when asked to end. The number of processes and the batches move the last digits.
     """
     count, shape = len(store), store.shape
+    _require_enough(count)
     size = batch_size or max(1, BATCH_VALUES // (shape.channels * shape.height * shape.width))
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = Moments(count, shape, patch_sizes, device)
@@ -102,7 +103,7 @@ def measure_moments(
     return group.fold(mine, Moments.merge)
 
 
-def require_enough(count: int) -> None:
+def _require_enough(count: int) -> None:
     """Raise JLTError for a store with fewer latents than a covariance needs."""
     if count < 2:
         raise JLTError(f"The store holds {count} latents: a covariance needs at least 2, a good one thousands.")

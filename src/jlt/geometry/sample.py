@@ -34,29 +34,29 @@ def sample_numbers(count: int, values: int) -> Int64[np.ndarray, " m"]:
 class Sample:
     """Latents of given numbers, in float32, picked out of the batches that hold them."""
 
-    def __init__(self, numbers: Int64[np.ndarray, " m"]) -> None:
+    def __init__(self, numbers: Int64[np.ndarray, " m"], shape: tuple[int, int, int]) -> None:
         self._wanted = numbers
-        self._found: dict[int, Float[Tensor, "c h w"]] = {}
-        self._stacked: Float[Tensor, "m c h w"] | None = None
+        # At once, since many small pieces among large buffers would keep an allocator from giving pages back.
+        self._kept: Float[Tensor, "m c h w"] = torch.empty(len(numbers), *shape)
+        self._found = torch.zeros(len(numbers), dtype=torch.bool)
 
     def update(self, first: int, latents: Float[Tensor, "n c h w"]) -> None:
         """Look through a batch of consecutive latents, of which the first has this number."""
         low, high = np.searchsorted(self._wanted, (first, first + len(latents)))
-        for number in self._wanted[low:high].tolist():
-            self._found[number] = latents[number - first].float().cpu().clone()
+        self._kept[low:high] = latents[self._wanted[low:high] - first].float().cpu()
+        self._found[low:high] = True
 
     def merge(self, other: Sample) -> None:
         """Add what another one has found."""
+        self._kept[other._found] = other._kept[other._found]
         self._found |= other._found
 
     @property
     def latents(self) -> Float[Tensor, "m c h w"]:
-        """What was found, in the order of numbers; nothing can be added any more."""
-        if self._stacked is None:
-            self._stacked = torch.stack([self._found[number] for number in sorted(self._found)])
-            # Once is enough of them in memory.
-            self._found.clear()
-        return self._stacked
+        """All of them, in the order of numbers; ValueError while some have not been seen."""
+        if not self._found.all():
+            raise ValueError(f"{int((~self._found).sum())} of {len(self._found)} latents have not been seen")
+        return self._kept
 
 
 @dataclass(frozen=True)

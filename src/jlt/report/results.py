@@ -19,6 +19,7 @@ MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
 """The metrics that tables and curves show, in their order."""
 
 INSIDE = "inside.json"
+ABLATION = "ablation.json"
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
 """What a protocol says of the thing that was evaluated, not of how; everything else must agree within a table."""
 
@@ -173,7 +174,7 @@ def read_study(folder: Path) -> Study:
 
     Raises JLTError for any other folder, a damaged file, and evaluations whose protocols differ.
     """
-    if (folder / "ablation.json").exists():
+    if (folder / ABLATION).exists():
         study = _read_ablation(folder)
     elif (folder / "config.json").exists():
         study = _read_single(folder)
@@ -246,7 +247,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read_ablation(folder: Path) -> Study:
-    path = folder / "ablation.json"
+    path = folder / ABLATION
     facts = read_json(path)
     grouped: dict[tuple[str, str, str, int, str], list[Run]] = {}
     for entry in _get(facts, "systems", path):

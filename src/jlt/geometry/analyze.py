@@ -105,7 +105,7 @@ def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], mo
         "dimension": tokens.dimension,
         "count": tokens.count,
         "images": tokens.images,
-        "relative_sampling_error": float(np.median(error)),
+        "relative_sampling_error": float(np.median(error[error > 0])) if error.any() else 0.0,
         "relative_sampling_errors": error.tolist(),
         "mean": tokens.mean.tolist(),
         "eigenvalues": eigenvalues.tolist(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,20 @@ def plain_log(axis: Any, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
+
+
+NOT_DRAWN = 1e-9
+"""Of the largest value of a spectrum: what is smaller is the rounding of latents, and nothing that one should see."""
+
+
+def without_rounding(values: Sequence[float], largest: float) -> list[float]:
+    """Return the values of a spectrum for a logarithmic axis, not a number where they are rounding."""
+    return [value if value > NOT_DRAWN * largest else float("nan") for value in values]
+
+
+def drawn_only(values: Iterable[float], largest: float) -> list[float]:
+    """Return those of the values that `without_rounding` leaves."""
+    return [value for value in values if value > NOT_DRAWN * largest]
 
 
 def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:

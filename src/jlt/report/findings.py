@@ -19,6 +19,7 @@ seeds is unknown then."""
 CHANCE_FACTOR = 2.0
 """Label agreement below this multiple of chance counts as not recognisable."""
 
+TINY = 1e-30
 NEARLY_ISOTROPIC = 0.9
 """Sphericity from which a spectrum is called nearly isotropic."""
 
@@ -288,8 +289,9 @@ def inside_sentences(inside: Mapping[str, Any]) -> list[str]:
     for network in inside["networks"][1:]:
         parts = []
         for mine, theirs in zip(network["bands"], first["bands"], strict=True):
-            ratios = [a / b for a, b in zip(mine["error"], theirs["error"], strict=True)]
-            place = max(range(len(times)), key=lambda index: abs(math.log(ratios[index])))
+            # An untrained network is silent, which has no error at all where there is no variance.
+            ratios = [a / max(b, TINY) for a, b in zip(mine["error"], theirs["error"], strict=True)]
+            place = max(range(len(times)), key=lambda index: abs(math.log(max(ratios[index], TINY))))
             typical = number(sorted(ratios)[len(ratios) // 2], 2)
             parts.append(
                 f"{typical} times as large in the {mine['directions']} directions {mine['name']} "
@@ -299,7 +301,20 @@ def inside_sentences(inside: Mapping[str, Any]) -> list[str]:
             f"The velocity error of {_network_name(network)} is, against that of {_network_name(first)} and as the "
             f"median over times, {listed(parts)}."
         )
-    return texts
+    return [*texts, _against_optimum(inside["networks"])]
+
+
+def _against_optimum(networks: Sequence[Mapping[str, Any]]) -> str:
+    """Say how near networks come, where data vary least, to what a token by itself leaves unknown (eq. 11)."""
+    told, lowest = [], networks[0]["bands"][0]
+    for network in networks:
+        band = network["bands"][0]
+        ratios = [a / max(a - b, TINY) for a, b in zip(band["error"], band["beyond_optimum"], strict=True)]
+        told.append(f"{_network_name(network)} errs {number(sorted(ratios)[len(ratios) // 2], 2)} times as much")
+    return (
+        f"Against what a token by itself leaves unknown (eq. 11), in the {lowest['directions']} directions "
+        f"{lowest['name']} and as the median over times, {listed(told)}."
+    )
 
 
 def _network_name(network: Mapping[str, Any]) -> str:

@@ -10,7 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from jlt.report import palette
-from jlt.report.figures import THIRD, Figure, LegendEntry, Panel, draw, plain_log, prediction_legend
+from jlt.report.figures import (
+    THIRD,
+    Figure,
+    LegendEntry,
+    Panel,
+    draw,
+    drawn_only,
+    plain_log,
+    prediction_legend,
+    without_rounding,
+)
 from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_WORDS, swatch
 from jlt.report.wording import listed, number, percent
 
@@ -40,11 +50,12 @@ def _spectrum_figure(entries: list[Entry]) -> Figure:
     def style(entry: Entry) -> dict[str, Any]:
         return {"color": INK.light, "dashes": palette.dashes(entry["patch_size"]) or (None, None)}
 
-    positive = [lam for entry in entries for lam in entry["eigenvalues"] if lam > 0]
+    largest = max(lam for entry in entries for lam in entry["eigenvalues"])
+    positive = drawn_only((lam for entry in entries for lam in entry["eigenvalues"]), largest)
 
     def paint_spectrum(axes: Axes) -> None:
         for entry in entries:
-            axes.plot(ranks(entry), [lam if lam > 0 else float("nan") for lam in entry["eigenvalues"]], **style(entry))
+            axes.plot(ranks(entry), without_rounding(entry["eigenvalues"], largest), **style(entry))
         axes.axhline(1.0, color=MUTED.light, linewidth=1)
         axes.annotate("variance of the noise", (0.99, 1.0), xytext=(0, 3), textcoords="offset points", ha="right",
                       fontsize=8.5, color=MUTED.light)  # fmt: skip
@@ -75,7 +86,7 @@ def _spectrum_figure(entries: list[Entry]) -> Figure:
     caption = (
         "Eigenvalues of the token covariance, sorted, for each patch size. Where the curve runs below the grey line, a "
         "direction of the clean latent varies less than the noise that is added to it. Each eigenvalue is known to "
-        f"about {percent(error)} (the median over directions)."
+        f"about {percent(error)} (the median over directions). Below a billionth of the largest nothing is drawn."
     )
     panels = (
         draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),
@@ -94,17 +105,17 @@ def _directions_for(entry: Entry, share: float) -> int:
 def _label_ranks(axes: Axes) -> None:
     axes.set_xlabel("directions, largest first")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.margins(x=0.02)
+    axes.set_xlim(-0.02, 1.02)
 
 
 def _target_figure(entries: list[Entry]) -> Figure:
-    low = min(value for entry in entries for value in [*entry["target_variance"]["x"], 1.0] if value > 0)
     high = max(value for entry in entries for value in entry["target_variance"]["v"])
+    low = min(drawn_only((value for entry in entries for value in [*entry["target_variance"]["x"], 1.0]), high))
 
     def panel(entry: Entry) -> Panel:
         def paint(axes: Axes) -> None:
             for prediction, variances in entry["target_variance"].items():
-                shown = [value if value > 0 else float("nan") for value in variances]
+                shown = without_rounding(variances, high)
                 axes.plot(range(1, len(shown) + 1), shown, **_target_style(prediction, len(shown)))
             axes.set_yscale("log")
             axes.set_ylim(low / 1.6, high * 1.6)
@@ -145,7 +156,9 @@ def _shown_directions(entry: Entry) -> list[int]:
 
 def _name_direction(entry: Entry, column: int) -> str:
     index = entry["directions"][column]
-    return f"Direction {index + 1} of {entry['dimension']}: variance {number(entry['eigenvalues'][index], 2)}"
+    lam = entry["eigenvalues"][index]
+    variance = f"variance {number(lam, 2)}" if drawn_only([lam], entry["eigenvalues"][0]) else "no variance"
+    return f"Direction {index + 1} of {entry['dimension']}: {variance}"
 
 
 def _over_time(entry: Entry, quantity: str, column: int) -> dict[str, list[float]]:
@@ -198,6 +211,9 @@ def _conditional_figure(entry: Entry, times: list[float]) -> Figure:
             high = max(value for by_target in curves.values() for line in by_target.values() for value in line)
             axes.set_ylim(floor, max(2 * high, 10 * floor))
             plain_log(axes.yaxis, [floor, max(2 * high, 10 * floor)])
+            axes.set_xlim(-0.03, 1.03)
+            if all(value < floor for line in curves[column].values() for value in line):
+                axes.annotate("nothing remains", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED.light)
             axes.set_title(_name_direction(entry, column), fontsize=9.5)
             axes.set_xlabel("time t, from noise to data")
 
@@ -272,13 +288,14 @@ def _estimates_figure(entry: Entry, geometry: Mapping[str, Any]) -> Figure:
     lines = [(None, None), (4, 2), (1, 1.5), (6, 2, 1, 2)]
 
     def curves(axes: Axes, spectra: Mapping[str, tuple[Any, list[float]]], dimension: int) -> None:
+        largest = max(max(spectrum) for _, spectrum in spectra.values())
         for (name, (ranks, spectrum)), dashes in zip(spectra.items(), lines, strict=False):
-            shown = [value if value > 0 else float("nan") for value in spectrum]
-            axes.plot([(rank + 1) / dimension for rank in ranks], shown, color=INK.light, dashes=dashes, label=name)
-        positive = [value for _, spectrum in spectra.values() for value in spectrum if value > 0]
+            places, shown = [(rank + 1) / dimension for rank in ranks], without_rounding(spectrum, largest)
+            axes.plot(places, shown, color=INK.light, dashes=dashes, label=name)
         axes.set_yscale("log")
-        plain_log(axes.yaxis, [*positive, 1.0])
-        axes.legend(fontsize=8, frameon=False, loc="lower left")
+        drawn = drawn_only((value for _, spectrum in spectra.values() for value in spectrum), largest)
+        plain_log(axes.yaxis, [*drawn, 1.0])
+        axes.legend(fontsize=8, frameon=False)
         _label_ranks(axes)
 
     def paint_tokens(axes: Axes) -> None:

@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from jlt.report import palette
-from jlt.report.figures import THIRD, Figure, LegendEntry, Panel, draw, plain_log
+from jlt.report.figures import THIRD, Figure, LegendEntry, Panel, draw, drawn_only, plain_log, without_rounding
 from jlt.report.palette import INK, MUTED, PREDICTION, swatch
 from jlt.report.wording import listed, number
 
 SHOWN_TIMES = (0.05, 0.4, 0.8)
+WHOLE = {"exact": "whole latents as one Gaussian", "stationary": "whole latents as one Gaussian, by frequency"}
 LINES = ((None, None), (4, 2), (1, 1.5))
 """Networks of one prediction are told apart by their dashes."""
 
@@ -28,21 +29,25 @@ def inside_figures(inside: Mapping[str, Any]) -> list[Figure]:
         order = seen[network["prediction"]] = seen.get(network["prediction"], -1) + 1
         colour, marker = PREDICTION[network["prediction"]].light, palette.MARKER[network["prediction"]]
         styles.append({"color": colour, "marker": marker, "dashes": LINES[order % len(LINES)]})
-    optima = {"a token as a Gaussian": (inside["optimum"], MUTED.light)}
-    if inside["whole_optimum"] is not None:
-        optima["whole latents as one"] = (inside["whole_optimum"], INK.light)
+    optima = {
+        "a token as a Gaussian": (inside["optimum"], MUTED.light),
+        WHOLE[inside["whole_estimate"]]: (inside["whole_optimum"], INK.light),
+    }
 
     def panel(place: int) -> Panel:
         lines = [network["error"][place] for network in networks]
 
         def paint(axes: Axes) -> None:
             ranks = range(1, len(lines[0]) + 1)
+            largest = max(map(max, lines))
             for (rows, colour), dashes in zip(optima.values(), ((1, 1.5), (4, 2)), strict=False):
-                axes.plot(ranks, rows[place], color=colour, dashes=dashes, linewidth=1.2)
+                axes.plot(ranks, without_rounding(rows[place], largest), color=colour, dashes=dashes, linewidth=1.2)
             for line, style in zip(lines, styles, strict=True):
-                axes.plot(ranks, line, **style, markersize=4, markevery=max(1, len(line) // 8))
+                shown = without_rounding(line, largest)
+                axes.plot(ranks, shown, **style, markersize=4, markevery=max(1, len(line) // 8))
             axes.set_yscale("log")
-            plain_log(axes.yaxis, [value for line in lines for value in line])
+            axes.set_xlim(1 - 0.03 * len(ranks), 1.03 * len(ranks))
+            plain_log(axes.yaxis, drawn_only((value for line in lines for value in line), largest))
             axes.set_title(f"t = {inside['times'][place]:g}")
             axes.set_xlabel("direction, largest first")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -55,12 +60,12 @@ def inside_figures(inside: Mapping[str, Any]) -> list[Figure]:
         LegendEntry(swatch(network["prediction"], 1 + seen_before), f"{network['run']}, step {network['step']:,}")
         for network, seen_before in zip(networks, _repeats(networks), strict=True)
     )
+    dotted, dashed = optima
     caption = (
         f"Squared error of the velocity that {len(networks)} networks read out, along the eigen-directions of the "
         f"tokens, for the same {inside['count']:,} latents and noise. Thin lines are what a linear predictor cannot "
-        f"avoid (eq. 11): dotted of {listed(list(optima)[:1])}"
-        + (f", dashed of {listed(list(optima)[1:])}" if len(optima) > 1 else "")
-        + ". A network may undercut the dotted one, for it sees all tokens and the class."
+        f"avoid (eq. 11): dotted of {dotted}, dashed of {dashed}. A network may undercut both, since it sees all "
+        "tokens and the class and is not linear. Below a billionth of the largest nothing is drawn."
     )
     return [Figure("Where the networks err", tuple(map(panel, places)), caption, legend)]
 

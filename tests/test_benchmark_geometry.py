@@ -1,6 +1,8 @@
 """The benchmark of measuring a space: what it times is the real measuring, and its report says what was found."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +27,22 @@ def test_latents_are_as_many_as_one_likes(monkeypatch):
     assert torch.equal(latents[:7], latents[7:14])
     assert labels.tolist() == [number % 5 for number in range(20)]
     assert measure_moments(store, [1, 2], "cpu", Alone()).tokens[2].count == 20 * 4
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_store():
+    """In one process, since what an allocator does not give back adds up; both stores are larger than what is kept."""
+    words = """
+from jlt.experiments.benchmark_geometry import *
+for count in (2_100, 6_300):
+    reset_peak_memory("cpu")
+    measure_moments(RandomLatents(LatentShape(128, 16, 16, 10), count), [1], "cpu", Alone())
+    print(peak_memory("cpu"))
+"""
+    run = subprocess.run([sys.executable, "-c", words], capture_output=True, check=True, text=True)
+    smaller, larger = map(int, run.stdout.split())
+    # Of 275 MB by which the larger store is larger in float16.
+    assert larger - smaller < 137e6
 
 
 def test_report():

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, rank_correlation
 from jlt.report.expected_figures import expected_figure
+from jlt.report.figures import cells_figure
 from jlt.report.log import read_log
 from jlt.report.results import Evaluation, Run, Spread, Study, System
 
@@ -25,6 +27,8 @@ def study(distances, forecasts):
         "forecasts": [
             {
                 "variant": variant,
+                "loss_space": "v",
+                "dimension": 16,
                 "anisotropy": power,
                 "patch_size": 1,
                 "width": 64,
@@ -68,6 +72,47 @@ def test_what_did_not_come_true_is_said():
     assert "is -0.50 over 3 settings" in correlation
     assert check_rows(found)[0] == ("patch 1 (white)", "even, 5.0%", "0.950", "0.800 to 1.10")
     assert len(expected_figure(found).panels) == 2
+
+
+def test_widths_are_what_needs_are_compared_with():
+    narrow = {("x", "width 32"): [2.0], ("v", "width 32"): [8.0], ("x", "width 64"): [2.0], ("v", "width 64"): [3.0]}
+    told = study(narrow, [("width 32", None, 0.5), ("width 64", None, 0.5)])
+    next(iter(told.facts["forecasts"]))["width"] = 32
+    found = checks(told)
+    assert [check.load for check in found] == [0.25, 0.125]
+    along, against = expected_figure(found).panels
+    assert along.alt.endswith("against the width: 4.00 at patch 1 (width 32) and 1.50 at patch 1 (width 64).")
+    assert "expected 25.0%, measured 4.00" in against.alt
+
+
+def cell(prediction, space, values):
+    runs = tuple(run(seed, value) for seed, value in enumerate(values))
+    return System("name", prediction, space, 1, runs)
+
+
+def test_cells_of_prediction_and_loss_space():
+    systems = tuple(
+        cell(prediction, space, values)
+        for prediction, space, values in [
+            ("x", "x", [2.0, 4.0]),
+            ("x", "v", [2.0, 2.0]),
+            ("v", "x", [9.0, 9.0]),
+            ("v", "v", [5.0, 7.0]),
+        ]
+    )
+    found = cells(Study(Path("study"), "title", systems, {}, None))
+    assert found == {"patch 1": {
+        ("x", "x"): Spread(3.0, 2.0, 4.0, 2),
+        ("x", "v"): Spread(2.0, 2.0, 2.0, 2),
+        ("v", "x"): Spread(9.0, 9.0, 9.0, 2),
+        ("v", "v"): Spread(6.0, 5.0, 7.0, 2),
+    }}  # fmt: skip
+    (text,) = cell_sentences(found)
+    assert "3.00 with a loss in x-space and 3.00 with a loss in v-space" in text
+    assert "1.50 for clean prediction (x) and 1.50 for velocity prediction (v)" in text
+    assert "clean (x) with a loss in x-space 3.00" in cells_figure(found).panels[0].alt
+    assert cells(Study(Path("study"), "title", systems[1:2] + systems[3:], {}, None)) == {}
+    assert cells_figure({}) is None
 
 
 def test_seeds_without_a_partner_are_left_out():

@@ -23,7 +23,15 @@ from jlt.data.encode import encode
 from jlt.data.sources.registry import open_source
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
-from jlt.experiments.ablation import AblationConfig, ablate, check_matched, prove_matched, require_equal, systems_of
+from jlt.experiments.ablation import (
+    AblationConfig,
+    ablate,
+    check_matched,
+    forecasts,
+    prove_matched,
+    require_equal,
+    systems_of,
+)
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
@@ -254,7 +262,7 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
 # ---- intervening in the geometry ----
 
 
-def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path):
+def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch):
     config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64))
     summary = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
     assert len(summary["systems"]) == 2 * 2 * 2
@@ -267,7 +275,7 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path):
     assert len(set(summary["matched"]["initial_weights"].values())) == 2
     for told in summary["forecasts"]:
         store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{told['anisotropy']:g}-p1")
-        model = TimeModel(config.train.timesteps, config.train.loss.t_eps)
+        model = TimeModel(config.train.timesteps, config.train.loss.t_eps, config.train.loss.space)
         assert told["needed"]["0.05"] == pytest.approx(
             needed_ranks(token_estimates(store, [1], "cpu")[1].eigenvalues, model, 0.05)
         )
@@ -279,8 +287,22 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path):
     page = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert "anisotropy 0, width 32" in page
     before = file_bytes(tmp_path / "out" / "runs")
-    ablate(config, latents, tmp_path / "out", workers=2, command="again")
+    # What was expected before the training stays as it was said.
+    monkeypatch.delattr("jlt.experiments.ablation.token_estimates")
+    again = ablate(config, latents, tmp_path / "out", workers=2, command="again")
+    assert again["forecasts"] == summary["forecasts"]
     assert file_bytes(tmp_path / "out" / "runs") == before
+
+
+def test_something_is_expected_of_every_loss_space(latents, tmp_path):
+    config = ablation_config(latents, patch_size=(1,), loss_space=("x", "v"))
+    told = forecasts(systems_of(config, latents, tmp_path, "cpu"))
+    assert [entry["loss_space"] for entry in told] == ["x", "v"]
+    spectrum = token_estimates(LatentStore.open(latents), [1], "cpu")[1].eigenvalues
+    for entry in told:
+        model = TimeModel(config.train.timesteps, config.train.loss.t_eps, entry["loss_space"])
+        assert entry["needed"]["0.05"] == pytest.approx(needed_ranks(spectrum, model, 0.05))
+    assert told[0]["needed"]["0.05"] != told[1]["needed"]["0.05"]
 
 
 @pytest.mark.parametrize("powers", [(-1.0,), (9.0,), (1.0, 1.0)])
@@ -343,7 +365,7 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not (out / "runs").exists()
     # What is expected of the systems needs the latents too; without it they are met in the training alone.
-    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda systems: [])
+    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda *_: [])
     with pytest.raises(JLTError, match=r"Step 10: the loss is nan.* 10 in a row"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not claims_to_be_matched(out)

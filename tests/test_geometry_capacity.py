@@ -12,7 +12,7 @@ from jlt.geometry import gaussian
 from jlt.geometry.capacity import (
     Times,
     capacity_curve,
-    matched_weight,
+    loss_weight,
     required_rank,
     training_times,
     unavoidable_risk,
@@ -28,7 +28,7 @@ PUBLISHED = TimestepConfig()
 
 
 def at(t):
-    return Times(np.array([t]), np.ones(1))
+    return Times(np.array([t]), np.ones(1), np.ones(1))
 
 
 def second_moments(prediction, lam, t):
@@ -77,9 +77,9 @@ def test_a_sampled_velocity_error_is_the_curve(prediction):
     kept = np.argsort(np.argsort(-power, axis=1), axis=1) < rank
     output = kept * gaussian.best_coefficient(prediction, EIGENVALUES, t) * z
     read = {"x": (output - z) / (1 - t), "eps": (z - output) / t, "v": output}[prediction]
-    errors = ((read - v) ** 2 * matched_weight(t, 0.05)).sum(1)
+    errors = ((read - v) ** 2 * loss_weight(t, 0.05)).sum(1)
     times = training_times(PUBLISHED, 0.05)
-    told = unavoidable_risk(EIGENVALUES, times, 0.05) + capacity_curve(prediction, EIGENVALUES, times, 0.05)[rank]
+    told = unavoidable_risk(EIGENVALUES, times) + capacity_curve(prediction, EIGENVALUES, times)[rank]
     assert errors.mean() == pytest.approx(told, abs=4 * errors.std() / math.sqrt(count))
 
 
@@ -101,8 +101,8 @@ def test_the_quadrature_averages_over_training_times(config):
     times = training_times(config, 0.05)
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     draws = times_from_uniform(u, config).numpy()
-    assert times.weight.sum() == pytest.approx(1, rel=1e-12)
-    for function in (lambda t: t, np.square, lambda t: matched_weight(t, 0.05) / (1 - t) ** 2):
+    assert times.probability.sum() == pytest.approx(1, rel=1e-12)
+    for function in (lambda t: t, np.square, lambda t: loss_weight(t, 0.05) / (1 - t) ** 2):
         assert times.average(function(times.t)) == pytest.approx(function(draws).mean(), rel=1e-4)
 
 
@@ -116,16 +116,17 @@ def test_the_quadrature_is_exact_where_the_answer_is_known():
         training_times(TimestepConfig("uniform"))
 
 
-def test_gains_and_weights_are_those_of_the_loss():
+@pytest.mark.parametrize("space", PREDICTIONS)
+def test_gains_and_weights_are_those_of_the_loss(space):
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    loss = LossConfig(space="v", weighting="matched", t_eps=0.05)
+    loss = LossConfig(space=space, weighting="matched", t_eps=0.05)
     for prediction in PREDICTIONS:
         gain = velocity_gain(prediction, t.numpy())
         np.testing.assert_allclose(gain, readout_gain(prediction, t, 0.0).square().numpy(), rtol=1e-12)
         np.testing.assert_allclose(
-            gain * matched_weight(t.numpy(), 0.05), error_gain(prediction, t, loss).square().numpy(), rtol=1e-12
+            gain * loss_weight(t.numpy(), 0.05, space), error_gain(prediction, t, loss).square().numpy(), rtol=1e-12
         )
-    assert (matched_weight(t.numpy(), 0.0) == 1).all()
+    assert (loss_weight(t.numpy(), 0.0) == 1).all()
 
 
 def test_the_unavoidable_risk_is_the_same_for_all_predictions():

@@ -6,14 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_geometry import FakeStore
+from test_geometry import FakeStore, assert_alike
 from torch import nn
+from training_helpers import run_processes
 
 from jlt.cli import main
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
 from jlt.data.store import LatentStore
 from jlt.errors import JLTError
+from jlt.experiments import geometry
 from jlt.experiments.inside import (
     TIMES,
     measure_basis,
@@ -153,3 +155,36 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
     encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
     with pytest.raises(JLTError, match="was not trained on these latents: autoencoder"):
         require_comparable([run], LatentStore.open(tmp_path / "pixels"))
+
+
+@pytest.mark.slow
+def test_processes_share_the_look_inside(place, tmp_path):
+    words = ["analyze", "--latents", place / "latents", "--patch-size", "1", "--width", "64", "--num", "300"]
+    words += ["--checkpoint", place / "x", place / "v"]
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"by-{count}"
+        run_processes(count, [*map(str, words), "--out", str(out)])
+        found.append(json.loads((out / "inside.json").read_text()))
+    assert_alike(*found)
+
+
+def test_networks_that_cannot_be_compared_leave_nothing(place, tmp_path, capsys):
+    encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
+    words = ["analyze", "--latents", tmp_path / "pixels", "--out", tmp_path / "out", "--checkpoint", place / "x"]
+    assert main([*map(str, words)]) == 1
+    assert "was not trained on these latents" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_geometry_that_is_there_is_kept(place, tmp_path, monkeypatch):
+    words = ["analyze", "--latents", place / "latents", "--out", tmp_path / "out", "--patch-size", "2", "--width", "64"]
+    assert main([*map(str, words)]) == 0
+    before = (tmp_path / "out" / "geometry.json").stat().st_mtime_ns
+    asked = []
+    measure = geometry.measure_moments
+    monkeypatch.setattr(geometry, "measure_moments", lambda *given: asked.append(given[1]) or measure(*given))
+    assert main([*map(str, words), "--checkpoint", str(place / "x"), "--num", "20"]) == 0
+    assert (tmp_path / "out" / "geometry.json").stat().st_mtime_ns == before
+    assert asked == [(1,)]
+    assert json.loads((tmp_path / "out" / "inside.json").read_text())["patch_size"] == 1

@@ -192,6 +192,8 @@ class Analyze(Verb):
     """The training times that the advice is for."""
     t_eps: float = 0.05
     """Clamp of the matched loss that the advice is for (eq. 5); 0 takes eq. 13 as it stands."""
+    loss_space: LossSpace = "v"
+    """Space of that loss."""
     checkpoint: tuple[Path, ...] = ()
     """Runs or checkpoints, trained on these latents, whose errors by direction and time are measured too."""
     ema: str = ""
@@ -211,7 +213,7 @@ class Analyze(Verb):
 
         if min((*self.width, *self.patch_size), default=0) < 1:
             raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
-        question = Question(self.patch_size, self.width, TimeModel(self.timesteps, self.t_eps))
+        question = Question(self.patch_size, self.width, TimeModel(self.timesteps, self.t_eps, self.loss_space))
         store, device = LatentStore.open(self.latents), default_device()
         opened = [open_checkpoint(path) for path in self.checkpoint]
         networks = Networks(opened, self.num, self.ema) if opened else None

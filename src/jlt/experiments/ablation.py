@@ -119,9 +119,9 @@ class System:
         return ", ".join(f"{axis} {value:g}" for axis, value in parts.items() if value is not None)
 
     @property
-    def setting(self) -> tuple[str, int]:
-        """Variant and patch size: systems that share them also share what is expected of their predictions."""
-        return self.variant, self.config.network.patch_size
+    def setting(self) -> tuple[str, int, LossSpace]:
+        """Variant, patch size and loss space: systems that share them share what is expected of their predictions."""
+        return self.variant, self.config.network.patch_size, self.config.loss.space
 
     @property
     def evaluated_steps(self) -> list[int]:
@@ -274,7 +274,7 @@ def forecasts(
 
     `known` are those of the same ablation, with fewer points on its axes.
     """
-    found = {(told["variant"], told["patch_size"]): told for told in known}
+    found = {(told["variant"], told["patch_size"], told["loss_space"]): told for told in known}
     new = [system for system in systems if system.setting not in found]
     for latents in dict.fromkeys(system.latents for system in new):
         there = [system for system in new if system.latents == latents]
@@ -289,11 +289,13 @@ def _forecast(system: System, estimate: Estimate) -> dict[str, Any]:
     network, train = system.config.network, system.config
     # Of latents in units of the noise.
     spectrum = replace(estimate, eigenvalues=estimate.eigenvalues / train.noise_scale**2)
-    told = forecast([spectrum], TimeModel(train.timesteps, train.loss.t_eps), [network.hidden_size])
+    model = TimeModel(train.timesteps, train.loss.t_eps, train.loss.space)
+    told = forecast([spectrum], model, [network.hidden_size])
     return {
         "variant": system.variant,
         "anisotropy": system.anisotropy,
         "patch_size": network.patch_size,
+        "loss_space": train.loss.space,
         "width": network.hidden_size,
         "dimension": network.channels * network.patch_size**2,
         **{name: told[name] for name in FORECAST_FIELDS},

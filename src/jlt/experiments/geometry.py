@@ -33,7 +33,7 @@ class Question:
             "latents": store.identity(),
             "patch_sizes": list(self.patch_sizes),
             "widths": list(self.widths),
-            "training": {"timesteps": to_dict(self.model.timesteps), "t_eps": self.model.t_eps},
+            "training": to_dict(self.model),
         }
 
 

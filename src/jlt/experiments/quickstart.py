@@ -37,7 +37,7 @@ def quickstart(
 
     say("2/4 measuring the geometry of their latents")
     config = quickstart_ablation(store, seeds, steps)
-    model = TimeModel(config.train.timesteps, config.train.loss.t_eps)
+    model = TimeModel(config.train.timesteps, config.train.loss.t_eps, config.train.loss.space)
     measure_geometry(store, out, Question(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)

@@ -7,8 +7,8 @@ the squared factor with which an error of the output becomes one of the velocity
     1 / (1-t)^2  for x,    1 / t^2  for eps,    1  for v.
 
 Averaged over the training times p(t) this is the capacity curve: the excess risk, summed over directions, at ranks
-0..d. The loss may weigh times besides: with `t_eps` every velocity error counts w(t) of eq. 5, as in a matched
-training, and 0 leaves eq. 13 as it stands.
+0..d. The loss weighs times besides: with `t_eps` every velocity error counts w(t) of eq. 5, as in a matched training,
+and a loss in x- or noise-space counts it (1-t)^2 or t^2 times. The velocity space and no clamp leave eq. 13 as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float64
 
-from jlt.config import Prediction, TimestepConfig
+from jlt.config import LossSpace, Prediction, TimestepConfig
 from jlt.geometry.gaussian import Array, conditional_variance, explained_power
 
 NODES = 48
@@ -35,18 +35,21 @@ Curve = Float64[np.ndarray, " d_plus_1"]
 
 @dataclass(frozen=True)
 class Times:
-    """Training times with weights that add up to one: an average over p(t) is a sum over them."""
+    """Training times, with probabilities that add up to one and what a squared velocity error counts at each."""
 
     t: Float64[np.ndarray, " n"]
-    weight: Float64[np.ndarray, " n"]
+    probability: Float64[np.ndarray, " n"]
+    loss_weight: Float64[np.ndarray, " n"]
 
     def average(self, values: Float64[np.ndarray, "n *rest"]) -> Array:
         """Average over p(t) what was computed at every time."""
-        return np.asarray(np.tensordot(self.weight, values, axes=1))
+        return np.asarray(np.tensordot(self.probability, values, axes=1))
 
 
-def training_times(config: TimestepConfig, t_eps: float = 0.0) -> Times:
+def training_times(config: TimestepConfig, t_eps: float = 0.0, space: LossSpace = "v") -> Times:
     """Return a quadrature of p(t) (eq. 6): Gauss and Legendre's rule over the logit, cut where eq. 3 and 5 are clamped.
+
+    The loss is the matched one, clamped at `t_eps`, in a space.
 
     ValueError for uniform times without a clamp: the velocity error of a clean prediction has no mean there.
     """
@@ -60,7 +63,8 @@ def training_times(config: TimestepConfig, t_eps: float = 0.0) -> Times:
     logit = np.concatenate([start + half * (nodes + 1) for start, half in pieces])
     weight = np.concatenate([half * weights for _, half in pieces]) * _density(logit, config)
     u = 1 / (1 + np.exp(-logit))
-    return Times(u / (u + config.shift * (1 - u)), weight / weight.sum())
+    t = u / (u + config.shift * (1 - u))
+    return Times(t, weight / weight.sum(), loss_weight(t, t_eps, space))
 
 
 def _range(config: TimestepConfig) -> tuple[float, float]:
@@ -88,36 +92,32 @@ def velocity_gain(prediction: Prediction, t: Array) -> Array:
     return np.asarray({"x": (1 - t) ** -2, "eps": t**-2.0, "v": np.ones_like(t)}[prediction])
 
 
-def matched_weight(t: Array, t_eps: float) -> Array:
-    """Return w(t) of eq. 5, the weight of a squared velocity error in a matched training; 1 without a clamp."""
-    return np.asarray(((1 - t) / np.maximum(1 - t, t_eps) * t / np.maximum(t, t_eps)) ** 2)
+def loss_weight(t: Array, t_eps: float, space: LossSpace = "v") -> Array:
+    """Return what a squared velocity error counts in a matched training (eq. 5) whose loss is in a space (eq. 4)."""
+    clamped = ((1 - t) / np.maximum(1 - t, t_eps) * t / np.maximum(t, t_eps)) ** 2
+    return np.asarray(clamped * {"x": (1 - t) ** 2, "eps": t**2, "v": np.ones_like(t)}[space])
 
 
-def direction_risk(
-    prediction: Prediction, lam: Spectrum, times: Times, t_eps: float = 0.0
-) -> Float64[np.ndarray, "n d"]:
+def direction_risk(prediction: Prediction, lam: Spectrum, times: Times) -> Float64[np.ndarray, "n d"]:
     """Return the excess velocity risk of being silent in a direction, at every time and for every eigenvalue."""
-    t = times.t[:, None]
-    return explained_power(prediction, lam, t) * velocity_gain(prediction, t) * matched_weight(t, t_eps)
+    t, weight = times.t[:, None], times.loss_weight[:, None]
+    return explained_power(prediction, lam, t) * velocity_gain(prediction, t) * weight
 
 
-def capacity_curve(
-    prediction: Prediction, lam: Spectrum, times: Times, t_eps: float = 0.0, shared: bool = False
-) -> Curve:
+def capacity_curve(prediction: Prediction, lam: Spectrum, times: Times, shared: bool = False) -> Curve:
     """Return the excess velocity risk, summed over d directions, of the best predictor of each rank 0..d (eq. 13).
 
     It may choose other directions at every time, which only velocity makes use of; with `shared` they are the same at
     all times, as behind a bottleneck that does not know the time.
     """
-    risk = direction_risk(prediction, lam, times, t_eps)
+    risk = direction_risk(prediction, lam, times)
     kept_first = np.sort(times.average(risk))[::-1] if shared else times.average(np.sort(risk, axis=1)[:, ::-1])
     return np.concatenate([np.cumsum(kept_first[::-1])[::-1], [0.0]])
 
 
-def unavoidable_risk(lam: Spectrum, times: Times, t_eps: float = 0.0) -> float:
+def unavoidable_risk(lam: Spectrum, times: Times) -> float:
     """Return the sum over directions, on the curve's scale, of what no predictor can go below (eq. 11 for velocity)."""
-    t = times.t[:, None]
-    risk = conditional_variance("v", lam, t) * matched_weight(t, t_eps)
+    risk = conditional_variance("v", lam, times.t[:, None]) * times.loss_weight[:, None]
     return float(times.average(risk).sum())
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from jlt.config import PREDICTIONS, Prediction, TimestepConfig
+from jlt.config import PREDICTIONS, LossSpace, Prediction, TimestepConfig
 from jlt.errors import WrongWordsError
 from jlt.geometry.capacity import Times, capacity_curve, required_rank, training_times, unavoidable_risk
 from jlt.geometry.spectrum import Spectrum, summarise
@@ -50,10 +50,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TimeModel:
-    """The training that the forecast is for: its times, and the clamp of a matched loss (0 for eq. 13 as it is)."""
+    """The training that the forecast is for: its times, and a matched loss (clamp 0 in v is eq. 13 as it stands)."""
 
     timesteps: TimestepConfig
     t_eps: float
+    loss_space: LossSpace = "v"
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution == "uniform"):
@@ -64,13 +65,13 @@ class TimeModel:
 
     @functools.cached_property
     def times(self) -> Times:
-        """Return the quadrature of p(t)."""
-        return training_times(self.timesteps, self.t_eps)
+        """Return the quadrature of p(t), with the loss's weights."""
+        return training_times(self.timesteps, self.t_eps, self.loss_space)
 
 
 def needed_ranks(lam: Spectrum, model: TimeModel, share: float, shared: bool = False) -> Needed:
     """Return the rank that each prediction needs for an excess risk of `share` times what nobody can avoid."""
-    return _needed(_curves(lam, model, shared), unavoidable_risk(lam, model.times, model.t_eps), share)
+    return _needed(_curves(lam, model, shared), unavoidable_risk(lam, model.times), share)
 
 
 def forecast(estimates: Sequence[Estimate], model: TimeModel, widths: Sequence[int]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def forecast(estimates: Sequence[Estimate], model: TimeModel, widths: Sequence[i
     second needs more than the first; `confidence` is the share (0..1) of the variations with the same first.
     """
     lam = estimates[0].eigenvalues
-    unavoidable = unavoidable_risk(lam, model.times, model.t_eps)
+    unavoidable = unavoidable_risk(lam, model.times)
     curves = {shared: _curves(lam, model, shared) for shared in (False, True)}
     ranks = np.unique(np.linspace(0, len(lam), TABULATED_RANKS).round().astype(np.int64))
     needed = _needed(curves[False], unavoidable, STATED_SHARE)
@@ -90,7 +91,6 @@ def forecast(estimates: Sequence[Estimate], model: TimeModel, widths: Sequence[i
     confidence = winners.count(order[0]) / len(winners)
     clean = (needed["v"] - needed["x"]) / len(lam)
     found: dict[str, Any] = {
-        "t_eps": model.t_eps,
         "sphericity": summarise(lam).sphericity,
         "stated_share": STATED_SHARE,
         "unavoidable_risk": unavoidable,
@@ -117,7 +117,7 @@ def variations(estimates: Sequence[Estimate], model: TimeModel) -> list[Needed]:
     for estimate, replicate in itertools.product(estimates, range(REPLICATES)):
         error = random.standard_normal(len(estimate.eigenvalues)) * estimate.relative_error if replicate else 0.0
         lam = np.sort(estimate.eigenvalues * np.exp(error))[::-1]
-        unavoidable = unavoidable_risk(lam, model.times, model.t_eps)
+        unavoidable = unavoidable_risk(lam, model.times)
         for shared in (False, True):
             curves = _curves(lam, model, shared)
             found += [_needed(curves, unavoidable, share) for share in SHARES]
@@ -158,8 +158,7 @@ WORDS: dict[Prediction, str] = {"x": "the clean latent", "eps": "noise", "v": "v
 
 
 def _curves(lam: Spectrum, model: TimeModel, shared: bool) -> dict[Prediction, Float64[np.ndarray, " d_plus_1"]]:
-    times = model.times
-    return {name: capacity_curve(name, lam, times, model.t_eps, shared) for name in PREDICTIONS}
+    return {name: capacity_curve(name, lam, model.times, shared) for name in PREDICTIONS}
 
 
 def _needed(curves: Mapping[Prediction, Float64[np.ndarray, " d_plus_1"]], unavoidable: float, share: float) -> Needed:

@@ -7,21 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jlt.report.palette import SYMBOL
 from jlt.report.results import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent
 
 
 @dataclass(frozen=True)
 class Check:
-    """One geometry and network: by how many of all directions velocity was expected to need more than the clean
-    latent, and the Frechet distance of velocity over that of clean prediction, pair by pair of equal seeds.
+    """One geometry, network and loss: how many directions more than the clean latent velocity was expected to need, and
+    the Frechet distance of velocity over that of clean prediction, pair by pair of equal seeds.
     """
 
     setting: str
     anisotropy: float | None
     patch_size: int
     width: int
+    loss_space: str
     expected: float
+    """As a share of all directions."""
+    load: float
+    """As a share of the network's width."""
     even: bool
     ratio: Spread
 
@@ -42,36 +47,42 @@ class Check:
 
 def checks(study: Study) -> list[Check]:
     """Return every setting of which something was expected and in which both predictions were measured."""
-    spaces = sorted({system.loss_space for system in study.systems})
+    several = len({system.loss_space for system in study.systems}) > 1
     found = []
     for forecast in study.facts.get("forecasts", []):
-        for space in spaces:
-            ratio = spread(_ratios(study, forecast, space))
-            if ratio is None:
-                continue
-            where = [forecast["variant"], f"{space}-space loss" * (len(spaces) > 1)]
-            told = ", ".join(filter(None, where))
-            found.append(
-                Check(
-                    setting=f"patch {forecast['patch_size']}{f' ({told})' if told else ''}",
-                    anisotropy=forecast["anisotropy"],
-                    patch_size=forecast["patch_size"],
-                    width=forecast["width"],
-                    expected=forecast["clean_over_velocity"],
-                    even=forecast["advice"][0]["even"],
-                    ratio=ratio,
-                )
+        ratio = spread(_ratios(study, forecast))
+        if ratio is None:
+            continue
+        space, beyond = forecast["loss_space"], forecast["clean_over_velocity"]
+        told = ", ".join(filter(None, [forecast["variant"], f"{SYMBOL[space]}-space loss" * several]))
+        found.append(
+            Check(
+                setting=f"patch {forecast['patch_size']}{f' ({told})' if told else ''}",
+                anisotropy=forecast["anisotropy"],
+                patch_size=forecast["patch_size"],
+                width=forecast["width"],
+                loss_space=space,
+                expected=beyond,
+                load=beyond * forecast["dimension"] / forecast["width"],
+                even=forecast["advice"][0]["even"],
+                ratio=ratio,
             )
+        )
     return found
 
 
-def _ratios(study: Study, forecast: Mapping[str, Any], space: str) -> list[float]:
+def widths_differ(found: Sequence[Check]) -> bool:
+    """Say whether directions have to be counted in units of the width, since networks differ in it."""
+    return len({check.width for check in found}) > 1
+
+
+def _ratios(study: Study, forecast: Mapping[str, Any]) -> list[float]:
     """Return the distance of velocity over that of clean prediction at the final step, for every seed of both."""
+    setting = tuple(forecast[name] for name in ("patch_size", "variant", "loss_space"))
     of = {
         system.prediction: _by_seed(system, study.final_step)
         for system in study.systems
-        if (system.patch_size, system.variant, system.loss_space)
-        == (forecast["patch_size"], forecast["variant"], space)
+        if (system.patch_size, system.variant, system.loss_space) == setting
     }
     clean, velocity = of.get("x", {}), of.get("v", {})
     return [velocity[seed] / clean[seed] for seed in sorted(clean.keys() & velocity.keys()) if clean[seed] > 0]
@@ -104,10 +115,13 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
     if even:
         ratios = listed([f"{number(check.ratio.mean)} at {check.setting}" for check in even])
         texts.append(f"Called even: the distance of velocity over that of clean prediction came to {ratios}.")
-    if len({check.expected for check in found}) > 2:
+    by_width = widths_differ(found)
+    expected = [check.load if by_width else check.expected for check in found]
+    if len(set(expected)) > 2:
+        unit = ", in units of the width," if by_width else ""
+        correlation = rank_correlation(expected, [check.ratio.mean for check in found])
         texts.append(
-            "The rank correlation of what was expected with what was measured is "
-            f"{number(rank_correlation([c.expected for c in found], [c.ratio.mean for c in found]), 2)} over "
+            f"The rank correlation of what was expected{unit} with what was measured is {number(correlation, 2)} over "
             f"{len(found)} settings (1 is the same order, 0 none, minus 1 the reverse)."
         )
     return texts

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from jlt.report.expected import Check
+from jlt.report.expected import Check, widths_differ
 from jlt.report.figures import Figure, Panel, draw, plain_log
-from jlt.report.palette import INK, MUTED
+from jlt.report.palette import INK, MUTED, PAPER, SYMBOL
 from jlt.report.wording import listed, number, percent
 
-MARKERS = "osD^v"
+MARKERS = "osD^vPX<>"
+AXES: Mapping[str, tuple[str, Callable[[Check], float | None]]] = {
+    "power of the eigenvalues (0 whitened, 1 untouched)": ("the power", lambda check: check.anisotropy),
+    "width of the network": ("the width", lambda check: check.width),
+}
+"""What may be varied along a line: the label of its axis, a word for it, and where a setting lies."""
 
 
 def expected_figure(found: Sequence[Check]) -> Figure | None:
-    """Draw the ratio of distances against what was expected, and against the anisotropy where that is an axis."""
+    """Draw the ratio of distances against what was expected, and along the geometry and the width where they vary."""
     if len(found) < 2:
         return None
-    kinds = list(dict.fromkeys((check.patch_size, check.width) for check in found))
-    panels = [_panel(found, kinds)]
-    if len({check.anisotropy for check in found}) > 1:
-        panels.insert(0, _along_anisotropy(found, kinds))
+    panels = [_along(found, label) for label, (_, place) in AXES.items() if len(set(map(place, found))) > 1]
+    by_width = widths_differ(found)
     caption = (
         "The Fréchet distance of velocity over that of clean prediction, pair by pair of equal seeds: above 1 the "
-        "clean latent wins. Points are means over seeds, bars run from the smallest to the largest. Expected is by how "
-        "many of all directions of a token velocity needs more than the clean latent (eq. 13)."
+        "clean latent wins. Points are means over seeds, bars run from the smallest to the largest. Expected is how "
+        "many directions of a token velocity needs more than the clean latent (eq. 13), as a share of "
+        f"{'the width of the network' if by_width else 'all of them'}."
     )
-    return Figure("Expected and measured", tuple(panels), caption)
+    return Figure("Expected and measured", (*panels, _against_expected(found, by_width)), caption)
+
+
+def _groups(found: Sequence[Check], along: str = "") -> dict[str, list[Check]]:
+    """Return the settings by what sets them apart beside the axis `along`, under words for it."""
+    described: dict[str, Callable[[Check], str]] = {
+        "patch": lambda check: f"patch {check.patch_size}",
+        "width of the network": lambda check: f"width {check.width}",
+        "loss": lambda check: f"{SYMBOL[check.loss_space]}-space loss",
+    }
+    varied = [tell for name, tell in described.items() if name != along and len(set(map(tell, found))) > 1]
+    groups: dict[str, list[Check]] = {}
+    for check in found:
+        groups.setdefault(", ".join(tell(check) for tell in varied), []).append(check)
+    return groups
 
 
 def _plot(axes: Axes, x: Sequence[float], part: Sequence[Check], marker: str, label: str, line: bool) -> None:
@@ -37,45 +56,54 @@ def _plot(axes: Axes, x: Sequence[float], part: Sequence[Check], marker: str, la
     above = [check.ratio.high - check.ratio.mean for check in part]
     axes.errorbar(
         x, means, yerr=[below, above], marker=marker, markersize=5, linestyle="-" if line else "none", capsize=2,
-        linewidth=1.2, color=INK.light, label=label,
+        linewidth=1.2, color=INK.light, markerfacecolor=PAPER.light if marker in MARKERS[1::2] else INK.light,
+        label=label,
     )  # fmt: skip
 
 
-def _finish(axes: Axes, found: Sequence[Check], several: bool) -> None:
+def _finish(axes: Axes, found: Sequence[Check], groups: Mapping[str, Any]) -> None:
     axes.axhline(1.0, color=MUTED.light, linewidth=1)
     axes.set_yscale("log")
     plain_log(axes.yaxis, [bound for check in found for bound in (check.ratio.low, check.ratio.high, 1.0)])
-    if several:
+    if len(groups) > 1:
         axes.legend(fontsize=8, frameon=False)
 
 
-def _along_anisotropy(found: Sequence[Check], kinds: Sequence[tuple[int, int]]) -> Panel:
+def _along(found: Sequence[Check], label: str) -> Panel:
+    word, place = AXES[label]
+    groups = _groups(found, label)
+
     def paint(axes: Axes) -> None:
-        for (patch_size, width), marker in zip(kinds, MARKERS * 9, strict=False):
-            part = [check for check in found if (check.patch_size, check.width) == (patch_size, width)]
-            part = sorted((c for c in part if c.anisotropy is not None), key=lambda check: check.anisotropy or 0.0)
-            powers = [check.anisotropy or 0.0 for check in part]
-            _plot(axes, powers, part, marker, f"patch {patch_size}, width {width}", line=True)
-        _finish(axes, found, len(kinds) > 1)
+        for (name, group), marker in zip(groups.items(), MARKERS, strict=False):
+            part = sorted((check for check in group if place(check) is not None), key=lambda check: place(check) or 0.0)
+            _plot(axes, [place(check) or 0.0 for check in part], part, marker, name, line=True)
+        if min(place(check) or 0.0 for check in found) > 0:
+            axes.set_xscale("log")
+            axes.set_xticks(sorted({place(check) or 0.0 for check in found}))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        _finish(axes, found, groups)
         axes.set_title("Distance of velocity over clean")
-        axes.set_xlabel("power of the eigenvalues (0 whitened, 1 untouched)")
+        axes.set_xlabel(label)
 
     told = [f"{number(check.ratio.mean)} at {check.setting}" for check in found]
-    return draw(paint, f"Ratio of distances against the power of the eigenvalues: {listed(told)}.")
+    return draw(paint, f"Ratio of distances against {word}: {listed(told)}.")
 
 
-def _panel(found: Sequence[Check], kinds: Sequence[tuple[int, int]]) -> Panel:
+def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
+    def place(check: Check) -> float:
+        return check.load if by_width else check.expected
+
+    groups = _groups(found)
+
     def paint(axes: Axes) -> None:
-        for (patch_size, width), marker in zip(kinds, MARKERS * 9, strict=False):
-            part = [check for check in found if (check.patch_size, check.width) == (patch_size, width)]
-            _plot(
-                axes, [check.expected for check in part], part, marker, f"patch {patch_size}, width {width}", line=False
-            )
+        for (name, part), marker in zip(groups.items(), MARKERS, strict=False):
+            _plot(axes, [place(check) for check in part], part, marker, name, line=False)
         axes.axvline(0.0, color=MUTED.light, linewidth=1)
-        _finish(axes, found, len(kinds) > 1)
+        _finish(axes, found, groups)
         axes.set_title("Measured against expected")
-        axes.set_xlabel("directions that velocity needs beyond clean")
+        axes.set_xlabel(f"needed beyond clean, of {'the width' if by_width else 'all directions'}")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
-    told = [f"expected {percent(check.expected)}, measured {number(check.ratio.mean)}" for check in found]
+    told = [f"expected {percent(place(check))}, measured {number(check.ratio.mean)}" for check in found]
     return draw(paint, f"Ratio of distances against what was expected: {listed(told)}.")

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jlt.report import palette
+from jlt.report.cells import Cells
 from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, SYMBOL, TIME, swatch
 from jlt.report.published import SOURCE, Points, published
 from jlt.report.results import Spread, Study, System, spread
@@ -291,3 +292,42 @@ def moving_average(values: Sequence[float]) -> list[float]:
     """Return the trailing mean over a twentieth of the values, shorter at the start."""
     window = max(1, len(values) // 20)
     return [sum(values[max(0, end - window) : end]) / min(window, end) for end in range(1, len(values) + 1)]
+
+
+def cells_figure(found: Mapping[str, Cells]) -> Figure | None:
+    """Draw the final distance in every cell of prediction x loss space, a panel per setting; None without any."""
+    if not found:
+        return None
+    caption = (
+        "Final Fréchet distance of every prediction, by the space in which its loss is measured. Points are means over "
+        "seeds, bars run from the smallest to the largest. A loss in x- or ε-space is the same squared error with "
+        "other weights over time: those of the velocity's, times the square of 1 less t or of t."
+    )
+    panels = tuple(_cells_panel(told, cells) for told, cells in found.items())
+    return Figure("Prediction and loss space", panels, caption, prediction_legend())
+
+
+def _cells_panel(told: str, cells: Cells) -> Panel:
+    spaces = [space for space in PREDICTION if any(space == there for _, there in cells)]
+
+    def paint(axes: Axes) -> None:
+        for place, prediction in enumerate(PREDICTION):
+            found = [(at, cells[prediction, space]) for at, space in enumerate(spaces) if (prediction, space) in cells]
+            bars = [[cell.mean - cell.low for _, cell in found], [cell.high - cell.mean for _, cell in found]]
+            axes.errorbar(
+                [at + 0.12 * (place - 1) for at, _ in found], [cell.mean for _, cell in found], yerr=bars, capsize=2,
+                color=PREDICTION[prediction].light, marker=palette.MARKER[prediction], markersize=5, linewidth=1.2,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        plain_log(axes.yaxis, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
+        axes.set_xticks(range(len(spaces)), [f"{SYMBOL[space]}-space" for space in spaces])
+        axes.set_xlim(-0.4, len(spaces) - 0.6)
+        axes.grid(visible=False, axis="x")
+        axes.set_title(f"Fréchet distance, {told}")
+        axes.set_xlabel("space of the loss")
+
+    values = [
+        f"{SHORT_WORDS[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
+        for (prediction, space), cell in cells.items()
+    ]
+    return draw(paint, f"Fréchet distance by prediction and loss space, {told}: {listed(values)}.")

@@ -16,6 +16,7 @@ from jlt import __version__
 from jlt.files import write_text
 from jlt.progress import format_seconds
 from jlt.report import findings, palette
+from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks
 from jlt.report.log import Log
 from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
@@ -46,7 +47,7 @@ def write_report(folder: Path) -> Path:
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
     from jlt.report.expected_figures import expected_figure
-    from jlt.report.figures import training_figure
+    from jlt.report.figures import cells_figure, training_figure
     from jlt.report.geometry_figures import geometry_figures
     from jlt.report.inside_figures import inside_figures
     from jlt.report.run_figures import run_figures
@@ -60,6 +61,8 @@ def render(study: Study) -> str:
         "facts": page_facts(study),
         "rows": result_rows(study),
         "more_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
+        "cells": cells_figure(cells(study)),
+        "cell_texts": cell_sentences(cells(study)),
         "training": training_figure(study),
         "logged": run_figures(study),
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],

@@ -1,0 +1,58 @@
+"""The cells of prediction x loss space: what the network puts out and where its error is measured, apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.results import Spread, Study
+from jlt.report.wording import listed, number
+
+Cells = Mapping[tuple[str, str], Spread]
+"""Frechet distances at the final step by prediction and loss space."""
+
+
+def cells(study: Study) -> dict[str, Cells]:
+    """Return the cells of every patch size and variant that has several loss spaces, under words for these."""
+    found: dict[str, dict[tuple[str, str], Spread]] = {}
+    for system in study.systems:
+        value = None if study.final_step is None else system.measured("frechet_distance", study.final_step)
+        if value is not None:
+            told = f"patch {system.patch_size}{f' ({system.variant})' if system.variant else ''}"
+            found.setdefault(told, {})[system.prediction, system.loss_space] = value
+    return {told: here for told, here in found.items() if len(_spaces(here)) > 1}
+
+
+def cell_sentences(found: Mapping[str, Cells]) -> list[str]:
+    """Say how much the prediction and how much the loss space moves the distance, the other one being equal."""
+    return [text for told, here in found.items() for text in _sentences(told, here)]
+
+
+def _sentences(told: str, here: Cells) -> list[str]:
+    spaces, predictions = _spaces(here), list(dict.fromkeys(prediction for prediction, _ in here))
+    if len(predictions) < 2:
+        return []
+    by_prediction = {
+        f"{SYMBOL[space]}-space": _factor([here[p, space] for p in predictions if (p, space) in here])
+        for space in spaces
+    }
+    by_space = {WORDS[p]: _factor([here[p, space] for space in spaces if (p, space) in here]) for p in predictions}
+    return [
+        f"At {told}, from the best prediction to the worst the Fréchet distance grows by a factor of "
+        f"{_factors(by_prediction, 'with a loss in')}; from the best loss space to the worst by "
+        f"{_factors(by_space, 'for')}."
+    ]
+
+
+def _factors(factors: Mapping[str, float], joined: str) -> str:
+    return listed([f"{number(factor)} {joined} {name}" for name, factor in factors.items()])
+
+
+def _factor(values: Sequence[Spread]) -> float:
+    means = [value.mean for value in values]
+    return max(means) / min(means) if min(means) > 0 else math.inf
+
+
+def _spaces(here: Cells) -> list[str]:
+    return list(dict.fromkeys(space for _, space in here))

@@ -1,14 +1,15 @@
 """What the page says of an expectation follows from the numbers, whichever way they fall."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from jlt.report.cells import cell_sentences, cells
-from jlt.report.expected import check_rows, check_sentences, checks, rank_correlation
+from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences, rank_correlation
 from jlt.report.expected_figures import expected_figure
 from jlt.report.figures import cells_figure
-from jlt.report.log import read_log
+from jlt.report.log import Log, LoggedStep, read_log
 from jlt.report.results import Evaluation, Run, Spread, Study, System
 
 
@@ -33,7 +34,7 @@ def study(distances, forecasts):
                 "patch_size": 1,
                 "width": 64,
                 "clean_over_velocity": expected,
-                "advice": [{"even": abs(expected) < 0.1}],
+                "advice": [{"even": abs(expected) < 0.1, "loss_floor": {"x": 0.0, "eps": 1.0, "v": 0.5}}],
             }
             for variant, power, expected in forecasts
         ]
@@ -83,6 +84,17 @@ def test_widths_are_what_needs_are_compared_with():
     along, against = expected_figure(found).panels
     assert along.alt.endswith("against the width: 4.00 at patch 1 (width 32) and 1.50 at patch 1 (width 64).")
     assert "expected 25.0%, measured 4.00" in against.alt
+
+
+def test_what_no_narrow_network_can_reach_is_set_against_the_loss():
+    steps = tuple(LoggedStep(step, loss) for step, loss in [(10, 3.0), (20, 0.625)])
+    logged = dataclasses.replace(run(0, 2.0), log=Log(steps))
+    system = System("name", "v", "v", 1, (logged,), "steep")
+    told = Study(Path("study"), "title", (system,), study({}, [("steep", 1.0, 0.5)]).facts, None)
+    assert floor_sentences(told) == []
+    next(iter(told.facts["forecasts"]))["width"] = 8
+    (text,) = floor_sentences(told)
+    assert "a width of 8 cannot put out 16 directions. The loss ended at v 0.625, of which 80% had been said" in text
 
 
 def cell(prediction, space, values):

@@ -17,6 +17,7 @@ from jlt.geometry.capacity import (
     training_times,
     unavoidable_risk,
     velocity_gain,
+    width_floor,
 )
 from jlt.geometry.forecast import HARDLY, Estimate, TimeModel, forecast, needed_ranks
 from jlt.loss import error_gain
@@ -129,6 +130,25 @@ def test_gains_and_weights_are_those_of_the_loss(space):
     assert (loss_weight(t.numpy(), 0.0) == 1).all()
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_narrow_network_leaves_the_smallest_directions_of_its_target(prediction):
+    """Of sampled targets, weighed as the loss does, no subspace of a width keeps more than that of their PCA."""
+    random, count = np.random.default_rng(0), 400_000
+    t = times_from_uniform(torch.from_numpy(random.uniform(size=count)), PUBLISHED).numpy()[:, None]
+    x, eps = random.standard_normal((count, 5)) * np.sqrt(EIGENVALUES), random.standard_normal((count, 5))
+    weight = velocity_gain(prediction, t) * loss_weight(t, 0.05)
+    target = {"x": x, "eps": eps, "v": x - eps}[prediction] * np.sqrt(weight)
+    kept = np.linalg.eigvalsh(target.T @ target / count)
+    times = training_times(PUBLISHED, 0.05)
+    for width in range(5):
+        told = width_floor(prediction, EIGENVALUES, times, width)
+        assert told == pytest.approx(kept[: 5 - width].sum(), rel=0.02)
+        # The best linear predictor of this rank is such a network.
+        best = unavoidable_risk(EIGENVALUES, times) + capacity_curve(prediction, EIGENVALUES, times, shared=True)[width]
+        assert told <= best * (1 + 1e-12)
+    assert width_floor(prediction, EIGENVALUES, times, 5) == width_floor(prediction, EIGENVALUES, times, 9) == 0
+
+
 def test_the_unavoidable_risk_is_the_same_for_all_predictions():
     for t in (0.1, 0.6):
         for prediction in PREDICTIONS:
@@ -153,15 +173,19 @@ def estimate(lam, error=0.01, name="tokens"):
 
 def test_a_steep_spectrum_favours_clean_prediction():
     steep = np.logspace(1, -4, 64)
-    found = forecast([estimate(steep)], MODEL, [64, 4096])
+    found = forecast([estimate(steep)], MODEL, [48, 4096])
     assert found["order"] == ["x", "v", "eps"]
     assert found["confidence"] == 1
     assert found["clean_over_velocity"] == pytest.approx(found["margin"])
     assert found["margin"] > 0.4
     narrow, wide = found["advice"]
+    assert narrow["loss_floor"]["x"] < 0.1 * narrow["loss_floor"]["v"]
+    assert f"of width {narrow['width']} can put out 64 directions: its loss stays above" in narrow["words"]
+    assert wide["loss_floor"] == {"x": 0, "eps": 0, "v": 0}
+    assert "can put out" not in wide["words"]
     assert not narrow["even"]
     assert narrow["words"].startswith("Predict x (the clean latent): 100% of")
-    assert narrow["width_share"]["x"] == pytest.approx(needed_ranks(steep, MODEL, 0.05)["x"] / 64)
+    assert narrow["width_share"]["x"] == pytest.approx(needed_ranks(steep, MODEL, 0.05)["x"] / 48)
     assert "may be small" in wide["words"]
     assert "may be small" not in narrow["words"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jlt.config import LossSpace, Prediction, TimestepConfig
-from jlt.geometry.gaussian import Array, conditional_variance, explained_power
+from jlt.geometry.gaussian import Array, conditional_variance, explained_power, target_variance
 
 NODES = 48
 """Points of Gauss and Legendre's rule on each piece of the times."""
@@ -113,6 +113,17 @@ def capacity_curve(prediction: Prediction, lam: Spectrum, times: Times, shared: 
     risk = direction_risk(prediction, lam, times)
     kept_first = np.sort(times.average(risk))[::-1] if shared else times.average(np.sort(risk, axis=1)[:, ::-1])
     return np.concatenate([np.cumsum(kept_first[::-1])[::-1], [0.0]])
+
+
+def width_floor(prediction: Prediction, lam: Spectrum, times: Times, width: int) -> float:
+    """Return the velocity risk, on the curve's scale, below which no network of a width comes, however deep or trained.
+
+    Its last layer is linear: whatever it computes, its outputs lie in one affine subspace of `width` dimensions, and
+    outside of that the error is the whole variance of the target (eq. 9). 0 for a width of a token's size or more.
+    """
+    t, weight = times.t[:, None], times.loss_weight[:, None]
+    silent = times.average(target_variance(prediction, lam) * velocity_gain(prediction, t) * weight)
+    return float(np.sort(silent)[: max(0, len(lam) - width)].sum())
 
 
 def unavoidable_risk(lam: Spectrum, times: Times) -> float:

@@ -22,7 +22,7 @@ from jaxtyping import Float64
 
 from jlt.config import PREDICTIONS, LossSpace, Prediction, TimestepConfig
 from jlt.errors import WrongWordsError
-from jlt.geometry.capacity import Times, capacity_curve, required_rank, training_times, unavoidable_risk
+from jlt.geometry.capacity import Times, capacity_curve, required_rank, training_times, unavoidable_risk, width_floor
 from jlt.geometry.spectrum import Spectrum, summarise
 
 STATED_SHARE = 0.05
@@ -107,7 +107,7 @@ def forecast(estimates: Sequence[Estimate], model: TimeModel, widths: Sequence[i
         "confidence": confidence,
         "variations": len(winners),
     }
-    return {**found, "advice": [advise(found, len(lam), width) for width in widths]}
+    return {**found, "advice": [advise(found, lam, model, width) for width in widths]}
 
 
 def variations(estimates: Sequence[Estimate], model: TimeModel) -> list[Needed]:
@@ -124,9 +124,13 @@ def variations(estimates: Sequence[Estimate], model: TimeModel) -> list[Needed]:
     return found
 
 
-def advise(found: Mapping[str, Any], dimension: int, width: int) -> dict[str, Any]:
-    """Return what a forecast means for a network of this width, in numbers and in words that one can act on."""
-    order: list[Prediction] = found["order"]
+def advise(found: Mapping[str, Any], lam: Spectrum, model: TimeModel, width: int) -> dict[str, Any]:
+    """Return what a forecast means for a network of this width, in numbers and in words that one can act on.
+
+    `loss_floor` is what the training loss of each prediction cannot fall below, since the last layer has fewer values
+    than a token: the mean over elements, as it is logged, in units of the noise's variance.
+    """
+    dimension, order = len(lam), found["order"]
     needed = found["needed"][f"{STATED_SHARE:g}"]
     close = abs(found["clean_over_velocity"]) < HARDLY
     shares = {name: needed[name] / width for name in order}
@@ -148,10 +152,27 @@ def advise(found: Mapping[str, Any], dimension: int, width: int) -> dict[str, An
         )
         if shares[order[1]] < SMALL_LOAD:
             verdict += " The network is wide for this space, so that the difference may be small."
+    floor = {name: width_floor(name, lam, model.times, width) / dimension for name in PREDICTIONS}
+    if width < dimension:
+        words += (
+            f" No network of width {width} can put out {dimension} directions: its loss stays above "
+            f"{', '.join(f'{_told(floor[name])} for {WORDS[name]}' for name in order)}."
+        )
     even = close or found["sphericity"] > ISOTROPIC
-    return {"width": width, "even": even, "width_share": shares, "words": f"{verdict} {words}"}
+    return {
+        "width": width,
+        "even": even,
+        "width_share": shares,
+        "loss_floor": floor,
+        "words": f"{verdict} {words}",
+    }
 
 
+def _told(loss: float) -> str:
+    return f"{loss:.2g}" if loss >= HARDLY_ANY_LOSS else "next to nothing"
+
+
+HARDLY_ANY_LOSS = 1e-4
 SMALL_LOAD = 0.02
 """Of the width: needs below this should not be felt."""
 WORDS: dict[Prediction, str] = {"x": "the clean latent", "eps": "noise", "v": "velocity"}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from jlt.report.palette import SYMBOL
 from jlt.report.results import Spread, Study, System, spread
-from jlt.report.wording import listed, number, percent
+from jlt.report.wording import listed, number, percent, spread_text
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,7 @@ def widths_differ(found: Sequence[Check]) -> bool:
 
 def _ratios(study: Study, forecast: Mapping[str, Any]) -> list[float]:
     """Return the distance of velocity over that of clean prediction at the final step, for every seed of both."""
-    setting = tuple(forecast[name] for name in ("patch_size", "variant", "loss_space"))
-    of = {
-        system.prediction: _by_seed(system, study.final_step)
-        for system in study.systems
-        if (system.patch_size, system.variant, system.loss_space) == setting
-    }
+    of = {system.prediction: _by_seed(system, study.final_step) for system in _systems_of(study, forecast)}
     clean, velocity = of.get("x", {}), of.get("v", {})
     return [velocity[seed] / clean[seed] for seed in sorted(clean.keys() & velocity.keys()) if clean[seed] > 0]
 
@@ -106,7 +102,9 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
     right = [check for check in decided if check.expected_first == check.measured_first]
     wrong = [check.setting for check in decided if check not in right]
     texts = []
-    if decided:
+    if len(decided) == 1:
+        texts.append(f"The prediction that was expected to win at {decided[0].setting} {'lost' if wrong else 'won'}.")
+    elif decided:
         texts.append(
             f"In {len(right)} of {len(decided)} settings that were called before the training and that all seeds agree "
             f"on, the prediction that won is the one that was expected{f'; not at {listed(wrong)}' if wrong else ''}."
@@ -125,6 +123,42 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
             f"{len(found)} settings (1 is the same order, 0 none, minus 1 the reverse)."
         )
     return texts
+
+
+def floor_sentences(study: Study) -> list[str]:
+    """Say what the loss could not fall below where a network is narrower than its tokens, and to where it fell."""
+    texts = []
+    for forecast in study.facts.get("forecasts", []):
+        floor, measured = forecast["advice"][0]["loss_floor"], _final_losses(study, forecast)
+        if forecast["width"] >= forecast["dimension"] or not measured:
+            continue
+        told = [
+            f"{SYMBOL[name]} {spread_text(loss)}, of which {number(min(1.0, floor[name] / loss.mean) * 100, 2)}%"
+            for name, loss in measured.items()
+        ]
+        variant = f" ({forecast['variant']})" if forecast["variant"] else ""
+        texts.append(
+            f"At patch {forecast['patch_size']}{variant} a width of {forecast['width']} cannot put out "
+            f"{forecast['dimension']} directions. The loss ended at {listed(told)} had been said to be out of reach for "
+            "any such network."
+        )
+    return texts
+
+
+def _final_losses(study: Study, forecast: Mapping[str, Any]) -> dict[str, Spread]:
+    """Return the training loss of every prediction, over the last tenth of the steps, by seeds."""
+    found = {}
+    for system in _systems_of(study, forecast):
+        last = [run.log.steps[-max(1, len(run.log.steps) // 10) :] for run in system.runs if run.log.steps]
+        loss = spread(fmean(logged.loss for logged in steps) for steps in last)
+        if loss is not None:
+            found[system.prediction] = loss
+    return found
+
+
+def _systems_of(study: Study, forecast: Mapping[str, Any]) -> list[System]:
+    setting = tuple(forecast[name] for name in ("patch_size", "variant", "loss_space"))
+    return [s for s in study.systems if (s.patch_size, s.variant, s.loss_space) == setting]
 
 
 def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:

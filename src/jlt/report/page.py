@@ -17,7 +17,7 @@ from jlt.files import write_text
 from jlt.progress import format_seconds
 from jlt.report import findings, palette
 from jlt.report.cells import cell_sentences, cells
-from jlt.report.expected import check_rows, check_sentences, checks
+from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
 from jlt.report.log import Log
 from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
 from jlt.report.samples import Grid, picture_uri, sample_series
@@ -69,7 +69,7 @@ def render(study: Study) -> str:
         "grids": sample_grids(study),
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
         "checks": check_rows(checks(study)),
-        "check_texts": check_sentences(checks(study)),
+        "check_texts": [*check_sentences(checks(study)), *floor_sentences(study)],
         "expected": expected_figure(checks(study)),
         "inside": inside_figures(study.inside) if study.inside else [],
         "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],

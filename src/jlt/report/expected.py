@@ -13,6 +13,10 @@ from jlt.report.results import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
 
 
+NOTHING = 1e-3
+"""Of a loss: what is less is not told as a number."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One geometry, network and loss: how many directions more than the clean latent velocity was expected to need, and
@@ -133,16 +137,20 @@ def floor_sentences(study: Study) -> list[str]:
         if forecast["width"] >= forecast["dimension"] or not measured:
             continue
         told = [
-            f"{SYMBOL[name]} {spread_text(loss)}, of which {number(min(1.0, floor[name] / loss.mean) * 100, 2)}%"
+            f"{SYMBOL[name]} {spread_text(loss)}, of which {_share_out_of_reach(floor[name] / loss.mean)}"
             for name, loss in measured.items()
         ]
         variant = f" ({forecast['variant']})" if forecast["variant"] else ""
         texts.append(
             f"At patch {forecast['patch_size']}{variant} a width of {forecast['width']} cannot put out "
-            f"{forecast['dimension']} directions. The loss ended at {listed(told)} had been said to be out of reach for "
-            "any such network."
+            f"{forecast['dimension']} directions. The loss ended at {listed(told)} had been said to be out of reach "
+            "for any such network."
         )
     return texts
+
+
+def _share_out_of_reach(share: float) -> str:
+    return "nothing" if share < NOTHING else f"{number(100 * min(1.0, share), 2)}%"
 
 
 def _final_losses(study: Study, forecast: Mapping[str, Any]) -> dict[str, Spread]:

@@ -10,7 +10,7 @@ from jlt.report.expected import check_rows, check_sentences, checks, floor_sente
 from jlt.report.expected_figures import expected_figure
 from jlt.report.figures import cells_figure
 from jlt.report.log import Log, LoggedStep, read_log
-from jlt.report.results import Evaluation, Run, Spread, Study, System
+from jlt.report.results import ABLATION_SCHEMA, Evaluation, Run, Spread, Study, System
 
 
 def run(seed, distance):
@@ -25,6 +25,7 @@ def study(distances, forecasts):
         for (prediction, variant), values in distances.items()
     )
     facts = {
+        "schema": ABLATION_SCHEMA,
         "forecasts": [
             {
                 "variant": variant,
@@ -37,7 +38,7 @@ def study(distances, forecasts):
                 "advice": [{"even": abs(expected) < 0.1, "loss_floor": {"x": 0.0, "eps": 1.0, "v": 0.5}}],
             }
             for variant, power, expected in forecasts
-        ]
+        ],
     }
     return Study(Path("study"), "title", systems, facts, None)
 
@@ -133,6 +134,7 @@ def test_seeds_without_a_partner_are_left_out():
     assert found.ratio == Spread(3.0, 3.0, 3.0, 1)
     assert checks(study({("x", "steep"): [2.0]}, FORECASTS)) == []
     assert check_sentences([]) == []
+    assert checks(dataclasses.replace(study(DISTANCES, FORECASTS), facts={"forecasts": [{"of": "another time"}]})) == []
     assert expected_figure([found]) is None
 
 

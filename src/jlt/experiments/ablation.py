@@ -27,7 +27,7 @@ from jlt.files import claim_folder, difference, lock_folder, read_json, write_js
 from jlt.geometry.analyze import token_estimates
 from jlt.geometry.forecast import Estimate, TimeModel, forecast
 from jlt.protocol import default_device, machine
-from jlt.report.results import ABLATION
+from jlt.report.results import ABLATION, ABLATION_SCHEMA
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
@@ -202,8 +202,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
         summary = {"command": command, **describe(config, systems, store, device)}
-        known = read_json(out / ABLATION).get("forecasts", []) if (out / ABLATION).exists() else []
-        summary["forecasts"] = forecasts(systems, known, device)
+        summary["forecasts"] = forecasts(systems, _known_forecasts(out), device)
         # Written before the work too, so that an ablation under way can be reported on.
         write_json(out / ABLATION, summary)
         with AblationProgress(systems) as progress:
@@ -242,7 +241,7 @@ def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
 def describe(config: AblationConfig, systems: Sequence[System], store: LatentStore, device: str) -> dict[str, Any]:
     """Return what `ablation.json` says of the systems, before the work is done."""
     return {
-        "schema": 1,
+        "schema": ABLATION_SCHEMA,
         "title": config.title,
         "recipe": config.recipe,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -283,6 +282,12 @@ def forecasts(
         for system in there:
             found.setdefault(system.setting, _forecast(system, estimates[system.config.network.patch_size]))
     return [found[setting] for setting in dict.fromkeys(system.setting for system in systems)]
+
+
+def _known_forecasts(out: Path) -> list[dict[str, Any]]:
+    """Return what an ablation's folder says of earlier points on its axes, unless an earlier version has said it."""
+    stored = read_json(out / ABLATION) if (out / ABLATION).exists() else {}
+    return stored.get("forecasts", []) if stored.get("schema") == ABLATION_SCHEMA else []
 
 
 def _forecast(system: System, estimate: Estimate) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from jlt.report.palette import SYMBOL
-from jlt.report.results import Spread, Study, System, spread
+from jlt.report.results import ABLATION_SCHEMA, Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
-
 
 NOTHING = 1e-3
 """Of a loss: what is less is not told as a number."""
@@ -50,11 +49,16 @@ class Check:
         return "x" if self.expected > 0 else "v"
 
 
+def forecasts_of(study: Study) -> list[Mapping[str, Any]]:
+    """Return what was expected of the systems of a study; nothing where an earlier version has said it otherwise."""
+    return study.facts.get("forecasts", []) if study.facts.get("schema") == ABLATION_SCHEMA else []
+
+
 def checks(study: Study) -> list[Check]:
     """Return every setting of which something was expected and in which both predictions were measured."""
     several = len({system.loss_space for system in study.systems}) > 1
     found = []
-    for forecast in study.facts.get("forecasts", []):
+    for forecast in forecasts_of(study):
         ratio = spread(_ratios(study, forecast))
         if ratio is None:
             continue
@@ -132,7 +136,7 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
 def floor_sentences(study: Study) -> list[str]:
     """Say what the loss could not fall below where a network is narrower than its tokens, and to where it fell."""
     texts = []
-    for forecast in study.facts.get("forecasts", []):
+    for forecast in forecasts_of(study):
         floor, measured = forecast["advice"][0]["loss_floor"], _final_losses(study, forecast)
         if forecast["width"] >= forecast["dimension"] or not measured:
             continue

@@ -170,13 +170,16 @@ METRIC_PANELS: Mapping[str, tuple[str, str]] = {
 
 
 def training_figure(study: Study) -> Figure | None:
-    """Draw every metric and the loss against the training step, per loss space; None before the first number."""
-    spaces = sorted({system.loss_space for system in study.systems})
+    """Draw metrics and the loss against the training step; None before the first number.
+
+    Every loss space and variant has panels of its own: of several variants those of the distance and the loss alone.
+    """
+    alike = systems_that_compare(study.systems)
+    variants = {system.variant for system in study.systems}
+    metrics = list(METRIC_PANELS)[: 1 if len(variants) > 1 else None]
     panels: list[Panel] = []
-    for space in spaces:
-        systems = [system for system in study.systems if system.loss_space == space]
-        suffix = f" ({SYMBOL[space]}-space loss)" if len(spaces) > 1 else ""
-        drawn = [*(_metric_panel(systems, metric, suffix) for metric in METRIC_PANELS), _loss_panel(systems)]
+    for suffix, systems in alike.items():
+        drawn = [*(_metric_panel(systems, metric, suffix) for metric in metrics), _loss_panel(systems, suffix)]
         panels.extend(panel for panel in drawn if panel)
     if not panels:
         return None
@@ -198,6 +201,16 @@ def training_figure(study: Study) -> Figure | None:
         f"{what}{band}{smoothing}{beside} {look}".strip(),
         system_legend(study.systems),
     )
+
+
+def systems_that_compare(systems: Sequence[System]) -> dict[str, list[System]]:
+    """Group systems by loss space and variant, under words for these, empty where there is one of each."""
+    spaces = {system.loss_space for system in systems}
+    groups: dict[str, list[System]] = {}
+    for system in systems:
+        told = [f"{SYMBOL[system.loss_space]}-space loss"] * (len(spaces) > 1) + [system.variant] * bool(system.variant)
+        groups.setdefault(f" ({', '.join(told)})" if told else "", []).append(system)
+    return groups
 
 
 def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel | None:
@@ -249,7 +262,7 @@ def _line_with_band(axes: Axes, system: System, steps: Sequence[int], points: Se
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
-def _loss_panel(systems: Sequence[System]) -> Panel | None:
+def _loss_panel(systems: Sequence[System], suffix: str) -> Panel | None:
     curves = []
     for system in systems:
         by_step: dict[int, list[float]] = {}
@@ -273,10 +286,10 @@ def _loss_panel(systems: Sequence[System]) -> Panel | None:
         if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
             axes.set_yscale("log")
             plain_log(axes.yaxis, values)
-        label_steps(axes, f"Training loss in {space}-space")
+        label_steps(axes, f"Training loss{suffix or f' in {space}-space'}")
 
     ends = [f"{system.name} ends at {number(points[-1].mean)}" for system, _, points in curves]
-    return draw(paint, f"Training loss in {space}-space against step. {listed(ends)}.")
+    return draw(paint, f"Training loss in {space}-space against step{suffix}. {listed(ends)}.")
 
 
 def label_steps(axes: Axes, title: str) -> None:

@@ -72,12 +72,15 @@ def comparisons(study: Study) -> list[Comparison]:
 
 
 def setting(comparison: Comparison, study: Study) -> str:
-    """Name a comparison: its patch size, and its loss space where the study has several."""
+    """Name a comparison: its patch size or its variant, both where they differ, and its loss space where it does."""
     several = len({system.loss_space for system in study.systems}) > 1
     article = "a" if comparison.loss_space == "v" else "an"
     loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if several else ""
-    variant = f" ({comparison.variant})" if comparison.variant else ""
-    return f"patch {comparison.patch_size}{variant}{loss}"
+    if not comparison.variant:
+        return f"patch {comparison.patch_size}{loss}"
+    if len({system.patch_size for system in study.systems}) == 1:
+        return f"{comparison.variant}{loss}"
+    return f"patch {comparison.patch_size} ({comparison.variant}){loss}"
 
 
 def verdict(study: Study) -> str:

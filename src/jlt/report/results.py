@@ -20,6 +20,7 @@ MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
 
 INSIDE = "inside.json"
 ABLATION = "ablation.json"
+ABLATION_SCHEMA = 2
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
 """What a protocol says of the thing that was evaluated, not of how; everything else must agree within a table."""
 

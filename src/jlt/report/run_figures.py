@@ -26,6 +26,7 @@ from jlt.report.figures import (
     moving_average,
     plain_log,
     system_legend,
+    systems_that_compare,
 )
 from jlt.report.log import Log, LoggedStep
 from jlt.report.palette import INK, MUTED, PREDICTION, SYMBOL, TIME, swatch, time_swatch
@@ -62,8 +63,7 @@ def path_figure(study: Study) -> Figure | None:
     """Draw the loss by time; None where no log has it."""
     if len(study.runs) == 1:
         return _path_figure_of_one(next(system for system in study.systems if system.runs), study.runs[0].log)
-    spaces = sorted({system.loss_space for system in study.systems})
-    panels = [_profiles_of_systems([s for s in study.systems if s.loss_space == space]) for space in spaces]
+    panels = [_profiles_of_systems(alike, suffix) for suffix, alike in systems_that_compare(study.systems).items()]
     shown = tuple(panel for panel in panels if panel)
     if not shown:
         return None
@@ -167,7 +167,7 @@ def _profiles_of_moments(system: System, steps: Sequence[LoggedStep]) -> Panel:
     return draw(paint, f"Loss against time t at {_moments_text(steps)}. {_ends_of(*profiles[-1])}")
 
 
-def _profiles_of_systems(systems: Sequence[System]) -> Panel | None:
+def _profiles_of_systems(systems: Sequence[System], suffix: str) -> Panel | None:
     profiles = [(system, profile) for system in systems if (profile := _final_profile(system.runs))]
     if not profiles:
         return None
@@ -177,10 +177,10 @@ def _profiles_of_systems(systems: Sequence[System]) -> Panel | None:
     def paint(axes: Axes) -> None:
         for system, (times, losses) in profiles:
             axes.plot(times, losses, **curve_style(system))
-        _label_times(axes, f"Loss against t, {space}-space", values)
+        _label_times(axes, f"Loss against t{suffix or f', {space}-space'}", values)
 
     said = " ".join(f"{system.name}: {_ends_of(*profile)}" for system, profile in profiles)
-    return draw(paint, f"{space}-space loss against time t at the end of the training. {said}")
+    return draw(paint, f"{space}-space loss against time t at the end of the training{suffix}. {said}")
 
 
 def _final_profile(runs: Iterable[Run]) -> tuple[list[float], list[float]] | None:

@@ -219,7 +219,8 @@ def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel 
         points = {step: value for step in system.evaluated_steps if (value := system.measured(metric, step))}
         if points:
             curves.append((system, list(points), list(points.values())))
-    if not curves:
+    if not any(len(steps) > 1 for _, steps, _ in curves):
+        # Single points are in the table of results.
         return None
     beside = {system.name: (system, known) for system, _, _ in curves if (known := _published(metric, system))}
     name, direction = METRIC_PANELS[metric]

@@ -134,6 +134,7 @@ class Row:
 
     system: System
     swatch: str
+    title: str
     kind: str
     cells: tuple[Cell, ...]
     seconds: str
@@ -162,7 +163,10 @@ def result_rows(study: Study) -> list[Row]:
             Row(
                 system,
                 palette.swatch(system.prediction, system.patch_size),
-                _kind(system, study),
+                ", ".join([system.name, *_apart(system, study)]),
+                ", ".join(
+                    [palette.SHORT_WORDS[system.prediction], f"patch {system.patch_size}", *_apart(system, study)]
+                ),
                 tuple(cells),
                 format_seconds(seconds.mean) if seconds else "—",
                 _row_note(system, measured["frechet_distance"][index], study),
@@ -172,12 +176,11 @@ def result_rows(study: Study) -> list[Row]:
     return [rows[index] for index in sorted(order, key=lambda index: (study.systems[index].patch_size, order[index]))]
 
 
-def _kind(system: System, study: Study) -> str:
-    """Say what a system predicts, and in which space its loss is where that varies."""
+def _apart(system: System, study: Study) -> list[str]:
+    """Return words for what sets a system apart from others of its name: variant, and loss space where that varies."""
     several = len({other.loss_space for other in study.systems}) > 1
-    loss = f", {palette.SYMBOL[system.loss_space]}-space loss" if several else ""
-    variant = f", {system.variant}" if system.variant else ""
-    return f"{palette.SHORT_WORDS[system.prediction]}, patch {system.patch_size}{variant}{loss}"
+    loss = [f"{palette.SYMBOL[system.loss_space]}-space loss"] if several else []
+    return [system.variant, *loss] if system.variant else loss
 
 
 def _best(metric: str, values: list[Spread | None]) -> float | None:
@@ -268,9 +271,8 @@ def sample_grids(study: Study) -> dict[int, list[Grid]]:
         if run is None or run.grid is None:
             continue
         distance = f"Fréchet distance {row.cells[0].text}" + (" over seeds" if row.cells[0].span else "")
-        alt = f"Samples of {row.system.name}, one row per class; {distance}."
-        name = ", ".join(filter(None, (row.system.name, row.system.variant)))
-        grids.setdefault(row.system.patch_size, []).append(Grid(name, picture_uri(run.grid), distance, alt))
+        alt = f"Samples of {row.title}, one row per class; {distance}."
+        grids.setdefault(row.system.patch_size, []).append(Grid(row.title, picture_uri(run.grid), distance, alt))
     return grids
 
 

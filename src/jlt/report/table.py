@@ -43,7 +43,7 @@ def text_table(
 def results_table(folder: Path) -> str:
     """Return the results of an ablation or a run, a row per system, the best of each column starred."""
     rows = [
-        [row.system.name, *(f"{cell.text}{' *' if cell.best else '  '}" for cell in row.cells), row.seconds]
+        [row.title, *(f"{cell.text}{' *' if cell.best else '  '}" for cell in row.cells), row.seconds]
         for row in result_rows(read_study(folder))
     ]
     return text_table(["system", "Frechet distance  ", "inception score  ", "label agreement  ", "training"], rows)

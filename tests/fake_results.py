@@ -15,9 +15,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from jlt.config import TimestepConfig
 from jlt.data.shape import LatentShape
-from jlt.files import write_json
-from jlt.geometry.analyze import analyze
+from jlt.experiments.geometry import Question
+from jlt.files import sealed_text, write_json
+from jlt.geometry.analyze import describe
+from jlt.geometry.forecast import TrainingModel
+from jlt.geometry.measure import measure_moments
+from jlt.processes import Alone, of_first
+from jlt.report.results import ABLATION_SCHEMA
 
 NAMES = {"x": "JLT-XS", "v": "DiT-XS", "eps": "DiT-eps-XS"}
 FINAL = {("x", 1): 20.1, ("v", 1): 37.2, ("eps", 1): 310.0, ("x", 2): 18.3, ("v", 2): 126.0, ("eps", 2): 820.0}
@@ -60,10 +66,18 @@ class GaussianStore:
         return LATENTS
 
 
+def analyze(store: Any, patch_sizes: Sequence[int], widths: Sequence[int] = (768,), batch_size: int = 0) -> dict:
+    """Measure a store in this process, and return what geometry.json would hold."""
+    question = Question(tuple(patch_sizes), tuple(widths), TrainingModel(TimestepConfig(), 0.05))
+    moments = of_first(measure_moments(store, patch_sizes, "cpu", Alone(), batch_size))
+    found = describe(moments, store.identity(), patch_sizes, widths, question.model)
+    return {**question.words(store), **found}
+
+
 @cache
 def geometry() -> str:
     """Return a geometry.json as text."""
-    return json.dumps(analyze(GaussianStore(), [1, 2], [64]))
+    return sealed_text(analyze(GaussianStore(), [1, 2], [64]))
 
 
 def protocol(checkpoint: str) -> dict[str, Any]:
@@ -219,7 +233,7 @@ def write_ablation(
         weights[run.removeprefix("runs/")] = hashlib.sha256(f"weights {patch_size} {seed}".encode()).hexdigest()
         draws[run.removeprefix("runs/")] = hashlib.sha256(f"draws {seed}".encode()).hexdigest()
     ablation = {
-        "schema": 1,
+        "schema": ABLATION_SCHEMA,
         "title": "Handwritten digits: matched targets",
         "recipe": "digits",
         "created": "2026-11-23T18:00:00+00:00",

@@ -18,6 +18,7 @@ from PIL import Image
 
 from jlt.cli import VERBS, main
 from jlt.data.sources.registry import open_source
+from jlt.files import read_sealed_json
 from jlt.sheet import Words, draw_sheet
 
 NAMES = [
@@ -284,7 +285,7 @@ def test_from_images_to_a_report(chain, tmp_path):
     assert done("verify", latents)["problems"] == []
     geometry = done("analyze", "--latents", latents, "--out", tmp_path / "geometry")
     assert set(geometry["tokens"]) == {"1", "2"}
-    assert json.loads((tmp_path / "geometry" / "geometry.json").read_text()) == geometry
+    assert read_sealed_json(tmp_path / "geometry" / "geometry.json") == geometry
     assert (tmp_path / "geometry" / "report.html").stat().st_size > 10_000
 
     run = tmp_path / "run"

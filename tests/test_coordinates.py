@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jlt.autoencoders.coordinates import SMALLEST, CoordinateAutoencoder, Coordinates
+from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
 from jlt.autoencoders.registry import load_autoencoder
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
@@ -51,15 +51,27 @@ def test_eigenvalues_are_raised_to_a_power_and_keep_their_sum(patch_size, power)
         torch.testing.assert_close(coordinates.apply(data), data, rtol=1e-6, atol=1e-6)
 
 
-def test_directions_without_variance_stay_finite():
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.5])
+def test_directions_without_variance_stay_as_they_are(power):
     data = latents()
     data[:, 3] = 0
-    _, tokens = spectrum(data, 1)
-    coordinates = Coordinates.raised(tokens.covariance, tokens.mean, 1, 0.0)
-    largest = torch.linalg.eigvalsh(tokens.covariance)[-1]
-    most = (tokens.covariance.trace() / 4 / (SMALLEST * largest)) ** 0.5
-    assert torch.linalg.eigvalsh(coordinates.matrix)[-1] <= 1.01 * most
-    torch.testing.assert_close(coordinates.undo(coordinates.apply(data)), data, rtol=1e-4, atol=1e-3)
+    before, tokens = spectrum(data, 1)
+    coordinates = Coordinates.raised(tokens.covariance, tokens.mean, 1, power)
+    changed = coordinates.apply(data)
+    after, _ = spectrum(changed, 1)
+    assert float(after.sum()) == pytest.approx(float(before.sum()), rel=1e-5)
+    raised = before[1:] ** power
+    torch.testing.assert_close(after[1:], raised * before.sum() / raised.sum(), rtol=1e-4, atol=0)
+    assert changed[:, 3].abs().max() < 1e-5
+    torch.testing.assert_close(coordinates.undo(changed), data, rtol=1e-4, atol=1e-3)
+
+
+def test_coordinates_that_float32_cannot_undo_are_refused():
+    covariance = torch.diag(torch.logspace(0, -7, 8, dtype=torch.float64))
+    mean = torch.zeros(8, dtype=torch.float64)
+    with pytest.raises(JLTError, match="which float32 cannot undo: choose a power nearer to 1"):
+        Coordinates.raised(covariance, mean, 1, 3.0)
+    Coordinates.raised(covariance, mean, 1, 2.0)
 
 
 def test_a_map_is_read_back_and_others_are_refused(tmp_path):

@@ -35,7 +35,9 @@ def study(distances, forecasts):
                 "patch_size": 1,
                 "width": 64,
                 "clean_over_velocity": expected,
-                "advice": [{"even": abs(expected) < 0.1, "loss_floor": {"x": 0.0, "eps": 1.0, "v": 0.5}}],
+                "call": "even" if abs(expected) < 0.1 else "x" if expected > 0 else "v",
+                "before_training": True,
+                "advice": [{"loss_floor": {"x": 0.0, "eps": 1.0, "v": 0.5}}],
             }
             for variant, power, expected in forecasts
         ],
@@ -95,7 +97,7 @@ def test_what_no_narrow_network_can_reach_is_set_against_the_loss():
     assert floor_sentences(told) == []
     next(iter(told.facts["forecasts"]))["width"] = 8
     (text,) = floor_sentences(told)
-    assert "a width of 8 cannot put out 16 directions. The loss ended at v 0.625, of which 80% had been said" in text
+    assert "cannot put out 16 directions. The v-space loss ended at v 0.625, of which 80% had been said" in text
 
 
 def cell(prediction, space, values):
@@ -120,12 +122,27 @@ def test_cells_of_prediction_and_loss_space():
         ("v", "x"): Spread(9.0, 9.0, 9.0, 2),
         ("v", "v"): Spread(6.0, 5.0, 7.0, 2),
     }}  # fmt: skip
-    (text,) = cell_sentences(found)
-    assert "3.00 with a loss in x-space and 3.00 with a loss in v-space" in text
-    assert "1.50 for clean prediction (x) and 1.50 for velocity prediction (v)" in text
+    by_prediction, by_space = cell_sentences(found)
+    assert "3.00 with a loss in x-space and 3.00 with a loss in v-space" in by_prediction
+    assert "1.50 for clean prediction (x) and 1.50 for velocity prediction (v)" in by_space
+    # A cell without a partner has no factor.
+    three = {key: value for key, value in found["patch 1"].items() if key != ("v", "x")}
+    assert [text.partition("factor of ")[2] for text in cell_sentences({"patch 1": three})] == [
+        "3.00 with a loss in v-space.",
+        "1.50 for clean prediction (x).",
+    ]
     assert "clean (x) with a loss in x-space 3.00" in cells_figure(found).panels[0].alt
     assert cells(Study(Path("study"), "title", systems[1:2] + systems[3:], {}, None)) == {}
     assert cells_figure({}) is None
+
+
+def test_single_seeds_and_seeds_that_disagree_decide_nothing():
+    distances = {("x", "near"): [2.0], ("v", "near"): [2.02], ("x", "split"): [2.0, 2.0], ("v", "split"): [1.0, 4.0]}
+    found = checks(study(distances, [("near", None, 0.5), ("split", None, 0.6)]))
+    assert [check.measured_first for check in found] == [None, None]
+    (text,) = check_sentences(found)
+    assert text.startswith("Called for one of them, but not decided by what was measured")
+    assert "1.01 at patch 1 (near) and 1.25 at patch 1 (split)" in text
 
 
 def test_seeds_without_a_partner_are_left_out():

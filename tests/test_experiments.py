@@ -36,7 +36,7 @@ from jlt.experiments.pool import run_jobs
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
 from jlt.geometry.analyze import token_estimates
-from jlt.geometry.forecast import TimeModel, needed_ranks
+from jlt.geometry.forecast import TrainingModel, needed_ranks
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
 from jlt.signals import Stopped, stop_on_signal
@@ -275,7 +275,7 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch
     assert len(set(summary["matched"]["initial_weights"].values())) == 2
     for told in summary["forecasts"]:
         store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{told['anisotropy']:g}-p1")
-        model = TimeModel(config.train.timesteps, config.train.loss.t_eps, config.train.loss.space)
+        model = TrainingModel.of(config.train)
         assert told["needed"]["0.05"] == pytest.approx(
             needed_ranks(token_estimates(store, [1], "cpu")[1].eigenvalues, model, 0.05)
         )
@@ -300,7 +300,7 @@ def test_something_is_expected_of_every_loss_space(latents, tmp_path):
     assert [entry["loss_space"] for entry in told] == ["x", "v"]
     spectrum = token_estimates(LatentStore.open(latents), [1], "cpu")[1].eigenvalues
     for entry in told:
-        model = TimeModel(config.train.timesteps, config.train.loss.t_eps, entry["loss_space"])
+        model = TrainingModel(config.train.timesteps, config.train.loss.t_eps, entry["loss_space"])
         assert entry["needed"]["0.05"] == pytest.approx(needed_ranks(spectrum, model, 0.05))
     assert told[0]["needed"]["0.05"] != told[1]["needed"]["0.05"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_results import analyze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +17,6 @@ from jlt.config import PREDICTIONS
 from jlt.data.shape import LatentShape
 from jlt.errors import JLTError
 from jlt.geometry import gaussian
-from jlt.geometry.analyze import analyze
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.spectrum import eigenvalues_descending, sampling_error, share_below, summarise
 
@@ -271,11 +271,29 @@ def test_analysis_does_not_depend_on_the_batch_size() -> None:
 def test_few_images_are_warned_about_and_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     analyze(FakeStore(latents(8)), [1, 4])
     said = capsys.readouterr().err
-    assert "Patch size 1, 8 images: an eigenvalue is known to about 50%; 200 images give 10%." in said
-    assert "Patch size 4, 8 images: 32 tokens cannot span 48 directions" in said
-    analyze(FakeStore(latents(400)), [1])
-    assert not capsys.readouterr().err
+    assert "Patch size 4, 8 latents: 32 tokens cannot span 48 directions" in said
+    assert "there is no advice" in said
+    assert "All latents are of one class" in said
+    few = analyze(FakeStore(latents(8)), [1, 4])
+    assert [line for line in few["warnings"] if line in said] == few["warnings"]
+    assert few["tokens"]["4"]["forecast"]["call"] == "undecided"
+    assert "too few latents" in few["tokens"]["4"]["forecast"]["advice"][0]["words"]
+    assert len(analyze(FakeStore(latents(400), 2), [1])["warnings"]) == 0
     with pytest.raises(JLTError, match="holds 1 latents"):
         analyze(FakeStore(latents(1)), [1])
     with pytest.raises(JLTError, match="All latents of the store are equal"):
         analyze(FakeStore(torch.ones(4, 3, 8, 8)), [1])
+    with pytest.raises(JLTError, match="All latents of the store are equal"):
+        analyze(FakeStore(latents(1).expand(5, -1, -1, -1) + 7), [1])
+
+
+@pytest.mark.parametrize("count", [600, 6_000])
+def test_the_told_error_holds_what_sorting_adds(count: int) -> None:
+    """Of 128 directions whose variances are known: as far off as is told, in the median and at the end."""
+    known = np.logspace(1, -3, 128)
+    white = torch.randn(count, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    entry = analyze(FakeStore((white * torch.from_numpy(known).sqrt())[:, :, None, None]), [1])["tokens"]["1"]
+    off = np.abs(np.array(entry["eigenvalues"]) / known - 1)
+    told = np.array(entry["relative_sampling_errors"])
+    assert 0.4 < np.median(off) / np.median(told) < 1.5
+    assert 0.5 < off[-16:].mean() / told[-16:].mean() < 2

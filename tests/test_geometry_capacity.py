@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jlt.config import PREDICTIONS, LossConfig, TimestepConfig
+from jlt.errors import WrongWordsError
 from jlt.geometry import gaussian
 from jlt.geometry.capacity import (
     Times,
@@ -19,7 +20,8 @@ from jlt.geometry.capacity import (
     velocity_gain,
     width_floor,
 )
-from jlt.geometry.forecast import HARDLY, Estimate, TimeModel, forecast, needed_ranks
+from jlt.geometry.forecast import DECIDED, HARDLY, Estimate, TrainingModel, forecast, needed_ranks
+from jlt.geometry.spectrum import shrunk
 from jlt.loss import error_gain
 from jlt.prediction import readout_gain
 from jlt.timesteps import times_from_uniform
@@ -163,12 +165,12 @@ def test_required_ranks_lie_between_whole_ones():
 
 # ---- advice ----
 
-MODEL = TimeModel(PUBLISHED, 0.05)
+MODEL = TrainingModel(PUBLISHED, 0.05)
 
 
 def estimate(lam, error=0.01, name="tokens"):
     lam = np.asarray(lam, dtype=float)
-    return Estimate(name, lam, np.full(len(lam), error))
+    return Estimate(name, lam, np.full(len(lam), error), independent=2 / error**2)
 
 
 def test_a_steep_spectrum_favours_clean_prediction():
@@ -183,7 +185,7 @@ def test_a_steep_spectrum_favours_clean_prediction():
     assert f"of width {narrow['width']} can put out 64 directions: its loss stays above" in narrow["words"]
     assert wide["loss_floor"] == {"x": 0, "eps": 0, "v": 0}
     assert "can put out" not in wide["words"]
-    assert not narrow["even"]
+    assert found["call"] == "x"
     assert narrow["words"].startswith("Predict x (the clean latent): 100% of")
     assert narrow["width_share"]["x"] == pytest.approx(needed_ranks(steep, MODEL, 0.05)["x"] / 48)
     assert "may be small" in wide["words"]
@@ -194,9 +196,46 @@ def test_an_isotropic_space_hardly_cares():
     """By the model velocity needs a little less there; it is the floor that makes a difference, and there is none."""
     found = forecast([estimate(np.linspace(0.8, 1.2, 64))], MODEL, [768])
     assert -0.3 < found["clean_over_velocity"] < 0
-    assert found["advice"][0]["even"]
+    assert found["call"] == "even"
     assert "nearly isotropic" in found["advice"][0]["words"]
     assert "should hardly matter" in found["advice"][0]["words"]
+
+
+@pytest.mark.parametrize(("variance", "first"), [(0.01, "x"), (4.0, "v")])
+def test_an_isotropic_space_of_another_size_than_the_noise_does_care(variance, first):
+    found = forecast([estimate(np.full(64, variance))], MODEL, [768])
+    assert found["call"] == first
+    assert f"Predict {first}" in found["advice"][0]["words"]
+
+
+def test_what_the_variations_do_not_agree_on_is_not_called():
+    found = forecast([estimate(np.logspace(1, -4, 32)), estimate(np.full(32, 5.0), name="within")], MODEL, [64])
+    assert found["confidence"] < DECIDED
+    assert found["call"] == "undecided"
+    assert "does not say" in found["advice"][0]["words"]
+
+
+def test_noise_of_another_scale_scales_the_loss_that_is_out_of_reach():
+    wide = dataclasses.replace(MODEL, noise_scale=2.0)
+    floors = [forecast([estimate(EIGENVALUES)], model, [2])["advice"][0]["loss_floor"] for model in (MODEL, wide)]
+    assert floors[1] == pytest.approx({name: 4 * floor for name, floor in floors[0].items()})
+    with pytest.raises(WrongWordsError, match="scale of noise"):
+        dataclasses.replace(MODEL, noise_scale=0.0)
+
+
+def test_a_wide_spread_of_times_has_a_quadrature():
+    times = training_times(TimestepConfig(P_std=4.0), 0.05)
+    assert np.isfinite(times.average(velocity_gain("x", times.t) * times.loss_weight))
+
+
+def test_shrinkage_leaves_steep_spectra_and_flattens_few_samples_of_isotropic_ones():
+    steep = np.logspace(1, -4, 32)
+    np.testing.assert_allclose(shrunk(steep, 1e6), steep, rtol=0.05, atol=1e-5)
+    data = np.random.default_rng(0).standard_normal((60, 32))
+    sampled = np.sort(np.linalg.eigvalsh(np.cov(data.T)))[::-1]
+    found = shrunk(sampled, 60)
+    assert found.sum() == pytest.approx(sampled.sum())
+    assert found.max() / found.min() < 1.3 < 5 < sampled.max() / sampled.min()
 
 
 def test_close_needs_are_called_even():
@@ -204,7 +243,7 @@ def test_close_needs_are_called_even():
     found = [forecast([estimate(np.logspace(0.3, low, 32))], MODEL, [64]) for low in np.linspace(-2, 0, 21)]
     near = min(found, key=lambda entry: abs(entry["clean_over_velocity"]))
     assert abs(near["clean_over_velocity"]) < HARDLY
-    assert near["advice"][0]["even"]
+    assert near["call"] == "even"
     assert "are close" in near["advice"][0]["words"]
 
 

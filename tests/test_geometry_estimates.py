@@ -11,9 +11,11 @@ from training_helpers import run_processes
 
 from jlt.data.config import EncodeConfig
 from jlt.data.encode import encode
+from jlt.data.shape import LatentShape
 from jlt.errors import JLTError
 from jlt.geometry.classes import ClassMeans
 from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.measure import Moments
 from jlt.geometry.sample import NEIGHBOURS, Sample, direction_moments, neighbourhood_covariance, sample_numbers
 from jlt.geometry.spectrum import eigenvalues_descending
 from jlt.geometry.stationary import StationaryCovariance, between_classes, multiplicity
@@ -144,10 +146,10 @@ def test_any_merge_gives_one_estimate(kind, split):
 def test_latents_that_are_not_finite_are_named():
     data, _ = latents(9)
     data[5, 1, 2, 3] = float("nan")
-    found = StationaryCovariance(3, 4, 6)
-    found.update(data[:4])
+    # As seen by a process that has had none of those before.
+    moments = Moments(9, LatentShape(3, 4, 6, 10), [1, 2])
     with pytest.raises(JLTError, match="Latent 5 of the store is not finite"):
-        found.update(data[4:])
+        moments.update(4, data[4:], torch.zeros(5, dtype=torch.int64))
 
 
 # ---- whole latents ----

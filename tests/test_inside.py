@@ -17,7 +17,10 @@ from jlt.data.store import LatentStore
 from jlt.errors import JLTError
 from jlt.experiments import geometry
 from jlt.experiments.inside import (
+    BANDS,
     TIMES,
+    Basis,
+    _describe,
     measure_basis,
     require_comparable,
     squared_errors,
@@ -175,6 +178,48 @@ def test_networks_that_cannot_be_compared_leave_nothing(place, tmp_path, capsys)
     assert main([*map(str, words)]) == 1
     assert "was not trained on these latents" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num", "1"], "--num must be 2 or more"),
+        (["--patch-size"], "need numbers of 1 or more"),
+        (["--width", "0"], "need numbers of 1 or more"),
+        (["--noise-scale", "0"], "scale of noise"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused_before_anything_is_read(place, tmp_path, capsys, words, said):
+    start = ["analyze", "--latents", str(place / "latents"), "--out", str(tmp_path / "out")]
+    assert main([*start, "--checkpoint", str(place / "x"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_geometry_is_named_and_measured_anew(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["analyze", "--latents", place / "latents", "--out", out, "--patch-size", "1", "--checkpoint", place / "x"]
+    words = [*map(str, words), "--num", "20"]
+    assert main(words) == 0
+    before = (out / "geometry.json").read_bytes()
+    assert json.loads(before)["widths"] == [64]
+    (out / "geometry.json").write_bytes(before.replace(b'"dimension": 16', b'"dimension": 15', 1))
+    assert main(["report", str(out)]) == 1
+    assert "geometry.json was edited or damaged" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "It is measured anew" in capsys.readouterr().err
+    assert (out / "geometry.json").read_bytes() == before
+    (out / "inside.json").write_text("{}")
+    assert main(["report", str(out)]) == 1
+    assert "inside.json carries no hash of itself" in capsys.readouterr().err
+
+
+def test_bands_are_in_units_of_the_noise(place):
+    checkpoint = open_checkpoint(place / "x")
+    lam = np.array([4.0, 0.03, 0.01])
+    basis = Basis(1, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
+    bands = _describe(checkpoint, {}, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)["bands"]
+    assert [(band["name"], band["directions"]) for band in bands] == [(BANDS[0][0], 2), (BANDS[3][0], 1)]
 
 
 def test_a_geometry_that_is_there_is_kept(place, tmp_path, monkeypatch):

@@ -186,14 +186,17 @@ class Analyze(Verb):
     out: Path
     """Folder for geometry.json and report.html."""
     patch_size: tuple[int, ...] = (1, 2)
-    width: tuple[int, ...] = (768,)
-    """Widths of networks that the advice is for: 768 is that of JLT-B."""
+    """How latents are cut into tokens."""
+    width: tuple[int, ...] = ()
+    """Widths of networks that the advice is for (default: those of --checkpoint, else 768, that of JLT-B)."""
     timesteps: Annotated[TimestepConfig, Flat] = field(default_factory=TimestepConfig)
     """The training times that the advice is for."""
     t_eps: float = 0.05
     """Clamp of the matched loss that the advice is for (eq. 5); 0 takes eq. 13 as it stands."""
     loss_space: LossSpace = "v"
     """Space of that loss."""
+    noise_scale: float = 1.0
+    """Standard deviation of that training's noise."""
     checkpoint: tuple[Path, ...] = ()
     """Runs or checkpoints, trained on these latents, whose errors by direction and time are measured too."""
     ema: str = ""
@@ -205,18 +208,21 @@ class Analyze(Verb):
         from jlt.data.store import LatentStore
         from jlt.experiments.geometry import Question, analyze_into
         from jlt.experiments.inside import Networks
-        from jlt.geometry.forecast import TimeModel
+        from jlt.geometry.forecast import TrainingModel
         from jlt.processes import joined
         from jlt.protocol import default_device
         from jlt.report.table import geometry_table
         from jlt.training.checkpoint import open_checkpoint
 
-        if min((*self.width, *self.patch_size), default=0) < 1:
-            raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
-        question = Question(self.patch_size, self.width, TimeModel(self.timesteps, self.t_eps, self.loss_space))
-        store, device = LatentStore.open(self.latents), default_device()
         opened = [open_checkpoint(path) for path in self.checkpoint]
         networks = Networks(opened, self.num, self.ema) if opened else None
+        known = sorted({checkpoint.config.network.hidden_size for checkpoint in opened})
+        widths = self.width or tuple(known) or (768,)
+        if not self.patch_size or min((*widths, *self.patch_size)) < 1:
+            raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
+        model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale)
+        question = Question(self.patch_size, widths, model)
+        store, device = LatentStore.open(self.latents), default_device()
         with joined(device) as group:
             geometry = analyze_into(store, self.out, question, networks, device, group)
         return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")

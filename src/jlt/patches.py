@@ -12,9 +12,15 @@ def patches(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor,
     """View latents as non-overlapping patches; JLTError where the grid is no multiple of the patch size."""
     n, c, h, w = latents.shape
     p = patch_size
-    if p < 1 or h % p or w % p:
-        raise JLTError(f"Latents of {h} x {w} positions cannot be cut into patches of {p} x {p}: choose a divisor.")
+    require_divisor(p, h, w)
     return latents.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+
+
+def require_divisor(patch_size: int, height: int, width: int) -> None:
+    """Raise JLTError unless a grid of positions can be cut into patches of a size."""
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        patch, grid = f"{patch_size} x {patch_size}", f"{height} x {width}"
+        raise JLTError(f"Latents of {grid} positions cannot be cut into patches of {patch}: choose a divisor.")
 
 
 def patch_tokens(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "tokens d"]:

@@ -2,6 +2,7 @@
 
 In the eigenbasis of the tokens' covariance the variances lam become proportional to lam^a: 0 whitens the space, 1
 leaves it as it is, more makes it steeper. The total variance stays, so that only the share of each direction changes.
+Directions without variance, to rounding, stay as they are: to raise them would turn rounding into data.
 A network that is trained in such coordinates sees the same data through another geometry.
 """
 
@@ -24,8 +25,10 @@ from jlt.errors import JLTError
 from jlt.files import atomic_path, sha256_file
 from jlt.patches import join_tokens, patch_tokens
 
-SMALLEST = 1e-6
-"""Of the largest variance: what is smaller is taken for this, or whitening would turn rounding into data."""
+SMALLEST = 1e-8
+"""Of the largest variance: directions with less are left alone. Float16 rounds values to about this."""
+STEEPEST = 1e4
+"""Ratio of the factors of two directions beyond which float32 cannot be undone to 0.001 of a value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +44,22 @@ class Coordinates:
     def raised(
         cls, covariance: Float64[Tensor, "d d"], mean: Float64[Tensor, " d"], patch_size: int, anisotropy: float
     ) -> Coordinates:
-        """Return the coordinates in which a covariance has its eigenvalues raised to a power, of the same total."""
+        """Return the coordinates in which a covariance has its eigenvalues raised to a power, of the same total.
+
+        JLTError for a power that spreads the directions so far that latents could not be had back in float32.
+        """
         lam, vectors = torch.linalg.eigh(covariance)
-        lam = lam.clamp_min(SMALLEST * lam[-1])
-        wanted = lam**anisotropy
-        wanted = wanted * (lam.sum() / wanted.sum())
-        return cls(patch_size, anisotropy, mean, (vectors * (wanted / lam).sqrt()) @ vectors.T)
+        varying = lam > SMALLEST * lam[-1]
+        wanted = lam[varying] ** anisotropy
+        factors = torch.ones_like(lam)
+        factors[varying] = (wanted * (lam[varying].sum() / wanted.sum()) / lam[varying]).sqrt()
+        apart = float(factors.max() / factors.min())
+        if apart > STEEPEST:
+            raise JLTError(
+                f"In coordinates of anisotropy {anisotropy:g} at patch size {patch_size} some directions would count "
+                f"{apart:.2g} times as much as others, which float32 cannot undo: choose a power nearer to 1."
+            )
+        return cls(patch_size, anisotropy, mean, (vectors * factors) @ vectors.T)
 
     def apply(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Return latents in these coordinates, in float32."""

@@ -1,6 +1,6 @@
 """Matched ablations: the same run with another prediction, loss space, patch size or seed, and nothing else changed.
 
-An ablation folder holds `runs/`, `reference.npz`, `geometry.json` and `ablation.json`, and `coordinates/` where the
+An ablation folder holds `runs/`, `reference.npz` and `ablation.json`, and `coordinates/` where the
 geometry of the latents is an axis; every part of it that exists is kept when the same command is given again.
 """
 
@@ -25,7 +25,7 @@ from jlt.experiments.progress import AblationProgress
 from jlt.experiments.recipes import vary
 from jlt.files import claim_folder, difference, lock_folder, read_json, write_json
 from jlt.geometry.analyze import token_estimates
-from jlt.geometry.forecast import Estimate, TimeModel, forecast
+from jlt.geometry.forecast import Estimate, TrainingModel, forecast
 from jlt.protocol import default_device, machine
 from jlt.report.results import ABLATION, ABLATION_SCHEMA
 from jlt.training.checkpoint import open_checkpoint, step_folder
@@ -44,6 +44,7 @@ FORECAST_FIELDS = (
     "order",
     "margin",
     "clean_over_velocity",
+    "call",
     "confidence",
     "sphericity",
     "stated_share",
@@ -84,7 +85,9 @@ class AblationConfig:
         for axis in ("prediction", "loss_space", "patch_size", "seed", "anisotropy", "width"):
             points = getattr(self, axis)
             may_be_empty = axis in ("anisotropy", "width")
-            if not (points or may_be_empty) or len(set(points)) < len(points):
+            # As folders are named by them.
+            told = {f"{point:g}" if isinstance(point, float) else point for point in points}
+            if not (points or may_be_empty) or len(told) < len(points):
                 raise WrongWordsError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
         if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
             raise WrongWordsError(
@@ -190,6 +193,9 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     store, device = LatentStore.open(latents), default_device()
     systems = systems_of(config, latents, out, device)
     check_matched([to_dict(system.config) for system in systems], config)
+    for system in systems:
+        # Words that nothing can be expected of are refused before anything is written.
+        TrainingModel.of(system.config)
     workers = WORKERS[device] if workers is None else workers
     if workers < 1:
         raise WrongWordsError(f"An ablation needs at least one worker, not {workers}.")
@@ -269,18 +275,20 @@ def describe(config: AblationConfig, systems: Sequence[System], store: LatentSto
 def forecasts(
     systems: Sequence[System], known: Sequence[dict[str, Any]] = (), device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Return what is expected of x, eps and v in every geometry and network, before anything is trained.
+    """Return what is expected of x, eps and v in every geometry, network and loss, before anything is trained.
 
     `known` are those of the same ablation, with fewer points on its axes.
     """
     found = {(told["variant"], told["patch_size"], told["loss_space"]): told for told in known}
     new = [system for system in systems if system.setting not in found]
+    trained = {system.setting for system in systems if system.run.exists()}
     for latents in dict.fromkeys(system.latents for system in new):
         there = [system for system in new if system.latents == latents]
         sizes = list(dict.fromkeys(system.config.network.patch_size for system in there))
         estimates = token_estimates(LatentStore.open(latents), sizes, device)
         for system in there:
-            found.setdefault(system.setting, _forecast(system, estimates[system.config.network.patch_size]))
+            told = _forecast(system, estimates[system.config.network.patch_size])
+            found.setdefault(system.setting, {**told, "before_training": system.setting not in trained})
     return [found[setting] for setting in dict.fromkeys(system.setting for system in systems)]
 
 
@@ -292,10 +300,7 @@ def _known_forecasts(out: Path) -> list[dict[str, Any]]:
 
 def _forecast(system: System, estimate: Estimate) -> dict[str, Any]:
     network, train = system.config.network, system.config
-    # Of latents in units of the noise.
-    spectrum = replace(estimate, eigenvalues=estimate.eigenvalues / train.noise_scale**2)
-    model = TimeModel(train.timesteps, train.loss.t_eps, train.loss.space)
-    told = forecast([spectrum], model, [network.hidden_size])
+    told = forecast([estimate.in_units_of(train.noise_scale**2)], TrainingModel.of(train), [network.hidden_size])
     return {
         "variant": system.variant,
         "anisotropy": system.anisotropy,

@@ -8,14 +8,17 @@ from typing import Any
 
 from jlt.config import to_dict
 from jlt.data.store import LatentStore
+from jlt.errors import JLTError
 from jlt.experiments.inside import Networks, look_inside, require_comparable
-from jlt.files import claim_folder, read_json, write_json
-from jlt.geometry.analyze import SCHEMA, describe
-from jlt.geometry.forecast import TimeModel
-from jlt.geometry.measure import Moments, measure_moments
+from jlt.files import claim_folder, read_sealed_json, sealed_text, write_text
+from jlt.geometry.analyze import describe
+from jlt.geometry.forecast import TrainingModel
+from jlt.geometry.measure import Latents, Moments, measure_moments
+from jlt.patches import require_divisor
 from jlt.processes import Alone, Group, of_first
+from jlt.progress import say
 from jlt.report.page import write_report
-from jlt.report.results import INSIDE
+from jlt.report.results import GEOMETRY, GEOMETRY_SCHEMA, INSIDE
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,12 @@ class Question:
 
     patch_sizes: tuple[int, ...]
     widths: tuple[int, ...]
-    model: TimeModel
+    model: TrainingModel
 
-    def words(self, store: LatentStore) -> dict[str, Any]:
+    def words(self, store: Latents) -> dict[str, Any]:
         """Return what `geometry.json` says of the question, as JSON values."""
         return {
-            "schema": SCHEMA,
+            "schema": GEOMETRY_SCHEMA,
             "latents": store.identity(),
             "patch_sizes": list(self.patch_sizes),
             "widths": list(self.widths),
@@ -64,6 +67,8 @@ def analyze_into(
     group = group or Alone()
     if networks is not None:
         require_comparable(networks.checkpoints, store)
+    for patch_size in question.patch_sizes:
+        require_divisor(patch_size, store.shape.height, store.shape.width)
     group.on_first(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
     if networks is None:
         geometry = measure_geometry(store, out, question, device, group)
@@ -82,15 +87,23 @@ def _analyze_with(
     moments = measure_moments(store, patch_sizes, device, group)
     geometry = geometry or _answer(moments, store, out, question, group)
     inside = look_inside(networks, store, moments, device, group)
-    group.on_first(lambda: write_json(out / INSIDE, inside))
+    group.on_first(lambda: write_text(out / INSIDE, sealed_text(inside)))
     return {**geometry, "inside": inside}
 
 
 def _stored(store: LatentStore, folder: Path, question: Question, group: Group) -> dict[str, Any] | None:
-    """Return the geometry that a folder holds, in all processes; None if it answers another question."""
-    path, words = folder / "geometry.json", question.words(store)
-    stored = group.on_first(lambda: read_json(path) if path.exists() else {})
+    """Return the geometry that a folder holds, in all processes; None if it answers another question or is damaged."""
+    words = question.words(store)
+    stored = group.on_first(lambda: _readable(folder / GEOMETRY))
     return stored if {key: stored.get(key) for key in words} == words else None
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed_json(path) if path.exists() else {}
+    except JLTError as error:
+        say(f"{error} It is measured anew.")
+        return {}
 
 
 def _answer(
@@ -101,7 +114,7 @@ def _answer(
     def answer() -> dict[str, Any]:
         found = describe(of_first(moments), store.identity(), question.patch_sizes, question.widths, question.model)
         measured = {**question.words(store), **found}
-        write_json(folder / "geometry.json", measured)
+        write_text(folder / GEOMETRY, sealed_text(measured))
         return measured
 
     return group.on_first(answer)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from jlt.draws import chosen_at_random, derive_seed, normal_per_sample
-from jlt.errors import JLTError
+from jlt.errors import JLTError, WrongWordsError
 from jlt.files import difference
 from jlt.geometry.analyze import eigenbasis
 from jlt.geometry.covariance import TokenCovariance
@@ -29,6 +29,7 @@ from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplic
 from jlt.patches import join_tokens, patch_tokens
 from jlt.processes import Group, ending_together, of_first
 from jlt.progress import bar
+from jlt.report.results import INSIDE_SCHEMA
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.sampler import open_weights
 from jlt.training.checkpoint import Checkpoint
@@ -56,6 +57,10 @@ class Networks:
     num: int = 1024
     ema: str = ""
     """Which weights; empty takes a run's first EMA."""
+
+    def __post_init__(self) -> None:
+        if self.num < 2:
+            raise WrongWordsError(f"--num must be 2 or more: errors of means need several latents, not {self.num}.")
 
     @property
     def patch_size(self) -> int:
@@ -102,6 +107,7 @@ def look_inside(
         first = seen[0][2]
         beyond = [_mean_and_error(squares - first) for _, _, squares in seen[1:]]
         return {
+            "schema": INSIDE_SCHEMA,
             "patch_size": networks.patch_size,
             "latents": store.identity(),
             "count": len(numbers),
@@ -111,7 +117,7 @@ def look_inside(
             "optimum": basis.optimum.tolist(),
             "whole_optimum": basis.whole_optimum.tolist(),
             "whole_estimate": basis.whole_estimate,
-            "networks": [_describe(checkpoint, identity, squares, basis) for checkpoint, identity, squares in seen],
+            "networks": [_describe(*network, basis, scale) for network in seen],
             "beyond_the_first": [{"difference": mean.tolist(), "error": error.tolist()} for mean, error in beyond],
         }
 
@@ -215,10 +221,12 @@ def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Tensor, Tensor]:
     return values.mean(1), values.std(1) / values.shape[1] ** 0.5
 
 
-def _describe(checkpoint: Checkpoint, identity: Any, squares: Float64[Tensor, "t n d"], basis: Basis) -> dict[str, Any]:
+def _describe(
+    checkpoint: Checkpoint, identity: Any, squares: Float64[Tensor, "t n d"], basis: Basis, noise_scale: float
+) -> dict[str, Any]:
     mean, error = _mean_and_error(squares)
     excess = mean.numpy() - basis.optimum
-    lam = basis.eigenvalues
+    lam = basis.eigenvalues / noise_scale**2
     return {
         "name": checkpoint.config.name,
         "run": checkpoint.run.name,

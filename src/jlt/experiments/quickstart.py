@@ -14,7 +14,7 @@ from jlt.experiments.ablation import AblationConfig, ablate
 from jlt.experiments.geometry import Question, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
 from jlt.files import claim_folder
-from jlt.geometry.forecast import TimeModel
+from jlt.geometry.forecast import TrainingModel
 from jlt.progress import say
 from jlt.report.page import write_report
 
@@ -37,7 +37,7 @@ def quickstart(
 
     say("2/4 measuring the geometry of their latents")
     config = quickstart_ablation(store, seeds, steps)
-    model = TimeModel(config.train.timesteps, config.train.loss.t_eps, config.train.loss.space)
+    model = TrainingModel.of(config.train)
     measure_geometry(store, out, Question(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)

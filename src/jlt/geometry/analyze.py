@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,23 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from jlt.config import PREDICTIONS, TimestepConfig
+from jlt.config import PREDICTIONS
 from jlt.errors import JLTError
 from jlt.geometry.covariance import TokenCovariance
-from jlt.geometry.forecast import Estimate, TimeModel, forecast
+from jlt.geometry.forecast import Estimate, TrainingModel, forecast
 from jlt.geometry.gaussian import (
     best_coefficient,
     conditional_variance,
     explained_power,
     target_variance,
 )
-from jlt.geometry.measure import Latents, Moments, measure_moments
-from jlt.geometry.sample import NEIGHBOURS, direction_moments, neighbourhood_covariance
-from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, sampling_error, summarise
+from jlt.geometry.measure import Latents, Moments
+from jlt.geometry.sample import ANCHORS, NEIGHBOURS, DirectionMoments, direction_moments, neighbourhood_covariance
+from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, error_by_rank, sampling_error, summarise
 from jlt.geometry.stationary import between_classes
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
-from jlt.processes import Alone, of_first
 from jlt.progress import say, track
 
-SCHEMA = 2
 TIMES = np.round(np.linspace(0.0, 0.98, 50), 2)
 """Times of the tables; 1 is left out because a direction without variance has no regression there."""
 TABULATED_DIRECTIONS = 32
@@ -39,26 +37,7 @@ TABULATED_EIGENVALUES = 513
 """Eigenvalues that are kept of spectra of whole latents, at equal distances in rank."""
 TOKEN_BATCH = 256
 LARGE_ERROR = 0.1
-"""Relative sampling error of an eigenvalue above which `analyze` warns."""
-DEFAULT_TIMES = TimeModel(TimestepConfig(), 0.05)
-DEFAULT_WIDTHS = (768,)
-
-
-def analyze(
-    store: Latents,
-    patch_sizes: Sequence[int],
-    widths: Sequence[int] = DEFAULT_WIDTHS,
-    model: TimeModel = DEFAULT_TIMES,
-    batch_size: int = 0,
-) -> dict[str, Any]:
-    """Measure a store in one pass, in this process, and return geometry.json (plain numbers, lists and dicts).
-
-    `widths` are those of networks that the advice is for, `model` the training it is for. Raises JLTError for fewer
-    than two latents, values that are not finite, latents without any variance, and a patch size that does not divide
-    the grid; warns on stderr where there are too few latents for an estimate.
-    """
-    moments = measure_moments(store, patch_sizes, "cpu", Alone(), batch_size)
-    return describe(of_first(moments), store.identity(), patch_sizes, widths, model)
+"""Relative error of eigenvalues above which `jlt analyze` warns."""
 
 
 def describe(
@@ -66,45 +45,138 @@ def describe(
     identity: dict[str, Any],
     patch_sizes: Sequence[int],
     widths: Sequence[int],
-    model: TimeModel,
+    model: TrainingModel,
 ) -> dict[str, Any]:
-    """Return geometry.json of what was seen of a store; see `analyze`."""
-    _say_what_is_constant(moments)
+    """Return geometry.json (plain numbers, lists and dicts) of what was seen of a store, in units of the noise.
+
+    `widths` are those of networks that the advice is for, `model` the training it is for. What there is to be warned
+    of is said on stderr too. JLTError for latents without any variance.
+    """
+    if not _has_variance(moments):
+        raise JLTError("All latents of the store are equal: there is no variance to analyse.")
+    unit = model.noise_scale**2
+    tokens = {p: measure_tokens(moments, p, unit) for p in dict.fromkeys(patch_sizes)}
+    warnings = [*_constant_channels(moments), *_few_classes(moments)]
+    for measured in tokens.values():
+        warnings += _few_tokens(measured)
+    warnings += _few_for_frequencies(moments)
+    for warning in warnings:
+        say(warning)
     return {
-        "schema": SCHEMA,
         "latents": identity,
+        "warnings": warnings,
         "times": TIMES.tolist(),
-        "tokens": {str(p): describe_tokens(moments, p, widths, model) for p in dict.fromkeys(patch_sizes)},
-        "stationary": _describe_stationary(moments),
-        "whole": _describe_whole(moments),
+        "tokens": {str(p): describe_tokens(measured, widths, model) for p, measured in tokens.items()},
+        "stationary": _describe_stationary(moments, unit),
+        "whole": _describe_whole(moments, unit),
     }
 
 
-def _say_what_is_constant(moments: Moments) -> None:
+def _has_variance(moments: Moments) -> bool:
+    """Say whether latents differ from each other, by more than rounding."""
+    stationary = moments.stationary
+    varying = float(stationary.scatter.diagonal(dim1=1, dim2=2).real.sum())
+    means = float(stationary.mean.abs().square().sum())
+    return varying > (varying + stationary.images * means) * torch.finfo(torch.float64).eps * stationary.images
+
+
+# ---- what there is to be warned of ----
+
+
+def _constant_channels(moments: Moments) -> list[str]:
     variance = next(iter(moments.tokens.values())).channel_variance
     constant = (variance <= variance.max() * torch.finfo(torch.float32).eps ** 2).nonzero().flatten().tolist()
-    if 0 < len(constant) < len(variance):
-        say(f"Channels {', '.join(map(str, constant))} are constant: they are directions without any variance.")
+    if not 0 < len(constant) < len(variance):
+        return []
+    return [f"Channels without variance: {', '.join(map(str, constant))}. They are directions that velocity pays for."]
+
+
+def _few_classes(moments: Moments) -> list[str]:
+    classes, images = moments.classes, moments.stationary.images
+    if len(classes.counts) == 1:
+        return ["All latents are of one class, so that the spectrum within classes is that of all."]
+    if classes.freedom < len(classes.counts):
+        return [
+            f"{images} latents of {len(classes.counts)} classes are too few for a covariance within classes: it needs "
+            f"{2 * len(classes.counts)}."
+        ]
+    return []
+
+
+def _few_tokens(measured: MeasuredTokens) -> list[str]:
+    tokens, estimate = measured.tokens, measured.estimates[0]
+    d, n = tokens.dimension, estimate.independent
+    where, per_sample = f"Patch size {tokens.patch_size}, {tokens.images} latents", tokens.images / n
+    enough = math.ceil(per_sample * max(2 / LARGE_ERROR**2, d / LARGE_ERROR))
+    if not estimate.spans:
+        return [
+            f"{where}: {tokens.count} tokens cannot span {d} directions, so that the smallest eigenvalues are 0 only "
+            f"for want of data, and there is no advice. About {enough:,} latents give errors of {LARGE_ERROR:.0%}."
+        ]
+    if max(sampling_error(n), d / n) <= LARGE_ERROR:
+        return []
+    return [
+        f"{where}: an eigenvalue is known to about {sampling_error(n):.0%}, and the smallest come out about "
+        f"{d / n:.0%} too small. About {enough:,} latents give {LARGE_ERROR:.0%}."
+    ]
+
+
+def _few_for_frequencies(moments: Moments) -> list[str]:
+    images, channels = moments.stationary.images, moments.stationary.shape[0]
+    if images > channels:
+        return []
+    return [
+        f"{images} latents cannot span {channels} channels at each spatial frequency, so that the smallest eigenvalues "
+        f"of the stationary spectrum are 0 only for want of data: it needs more than {channels}."
+    ]
 
 
 # ---- tokens ----
 
 
-def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], model: TimeModel) -> dict[str, Any]:
-    """Return the entry of geometry.json for one patch size."""
-    tokens = moments.tokens[patch_size]
+@dataclass(frozen=True)
+class MeasuredTokens:
+    """The spectra of the tokens of one patch size, in units of the noise: of all, and the local ones."""
+
+    tokens: TokenCovariance
+    estimates: list[Estimate]
+    along: DirectionMoments
+    channel_variance: Float64[np.ndarray, " c"]
+    sample: int
+
+
+def measure_tokens(moments: Moments, patch_size: int, unit: float) -> MeasuredTokens:
+    """Return the spectra for one patch size, with variances divided by `unit`."""
+    tokens, latents = moments.tokens[patch_size], moments.sample.latents
     eigenvalues, basis = eigenbasis(tokens)
-    if not eigenvalues.any():
-        raise JLTError("All latents of the store are equal: there is no variance to analyse.")
-    _warn_if_few(tokens)
-    along = direction_moments(moments.sample.latents, patch_size, tokens.mean, basis)
-    error = along.relative_spread / np.sqrt(tokens.images)
-    estimates = [Estimate("tokens", eigenvalues, error), *_local_estimates(moments, patch_size)]
+    along = direction_moments(latents, patch_size, tokens.mean, basis)
+    independent = _independent(along.relative_spread, tokens)
+    error = np.where(along.relative_spread > 0, error_by_rank(independent, tokens.dimension), 0.0)
+    error = np.hypot(error, along.relative_spread / np.sqrt(tokens.images))
+    estimate = Estimate("tokens", eigenvalues, error, independent, tokens.count > tokens.dimension)
+    local = _local_estimates(moments, patch_size, independent / tokens.images)
+    estimates = [found.in_units_of(unit) for found in (estimate, *local)]
+    return MeasuredTokens(tokens, estimates, along, tokens.channel_variance.numpy(force=True) / unit, len(latents))
+
+
+def _independent(relative_spread: Float64[np.ndarray, " d"], tokens: TokenCovariance) -> float:
+    """Return how many independent samples would scatter as much as the latents do: from their number to the tokens'."""
+    spread = relative_spread[relative_spread > 0]
+    if not len(spread):
+        return float(tokens.images)
+    return float(np.clip(2 * tokens.images / np.median(spread) ** 2, tokens.images, tokens.count))
+
+
+def describe_tokens(measured: MeasuredTokens, widths: Sequence[int], model: TrainingModel) -> dict[str, Any]:
+    """Return the entry of geometry.json for one patch size."""
+    tokens, along, (estimate, *local) = measured.tokens, measured.along, measured.estimates
+    eigenvalues, error = estimate.eigenvalues, estimate.relative_error
     return {
-        "patch_size": patch_size,
+        "patch_size": tokens.patch_size,
         "dimension": tokens.dimension,
         "count": tokens.count,
         "images": tokens.images,
+        "independent_samples": estimate.independent,
         "relative_sampling_error": float(np.median(error[error > 0])) if error.any() else 0.0,
         "relative_sampling_errors": error.tolist(),
         "mean": tokens.mean.tolist(),
@@ -112,12 +184,12 @@ def describe_tokens(moments: Moments, patch_size: int, widths: Sequence[int], mo
         **asdict(summarise(eigenvalues)),
         "excess_kurtosis": along.excess_kurtosis.tolist(),
         "excess_kurtosis_error": along.excess_kurtosis_error.tolist(),
-        "sample": len(moments.sample.latents),
-        "channel_variance": tokens.channel_variance.tolist(),
-        "local": {estimate.name: _describe_local(estimate, eigenvalues) for estimate in estimates[1:]},
+        "sample": measured.sample,
+        "channel_variance": measured.channel_variance.tolist(),
+        "local": {found.name: _describe_local(found, eigenvalues) for found in local},
         "target_variance": {name: target_variance(name, eigenvalues).tolist() for name in PREDICTIONS},
         **_tables_over_time(eigenvalues),
-        "forecast": forecast(estimates, model, widths),
+        "forecast": forecast(measured.estimates, model, widths),
     }
 
 
@@ -133,7 +205,8 @@ def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> 
 
 def _token_estimate(tokens: TokenCovariance) -> Estimate:
     eigenvalues, _ = eigenbasis(tokens)
-    return Estimate("tokens", eigenvalues, np.full(len(eigenvalues), sampling_error(tokens.images)))
+    error = np.hypot(sampling_error(tokens.images), error_by_rank(tokens.images, tokens.dimension))
+    return Estimate("tokens", eigenvalues, error, tokens.images, tokens.count > tokens.dimension)
 
 
 def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
@@ -142,29 +215,29 @@ def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
     return descending(values.cpu().numpy()), vectors.flip(1)
 
 
-def _local_estimates(moments: Moments, patch_size: int) -> list[Estimate]:
-    """Return the spectra within classes and within neighbourhoods, where there are enough latents for them."""
+def _local_estimates(moments: Moments, patch_size: int, per_latent: float) -> list[Estimate]:
+    """Return the spectra within classes and within neighbourhoods, where there are enough latents for them.
+
+    `per_latent` is how many independent samples the tokens of a latent count for.
+    """
     tokens, classes = moments.tokens[patch_size], moments.classes
     per_image, found = tokens.count // tokens.images, []
     if len(classes.counts) > 1 and classes.freedom >= len(classes.counts):
         within = (tokens.scatter - classes.between(patch_size, tokens.mean)) / (classes.freedom * per_image)
-        found.append(_local_estimate("within classes", within, classes.freedom))
-    elif len(classes.counts) > 1:
-        say(
-            f"{tokens.images} latents of {len(classes.counts)} classes are too few for a covariance within classes: "
-            f"it needs {2 * len(classes.counts)}."
-        )
+        found.append(_local_estimate("within classes", within, classes.freedom * per_latent))
     latents = moments.sample.latents
     if len(latents) >= 2 * (NEIGHBOURS + 1):
         local = neighbourhood_covariance(latents, patch_size)
         # As many independent differences as there are latents, at most: neighbourhoods overlap.
-        found.append(_local_estimate("within neighbourhoods", local.covariance, len(latents)))
+        independent = min(len(latents), ANCHORS * NEIGHBOURS)
+        found.append(_local_estimate("within neighbourhoods", local.covariance, independent))
     return found
 
 
-def _local_estimate(name: str, covariance: Tensor, independent: int) -> Estimate:
+def _local_estimate(name: str, covariance: Tensor, independent: float) -> Estimate:
     eigenvalues = eigenvalues_descending(covariance.numpy(force=True))
-    return Estimate(name, eigenvalues, np.full(len(eigenvalues), sampling_error(independent)))
+    error = np.hypot(sampling_error(independent), error_by_rank(independent, len(eigenvalues)))
+    return Estimate(name, eigenvalues, error, independent)
 
 
 def _describe_local(estimate: Estimate, whole: Spectrum) -> dict[str, Any]:
@@ -172,7 +245,7 @@ def _describe_local(estimate: Estimate, whole: Spectrum) -> dict[str, Any]:
     return {
         "eigenvalues": estimate.eigenvalues.tolist(),
         "variance_share": float(estimate.eigenvalues.sum() / whole.sum()),
-        "relative_sampling_error": float(estimate.relative_error[0]),
+        "relative_sampling_errors": estimate.relative_error.tolist(),
         **summary,
     }
 
@@ -193,62 +266,53 @@ def _tables_over_time(eigenvalues: Float64[np.ndarray, " d"]) -> dict[str, Any]:
     return {"directions": directions.tolist(), **tables}
 
 
-def _warn_if_few(tokens: TokenCovariance) -> None:
-    where, error = f"Patch size {tokens.patch_size}, {tokens.images} images", sampling_error(tokens.images)
-    if tokens.count <= tokens.dimension:
-        say(
-            f"{where}: {tokens.count} tokens cannot span {tokens.dimension} directions, so the smallest eigenvalues "
-            "are 0 only for want of data; use more images."
-        )
-    elif error > LARGE_ERROR:
-        say(f"{where}: an eigenvalue is known to about {error:.0%}; {round(2 / LARGE_ERROR**2)} images give 10%.")
-
-
 # ---- whole latents ----
 
 
-def _describe_stationary(moments: Moments) -> dict[str, Any]:
-    """Return the spectrum by spatial frequency, of all latents and within classes."""
+def _describe_stationary(moments: Moments, unit: float) -> dict[str, Any]:
+    """Return the spectrum by spatial frequency, of all latents and within classes.
+
+    The error is that of frequencies with real coefficients; most have complex ones, of two numbers each.
+    """
     stationary, classes = moments.stationary, moments.classes
-    eigenvalues = stationary.eigenvalues()
-    if stationary.images <= stationary.shape[0]:
-        say(
-            f"{stationary.images} latents cannot span {stationary.shape[0]} channels at each spatial frequency, so the "
-            "smallest eigenvalues of the stationary spectrum are 0 only for want of data."
-        )
-    found = {"all": eigenvalues}
+    found = {"all": (stationary.eigenvalues(), stationary.images)}
     if len(classes.counts) > 1 and classes.freedom >= len(classes.counts):
         within = stationary.scatter - between_classes(classes.means, classes.counts, stationary.mean)
-        found["within classes"] = stationary.eigenvalues(within, classes.freedom)
+        found["within classes"] = (stationary.eigenvalues(within, classes.freedom), classes.freedom)
     return {
-        "relative_sampling_error": sampling_error(stationary.images),
-        "dimension": len(eigenvalues),
-        "spectra": {name: _thinned(spectrum) for name, spectrum in found.items()},
+        "dimension": len(found["all"][0]),
+        "spectra": {
+            name: {**_thinned(spectrum / unit), "relative_sampling_error": sampling_error(independent)}
+            for name, (spectrum, independent) in found.items()
+        },
     }
 
 
 def _thinned(spectrum: Spectrum) -> dict[str, Any]:
     ranks = np.unique(np.linspace(0, len(spectrum) - 1, TABULATED_EIGENVALUES).round().astype(np.int64))
-    return {"ranks": ranks.tolist(), "eigenvalues": spectrum[ranks].tolist(), **asdict(summarise(spectrum))}
+    summary = asdict(summarise(spectrum)) if spectrum.any() else {}
+    return {"ranks": ranks.tolist(), "eigenvalues": spectrum[ranks].tolist(), **summary}
 
 
-def _describe_whole(moments: Moments) -> dict[str, Any]:
+def _describe_whole(moments: Moments, unit: float) -> dict[str, Any]:
     """Return the leading directions of whole latents, and how much variance the others have together."""
     whole, sample = moments.whole, moments.sample.latents
-    dimension = math.prod(moments.stationary.shape)
+    dimension, summary = math.prod(moments.stationary.shape), {}
     if isinstance(whole, TokenCovariance):
         method, total = "exact", float(whole.covariance.trace())
-        leading = eigenvalues_descending(whole.covariance.numpy(force=True))[: min(dimension, whole.images - 1)]
+        spectrum = eigenvalues_descending(whole.covariance.numpy(force=True)) / unit
+        leading, summary = spectrum[: min(dimension, whole.images - 1)], asdict(summarise(spectrum))
     else:
         assert isinstance(whole, LeadingSketch)
         method, total = ("gram", whole.trace) if len(sample) == whole.images else ("sketch", whole.trace)
-        leading = gram_eigenvalues(sample) if method == "gram" else whole.eigenvalues()
+        leading = (gram_eigenvalues(sample) if method == "gram" else whole.eigenvalues()) / unit
     leading = leading[:TABULATED_EIGENVALUES]
     return {
         "method": method,
         "dimension": dimension,
         "eigenvalues": leading.tolist(),
-        "variance": total,
-        "tail_variance": max(0.0, total - float(leading.sum())),
+        "variance": total / unit,
+        "tail_variance": max(0.0, total / unit - float(leading.sum())),
         "relative_sampling_error": sampling_error(whole.images),
+        **summary,
     }

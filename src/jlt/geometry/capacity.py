@@ -27,7 +27,7 @@ NODES = 48
 NORMAL_REACH = 9.0
 """Standard deviations beyond which a normal density is nothing in float64."""
 LOGISTIC_REACH = 36.0
-"""Logits beyond which the density of uniform times is nothing in float64."""
+"""Logits beyond which a time is 0 or 1 in float64, and the density of uniform times is nothing."""
 
 Spectrum = Float64[np.ndarray, " d"]
 Curve = Float64[np.ndarray, " d_plus_1"]
@@ -72,7 +72,7 @@ def _range(config: TimestepConfig) -> tuple[float, float]:
     if config.distribution == "uniform":
         return -LOGISTIC_REACH, LOGISTIC_REACH
     reach = NORMAL_REACH * config.P_std + 2 * config.P_std**2
-    return config.P_mean - reach, config.P_mean + reach
+    return max(config.P_mean - reach, -LOGISTIC_REACH), min(config.P_mean + reach, LOGISTIC_REACH)
 
 
 def _density(logit: Float64[np.ndarray, " n"], config: TimestepConfig) -> Float64[np.ndarray, " n"]:

@@ -38,8 +38,11 @@ class TokenCovariance:
             self.dimension, self.dimension, dtype=torch.float64, device=device
         )
 
-    def update(self, latents: Float[Tensor, "n c h w"]) -> None:
-        """Add a batch of latents of any float type; values that are not finite raise JLTError."""
+    def update(self, latents: Float[Tensor, "n c h w"], first: int | None = None) -> None:
+        """Add a batch of latents of any float type; values that are not finite raise JLTError.
+
+        It names the latent: `first` is the number of the first of them, where it is not what was added before.
+        """
         if latents.shape[1] != self.channels:
             raise ValueError(f"expected {self.channels} channels, got {latents.shape[1]}")
         tokens = patches(latents.to(self._sum.device), self.patch_size)
@@ -56,7 +59,7 @@ class TokenCovariance:
             centred = torch.sub(part, centre, out=buffer[: len(part)]).view(-1, self.dimension)
             self._sum += centred.sum(0)
             self._squares.addmm_(centred.T, centred)
-        require_finite(latents, self._sum - before, self.images)
+        require_finite(latents, self._sum - before, self.images if first is None else first)
         self.images += n
         self.count += n * rows * columns
 

@@ -65,7 +65,7 @@ class Moments:
         self.sample.update(first, latents)
         latents = latents.to(self.stationary.device)
         for tokens in self.tokens.values():
-            tokens.update(latents)
+            tokens.update(latents, first)
         self.stationary.update(latents)
         self.classes.update(latents, labels)
         exact = isinstance(self.whole, TokenCovariance)

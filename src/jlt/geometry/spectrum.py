@@ -47,7 +47,7 @@ def summarise(eigenvalues: Spectrum) -> SpectrumSummary:
 
     effective_rank: exp of the entropy of lam / sum(lam) (Roy and Vetterli 2007).
     participation_ratio: sum(lam)^2 / sum(lam^2).
-    anisotropy: largest over smallest eigenvalue; None (infinite) where the smallest is 0 to float64 rounding.
+    anisotropy: largest over smallest eigenvalue; None (infinite) where the smallest is 0 to the rounding of latents.
     sphericity: geometric over arithmetic mean of the eigenvalues (Mauchly 1940); 1 is isotropic, 0 degenerate. Unlike
         anisotropy it hears every eigenvalue, and -log(sphericity) is twice the Kullback-Leibler divergence per
         direction from N(0, Sigma) to the isotropic Gaussian of the same total variance.
@@ -57,8 +57,8 @@ def summarise(eigenvalues: Spectrum) -> SpectrumSummary:
         raise ValueError("a spectrum of zeros has no summary")
     share = eigenvalues / total
     positive = share[share > 0]
-    # Below this an eigenvalue is what rounding left of a zero, and a ratio to it is noise.
-    resolved = bool(eigenvalues.min() > eigenvalues.max() * len(eigenvalues) * np.finfo(np.float64).eps)
+    # Below this an eigenvalue is what the latents' rounding to float32 left of a zero, and a ratio to it is noise.
+    resolved = bool(eigenvalues.min() > eigenvalues.max() * len(eigenvalues) * np.finfo(np.float32).eps ** 2)
     return SpectrumSummary(
         effective_rank=float(np.exp(-(positive * np.log(positive)).sum())),
         participation_ratio=float(1 / (share**2).sum()),
@@ -74,12 +74,34 @@ def share_below(eigenvalues: Spectrum, threshold: float) -> ShareBelow:
     return ShareBelow(int(small.sum()), float(eigenvalues[small].sum() / eigenvalues.sum()))
 
 
-def sampling_error(independent: int) -> float:
+def sampling_error(independent: float) -> float:
     """Return the relative standard error sqrt(2/n) of an eigenvalue estimated from n independent Gaussian samples.
 
-    Asymptotic, for separated eigenvalues (Anderson 1963). Tokens of one image depend on each other, so n is the number
-    of images: too cautious where they hardly do, never too bold.
+    Asymptotic, for separated eigenvalues (Anderson 1963). Tokens of one image depend on each other: with n the images
+    it is too cautious where they hardly do, and too bold only for distributions of heavier tails.
     """
     if independent < 1:
         raise ValueError("a sampling error needs at least one sample")
     return float(np.sqrt(2 / independent))
+
+
+def error_by_rank(independent: float, count: int) -> Float64[np.ndarray, " d"]:
+    """Return by how much eigenvalues from n samples are off, relatively, because sorting them spreads them out.
+
+    Each is pulled down by about 1/n for every larger direction (the leading term of Lawley 1956 in a steep spectrum).
+    """
+    return np.arange(count) / independent
+
+
+def shrunk(eigenvalues: Spectrum, independent: float) -> Spectrum:
+    """Return a spectrum as drawn towards its mean as n Gaussian samples ask for (OAS: Chen et al. 2010).
+
+    A steep spectrum or many samples leave it nearly as it is; few samples of an isotropic space become isotropic.
+    """
+    d, n = len(eigenvalues), independent
+    squares, square_of_sum = float((eigenvalues**2).sum()), float(eigenvalues.sum()) ** 2
+    apart = squares - square_of_sum / d
+    if apart <= 0:
+        return eigenvalues
+    share = min(1.0, ((1 - 2 / d) * squares + square_of_sum) / ((n + 1 - 2 / d) * apart))
+    return np.asarray((1 - share) * eigenvalues + share * eigenvalues.mean())

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Complex128, Float, Float64, Int64
 from torch import Tensor
 
-from jlt.geometry.covariance import require_finite
 from jlt.geometry.spectrum import Spectrum, descending
 
 
@@ -42,7 +41,7 @@ class StationaryCovariance:
         )
 
     def update(self, latents: Float[Tensor, "n c h w"]) -> None:
-        """Add a batch of latents of any float type; values that are not finite raise JLTError."""
+        """Add a batch of latents of any float type."""
         if tuple(latents.shape[1:]) != self.shape:
             raise ValueError(f"expected latents of {self.shape}, got {tuple(latents.shape[1:])}")
         if not len(latents):
@@ -51,9 +50,7 @@ class StationaryCovariance:
         if self._centre is None:
             self._centre = found[:, :1].clone()
         found -= self._centre
-        added = found.sum(1)
-        require_finite(latents, added.abs(), self.images)
-        self._sum += added
+        self._sum += found.sum(1)
         self._squares.baddbmm_(found.mT, found.conj())
         self.images += len(latents)
 

@@ -26,27 +26,28 @@ def cells(study: Study) -> dict[str, Cells]:
 
 def cell_sentences(found: Mapping[str, Cells]) -> list[str]:
     """Say how much the prediction and how much the loss space moves the distance, the other one being equal."""
-    return [text for told, here in found.items() for text in _sentences(told, here)]
+    return [text for where, here in found.items() for text in _sentences(where, here)]
 
 
-def _sentences(told: str, here: Cells) -> list[str]:
+def _sentences(where: str, here: Cells) -> list[str]:
     spaces, predictions = _spaces(here), list(dict.fromkeys(prediction for prediction, _ in here))
     if len(predictions) < 2:
         return []
     by_prediction = {
-        f"{SYMBOL[space]}-space": _factor([here[p, space] for p in predictions if (p, space) in here])
-        for space in spaces
+        f"{SYMBOL[space]}-space": [here[p, space] for p in predictions if (p, space) in here] for space in spaces
     }
-    by_space = {WORDS[p]: _factor([here[p, space] for space in spaces if (p, space) in here]) for p in predictions}
-    return [
-        f"At {told}, from the best prediction to the worst the Fréchet distance grows by a factor of "
-        f"{_factors(by_prediction, 'with a loss in')}; from the best loss space to the worst by "
-        f"{_factors(by_space, 'for')}."
-    ]
+    by_space = {WORDS[p]: [here[p, space] for space in spaces if (p, space) in here] for p in predictions}
+    told = {
+        "From the best prediction to the worst": _factors(by_prediction, "with a loss in"),
+        "From the best loss space to the worst": _factors(by_space, "for"),
+    }
+    grows = f"at {where} the Fréchet distance grows by a factor of"
+    return [f"{what} {grows} {text}." for what, text in told.items() if text]
 
 
-def _factors(factors: Mapping[str, float], joined: str) -> str:
-    return listed([f"{number(factor)} {joined} {name}" for name, factor in factors.items()])
+def _factors(cells_by: Mapping[str, Sequence[Spread]], joined: str) -> str:
+    """Tell the factor within each group of more than one; empty without any."""
+    return listed([f"{number(_factor(some))} {joined} {name}" for name, some in cells_by.items() if len(some) > 1])
 
 
 def _factor(values: Sequence[Spread]) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from jlt.report.findings import CLOSE_RATIO
 from jlt.report.palette import SYMBOL
 from jlt.report.results import ABLATION_SCHEMA, Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
@@ -31,20 +32,23 @@ class Check:
     """As a share of all directions."""
     load: float
     """As a share of the network's width."""
-    even: bool
+    call: str
+    """x, v or eps; even; or undecided."""
     ratio: Spread
+    before_training: bool
 
     @property
     def measured_first(self) -> str | None:
-        """The prediction that won for every seed; None where seeds disagree."""
-        if self.ratio.low > 1:
+        """Of x and v the one that won for every seed, or clearly with a single one; None where that cannot be said."""
+        clear = CLOSE_RATIO if self.ratio.count == 1 else 1.0
+        if self.ratio.low > clear:
             return "x"
-        return "v" if self.ratio.high < 1 else None
+        return "v" if self.ratio.high < 1 / clear else None
 
     @property
     def expected_first(self) -> str | None:
-        """The prediction that was expected to win; None where it was called even."""
-        if self.even:
+        """Of x and v the one that was expected to win; None where the model did not say."""
+        if self.call in ("even", "undecided"):
             return None
         return "x" if self.expected > 0 else "v"
 
@@ -73,8 +77,9 @@ def checks(study: Study) -> list[Check]:
                 loss_space=space,
                 expected=beyond,
                 load=beyond * forecast["dimension"] / forecast["width"],
-                even=forecast["advice"][0]["even"],
+                call=forecast["call"],
                 ratio=ratio,
+                before_training=forecast["before_training"],
             )
         )
     return found
@@ -106,21 +111,28 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
     """Say how the expectation fared, whichever way it went."""
     if not found:
         return []
-    decided = [check for check in found if check.expected_first and check.measured_first]
+    called = [check for check in found if check.expected_first]
+    decided = [check for check in called if check.measured_first]
     right = [check for check in decided if check.expected_first == check.measured_first]
     wrong = [check.setting for check in decided if check not in right]
     texts = []
+    when = "before the training" if all(check.before_training for check in found) else "from the latents alone"
     if len(decided) == 1:
         texts.append(f"The prediction that was expected to win at {decided[0].setting} {'lost' if wrong else 'won'}.")
     elif decided:
         texts.append(
-            f"In {len(right)} of {len(decided)} settings that were called before the training and that all seeds agree "
-            f"on, the prediction that won is the one that was expected{f'; not at {listed(wrong)}' if wrong else ''}."
+            f"In {len(right)} of {len(decided)} settings that were called {when} and that the measurements decide, the "
+            f"prediction that won is the one that was expected{f'; not at {listed(wrong)}' if wrong else ''}."
         )
-    even = [check for check in found if check.expected_first is None]
-    if even:
-        ratios = listed([f"{number(check.ratio.mean)} at {check.setting}" for check in even])
-        texts.append(f"Called even: the distance of velocity over that of clean prediction came to {ratios}.")
+    told = {
+        "Called for one of them, but not decided by what was measured": [c for c in called if c not in decided],
+        "Called even": [check for check in found if check.call == "even"],
+        "Not called, since the model does not say": [check for check in found if check.call == "undecided"],
+    }
+    for words, some in told.items():
+        if some:
+            ratios = listed([f"{number(check.ratio.mean)} at {check.setting}" for check in some])
+            texts.append(f"{words}: the distance of velocity over that of clean prediction came to {ratios}.")
     by_width = widths_differ(found)
     expected = [check.load if by_width else check.expected for check in found]
     if len(set(expected)) > 2:
@@ -144,17 +156,17 @@ def floor_sentences(study: Study) -> list[str]:
             f"{SYMBOL[name]} {spread_text(loss)}, of which {_share_out_of_reach(floor[name] / loss.mean)}"
             for name, loss in measured.items()
         ]
-        variant = f" ({forecast['variant']})" if forecast["variant"] else ""
+        where = f"patch {forecast['patch_size']}" + f" ({forecast['variant']})" * bool(forecast["variant"])
         texts.append(
-            f"At patch {forecast['patch_size']}{variant} a width of {forecast['width']} cannot put out "
-            f"{forecast['dimension']} directions. The loss ended at {listed(told)} had been said to be out of reach "
-            "for any such network."
+            f"At {where} a width of {forecast['width']} cannot put out {forecast['dimension']} directions. The "
+            f"{SYMBOL[forecast['loss_space']]}-space loss ended at {listed(told)} had been said to be out of reach for "
+            "any such network."
         )
     return texts
 
 
 def _share_out_of_reach(share: float) -> str:
-    return "nothing" if share < NOTHING else f"{number(100 * min(1.0, share), 2)}%"
+    return "nothing" if share < NOTHING else f"{number(100 * share, 2)}%"
 
 
 def _final_losses(study: Study, forecast: Mapping[str, Any]) -> dict[str, Spread]:
@@ -178,7 +190,7 @@ def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
     return [
         (
             check.setting,
-            f"{'even' if check.even else check.expected_first}, {percent(check.expected)}",
+            f"{check.expected_first or check.call}, {percent(check.expected)}",
             number(check.ratio.mean),
             f"{number(check.ratio.low)} to {number(check.ratio.high)}" if check.ratio.count > 1 else "",
         )

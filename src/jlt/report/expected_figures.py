@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ from jlt.report.palette import INK, MUTED, PAPER, SYMBOL
 from jlt.report.wording import listed, number, percent
 
 MARKERS = "osD^vPX<>"
+POWER, WIDTH = "power of the eigenvalues (0 whitened, 1 untouched)", "width of the network"
 AXES: Mapping[str, tuple[str, Callable[[Check], float | None]]] = {
-    "power of the eigenvalues (0 whitened, 1 untouched)": ("the power", lambda check: check.anisotropy),
-    "width of the network": ("the width", lambda check: check.width),
+    POWER: ("the power", lambda check: check.anisotropy),
+    WIDTH: ("the width", lambda check: check.width),
 }
 """What may be varied along a line: the label of its axis, a word for it, and where a setting lies."""
 
@@ -40,13 +42,14 @@ def _groups(found: Sequence[Check], along: str = "") -> dict[str, list[Check]]:
     """Return the settings by what sets them apart beside the axis `along`, under words for it."""
     described: dict[str, Callable[[Check], str]] = {
         "patch": lambda check: f"patch {check.patch_size}",
-        "width of the network": lambda check: f"width {check.width}",
+        POWER: lambda check: "" if check.anisotropy is None else f"power {check.anisotropy:g}",
+        WIDTH: lambda check: f"width {check.width}",
         "loss": lambda check: f"{SYMBOL[check.loss_space]}-space loss",
     }
     varied = [tell for name, tell in described.items() if name != along and len(set(map(tell, found))) > 1]
     groups: dict[str, list[Check]] = {}
     for check in found:
-        groups.setdefault(", ".join(tell(check) for tell in varied), []).append(check)
+        groups.setdefault(", ".join(filter(None, (tell(check) for tell in varied))), []).append(check)
     return groups
 
 
@@ -74,7 +77,7 @@ def _along(found: Sequence[Check], label: str) -> Panel:
     groups = _groups(found, label)
 
     def paint(axes: Axes) -> None:
-        for (name, group), marker in zip(groups.items(), MARKERS, strict=False):
+        for (name, group), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
             part = sorted((check for check in group if place(check) is not None), key=lambda check: place(check) or 0.0)
             _plot(axes, [place(check) or 0.0 for check in part], part, marker, name, line=True)
         if min(place(check) or 0.0 for check in found) > 0:
@@ -94,10 +97,10 @@ def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
     def place(check: Check) -> float:
         return check.load if by_width else check.expected
 
-    groups = _groups(found)
+    groups = _groups(found, POWER)
 
     def paint(axes: Axes) -> None:
-        for (name, part), marker in zip(groups.items(), MARKERS, strict=False):
+        for (name, part), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
             _plot(axes, [place(check) for check in part], part, marker, name, line=False)
         axes.axvline(0.0, color=MUTED.light, linewidth=1)
         _finish(axes, found, groups)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jlt.report.palette import SYMBOL, WORDS
@@ -19,8 +20,8 @@ seeds is unknown then."""
 CHANCE_FACTOR = 2.0
 """Label agreement below this multiple of chance counts as not recognisable."""
 
-TINY = 1e-30
-NEARLY_ISOTROPIC = 0.9
+TINY = 1e-12
+"""Errors below this, of latents of about unit variance, are rounding."""
 """Sphericity from which a spectrum is called nearly isotropic."""
 
 
@@ -152,10 +153,10 @@ def _verdict_of_one(study: Study) -> str:
 def _verdict_of_geometry(tokens: Mapping[str, Any]) -> str:
     smallest = min(tokens.values(), key=lambda entry: entry["patch_size"])
     where = f"At patch {smallest['patch_size']}"
-    if smallest["sphericity"] >= NEARLY_ISOTROPIC:
-        return f"{where} these latents are nearly isotropic: the choice of the prediction should hardly matter."
     forecast = smallest["forecast"]
-    if forecast["advice"][0]["even"]:
+    if forecast["call"] == "undecided":
+        return f"{where} it cannot be said from these latents which prediction wins."
+    if forecast["call"] == "even":
         return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
     needed = forecast["needed"][f"{forecast['stated_share']:g}"]
     first, second = forecast["order"][:2]
@@ -260,10 +261,6 @@ def geometry_sentence(entry: Mapping[str, Any]) -> str:
         f"{number(eigenvalues[0], 2)} down to {number(eigenvalues[-1], 2)} (effective rank "
         f"{number(entry['effective_rank'])})."
     )
-    if entry["sphericity"] >= NEARLY_ISOTROPIC:
-        return (
-            f"{opening} That is nearly isotropic: by this analysis the choice of the prediction should hardly matter."
-        )
     small = [lam for lam in eigenvalues if lam < 0.1]
     if not small:
         return f"{opening} None of them varies less than a tenth as much as the noise."
@@ -295,29 +292,36 @@ def inside_sentences(inside: Mapping[str, Any]) -> list[str]:
             # An untrained network is silent, which has no error at all where there is no variance.
             ratios = [a / max(b, TINY) for a, b in zip(mine["error"], theirs["error"], strict=True)]
             place = max(range(len(times)), key=lambda index: abs(math.log(max(ratios[index], TINY))))
-            typical = number(sorted(ratios)[len(ratios) // 2], 2)
             parts.append(
-                f"{typical} times as large in the {mine['directions']} directions {mine['name']} "
+                f"{number(median(ratios), 2)} times as large in {_directions(mine)} {mine['name']} "
                 f"({number(ratios[place], 2)} times at t = {times[place]:g})"
             )
         texts.append(
             f"The velocity error of {_network_name(network)} is, against that of {_network_name(first)} and as the "
             f"median over times, {listed(parts)}."
         )
-    return [*texts, _against_optimum(inside["networks"])]
+    return [*texts, *_against_optimum(inside["networks"])]
 
 
-def _against_optimum(networks: Sequence[Mapping[str, Any]]) -> str:
+def _against_optimum(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say how near networks come, where data vary least, to what a token by itself leaves unknown (eq. 11)."""
     told, lowest = [], networks[0]["bands"][0]
     for network in networks:
         band = network["bands"][0]
-        ratios = [a / max(a - b, TINY) for a, b in zip(band["error"], band["beyond_optimum"], strict=True)]
-        told.append(f"{_network_name(network)} errs {number(sorted(ratios)[len(ratios) // 2], 2)} times as much")
-    return (
-        f"Against what a token by itself leaves unknown (eq. 11), in the {lowest['directions']} directions "
-        f"{lowest['name']} and as the median over times, {listed(told)}."
-    )
+        optimum = [error - beyond for error, beyond in zip(band["error"], band["beyond_optimum"], strict=True)]
+        if min(optimum) <= TINY:
+            # Without any variance nothing is unknown, and whatever is put out is infinitely too much.
+            return []
+        ratio = median(error / best for error, best in zip(band["error"], optimum, strict=True))
+        told.append(f"{_network_name(network)} errs {number(ratio, 2)} times as much")
+    return [
+        f"Against what a token by itself leaves unknown (eq. 11), in {_directions(lowest)} {lowest['name']} and as the "
+        f"median over times, {listed(told)}."
+    ]
+
+
+def _directions(band: Mapping[str, Any]) -> str:
+    return f"the {band['directions']} directions" if band["directions"] > 1 else "the one direction"
 
 
 def _network_name(network: Mapping[str, Any]) -> str:

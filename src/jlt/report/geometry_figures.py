@@ -86,7 +86,8 @@ def _spectrum_figure(entries: list[Entry]) -> Figure:
     caption = (
         "Eigenvalues of the token covariance, sorted, for each patch size. Where the curve runs below the grey line, a "
         "direction of the clean latent varies less than the noise that is added to it. Each eigenvalue is known to "
-        f"about {percent(error)} (the median over directions). Below a billionth of the largest nothing is drawn."
+        f"about {percent(error)} (the median over directions, with what sorting adds). Below a billionth of the "
+        "largest nothing is drawn."
     )
     panels = (
         draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),

@@ -70,10 +70,13 @@ def render(study: Study) -> str:
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
         "checks": check_rows(checks(study)),
         "check_texts": [*check_sentences(checks(study)), *floor_sentences(study)],
+        "said_before": all(check.before_training for check in checks(study)),
         "expected": expected_figure(checks(study)),
         "inside": inside_figures(study.inside) if study.inside else [],
         "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],
         "spectra": spectrum_rows(study),
+        "whole_rows": whole_rows(study.geometry) if study.geometry else [],
+        "advised_training": advised_training(study),
         "spectra_at_hand": spectra_at_hand(study.geometry),
         "channels_hide": findings.channels_sentence(study),
         "matched": matched_statements(study),
@@ -287,7 +290,9 @@ def spectrum_rows(study: Study) -> dict[str, list[str]]:
             "Tokens measured": f"{entry['count']:,}",
             "Largest variance": number(entry["eigenvalues"][0]),
             "Smallest variance": number(entry["eigenvalues"][-1]),
-            "Largest over smallest": "infinite" if entry["anisotropy"] is None else number(entry["anisotropy"]),
+            "Largest over smallest": "infinite, to rounding"
+            if entry["anisotropy"] is None
+            else number(entry["anisotropy"]),
             "Effective rank": number(entry["effective_rank"]),
             "Participation ratio": number(entry["participation_ratio"]),
             "Sphericity": number(entry["sphericity"], 2),
@@ -295,11 +300,52 @@ def spectrum_rows(study: Study) -> dict[str, list[str]]:
             "their share of the variance": percent(below["variance_share"]),
             "Variances of single channels": " to ".join(span),
             **{f"Variance {name}": percent(local["variance_share"]) for name, local in entry["local"].items()},
-            "Excess kurtosis, median direction": number(median(entry["excess_kurtosis"]), 2),
+            "Excess kurtosis, median direction": number(_median_kurtosis(entry), 2),
         }
         for name, text in summary.items():
             rows.setdefault(name, []).append(text)
     return rows
+
+
+def _median_kurtosis(entry: Mapping[str, Any]) -> float | None:
+    """Return the median over the directions that have a shape at all."""
+    known = zip(entry["excess_kurtosis"], entry["excess_kurtosis_error"], strict=True)
+    return median([value for value, error in known if error > 0] or [0.0])
+
+
+def whole_rows(geometry: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the summaries of whole latents: estimate, directions, effective rank, participation, share below 0.1."""
+    stationary, whole = geometry["stationary"], geometry["whole"]
+    summaries = {f"by spatial frequency, {name}": entry for name, entry in stationary["spectra"].items()}
+    if "effective_rank" in whole:
+        summaries["their covariance"] = whole
+    return [
+        (
+            name,
+            f"{stationary['dimension']:,}",
+            number(entry["effective_rank"]),
+            number(entry["participation_ratio"]),
+            f"{entry['share_below']['0.1']['directions']:,}",
+            percent(entry["share_below"]["0.1"]["variance_share"]),
+            percent(entry["relative_sampling_error"]),
+        )
+        for name, entry in summaries.items()
+        if "effective_rank" in entry
+    ]
+
+
+def advised_training(study: Study) -> str:
+    """Say for which training the advice is; empty where there is no geometry."""
+    if study.geometry is None:
+        return ""
+    training = study.geometry["training"]
+    times = training["timesteps"]
+    drawn = (
+        "uniform" if times["distribution"] == "uniform" else f"logit-normal ({times['P_mean']:g}, {times['P_std']:g})"
+    )
+    shift = f", shifted by {times['shift']:g}" if times["shift"] != 1 else ""
+    loss = f"a matched loss in {palette.SYMBOL[training['loss_space']]}-space, clamped at {training['t_eps']:g}"
+    return f"What is needed and advised is for a training with {drawn} times{shift} and {loss}."
 
 
 def matched_statements(study: Study) -> list[str]:
@@ -374,17 +420,31 @@ def value_text(value: Any) -> str:
     return f"{text[:12]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
+def _analyze_command(geometry: Mapping[str, Any], inside: Mapping[str, Any] | None) -> str:
+    training = geometry["training"]
+    options: dict[str, Any] = {
+        "patch-size": list(geometry["tokens"]),
+        "width": geometry["widths"],
+        **{name: training["timesteps"][name] for name in ("distribution", "P_mean", "P_std", "shift")},
+        **{name: training[name] for name in ("t_eps", "loss_space", "noise_scale")},
+    }
+    if inside:
+        networks = inside["networks"]
+        options |= {"checkpoint": [network["run"] for network in networks], "num": inside["count"]}
+        options |= {"ema": networks[0]["ema"]} if len({network["ema"] for network in networks}) == 1 else {}
+    told = [
+        f"--{name.replace('_', '-')} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
+        for name, value in options.items()
+    ]
+    return f"jlt analyze --latents LATENTS --out OUT {' '.join(told)}"
+
+
 def command(study: Study) -> str:
     """Return the command that makes these results again."""
     if study.facts.get("command"):
         return str(study.facts["command"])
     if not study.systems and study.geometry is not None:
-        widths = " ".join(map(str, study.geometry.get("widths", [])))
-        sizes = " ".join(study.geometry["tokens"])
-        runs = " ".join(network["run"] for network in study.inside["networks"]) if study.inside else ""
-        named = {"--patch-size": sizes, "--width": widths, "--checkpoint": runs}
-        told = "".join(f" {option} {values}" for option, values in named.items() if values)
-        return f"jlt analyze --latents LATENTS --out OUT{told}"
+        return _analyze_command(study.geometry, study.inside)
     if not study.facts:
         return f"jlt report {shlex.quote(str(study.folder))}"
     words: dict[str, list[Any]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.errors import JLTError
-from jlt.files import read_json
+from jlt.files import read_json, read_sealed_json
 from jlt.report.log import Log, read_log
 
 Protocol = Mapping[str, Any]
@@ -18,7 +18,10 @@ Protocol = Mapping[str, Any]
 MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
 """The metrics that tables and curves show, in their order."""
 
+GEOMETRY = "geometry.json"
+GEOMETRY_SCHEMA = 3
 INSIDE = "inside.json"
+INSIDE_SCHEMA = 1
 ABLATION = "ablation.json"
 ABLATION_SCHEMA = 2
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
@@ -179,9 +182,9 @@ def read_study(folder: Path) -> Study:
         study = _read_ablation(folder)
     elif (folder / "config.json").exists():
         study = _read_single(folder)
-    elif (folder / "geometry.json").exists():
-        inside = read_json(folder / INSIDE) if (folder / INSIDE).exists() else None
-        geometry = read_json(folder / "geometry.json")
+    elif (folder / GEOMETRY).exists():
+        inside = _read_sealed(folder / INSIDE, INSIDE_SCHEMA)
+        geometry = _read_sealed(folder / GEOMETRY, GEOMETRY_SCHEMA)
         study = Study(folder, "Target geometry", systems=(), facts={}, geometry=geometry, inside=inside)
     else:
         raise JLTError(
@@ -189,6 +192,16 @@ def read_study(folder: Path) -> Study:
             "(geometry.json) nor a finished sweep (sweep.json)."
         )
     return keep_one_protocol(study)
+
+
+def _read_sealed(path: Path, schema: int) -> dict[str, Any] | None:
+    """Return what an analysis has written, None where it has not; JLTError for damage and another version's files."""
+    if not path.exists():
+        return None
+    content = read_sealed_json(path)
+    if content.get("schema") != schema:
+        raise JLTError(f"{path} was written by another version of jlt: the command that made it makes it anew.")
+    return content
 
 
 def keep_one_protocol(study: Study) -> Study:
@@ -264,13 +277,12 @@ def _read_ablation(folder: Path) -> Study:
         System(name, prediction, space, patch_size, tuple(runs), variant)
         for (name, prediction, space, patch_size, variant), runs in grouped.items()
     )
-    geometry = folder / "geometry.json"
     return Study(
         folder=folder,
         title=str(facts.get("title", folder.name)),
         systems=systems,
         facts=facts,
-        geometry=read_json(geometry) if geometry.exists() else None,
+        geometry=_read_sealed(folder / GEOMETRY, GEOMETRY_SCHEMA),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlt.report.page import result_rows
+from jlt.report.page import result_rows, whole_rows
 from jlt.report.results import read_study
 from jlt.report.wording import number, percent, with_error
 
@@ -91,6 +91,10 @@ def geometry_table(geometry: Mapping[str, Any]) -> str:
         for size, entry in geometry["tokens"].items()
     ]
     table = text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)
+    whole = [[*cells] for cells in whole_rows(geometry)]
+    if whole:
+        header = ["whole latents", "directions", "effective rank", "participation", "below 0.1", "share", "known to"]
+        table += "\n\n" + text_table(header, whole)
     advice = [
         f"Patch {size}, width {advice['width']}: {advice['words']}"
         for size, entry in geometry["tokens"].items()

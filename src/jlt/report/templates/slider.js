@@ -1,4 +1,4 @@
-// Draws eq. 9-12 on a measured spectrum at the time of a slider. All figures have data-ranks and data-eigenvalues.
+// Draws eq. 9-12 on a measured spectrum at the time of a slider. All figures have data-shares and data-eigenvalues.
 (function () {
   "use strict";
   const SVG = "http://www.w3.org/2000/svg";

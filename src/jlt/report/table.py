@@ -37,7 +37,7 @@ def text_table(
         table.add_row(*row)
     stream = io.StringIO()
     Console(file=stream, width=120).print(table)
-    return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
 
 def results_table(folder: Path) -> str:

@@ -16,7 +16,7 @@ from jlt.report.wording import listed, number
 SHOWN_TIMES = (0.05, 0.4, 0.8)
 WHOLE = {
     "exact": "whole latents as one Gaussian",
-    "stationary": "whole latents as one Gaussian in which no position is special, which is only as good as that is true",
+    "stationary": "whole latents as one Gaussian in which no position is special (only as good as that is true)",
 }
 LINES = ((None, None), (4, 2), (1, 1.5))
 """Networks of one prediction are told apart by their dashes."""

@@ -11,8 +11,8 @@ from jlt.data.encode import encode
 from jlt.data.store import LatentStore, verify_store
 from jlt.errors import JLTError
 from jlt.experiments.coordinates import NAME, measure_coordinates, store_in_coordinates
-from jlt.geometry.analyze import token_estimates
 from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.tokens import token_estimates
 from jlt.patches import join_tokens, patch_tokens
 from jlt.sampling.sampler import matching_autoencoder
 

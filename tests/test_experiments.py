@@ -35,8 +35,8 @@ from jlt.experiments.ablation import (
 from jlt.experiments.pool import run_jobs
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
-from jlt.geometry.analyze import token_estimates
 from jlt.geometry.forecast import TrainingModel, needed_ranks
+from jlt.geometry.tokens import token_estimates
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
 from jlt.signals import Stopped, stop_on_signal

@@ -24,8 +24,8 @@ from jlt.experiments.pool import run_jobs
 from jlt.experiments.progress import AblationProgress
 from jlt.experiments.recipes import vary
 from jlt.files import claim_folder, difference, lock_folder, read_json, write_json
-from jlt.geometry.analyze import token_estimates
 from jlt.geometry.forecast import Estimate, TrainingModel, forecast
+from jlt.geometry.tokens import token_estimates
 from jlt.protocol import default_device, machine
 from jlt.report.results import ABLATION, ABLATION_SCHEMA
 from jlt.training.checkpoint import open_checkpoint, step_folder

@@ -21,11 +21,11 @@ from torch import Tensor
 from jlt.draws import chosen_at_random, derive_seed, normal_per_sample
 from jlt.errors import JLTError, WrongWordsError
 from jlt.files import difference
-from jlt.geometry.analyze import eigenbasis
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.measure import Latents, Moments
 from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
+from jlt.geometry.tokens import eigenbasis
 from jlt.patches import join_tokens, patch_tokens
 from jlt.processes import Group, ending_together, of_first
 from jlt.progress import bar

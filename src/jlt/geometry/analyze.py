@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64
-from torch import Tensor
 
 from jlt.config import PREDICTIONS
 from jlt.errors import JLTError
@@ -22,12 +21,12 @@ from jlt.geometry.gaussian import (
     explained_power,
     target_variance,
 )
-from jlt.geometry.measure import Latents, Moments
-from jlt.geometry.sample import ANCHORS, NEIGHBOURS, DirectionMoments, direction_moments, neighbourhood_covariance
-from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, error_by_rank, sampling_error, summarise
+from jlt.geometry.measure import Moments
+from jlt.geometry.spectrum import Spectrum, eigenvalues_descending, sampling_error, summarise
 from jlt.geometry.stationary import between_classes
+from jlt.geometry.tokens import MeasuredTokens, measure_tokens
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
-from jlt.progress import say, track
+from jlt.progress import say
 
 TIMES = np.round(np.linspace(0.0, 0.98, 50), 2)
 """Times of the tables; 1 is left out because a direction without variance has no regression there."""
@@ -35,7 +34,6 @@ TABULATED_DIRECTIONS = 32
 """Directions in the tables over time, so that they stay small in a space of thousands; eigenvalues are kept whole."""
 TABULATED_EIGENVALUES = 513
 """Eigenvalues that are kept of spectra of whole latents, at equal distances in rank."""
-TOKEN_BATCH = 256
 LARGE_ERROR = 0.1
 """Relative error of eigenvalues above which `jlt analyze` warns."""
 
@@ -134,39 +132,6 @@ def _few_for_frequencies(moments: Moments) -> list[str]:
 # ---- tokens ----
 
 
-@dataclass(frozen=True)
-class MeasuredTokens:
-    """The spectra of the tokens of one patch size, in units of the noise: of all, and the local ones."""
-
-    tokens: TokenCovariance
-    estimates: list[Estimate]
-    along: DirectionMoments
-    channel_variance: Float64[np.ndarray, " c"]
-    sample: int
-
-
-def measure_tokens(moments: Moments, patch_size: int, unit: float) -> MeasuredTokens:
-    """Return the spectra for one patch size, with variances divided by `unit`."""
-    tokens, latents = moments.tokens[patch_size], moments.sample.latents
-    eigenvalues, basis = eigenbasis(tokens)
-    along = direction_moments(latents, patch_size, tokens.mean, basis)
-    independent = _independent(along.relative_spread, tokens)
-    error = np.where(along.relative_spread > 0, error_by_rank(independent, tokens.dimension), 0.0)
-    error = np.hypot(error, along.relative_spread / np.sqrt(tokens.images))
-    estimate = Estimate("tokens", eigenvalues, error, independent, tokens.count > tokens.dimension)
-    local = _local_estimates(moments, patch_size, independent / tokens.images)
-    estimates = [found.in_units_of(unit) for found in (estimate, *local)]
-    return MeasuredTokens(tokens, estimates, along, tokens.channel_variance.numpy(force=True) / unit, len(latents))
-
-
-def _independent(relative_spread: Float64[np.ndarray, " d"], tokens: TokenCovariance) -> float:
-    """Return how many independent samples would scatter as much as the latents do: from their number to the tokens'."""
-    spread = relative_spread[relative_spread > 0]
-    if not len(spread):
-        return float(tokens.images)
-    return float(np.clip(2 * tokens.images / np.median(spread) ** 2, tokens.images, tokens.count))
-
-
 def describe_tokens(measured: MeasuredTokens, widths: Sequence[int], model: TrainingModel) -> dict[str, Any]:
     """Return the entry of geometry.json for one patch size."""
     tokens, along, (estimate, *local) = measured.tokens, measured.along, measured.estimates
@@ -191,53 +156,6 @@ def describe_tokens(measured: MeasuredTokens, widths: Sequence[int], model: Trai
         **_tables_over_time(eigenvalues),
         "forecast": forecast(measured.estimates, model, widths),
     }
-
-
-def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> dict[int, Estimate]:
-    """Return the spectra of a store's tokens alone, each eigenvalue with the error of as many Gaussian latents."""
-    sums = {p: TokenCovariance(store.shape.channels, p, device) for p in patch_sizes}
-    for start in track(range(0, len(store), TOKEN_BATCH), "spectra of the latents"):
-        latents, _ = store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))
-        for tokens in sums.values():
-            tokens.update(latents)
-    return {p: _token_estimate(tokens) for p, tokens in sums.items()}
-
-
-def _token_estimate(tokens: TokenCovariance) -> Estimate:
-    eigenvalues, _ = eigenbasis(tokens)
-    error = np.hypot(sampling_error(tokens.images), error_by_rank(tokens.images, tokens.dimension))
-    return Estimate("tokens", eigenvalues, error, tokens.images, tokens.count > tokens.dimension)
-
-
-def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
-    """Return eigenvalues, largest first, and their directions as columns."""
-    values, vectors = torch.linalg.eigh(tokens.covariance)
-    return descending(values.cpu().numpy()), vectors.flip(1)
-
-
-def _local_estimates(moments: Moments, patch_size: int, per_latent: float) -> list[Estimate]:
-    """Return the spectra within classes and within neighbourhoods, where there are enough latents for them.
-
-    `per_latent` is how many independent samples the tokens of a latent count for.
-    """
-    tokens, classes = moments.tokens[patch_size], moments.classes
-    per_image, found = tokens.count // tokens.images, []
-    if len(classes.counts) > 1 and classes.freedom >= len(classes.counts):
-        within = (tokens.scatter - classes.between(patch_size, tokens.mean)) / (classes.freedom * per_image)
-        found.append(_local_estimate("within classes", within, classes.freedom * per_latent))
-    latents = moments.sample.latents
-    if len(latents) >= 2 * (NEIGHBOURS + 1):
-        local = neighbourhood_covariance(latents, patch_size)
-        # As many independent differences as there are latents, at most: neighbourhoods overlap.
-        independent = min(len(latents), ANCHORS * NEIGHBOURS)
-        found.append(_local_estimate("within neighbourhoods", local.covariance, independent))
-    return found
-
-
-def _local_estimate(name: str, covariance: Tensor, independent: float) -> Estimate:
-    eigenvalues = eigenvalues_descending(covariance.numpy(force=True))
-    error = np.hypot(sampling_error(independent), error_by_rank(independent, len(eigenvalues)))
-    return Estimate(name, eigenvalues, error, independent)
 
 
 def _describe_local(estimate: Estimate, whole: Spectrum) -> dict[str, Any]:

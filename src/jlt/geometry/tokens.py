@@ -1,0 +1,100 @@
+"""The spectra of the tokens of one patch size by several estimates, each with its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.forecast import Estimate
+from jlt.geometry.measure import Latents, Moments
+from jlt.geometry.sample import ANCHORS, NEIGHBOURS, DirectionMoments, direction_moments, neighbourhood_covariance
+from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, error_by_rank, sampling_error
+from jlt.progress import track
+
+TOKEN_BATCH = 256
+
+
+@dataclass(frozen=True)
+class MeasuredTokens:
+    """The spectra of the tokens of one patch size, in units of the noise: of all, and the local ones."""
+
+    tokens: TokenCovariance
+    estimates: list[Estimate]
+    along: DirectionMoments
+    channel_variance: Float64[np.ndarray, " c"]
+    sample: int
+
+
+def measure_tokens(moments: Moments, patch_size: int, unit: float) -> MeasuredTokens:
+    """Return the spectra for one patch size, with variances divided by `unit`."""
+    tokens, latents = moments.tokens[patch_size], moments.sample.latents
+    eigenvalues, basis = eigenbasis(tokens)
+    along = direction_moments(latents, patch_size, tokens.mean, basis)
+    independent = _independent(along.relative_spread, tokens)
+    error = np.where(along.relative_spread > 0, error_by_rank(independent, tokens.dimension), 0.0)
+    error = np.hypot(error, along.relative_spread / np.sqrt(tokens.images))
+    estimate = Estimate("tokens", eigenvalues, error, independent, tokens.count > tokens.dimension)
+    local = _local_estimates(moments, patch_size, independent / tokens.images)
+    estimates = [found.in_units_of(unit) for found in (estimate, *local)]
+    return MeasuredTokens(tokens, estimates, along, tokens.channel_variance.numpy(force=True) / unit, len(latents))
+
+
+def _independent(relative_spread: Float64[np.ndarray, " d"], tokens: TokenCovariance) -> float:
+    """Return how many independent samples would scatter as much as the latents do: from their number to the tokens'."""
+    spread = relative_spread[relative_spread > 0]
+    if not len(spread):
+        return float(tokens.images)
+    return float(np.clip(2 * tokens.images / np.median(spread) ** 2, tokens.images, tokens.count))
+
+
+def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> dict[int, Estimate]:
+    """Return the spectra of a store's tokens alone, each eigenvalue with the error of as many Gaussian latents."""
+    sums = {p: TokenCovariance(store.shape.channels, p, device) for p in patch_sizes}
+    for start in track(range(0, len(store), TOKEN_BATCH), "spectra of the latents"):
+        latents, _ = store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))
+        for tokens in sums.values():
+            tokens.update(latents)
+    return {p: _token_estimate(tokens) for p, tokens in sums.items()}
+
+
+def _token_estimate(tokens: TokenCovariance) -> Estimate:
+    eigenvalues, _ = eigenbasis(tokens)
+    error = np.hypot(sampling_error(tokens.images), error_by_rank(tokens.images, tokens.dimension))
+    return Estimate("tokens", eigenvalues, error, tokens.images, tokens.count > tokens.dimension)
+
+
+def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
+    """Return eigenvalues, largest first, and their directions as columns."""
+    values, vectors = torch.linalg.eigh(tokens.covariance)
+    return descending(values.cpu().numpy()), vectors.flip(1)
+
+
+def _local_estimates(moments: Moments, patch_size: int, per_latent: float) -> list[Estimate]:
+    """Return the spectra within classes and within neighbourhoods, where there are enough latents for them.
+
+    `per_latent` is how many independent samples the tokens of a latent count for.
+    """
+    tokens, classes = moments.tokens[patch_size], moments.classes
+    per_image, found = tokens.count // tokens.images, []
+    if len(classes.counts) > 1 and classes.freedom >= len(classes.counts):
+        within = (tokens.scatter - classes.between(patch_size, tokens.mean)) / (classes.freedom * per_image)
+        found.append(_local_estimate("within classes", within, classes.freedom * per_latent))
+    latents = moments.sample.latents
+    if len(latents) >= 2 * (NEIGHBOURS + 1):
+        local = neighbourhood_covariance(latents, patch_size)
+        # As many independent differences as there are latents, at most: neighbourhoods overlap.
+        independent = min(len(latents), ANCHORS * NEIGHBOURS)
+        found.append(_local_estimate("within neighbourhoods", local.covariance, independent))
+    return found
+
+
+def _local_estimate(name: str, covariance: Tensor, independent: float) -> Estimate:
+    eigenvalues = eigenvalues_descending(covariance.numpy(force=True))
+    error = np.hypot(sampling_error(independent), error_by_rank(independent, len(eigenvalues)))
+    return Estimate(name, eigenvalues, error, independent)

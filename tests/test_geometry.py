@@ -271,8 +271,9 @@ def test_analysis_does_not_depend_on_the_batch_size() -> None:
 def test_few_images_are_warned_about_and_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     analyze(FakeStore(latents(8)), [1, 4])
     said = capsys.readouterr().err
-    assert "Patch size 4, 8 latents: 32 tokens cannot span 48 directions" in said
-    assert "there is no advice" in said
+    assert "Patch size 1, 8 latents: there is no advice from so few; it needs 50" in said
+    analyze(FakeStore(latents(52)), [8])
+    assert "Patch size 8, 52 latents: 52 tokens cannot span 192 directions" in capsys.readouterr().err
     assert "All latents are of one class" in said
     few = analyze(FakeStore(latents(8)), [1, 4])
     assert [line for line in few["warnings"] if line in said] == few["warnings"]

@@ -45,6 +45,7 @@ FORECAST_FIELDS = (
     "margin",
     "clean_over_velocity",
     "call",
+    "outcome",
     "confidence",
     "sphericity",
     "stated_share",

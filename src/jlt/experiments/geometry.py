@@ -72,6 +72,7 @@ def analyze_into(
     group.on_first(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
     if networks is None:
         geometry = measure_geometry(store, out, question, device, group)
+        group.on_first(lambda: (out / INSIDE).unlink(missing_ok=True))
     else:
         geometry = _analyze_with(networks, store, out, question, device, group)
     group.on_first(lambda: write_report(out))

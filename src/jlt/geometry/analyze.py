@@ -24,7 +24,7 @@ from jlt.geometry.gaussian import (
 from jlt.geometry.measure import Moments
 from jlt.geometry.spectrum import Spectrum, eigenvalues_descending, sampling_error, summarise
 from jlt.geometry.stationary import between_classes
-from jlt.geometry.tokens import MeasuredTokens, measure_tokens
+from jlt.geometry.tokens import FEWEST, MeasuredTokens, measure_tokens
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
 from jlt.progress import say
 
@@ -56,7 +56,7 @@ def describe(
     tokens = {p: measure_tokens(moments, p, unit) for p in dict.fromkeys(patch_sizes)}
     warnings = [*_constant_channels(moments), *_few_classes(moments)]
     for measured in tokens.values():
-        warnings += _few_tokens(measured)
+        warnings += [*_few_tokens(measured), *_dead_directions(measured)]
     warnings += _few_for_frequencies(moments)
     for warning in warnings:
         say(warning)
@@ -106,7 +106,9 @@ def _few_tokens(measured: MeasuredTokens) -> list[str]:
     d, n = tokens.dimension, estimate.independent
     where, per_sample = f"Patch size {tokens.patch_size}, {tokens.images} latents", tokens.images / n
     enough = math.ceil(per_sample * max(2 / LARGE_ERROR**2, d / LARGE_ERROR))
-    if not estimate.spans:
+    if tokens.images < FEWEST:
+        return [f"{where}: there is no advice from so few; it needs {FEWEST}, and thousands are good."]
+    if not estimate.enough:
         return [
             f"{where}: {tokens.count} tokens cannot span {d} directions, so that the smallest eigenvalues are 0 only "
             f"for want of data, and there is no advice. About {enough:,} latents give errors of {LARGE_ERROR:.0%}."
@@ -116,6 +118,17 @@ def _few_tokens(measured: MeasuredTokens) -> list[str]:
     return [
         f"{where}: an eigenvalue is known to about {sampling_error(n):.0%}, and the smallest come out about "
         f"{d / n:.0%} too small. About {enough:,} latents give {LARGE_ERROR:.0%}."
+    ]
+
+
+def _dead_directions(measured: MeasuredTokens) -> list[str]:
+    tokens, error = measured.tokens, measured.along.relative_spread
+    dead = int((error == 0).sum())
+    if not 0 < dead < len(error) or tokens.count <= tokens.dimension:
+        return []
+    return [
+        f"Patch size {tokens.patch_size}: {dead} of {len(error)} directions have no variance at all, as grey images "
+        "have in colour. Velocity has to put out noise there."
     ]
 
 

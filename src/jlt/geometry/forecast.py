@@ -54,8 +54,8 @@ class Estimate:
     relative_error: Float64[np.ndarray, " d"]
     independent: float
     """Independent samples that would tell as much as the tokens do, which depend on each other within a latent."""
-    spans: bool = True
-    """Whether there are tokens enough for all directions to have variance."""
+    enough: bool = True
+    """Whether there are latents enough for any advice, and tokens enough for all directions to have variance."""
 
     def in_units_of(self, variance: float) -> Estimate:
         """Return the spectrum of latents whose unit of variance is another one."""
@@ -101,7 +101,8 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
     """Return the capacity curves of the first estimate, what each prediction needs, and advice for networks' widths.
 
     JSON values. `order` names predictions from the best; `margin` is by how many of all directions, as a share, the
-    second needs more than the first; `confidence` is the share (0..1) of the variations with the same first.
+    second needs more than the first; `outcome` is the first, or even where x and v need about as much; `confidence` is
+    the share (0..1) of the variations with the same outcome, and `call` what is made of it.
     """
     lam = estimates[0].eigenvalues
     unavoidable = unavoidable_risk(lam, model.times)
@@ -109,7 +110,8 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
     ranks = np.unique(np.linspace(0, len(lam), TABULATED_RANKS).round().astype(np.int64))
     needed = _needed(curves[False], unavoidable, STATED_SHARE)
     order = sorted(PREDICTIONS, key=lambda prediction: needed[prediction])
-    winners = [min(found, key=lambda prediction: found[prediction]) for found in variations(estimates, model)]
+    outcome = _outcome(needed, len(lam))
+    outcomes = [_outcome(varied, len(lam)) for varied in variations(estimates, model)]
     found: dict[str, Any] = {
         "sphericity": summarise(lam).sphericity,
         "stated_share": STATED_SHARE,
@@ -124,9 +126,10 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
         "order": order,
         "margin": (needed[order[1]] - needed[order[0]]) / len(lam),
         "clean_over_velocity": (needed["v"] - needed["x"]) / len(lam),
-        "spans": estimates[0].spans,
-        "confidence": winners.count(order[0]) / len(winners),
-        "variations": len(winners),
+        "enough": estimates[0].enough,
+        "outcome": outcome,
+        "confidence": outcomes.count(outcome) / len(outcomes),
+        "variations": len(outcomes),
     }
     found["call"] = _call(found, float(lam.mean()))
     return {**found, "advice": [advise(found, lam, model, width) for width in widths]}
@@ -157,14 +160,19 @@ def _replicate(estimate: Estimate, replicate: int, random: np.random.Generator) 
 
 def _call(found: Mapping[str, Any], variance: float) -> Call:
     """Return which prediction is expected to win: one of them, both of x and v alike, or that it cannot be said."""
-    if not found["spans"]:
+    if not found["enough"]:
         return "undecided"
     if found["sphericity"] > ISOTROPIC and 1 / LIKE_NOISE < variance < LIKE_NOISE:
         return "even"
-    if abs(found["clean_over_velocity"]) < HARDLY:
+    outcome: Call = found["outcome"]
+    return outcome if found["confidence"] >= DECIDED else "undecided"
+
+
+def _outcome(needed: Needed, dimension: int) -> Call:
+    """Return the prediction that needs least, or that clean and velocity prediction need about as much."""
+    if abs(needed["v"] - needed["x"]) < HARDLY * dimension:
         return "even"
-    first: Prediction = found["order"][0]
-    return first if found["confidence"] >= DECIDED else "undecided"
+    return min(needed, key=lambda prediction: needed[prediction])
 
 
 def advise(found: Mapping[str, Any], lam: Spectrum, model: TrainingModel, width: int) -> dict[str, Any]:
@@ -184,7 +192,7 @@ def advise(found: Mapping[str, Any], lam: Spectrum, model: TrainingModel, width:
         f"{', '.join(f'{shares[name]:.0%}' for name in order)}.",
     ]
     if width < dimension:
-        told = ", ".join(f"{_told(floor[name])} for {WORDS[name]}" for name in order)
+        told = ", ".join(f"{floor[name]:.2g} for {WORDS[name]}" for name in order if floor[name] >= HARDLY_ANY_LOSS)
         words.append(f"No network of width {width} can put out {dimension} directions: its loss stays above {told}.")
     return {"width": width, "width_share": shares, "loss_floor": floor, "words": " ".join(words)}
 
@@ -192,17 +200,18 @@ def advise(found: Mapping[str, Any], lam: Spectrum, model: TrainingModel, width:
 def _verdict(found: Mapping[str, Any], shares: Mapping[Prediction, float]) -> str:
     """Return the call in words."""
     call, (first, second) = found["call"], found["order"][:2]
-    agree = f"{found['confidence']:.0%} of {found['variations']} variations of the model agree that it needs least"
-    if call == "even" and found["sphericity"] > ISOTROPIC:
-        return "The space is nearly isotropic: the choice between clean and velocity should hardly matter."
+    share = f"{found['confidence']:.0%} of {found['variations']} variations of the model"
+    if call == "even" and found["outcome"] == "even":
+        return f"Clean and velocity prediction need about as much ({share} agree): the choice should hardly matter."
     if call == "even":
-        return "The needs of clean and velocity prediction are close: the choice should hardly matter."
+        return "The space is nearly isotropic: the choice between clean and velocity should hardly matter."
     if call == "undecided":
-        if not found["spans"]:
+        if not found["enough"]:
             return "There are too few latents to say which prediction wins."
-        return f"The model does not say which prediction wins: {first} comes first, but only {agree}."
+        return f"The model does not say which prediction wins: {first} comes first, but only {share} agree."
+    firm = f"{share} agree that it needs least, which says how firm the model is and not whether it is right."
     wide = " The network is wide for this space, so that the difference may be small."
-    return f"Predict {first} ({WORDS[first]}): {agree}.{wide if shares[second] < SMALL_LOAD else ''}"
+    return f"Predict {first} ({WORDS[first]}): {firm}{wide if shares[second] < SMALL_LOAD else ''}"
 
 
 def _listed(told: Mapping[Prediction, str]) -> str:
@@ -211,10 +220,6 @@ def _listed(told: Mapping[Prediction, str]) -> str:
 
 def _number(rank: float) -> str:
     return f"{rank:,.0f}" if rank >= SHOWN_WHOLE else f"{rank:.3g}"
-
-
-def _told(loss: float) -> str:
-    return f"{loss:.2g}" if loss >= HARDLY_ANY_LOSS else "next to nothing"
 
 
 SHOWN_WHOLE = 100

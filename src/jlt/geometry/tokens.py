@@ -18,6 +18,8 @@ from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, 
 from jlt.progress import track
 
 TOKEN_BATCH = 256
+FEWEST = 50
+"""Latents below which nothing is advised: how they scatter is not known either."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,14 @@ def measure_tokens(moments: Moments, patch_size: int, unit: float) -> MeasuredTo
     independent = _independent(along.relative_spread, tokens)
     error = np.where(along.relative_spread > 0, error_by_rank(independent, tokens.dimension), 0.0)
     error = np.hypot(error, along.relative_spread / np.sqrt(tokens.images))
-    estimate = Estimate("tokens", eigenvalues, error, independent, tokens.count > tokens.dimension)
+    estimate = Estimate("tokens", eigenvalues, error, independent, _enough(tokens))
     local = _local_estimates(moments, patch_size, independent / tokens.images)
     estimates = [found.in_units_of(unit) for found in (estimate, *local)]
     return MeasuredTokens(tokens, estimates, along, tokens.channel_variance.numpy(force=True) / unit, len(latents))
+
+
+def _enough(tokens: TokenCovariance) -> bool:
+    return tokens.count > tokens.dimension and tokens.images >= FEWEST
 
 
 def _independent(relative_spread: Float64[np.ndarray, " d"], tokens: TokenCovariance) -> float:
@@ -66,7 +72,7 @@ def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> 
 def _token_estimate(tokens: TokenCovariance) -> Estimate:
     eigenvalues, _ = eigenbasis(tokens)
     error = np.hypot(sampling_error(tokens.images), error_by_rank(tokens.images, tokens.dimension))
-    return Estimate("tokens", eigenvalues, error, tokens.images, tokens.count > tokens.dimension)
+    return Estimate("tokens", eigenvalues, error, tokens.images, _enough(tokens))
 
 
 def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:

@@ -297,8 +297,8 @@ def inside_sentences(inside: Mapping[str, Any]) -> list[str]:
                 f"({number(ratios[place], 2)} times at t = {times[place]:g})"
             )
         texts.append(
-            f"The velocity error of {_network_name(network)} is, against that of {_network_name(first)} and as the "
-            f"median over times, {listed(parts)}."
+            f"Of tokens at patch {inside['patch_size']} the velocity error of {_network_name(network)} is, against "
+            f"that of {_network_name(first)} and as the median over times, {listed(parts)}."
         )
     return [*texts, *_against_optimum(inside["networks"])]
 

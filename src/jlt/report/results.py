@@ -185,6 +185,8 @@ def read_study(folder: Path) -> Study:
     elif (folder / GEOMETRY).exists():
         inside = _read_sealed(folder / INSIDE, INSIDE_SCHEMA)
         geometry = _read_sealed(folder / GEOMETRY, GEOMETRY_SCHEMA)
+        if inside and geometry and inside["latents"] != geometry["latents"]:
+            raise JLTError(f"{folder / INSIDE} is of other latents than {folder / GEOMETRY}.")
         study = Study(folder, "Target geometry", systems=(), facts={}, geometry=geometry, inside=inside)
     else:
         raise JLTError(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jlt.report.findings import inside_sentences, verdict
 from jlt.report.page import result_rows, whole_rows
 from jlt.report.results import read_study
 from jlt.report.wording import number, percent, with_error
@@ -41,12 +42,14 @@ def text_table(
 
 
 def results_table(folder: Path) -> str:
-    """Return the results of an ablation or a run, a row per system, the best of each column starred."""
+    """Return the results of an ablation or a run, a row per system, the best of columns starred, and the verdict."""
+    study = read_study(folder)
     rows = [
         [row.title, *(f"{cell.text}{' *' if cell.best else '  '}" for cell in row.cells), row.seconds]
-        for row in result_rows(read_study(folder))
+        for row in result_rows(study)
     ]
-    return text_table(["system", "Frechet distance  ", "inception score  ", "label agreement  ", "training"], rows)
+    header = ["system", "Frechet distance  ", "inception score  ", "label agreement  ", "training"]
+    return f"{text_table(header, rows)}\n\n{textwrap.fill(verdict(study), TEXT_WIDTH)}"
 
 
 SHARES = ("precision", "recall", "coverage", "label_agreement")
@@ -100,7 +103,8 @@ def geometry_table(geometry: Mapping[str, Any]) -> str:
         for size, entry in geometry["tokens"].items()
         for advice in entry["forecast"]["advice"]
     ]
-    return "\n\n".join([table, *(textwrap.fill(words, TEXT_WIDTH) for words in advice)])
+    inside = inside_sentences(geometry["inside"]) if "inside" in geometry else []
+    return "\n\n".join([table, *(textwrap.fill(words, TEXT_WIDTH) for words in [*advice, *inside])])
 
 
 def encode_benchmark_table(measured: Mapping[str, Any]) -> str:

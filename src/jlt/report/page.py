@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from jlt import __version__
@@ -18,14 +17,13 @@ from jlt.progress import format_seconds
 from jlt.report import findings, palette
 from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
+from jlt.report.geometry_rows import advised_training, analyze_command, spectra_at_hand, spectrum_rows, whole_rows
 from jlt.report.log import Log
 from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
 from jlt.report.samples import Grid, picture_uri, sample_series
 from jlt.report.wording import listed, number, percent
 
 SLIDER = "slider.js"
-SLIDER_POINTS = 96
-"""Directions of the spectrum that the slider moves, at equal distances in rank."""
 HIGHER_IS_BETTER = {"frechet_distance": False, "inception_score": True, "label_agreement": True}
 
 
@@ -110,18 +108,6 @@ def render_template(name: str, context: Mapping[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else ""
     words = {"version": __version__, "palette": palette, "value_text": value_text}
     return template.render(**words, script=script, script_sha256=digest, **context)
-
-
-def spectra_at_hand(geometry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return, for every patch size, eigenvalues at equal distances in rank, and each rank as a share of all."""
-    found = []
-    for entry in (geometry or {}).get("tokens", {}).values():
-        last = len(entry["eigenvalues"]) - 1
-        ranks = sorted({round(place * last / SLIDER_POINTS) for place in range(SLIDER_POINTS + 1)})
-        eigenvalues = [float(f"{entry['eigenvalues'][rank]:.6g}") for rank in ranks]
-        shares = [round(rank / max(1, last), 5) for rank in ranks]
-        found.append({"patch_size": entry["patch_size"], "eigenvalues": eigenvalues, "shares": shares})
-    return found
 
 
 @dataclass(frozen=True)
@@ -281,75 +267,6 @@ def sample_grids(study: Study) -> dict[int, list[Grid]]:
     return grids
 
 
-def spectrum_rows(study: Study) -> dict[str, list[str]]:
-    """Return the summaries of the spectra: one row per quantity, one text per patch size."""
-    rows: dict[str, list[str]] = {}
-    for entry in (study.geometry or {}).get("tokens", {}).values():
-        below, channels = entry["share_below"]["0.1"], entry["channel_variance"]
-        span = dict.fromkeys([number(min(channels)), number(max(channels))])
-        summary = {
-            "Directions of a token": f"{entry['dimension']:,}",
-            "Tokens measured": f"{entry['count']:,}",
-            "Largest variance": number(entry["eigenvalues"][0]),
-            "Smallest variance": number(entry["eigenvalues"][-1]),
-            "Largest over smallest": "infinite, to rounding"
-            if entry["anisotropy"] is None
-            else number(entry["anisotropy"]),
-            "Effective rank": number(entry["effective_rank"]),
-            "Participation ratio": number(entry["participation_ratio"]),
-            "Sphericity": number(entry["sphericity"], 2),
-            "Directions below 0.1": f"{below['directions']:,}",
-            "their share of the variance": percent(below["variance_share"]),
-            "Variances of single channels": " to ".join(span),
-            **{f"Variance {name}": percent(local["variance_share"]) for name, local in entry["local"].items()},
-            "Excess kurtosis, median direction": number(_median_kurtosis(entry), 2),
-        }
-        for name, text in summary.items():
-            rows.setdefault(name, []).append(text)
-    return rows
-
-
-def _median_kurtosis(entry: Mapping[str, Any]) -> float | None:
-    """Return the median over the directions that have a shape at all."""
-    known = zip(entry["excess_kurtosis"], entry["excess_kurtosis_error"], strict=True)
-    return median([value for value, error in known if error > 0] or [0.0])
-
-
-def whole_rows(geometry: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the summaries of whole latents: estimate, directions, effective rank, participation, share below 0.1."""
-    stationary, whole = geometry["stationary"], geometry["whole"]
-    summaries = {f"by spatial frequency, {name}": entry for name, entry in stationary["spectra"].items()}
-    if "effective_rank" in whole:
-        summaries["their covariance"] = whole
-    return [
-        (
-            name,
-            f"{stationary['dimension']:,}",
-            number(entry["effective_rank"]),
-            number(entry["participation_ratio"]),
-            f"{entry['share_below']['0.1']['directions']:,}",
-            percent(entry["share_below"]["0.1"]["variance_share"]),
-            percent(entry["relative_sampling_error"]),
-        )
-        for name, entry in summaries.items()
-        if "effective_rank" in entry
-    ]
-
-
-def advised_training(study: Study) -> str:
-    """Say for which training the advice is; empty where there is no geometry."""
-    if study.geometry is None:
-        return ""
-    training = study.geometry["training"]
-    times = training["timesteps"]
-    drawn = (
-        "uniform" if times["distribution"] == "uniform" else f"logit-normal ({times['P_mean']:g}, {times['P_std']:g})"
-    )
-    shift = f", shifted by {times['shift']:g}" if times["shift"] != 1 else ""
-    loss = f"a matched loss in {palette.SYMBOL[training['loss_space']]}-space, clamped at {training['t_eps']:g}"
-    return f"What is needed and advised is for a training with {drawn} times{shift} and {loss}."
-
-
 def matched_statements(study: Study) -> list[str]:
     """Return what the matched check of an ablation found, in sentences."""
     matched = study.facts.get("matched")
@@ -422,31 +339,12 @@ def value_text(value: Any) -> str:
     return f"{text[:12]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
-def _analyze_command(geometry: Mapping[str, Any], inside: Mapping[str, Any] | None) -> str:
-    training = geometry["training"]
-    options: dict[str, Any] = {
-        "patch-size": list(geometry["tokens"]),
-        "width": geometry["widths"],
-        **{name: training["timesteps"][name] for name in ("distribution", "P_mean", "P_std", "shift")},
-        **{name: training[name] for name in ("t_eps", "loss_space", "noise_scale")},
-    }
-    if inside:
-        networks = inside["networks"]
-        options |= {"checkpoint": [network["run"] for network in networks], "num": inside["count"]}
-        options |= {"ema": networks[0]["ema"]} if len({network["ema"] for network in networks}) == 1 else {}
-    told = [
-        f"--{name.replace('_', '-')} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
-        for name, value in options.items()
-    ]
-    return f"jlt analyze --latents LATENTS --out OUT {' '.join(told)}"
-
-
 def command(study: Study) -> str:
     """Return the command that makes these results again."""
     if study.facts.get("command"):
         return str(study.facts["command"])
     if not study.systems and study.geometry is not None:
-        return _analyze_command(study.geometry, study.inside)
+        return analyze_command(study.geometry, study.inside)
     if not study.facts:
         return f"jlt report {shlex.quote(str(study.folder))}"
     words: dict[str, list[Any]] = {

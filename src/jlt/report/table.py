@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jlt.report.findings import inside_sentences, verdict
-from jlt.report.page import result_rows, whole_rows
+from jlt.report.geometry_rows import whole_rows
+from jlt.report.page import result_rows
 from jlt.report.results import read_study
 from jlt.report.wording import number, percent, with_error
 

@@ -98,6 +98,8 @@ def test_what_no_narrow_network_can_reach_is_set_against_the_loss():
     next(iter(told.facts["forecasts"]))["width"] = 8
     (text,) = floor_sentences(told)
     assert "cannot put out 16 directions. The v-space loss ended at v 0.625, of which 80% had been said" in text
+    next(iter(told.facts["forecasts"]))["before_training"] = False
+    assert "of which 80% is, by the latents alone, out of reach" in floor_sentences(told)[0]
 
 
 def cell(prediction, space, values):

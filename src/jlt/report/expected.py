@@ -156,11 +156,12 @@ def floor_sentences(study: Study) -> list[str]:
             f"{SYMBOL[name]} {spread_text(loss)}, of which {_share_out_of_reach(floor[name] / loss.mean)}"
             for name, loss in measured.items()
         ]
+        said = "had been said to be" if forecast["before_training"] else "is, by the latents alone,"
         where = f"patch {forecast['patch_size']}" + f" ({forecast['variant']})" * bool(forecast["variant"])
         texts.append(
             f"At {where} a width of {forecast['width']} cannot put out {forecast['dimension']} directions. The "
-            f"{SYMBOL[forecast['loss_space']]}-space loss ended at {listed(told)} had been said to be out of reach for "
-            "any such network."
+            f"{SYMBOL[forecast['loss_space']]}-space loss ended at {listed(told)} {said} out of reach for any such "
+            "network."
         )
     return texts
 

@@ -52,6 +52,7 @@ def render(study: Study) -> str:
 
     # Distances of noise say nothing of what was expected.
     compared = [] if findings.at_chance(study) else checks(study)
+    by_loss_space = cells(study)
     context = {
         "study": study,
         "title": study.title,
@@ -61,8 +62,8 @@ def render(study: Study) -> str:
         "facts": page_facts(study),
         "rows": result_rows(study),
         "more_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
-        "cells": cells_figure(cells(study)),
-        "cell_texts": cell_sentences(cells(study)),
+        "cells": cells_figure(by_loss_space),
+        "cell_texts": cell_sentences(by_loss_space),
         "training": training_figure(study),
         "logged": run_figures(study),
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],

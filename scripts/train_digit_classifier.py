@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from jlt.assets.digit_split import LabelledImages, digit_split
-from jlt.assets.weights import save_weights
 from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier, DigitNetwork
 from jlt.evaluation.metrics import label_agreement
-from jlt.progress import say, track
+from jlt.images.digit_split import LabelledImages, digit_split
+from jlt.runtime.progress import say, track
+from jlt.storage.weights import save_weights
 
 BATCH_SIZE = 64
 LEARNING_RATE = 4e-3

@@ -20,12 +20,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from jlt.assets.digit_split import digit_split
-from jlt.assets.weights import ASSETS, save_weights
+from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
 from jlt.autoencoders.psnr import psnr
-from jlt.autoencoders.registry import load_autoencoder
-from jlt.progress import say, track
+from jlt.images.digit_split import digit_split
+from jlt.runtime.progress import say, track
+from jlt.storage.weights import ASSETS, save_weights
 
 BATCH_SIZE = 16
 LEARNING_RATE = 8e-3

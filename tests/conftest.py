@@ -20,9 +20,9 @@ def store(tmp_path_factory):
     """A latent store of 50 noise images, in both orientations, for runs that take seconds."""
     from data_helpers import NoiseSource, PatchAutoencoder
 
-    from jlt.data.config import EncodeConfig
-    from jlt.data.encode import encode_source
-    from jlt.data.store import LatentStore
+    from jlt.latents.encode_config import EncodeConfig
+    from jlt.latents.encoding import encode_source
+    from jlt.latents.store import LatentStore
 
     folder = tmp_path_factory.mktemp("store") / "latents"
     config = EncodeConfig(images="noise", autoencoder="patches", resolution=8, flips=True, dtype="float32")

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from jlt.autoencoders.contract import Autoencoder
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode_source
-from jlt.data.manifest import StoreManifest
-from jlt.data.sources.contract import ImageSource
+from jlt.images.source import ImageSource
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode_source
+from jlt.latents.manifest import StoreManifest
 
 
 class NoiseSource(ImageSource):

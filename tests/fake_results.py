@@ -15,15 +15,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from jlt.config import TimestepConfig
-from jlt.data.shape import LatentShape
-from jlt.experiments.geometry import Question
-from jlt.files import sealed_text, write_json
+from jlt.config import LatentShape, TimestepConfig
+from jlt.experiments.analysis import Question
+from jlt.geometry.accumulate import measure_moments
 from jlt.geometry.analyze import describe
 from jlt.geometry.forecast import TrainingModel
-from jlt.geometry.measure import measure_moments
-from jlt.processes import Alone, of_first
 from jlt.report.results import ABLATION_SCHEMA
+from jlt.runtime.processes import Alone, of_first
+from jlt.storage.files import sealed_text, write_json
 
 NAMES = {"x": "JLT-XS", "v": "DiT-XS", "eps": "DiT-eps-XS"}
 FINAL = {("x", 1): 20.1, ("v", 1): 37.2, ("eps", 1): 310.0, ("x", 2): 18.3, ("v", 2): 126.0, ("eps", 2): 820.0}

@@ -36,14 +36,14 @@ FRESH = """
 import sys
 THREADS
 exec(sys.argv.pop(1))
-from jlt.cli import main
+from jlt.cli.main import main
 sys.exit(main())
 """
 
 PRELOADED = """
-jlt.cli jlt.data.encode jlt.experiments.ablation jlt.experiments.training jlt.experiments.watch jlt.training.loop
-jlt.report.page sklearn.datasets torch._dynamo torch._inductor.test_operators torch.distributed torch.distributed.fsdp
-torch.nn.parallel torch.onnx torch.profiler
+jlt.cli.main jlt.latents.encoding jlt.experiments.ablation jlt.experiments.run_training jlt.experiments.watchers
+jlt.training.loop jlt.report.page sklearn.datasets torch._dynamo torch._inductor.test_operators torch.distributed
+torch.distributed.fsdp torch.nn.parallel torch.onnx torch.profiler
 """
 
 
@@ -146,7 +146,7 @@ def serve(place: int) -> None:
         importlib.import_module(name)
     with contextlib.redirect_stdout(None):
         # What reads the words reads the sources for it, which it remembers.
-        importlib.import_module("jlt.cli").main(["train", "digits", "--print-config"])
+        importlib.import_module("jlt.cli.main").main(["train", "digits", "--print-config"])
     connection = socket.socket(fileno=place)
     statuses: dict[int, int] = {}
     while True:
@@ -180,7 +180,7 @@ def _work(request: dict[str, Any], places: list[int]) -> NoReturn:
     import numpy as np
     import torch
 
-    from jlt.cli import main
+    from jlt.cli.main import main
 
     os.setsid()
     status, stdout, stderr = places

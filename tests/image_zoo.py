@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jlt.data.crop import centre_crop
-from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.errors import JLTError
+from jlt.images.crop import centre_crop
+from jlt.images.source import BadImageError, ImageSource
 
 SIZE = 32
 LEFT, RIGHT = (200, 60, 40), (20, 120, 220)

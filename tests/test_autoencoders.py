@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jlt.assets.digit_split import digit_split
-from jlt.assets.weights import ASSETS, read_metadata, save_weights, weights_sha256
 from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
 from jlt.autoencoders.psnr import psnr
-from jlt.autoencoders.registry import load_autoencoder
 from jlt.errors import JLTError
+from jlt.images.digit_split import digit_split
+from jlt.storage.weights import ASSETS, read_metadata, save_weights, weights_sha256
 
 # Nothing in it is bundled: other depths, widths and statistics than `tiny`.
 SMALL = {

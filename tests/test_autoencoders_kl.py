@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
-from jlt.autoencoders.registry import load_autoencoder
 from jlt.errors import JLTError, WrongWordsError
 
 SMALL = {
@@ -370,7 +370,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
         raise OSError(f"no way to {address[0]}")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("jlt.hub.getproxies", dict)
+    monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", unreachable)
     with pytest.raises(JLTError, match=r"nobody/nothing is no folder here, and the Hub at \S+ cannot be reached"):
         load_autoencoder("kl", "nobody/nothing")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jlt.behind import Abandoned, Behind
+from jlt.runtime.background import Abandoned, Behind
 
 
 def threads() -> list[str]:

@@ -9,19 +9,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jlt import measure
+from jlt.benchmarks.profiling import Work, covered, device_work, group_of, profile_steps, shares, unrecognised
+from jlt.benchmarks.train import benchmark_train
+from jlt.benchmarks.train_loop import loop_figures
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError, WrongWordsError
-from jlt.experiments import benchmark
-from jlt.experiments.benchmark import benchmark_train
-from jlt.experiments.benchmark_loop import loop_figures
-from jlt.experiments.profiling import Work, covered, device_work, group_of, profile_steps, shares, unrecognised
 from jlt.experiments.systems import preset, preset_config
-from jlt.measure import ProductRates
 from jlt.networks.flops import forward_flops, training_flops
 from jlt.networks.transformer import Transformer, build_network, count_parameters
 from jlt.report.benchmark_table import benchmark_table
+from jlt.runtime import timing
+from jlt.runtime.timing import ProductRates
 from jlt.training import meter
+from jlt.training.loop import train
 
 BATCH = 3
 PRESET = "JLT-XS/1"
@@ -30,7 +30,7 @@ PRESET = "JLT-XS/1"
 @pytest.fixture(scope="module", autouse=True)
 def _small_products():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "PRODUCT_SECONDS", 0.05)
+        patch.setattr(train, "PRODUCT_SECONDS", 0.05)
         yield
 
 
@@ -96,7 +96,7 @@ def fake_update(speeds):
 
 
 def test_what_does_not_fit_is_recorded_and_the_fastest_is_marked(monkeypatch):
-    monkeypatch.setattr(benchmark, "measure_update", fake_update({4: 10.0, 8: 12.5, 16: 11.0, 32: None}))
+    monkeypatch.setattr(train, "measure_update", fake_update({4: 10.0, 8: 12.5, 16: 11.0, 32: None}))
     found = benchmark_train([small_config()], [4, 8, 16, 32], 1, compare=True)
     assert [entry["out_of_memory"] for entry in found["measured"]] == [False, False, False, True]
     assert found["best"] == {"small": 8}
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_recorded_and_the_fastest_is_marked(monkeypatch):
 
 
 def test_where_nothing_fits_there_is_no_best(monkeypatch):
-    monkeypatch.setattr(benchmark, "measure_update", fake_update({4: None}))
+    monkeypatch.setattr(train, "measure_update", fake_update({4: None}))
     found = benchmark_train([small_config()], [4], 1, loop_steps=4, profile=True, compare=True)
     assert found["best"] == found["loop"] == found["profile"] == found["compare"] == {}
     assert "does not fit" in benchmark_table(found)
@@ -135,7 +135,7 @@ def test_a_loop_that_fails_loses_nothing(monkeypatch):
     def fail(*arguments):
         raise JLTError("Step 0: there is not enough memory.")
 
-    monkeypatch.setattr(benchmark, "benchmark_loop", fail)
+    monkeypatch.setattr(train, "benchmark_loop", fail)
     found = benchmark_train([small_config()], [4], 1, loop_steps=4)
     assert found["loop"] == {"small": {"error": "Step 0: there is not enough memory."}}
     assert found["measured"][0]["img_per_second"] > 0
@@ -173,11 +173,11 @@ def test_the_slower_bfloat16_is_said():
 
 def test_a_slow_device_is_measured_with_small_matrices(monkeypatch):
     # At 1 GFLOP/s the side of 512 takes 0.27 s, and that of 1024 takes 2.1 s.
-    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
-    assert measure.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
-    assert measure.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
-    assert measure.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
-    assert measure.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
+    monkeypatch.setattr(timing, "matmul_rate", lambda *_: 1e9)
+    assert timing.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
+    assert timing.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
+    assert timing.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
+    assert timing.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False), ("tf32", False)])
@@ -271,7 +271,7 @@ def _one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_one_thread")
 def test_matrix_products_lead_a_real_profile():
-    step = benchmark.trainer_step(preset_config("JLT-S/1", precision="float32", batch_size=2), "cpu")
+    step = train.trainer_step(preset_config("JLT-S/1", precision="float32", batch_size=2), "cpu")
     step()
     found = profile_steps(step, 1, 1.0, "cpu")["shares"]
     assert sum(found.values()) == pytest.approx(1)

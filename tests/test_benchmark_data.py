@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jlt.data.store import LatentStore
-from jlt.data.write import write_store
+from jlt.benchmarks.data import CLASSES, benchmark_data, random_shards
+from jlt.benchmarks.data import benchmark_data as module
 from jlt.errors import JLTError, WrongWordsError
-from jlt.experiments import benchmark_data as module
-from jlt.experiments.benchmark_data import CLASSES, benchmark_data, random_shards
-from jlt.report.table import data_benchmark_table
+from jlt.latents.store import LatentStore
+from jlt.latents.write import write_store
+from jlt.report.benchmark_table import data_benchmark_table
 
 SHAPE, BATCH = (4, 3, 2), 8
 

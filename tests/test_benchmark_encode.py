@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from jlt.autoencoders.registry import load_autoencoder
-from jlt.data.config import EncodeConfig
-from jlt.data.job import EncodingJob
-from jlt.data.sources.registry import open_source
+from jlt.autoencoders.load import load_autoencoder
+from jlt.benchmarks.encode import benchmark_encode, repeated
+from jlt.benchmarks.encode import benchmark_encode as module
 from jlt.errors import WrongWordsError
-from jlt.experiments import benchmark_encode as module
-from jlt.experiments.benchmark_encode import benchmark_encode, repeated
-from jlt.report.table import encode_benchmark_table
+from jlt.images.registry import open_source
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding_job import EncodingJob
+from jlt.report.benchmark_table import encode_benchmark_table
 
 CONFIG = EncodeConfig("digits", "tiny", resolution=32, batch_size=16)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from jlt.cli import main
-from jlt.data.shape import LatentShape
-from jlt.experiments import benchmark_geometry as module
-from jlt.experiments.benchmark_geometry import IMAGENET, RandomLatents, benchmark_geometry
-from jlt.geometry.measure import measure_moments
-from jlt.processes import Alone
+from jlt.benchmarks.geometry import IMAGENET, RandomLatents, benchmark_geometry
+from jlt.benchmarks.geometry import benchmark_geometry as module
+from jlt.cli.main import main
+from jlt.config import LatentShape
+from jlt.geometry.accumulate import measure_moments
 from jlt.report.benchmark_table import geometry_benchmark_table
+from jlt.runtime.processes import Alone
 
 SHAPE = LatentShape(channels=3, height=4, width=4, num_classes=5)
 
@@ -33,7 +33,7 @@ def test_latents_are_as_many_as_one_likes(monkeypatch):
 def test_memory_does_not_grow_with_the_store():
     """In one process, since what an allocator does not give back adds up; both stores are larger than what is kept."""
     words = """
-from jlt.experiments.benchmark_geometry import *
+from jlt.benchmarks.geometry import *
 for count in (2_100, 6_300):
     reset_peak_memory("cpu")
     measure_moments(RandomLatents(LatentShape(128, 16, 16, 10), count), [1], "cpu", Alone())

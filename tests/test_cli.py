@@ -16,10 +16,10 @@ import pytest
 from data_helpers import file_bytes
 from PIL import Image
 
-from jlt.cli import VERBS, main
-from jlt.data.sources.registry import open_source
-from jlt.files import read_sealed_json
-from jlt.sheet import Words, draw_sheet
+from jlt.cli.main import VERBS, main
+from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.images.registry import open_source
+from jlt.storage.files import read_sealed_json
 
 NAMES = [
     "quickstart",
@@ -69,7 +69,7 @@ def jlt(*words) -> Answer:
 def jlt_process(*words) -> Answer:
     """Run a command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "jlt.cli", *map(str, words)],
+        [sys.executable, "-m", "jlt.cli.main", *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -132,7 +132,7 @@ def test_the_line_for_a_verb_is_its_first_clause_whole(verb):
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_the_example_of_a_verb_can_be_parsed(verb):
-    from jlt.cli import parse
+    from jlt.cli.main import parse
 
     example = re.search(r"For example:\s+jlt (.*)", jlt(verb, "--help").out)[1]
     parsed = parse(example.split())
@@ -141,7 +141,7 @@ def test_the_example_of_a_verb_can_be_parsed(verb):
 
 @pytest.mark.parametrize("what", ["train", "data", "encode"])
 def test_every_benchmark_explains_itself(what):
-    from jlt.cli import parse
+    from jlt.cli.main import parse
 
     answer = jlt("benchmark", what, "--help")
     assert (answer.code, answer.err) == (0, "")
@@ -252,7 +252,7 @@ def test_exit_codes_and_tracebacks_of_the_process():
 
 def test_a_reader_that_leaves_early_gets_no_traceback():
     """As in `jlt train ... --print-config | head -1`."""
-    script = f"{sys.executable} -m jlt.cli train digits --print-config --json | true"
+    script = f"{sys.executable} -m jlt.cli.main train digits --print-config --json | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
-from jlt.autoencoders.registry import load_autoencoder
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
-from jlt.data.store import LatentStore, verify_store
+from jlt.autoencoders.load import load_autoencoder
 from jlt.errors import JLTError
-from jlt.experiments.coordinates import NAME, measure_coordinates, store_in_coordinates
+from jlt.experiments.coordinate_stores import NAME, measure_coordinates, store_in_coordinates
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.tokens import token_estimates
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
+from jlt.latents.store import LatentStore, verify_store
 from jlt.patches import join_tokens, patch_tokens
 from jlt.sampling.sampler import matching_autoencoder
 
@@ -120,7 +120,7 @@ def test_a_finished_store_is_kept_and_a_half_written_one_is_made_anew(digits, tm
     (tmp_path / ".whitened.partial").mkdir()
     (tmp_path / ".whitened.partial" / "shard-00000.safetensors").write_bytes(b"half")
     first = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256()
-    monkeypatch.setattr("jlt.experiments.coordinates._write", lambda *arguments: pytest.fail("written again"))
+    monkeypatch.setattr("jlt.experiments.coordinate_stores._write", lambda *arguments: pytest.fail("written again"))
     assert store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256() == first
 
 

@@ -20,12 +20,12 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from jlt.config import SampleConfig
-from jlt.data import adopt as adopting
-from jlt.data.adopt import adopt
-from jlt.data.manifest import StoreManifest, read_manifest
-from jlt.data.store import LatentStore, verify_store
 from jlt.errors import JLTError, WrongWordsError
 from jlt.experiments.recipes import resolve_recipe
+from jlt.latents import adoption as adopting
+from jlt.latents.adoption import adopt
+from jlt.latents.manifest import StoreManifest, read_manifest
+from jlt.latents.store import LatentStore, verify_store
 from jlt.sampling.sampler import open_sampler
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train

@@ -12,9 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from jlt.data.crop import centre_crop, to_rgb
-from jlt.data.sources.contract import decode_image
 from jlt.errors import JLTError
+from jlt.images.crop import centre_crop, to_rgb
+from jlt.images.source import decode_image
 
 
 def box(x: float) -> float:

@@ -29,13 +29,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from jlt.data import encode as encode_module
-from jlt.data import job as job_module
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode, encode_source
-from jlt.data.manifest import read_manifest
-from jlt.data.store import LatentStore, verify_store
 from jlt.errors import JLTError
+from jlt.latents import encoding as encode_module
+from jlt.latents import encoding_job as job_module
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode, encode_source
+from jlt.latents.manifest import read_manifest
+from jlt.latents.store import LatentStore, verify_store
 
 COUNT = 37
 

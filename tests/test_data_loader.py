@@ -18,11 +18,11 @@ import torch
 from safetensors.numpy import load_file
 
 from jlt.config import NetworkConfig, TrainConfig
-from jlt.data.loader import DEPTH, read_ahead
-from jlt.data.store import LatentStore
-from jlt.data.write import write_store
 from jlt.errors import JLTError
-from jlt.signals import Stopped, StopRequest
+from jlt.latents.loader import DEPTH, read_ahead
+from jlt.latents.store import LatentStore
+from jlt.latents.write import write_store
+from jlt.runtime.signals import Stopped, StopRequest
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 

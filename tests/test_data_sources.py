@@ -16,11 +16,11 @@ from image_zoo import assert_is_zoo, write_zoo
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jlt.data.sources.folders import ClassFolders
-from jlt.data.sources.registry import open_source, reopen_source
-from jlt.data.sources.selected import Selected
-from jlt.data.sources.splits import choose_split
 from jlt.errors import JLTError, WrongWordsError
+from jlt.images.folders import ClassFolders
+from jlt.images.registry import open_source, reopen_source
+from jlt.images.selected import Selected
+from jlt.images.splits import choose_split
 
 
 def save(path: Path, value: int = 0, mode: str = "RGB", **options: object) -> None:

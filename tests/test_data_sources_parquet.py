@@ -17,10 +17,10 @@ import pytest
 from image_zoo import assert_is_zoo, encoded, zoo
 from PIL import Image
 
-from jlt.data.sources.contract import BadImageError, ImageSource
-from jlt.data.sources.parquet import Parquet
-from jlt.data.sources.registry import open_source
 from jlt.errors import JLTError, WrongWordsError
+from jlt.images.parquet import Parquet
+from jlt.images.registry import open_source
+from jlt.images.source import BadImageError, ImageSource
 
 HUB_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -282,7 +282,7 @@ def test_memory_is_bounded_by_pages_rather_than_by_row_groups(tmp_path: Path) ->
     assert (tmp_path / "a.parquet").stat().st_size > 115e6
     script = (
         "import contextlib, resource, sys; from pathlib import Path\n"
-        "from jlt.data.sources.contract import BadImageError; from jlt.data.sources.parquet import Parquet\n"
+        "from jlt.images.source import BadImageError; from jlt.images.parquet import Parquet\n"
         "path = Path(sys.argv[1]); source = Parquet(path, [path])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for index in range(len(source)):\n"
@@ -294,6 +294,6 @@ def test_memory_is_bounded_by_pages_rather_than_by_row_groups(tmp_path: Path) ->
 
 
 def test_opening_other_sources_does_not_load_pyarrow(tmp_path: Path) -> None:
-    script = "import sys; from jlt.data.sources.registry import open_source; open_source('digits')\n"
+    script = "import sys; from jlt.images.registry import open_source; open_source('digits')\n"
     script += "assert 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

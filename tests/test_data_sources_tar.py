@@ -15,10 +15,10 @@ import pytest
 from image_zoo import assert_is_zoo, encoded, zoo
 from PIL import Image
 
-from jlt.data.sources.contract import BadImageError
-from jlt.data.sources.registry import open_source
-from jlt.data.sources.tar import TarShards
 from jlt.errors import JLTError, WrongWordsError
+from jlt.images.registry import open_source
+from jlt.images.source import BadImageError
+from jlt.images.tar import TarShards
 
 
 def png(value: int) -> bytes:

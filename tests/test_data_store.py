@@ -18,13 +18,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jlt.data.manifest import ShardRecord, SkippedImage, StoreManifest, read_manifest, write_manifest
-from jlt.data.shape import LatentShape
-from jlt.data.shards import ShardFile
-from jlt.data.store import LatentStore, verify_store
-from jlt.data.write import write_store
+from jlt.config import LatentShape
 from jlt.errors import JLTError
-from jlt.files import sealed_text, sha256_file
+from jlt.images.source import SkippedImage
+from jlt.latents.manifest import ShardRecord, StoreManifest, read_manifest, write_manifest
+from jlt.latents.shards import ShardFile
+from jlt.latents.store import LatentStore, verify_store
+from jlt.latents.write import write_store
+from jlt.storage.files import sealed_text, sha256_file
 
 COUNT = 37
 
@@ -251,7 +252,7 @@ def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.Mon
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("jlt.data.store.sha256_file", refuse)
+    monkeypatch.setattr("jlt.latents.store.sha256_file", refuse)
     problems = verify_store(copy)
     assert [problem.endswith("cannot be read (Permission denied).") for problem in problems] == [True] * 4
 
@@ -430,7 +431,7 @@ def open_files() -> int:
 
 
 def test_many_shards_do_not_exhaust_file_descriptors(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jlt.data.store.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("jlt.latents.store.MAX_OPEN_SHARDS", 2)
     before = open_files()
     store = LatentStore.open(sound)
     latents, _ = store.gather(np.arange(COUNT - 1, -1, -1))

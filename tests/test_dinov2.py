@@ -12,7 +12,7 @@ from PIL import Image
 
 from jlt.errors import JLTError
 from jlt.evaluation.dinov2 import INPUT_SIZE, MEAN, STD, position_embeddings_for, resize_like_pillow
-from jlt.evaluation.features import load_extractor
+from jlt.evaluation.extractors import load_extractor
 
 SIDE = INPUT_SIZE // 14
 
@@ -127,8 +127,8 @@ def test_weights_that_cannot_be_had_are_said(folder, tmp_path, monkeypatch):
     with pytest.raises(JLTError, match="is no folder of DINOv2"):
         load_extractor("dinov2", path=tmp_path / "absent")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("jlt.hub.getproxies", dict)
-    monkeypatch.setattr("jlt.hub.socket.create_connection", unreachable)
+    monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
+    monkeypatch.setattr("jlt.storage.hub.socket.create_connection", unreachable)
     with pytest.raises(JLTError, match=r"the Hub at \S+ cannot be reached.*--features-path"):
         load_extractor("dinov2", path="nobody/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from jlt import progress
+from jlt.runtime import progress
 from jlt.training.display import figures, training_display
 
 STEP = {

@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlt.assets.digit_split import digit_split
-from jlt.assets.weights import read_metadata
-from jlt.data.sources.registry import open_source
 from jlt.errors import JLTError
 from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier
-from jlt.evaluation.evaluate import evaluate_images, in_chunks
-from jlt.evaluation.features import load_extractor
-from jlt.evaluation.measure import Columns, Metrics, frechet_without_groups, group_of, measure
+from jlt.evaluation.evaluator import evaluate_images, in_chunks
+from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.feature_statistics import FeatureStatistics
 from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
-from jlt.evaluation.real import reference_statistics
+from jlt.evaluation.real_images import reference_statistics
 from jlt.evaluation.reference import Reference
-from jlt.evaluation.statistics import FeatureStatistics
+from jlt.evaluation.suite import Columns, Metrics, frechet_without_groups, group_of, measure
+from jlt.images.digit_split import digit_split
+from jlt.images.registry import open_source
+from jlt.storage.weights import read_metadata
 
 
 def generator(seed=0):

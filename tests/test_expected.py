@@ -9,8 +9,8 @@ from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences, rank_correlation
 from jlt.report.expected_figures import expected_figure
 from jlt.report.figures import cells_figure
-from jlt.report.log import Log, LoggedStep, read_log
 from jlt.report.results import ABLATION_SCHEMA, Evaluation, Run, Spread, Study, System
+from jlt.report.run_log import Log, LoggedStep, read_log
 
 
 def run(seed, distance):

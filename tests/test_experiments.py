@@ -18,10 +18,6 @@ import torch
 from data_helpers import file_bytes
 
 from jlt.config import LossConfig, OptimizerConfig, SampleConfig, to_dict
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
-from jlt.data.sources.registry import open_source
-from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
 from jlt.experiments.ablation import (
     AblationConfig,
@@ -32,14 +28,18 @@ from jlt.experiments.ablation import (
     require_equal,
     systems_of,
 )
-from jlt.experiments.pool import run_jobs
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
 from jlt.geometry.forecast import TrainingModel, needed_ranks
 from jlt.geometry.tokens import token_estimates
+from jlt.images.registry import open_source
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
+from jlt.latents.store import LatentStore
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
-from jlt.signals import Stopped, stop_on_signal
+from jlt.runtime.signals import Stopped, stop_on_signal
+from jlt.runtime.worker_pool import run_jobs
 from jlt.training import loop, state
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
 
@@ -385,7 +385,7 @@ def long_words(latents: Path, out: Path) -> list[str]:
 
 def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "jlt.cli", *long_words(latents, out)],
+        [sys.executable, "-m", "jlt.cli.main", *long_words(latents, out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

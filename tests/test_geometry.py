@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jlt.config import PREDICTIONS
-from jlt.data.shape import LatentShape
+from jlt.config import PREDICTIONS, LatentShape
 from jlt.errors import JLTError
 from jlt.geometry import gaussian
 from jlt.geometry.covariance import TokenCovariance

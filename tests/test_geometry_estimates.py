@@ -9,17 +9,17 @@ import torch
 from test_geometry import assert_alike
 from training_helpers import run_processes
 
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
-from jlt.data.shape import LatentShape
+from jlt.config import LatentShape
 from jlt.errors import JLTError
+from jlt.geometry.accumulate import Moments
 from jlt.geometry.classes import ClassMeans
 from jlt.geometry.covariance import TokenCovariance
-from jlt.geometry.measure import Moments
-from jlt.geometry.sample import NEIGHBOURS, Sample, direction_moments, neighbourhood_covariance, sample_numbers
 from jlt.geometry.spectrum import eigenvalues_descending
 from jlt.geometry.stationary import StationaryCovariance, between_classes, multiplicity
+from jlt.geometry.subsample import NEIGHBOURS, Sample, direction_moments, neighbourhood_covariance, sample_numbers
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
 from jlt.patches import patch_tokens
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from jlt.benchmarks.hardware import GPUS, device_peak, find_gpu
 from jlt.errors import WrongWordsError
-from jlt.hardware import GPUS, device_peak, find_gpu
-from jlt.measure import SMALLEST_MATMUL, matmul_rate
+from jlt.runtime.timing import SMALLEST_MATMUL, matmul_rate
 
 
 @pytest.mark.parametrize(("words", "name"), [("h200", "H200"), ("RTX 4090", "RTX-4090"), ("a100_80", "A100-80")])

@@ -28,7 +28,7 @@ sys.modules["torchvision"] = None  # every import of it fails from here on
 
 USE_AUTOENCODER = """
 import torch
-from jlt.autoencoders.registry import load_autoencoder
+from jlt.autoencoders.load import load_autoencoder
 autoencoder = load_autoencoder("tiny")
 with torch.no_grad():
     print(tuple(autoencoder.decode(autoencoder.encode(torch.zeros(1, 3, 32, 32))).shape))
@@ -55,7 +55,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["ablate", "--help"]])
 def test_help_loads_nothing_heavy(words):
-    script = f"import json, sys; from jlt.cli import main; code = main({words}); print({LOADED}); sys.exit(code)"
+    script = f"import json, sys; from jlt.cli.main import main; code = main({words}); print({LOADED}); sys.exit(code)"
     printed = python("-c", script).splitlines()
     assert "usage: jlt" in printed[0]
     assert json.loads(printed[-1]) == []
@@ -64,7 +64,7 @@ def test_help_loads_nothing_heavy(words):
 def test_help_answers_in_under_a_second():
     def seconds() -> float:
         begun = time.perf_counter()
-        python("-m", "jlt.cli", "--help")
+        python("-m", "jlt.cli.main", "--help")
         return time.perf_counter() - begun
 
     # The best of three, since the machine may be busy with something else.
@@ -78,7 +78,7 @@ def test_no_module_imports_torchvision_where_it_is_installed(tmp_path: Path):
         str(tmp_path)
     )
     found = json.loads(python("-c", IMPORT_ALL, PYTHONPATH=str(tmp_path)))
-    assert {"jlt.cli", "jlt.training.loop", "jlt.autoencoders.flux2", "jlt.report.page"} <= set(found["names"])
+    assert {"jlt.cli.main", "jlt.training.loop", "jlt.autoencoders.flux2", "jlt.report.page"} <= set(found["names"])
     assert not found["torchvision"]
 
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jlt.cli import main
+from jlt.cli.main import main
 from jlt.errors import JLTError
 from jlt.evaluation import fetch as fetching
-from jlt.evaluation.features import load_extractor
+from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.fetch import INCEPTION, fetch
 from jlt.evaluation.inception import InceptionNetwork, resize_like_tensorflow1
 
@@ -110,7 +110,7 @@ def test_spatial_features_are_those_of_the_first_branch_of_the_seventh_block(ext
 
 
 def test_an_image_is_alone_in_its_batch_and_autocast_changes_nothing(extractor, monkeypatch):
-    monkeypatch.setattr("jlt.evaluation.features.PIECE_ON_CPU", 2)
+    monkeypatch.setattr("jlt.evaluation.extractor.PIECE_ON_CPU", 2)
     images = noise(3, 48, 48)
     together = extractor(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):

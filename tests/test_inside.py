@@ -10,13 +10,9 @@ from test_geometry import FakeStore, assert_alike
 from torch import nn
 from training_helpers import run_processes
 
-from jlt.cli import main
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
-from jlt.data.store import LatentStore
+from jlt.cli.main import main
 from jlt.errors import JLTError
-from jlt.experiments import geometry
-from jlt.experiments.inside import (
+from jlt.experiments.error_by_direction import (
     BANDS,
     TIMES,
     Basis,
@@ -28,8 +24,11 @@ from jlt.experiments.inside import (
     whole_optimum,
 )
 from jlt.experiments.recipes import resolve_recipe
-from jlt.geometry.measure import measure_moments
-from jlt.processes import Alone
+from jlt.geometry.accumulate import measure_moments
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
+from jlt.latents.store import LatentStore
+from jlt.runtime.processes import Alone
 from jlt.sampling.guidance import Denoiser
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
@@ -227,8 +226,8 @@ def test_a_geometry_that_is_there_is_kept(place, tmp_path, monkeypatch):
     assert main([*map(str, words)]) == 0
     before = (tmp_path / "out" / "geometry.json").stat().st_mtime_ns
     asked = []
-    measure = geometry.measure_moments
-    monkeypatch.setattr(geometry, "measure_moments", lambda *given: asked.append(given[1]) or measure(*given))
+    measure = analysis.measure_moments
+    monkeypatch.setattr(analysis, "measure_moments", lambda *given: asked.append(given[1]) or measure(*given))
     assert main([*map(str, words), "--checkpoint", str(place / "x"), "--num", "20"]) == 0
     assert (tmp_path / "out" / "geometry.json").stat().st_mtime_ns == before
     assert asked == [(1,)]

@@ -12,7 +12,6 @@ import scipy.linalg
 import torch
 
 from jlt.errors import JLTError
-from jlt.evaluation.measure import group_of
 from jlt.evaluation.metrics import (
     Gaussian,
     frechet_distance,
@@ -22,6 +21,7 @@ from jlt.evaluation.metrics import (
     label_agreement,
     overlap,
 )
+from jlt.evaluation.suite import group_of
 
 
 def generator(seed=0):

@@ -14,11 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from jlt.cli import main
-from jlt.config import NetworkConfig, TrainConfig
-from jlt.data.shape import FLUX2_IMAGENET256
-from jlt.errors import JLTError
-from jlt.experiments.plan import (
+from jlt.benchmarks.memory import measure_passes, simulate_passes
+from jlt.benchmarks.plan import (
     COMPILED_SHARE,
     Hardware,
     checkpoints_at_once,
@@ -29,13 +26,15 @@ from jlt.experiments.plan import (
     make_plan,
     run_passes,
 )
+from jlt.cli.main import main
+from jlt.config import FLUX2_IMAGENET256, NetworkConfig, TrainConfig
+from jlt.errors import JLTError
 from jlt.experiments.recipes import resolve_recipe
 from jlt.networks.flops import training_flops
-from jlt.networks.memory import measure_passes, simulate_passes
 from jlt.networks.normalization import rms_normalise, saving_as_on_a_gpu
 from jlt.networks.sizes import sized_network
 from jlt.networks.transformer import build_network, count_parameters
-from jlt.report.plan import plan_table, quantity
+from jlt.report.plan_table import plan_table, quantity
 
 GIB = 2**30
 NETWORK = NetworkConfig(channels=6, height=4, width=8, num_classes=5, hidden_size=32, depth=5, num_heads=4)

@@ -16,13 +16,13 @@ from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, file_bytes, make
 from PIL import Image
 from training_helpers import ends_of, run_processes, start_processes
 
-from jlt.data.encode import encode_source
-from jlt.data.job import EncodingJob
-from jlt.data.store import verify_store
 from jlt.errors import JLTError
-from jlt.heartbeat import SILENT_SECONDS, Pulse
-from jlt.processes import Alone, Group
-from jlt.protocol import default_device
+from jlt.latents.encoding import encode_source
+from jlt.latents.encoding_job import EncodingJob
+from jlt.latents.store import verify_store
+from jlt.runtime.environment import default_device
+from jlt.runtime.processes import Alone, Group
+from jlt.runtime.watchdog import SILENT_SECONDS, Pulse
 
 WORDS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
 WORDS += ["--threads", "1"]
@@ -142,7 +142,7 @@ def test_processes_that_found_different_images_are_refused(tmp_path: Path, monke
     def joined() -> object:
         yield Pair(other)
 
-    monkeypatch.setattr("jlt.data.encode.joined", joined)
+    monkeypatch.setattr("jlt.latents.encoding.joined", joined)
     with pytest.raises(JLTError, match=r"Process 1 would encode something else.*source.count: 37 -> 36"):
         encode_source(NoiseSource(37), PatchAutoencoder(), CONFIG, tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -227,7 +227,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
 def test_steps_are_watched_within_other_work_and_leave_no_trace(monkeypatch):
     """An evaluation in the midst of a training: its own items may hang, and say nothing of the training's steps."""
     now = [100.0]
-    monkeypatch.setattr("jlt.heartbeat.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("jlt.runtime.watchdog.time.monotonic", lambda: now[0])
     pulse = Pulse()
     for _ in range(3):
         pulse.step()

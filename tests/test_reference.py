@@ -14,16 +14,16 @@ import pytest
 import torch
 from data_helpers import NoiseSource
 
-from jlt.cli import main
-from jlt.draws import chosen_at_random
+from jlt.cli.main import main
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor, Features
-from jlt.evaluation.real import open_reference, reference_statistics
+from jlt.evaluation.extractor import FeatureExtractor, Features
+from jlt.evaluation.feature_statistics import FeatureStatistics
+from jlt.evaluation.real_images import open_reference, reference_statistics
 from jlt.evaluation.reference import Reference, check_reference
-from jlt.evaluation.statistics import FeatureStatistics
-from jlt.experiments.reference import make_reference
-from jlt.processes import Alone, Group
-from jlt.signals import Stopped
+from jlt.experiments.make_reference import make_reference
+from jlt.runtime.processes import Alone, Group
+from jlt.runtime.random_numbers import chosen_at_random
+from jlt.runtime.signals import Stopped
 
 PROTOCOL = {"images": {"kind": "digits"}, "resolution": 32}
 

@@ -30,23 +30,17 @@ from fake_results import (
 from PIL import Image
 
 from jlt.errors import JLTError
-from jlt.files import read_json, sealed_text, write_json
-from jlt.report import findings, samples
+from jlt.report import findings, sample_grids
 from jlt.report.figures import training_figure
-from jlt.report.log import read_log
-from jlt.report.page import (
-    command,
-    matched_statements,
-    page_facts,
-    result_rows,
-    set_aside_rows,
-    settings,
-    write_report,
-)
+from jlt.report.metrics_table import metrics_table
+from jlt.report.page import command, matched_statements, page_facts, set_aside_rows, settings, write_report
+from jlt.report.result_rows import result_rows
 from jlt.report.results import Study, read_study
 from jlt.report.run_figures import run_figures, thinned
-from jlt.report.table import metrics_table, results_table
+from jlt.report.run_log import read_log
+from jlt.report.terminal import results_table
 from jlt.report.wording import number
+from jlt.storage.files import read_json, sealed_text, write_json
 
 
 @pytest.fixture(scope="module")
@@ -448,11 +442,11 @@ def test_an_ablation_shows_the_loss_against_time_and_nothing_else_of_its_logs(tm
 
 
 def test_the_series_of_samples_has_the_first_and_the_last_and_few_between(watched: Path) -> None:
-    series = samples.sample_series(read_study(watched).runs[0])
+    series = sample_grids.sample_series(read_study(watched).runs[0])
     found = [step for step, _ in read_log(watched / "log.jsonl").samples]
-    assert len(found) > samples.MOST_GRIDS == len(series)
+    assert len(found) > sample_grids.MOST_GRIDS == len(series)
     assert (series[0].name, series[-1].name) == (f"Step {found[0]:,}", f"Step {found[-1]:,}")
-    assert samples.spaced([1, 2, 3], 6) == [1, 2, 3]
+    assert sample_grids.spaced([1, 2, 3], 6) == [1, 2, 3]
 
 
 def test_sample_grids_that_are_gone_are_left_out_and_damaged_ones_named(tmp_path: Path) -> None:
@@ -460,17 +454,17 @@ def test_sample_grids_that_are_gone_are_left_out_and_damaged_ones_named(tmp_path
     run = read_study(tmp_path).runs[0]
     first, second = (tmp_path / file for _, file in run.log.samples[:2])
     first.unlink()
-    assert samples.sample_series(run)[0].name == f"Step {run.log.samples[1][0]:,}"
-    second.write_bytes(b"\x89PNG" + bytes(samples.LARGE_BYTES))
+    assert sample_grids.sample_series(run)[0].name == f"Step {run.log.samples[1][0]:,}"
+    second.write_bytes(b"\x89PNG" + bytes(sample_grids.LARGE_BYTES))
     with pytest.raises(JLTError, match="is not a whole picture"):
-        samples.sample_series(run)
+        sample_grids.sample_series(run)
 
 
 def test_a_large_grid_is_embedded_smaller(tmp_path: Path) -> None:
     path = tmp_path / "grid.png"
     noise = torch.randint(256, (1000, 500, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(path)
-    kind, _, content = samples.picture_uri(path).partition(",")
+    kind, _, content = sample_grids.picture_uri(path).partition(",")
     assert kind == "data:image/webp;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
         assert image.size == (360, 720)

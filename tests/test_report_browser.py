@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from fake_results import write_ablation, write_run, write_watched_run
 
-from jlt.files import read_json
 from jlt.geometry.gaussian import conditional_variance
 from jlt.report import palette
 from jlt.report.page import write_report
+from jlt.storage.files import read_json
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jlt import rows
 from jlt.autoencoders.contract import Autoencoder
 from jlt.config import SampleConfig
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode_source
-from jlt.data.sources.digits import Digits
-from jlt.data.store import LatentStore
 from jlt.errors import JLTError
-from jlt.evaluation.images import open_images
+from jlt.evaluation.image_files import open_images
 from jlt.experiments.recipes import resolve_recipe
-from jlt.files import lock_folder
+from jlt.images.contact_sheet import GAP, MARGIN, Words, draw_sheet
+from jlt.images.digits import Digits
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode_source
+from jlt.latents.store import LatentStore
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import save_samples
-from jlt.sheet import GAP, MARGIN, Words, draw_sheet
+from jlt.storage import rows
+from jlt.storage.files import lock_folder
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
@@ -43,7 +43,7 @@ class FewDigits(Digits):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A network of the digits recipe after some steps, so that what it draws depends on noise, time and label."""
-    from jlt.autoencoders.registry import load_autoencoder
+    from jlt.autoencoders.load import load_autoencoder
 
     folder = tmp_path_factory.mktemp("samples")
     encoding = EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jlt.assets.weights import ASSETS
-from jlt.autoencoders.registry import load_autoencoder
+from jlt.autoencoders.load import load_autoencoder
 from jlt.errors import JLTError
 from jlt.sampling.sampler import matching_autoencoder
+from jlt.storage.weights import ASSETS
 
 KL = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,

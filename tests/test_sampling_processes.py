@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from training_helpers import ends_of, run_processes, start_processes
 
-from jlt.cli import main
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
-from jlt.data.sources.digits import Digits
-from jlt.data.store import LatentStore
+from jlt.cli.main import main
 from jlt.errors import JLTError
-from jlt.evaluation.features import load_extractor
-from jlt.evaluation.images import open_images
-from jlt.experiments.evaluate import evaluate_files
+from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.image_files import open_images
+from jlt.experiments.checkpoint_evaluation import evaluate_files
+from jlt.experiments.make_reference import make_reference
 from jlt.experiments.recipes import resolve_recipe
-from jlt.experiments.reference import make_reference
-from jlt.files import lock_folder
+from jlt.images.digits import Digits
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
+from jlt.latents.store import LatentStore
+from jlt.storage.files import lock_folder
 from jlt.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_any_number_of_processes_draws_the_same_images(place, alone, tmp_path, c
 
 SLOW = """
 import time
-from jlt.rows import RowTable
+from jlt.storage.rows import RowTable
 write = RowTable.write
 def slow(self, *arguments):
     write(self, *arguments)
@@ -106,9 +106,9 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(place, alo
 
 
 HANGS = """
-import jlt.heartbeat as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0
+import jlt.runtime.watchdog as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0
 import os, time
-from jlt.rows import RowTable
+from jlt.storage.rows import RowTable
 write, calls = RowTable.write, []
 def hanging(self, *arguments):
     calls.append(None)
@@ -153,7 +153,7 @@ def test_processes_that_mean_other_checkpoints_are_refused(place, tmp_path, verb
 def test_a_signal_while_numbers_are_measured_is_heard(place, tmp_path):
     clear(place)
     slow = """
-import time, jlt.experiments.evaluate as e
+import time, jlt.experiments.checkpoint_evaluation as e
 measure = e.measure
 def slow(*arguments):
     open("MARK", "w").close()
@@ -241,7 +241,7 @@ def test_what_others_wrote_elsewhere_is_missed_and_not_taken_for_black(place, tm
     """Two machines that do not share the folder: each sees the rows of its own processes alone."""
     plant = """
 import os, pathlib
-from jlt.rows import RowTable
+from jlt.storage.rows import RowTable
 begin = RowTable.__init__
 def elsewhere(self, folder, *arguments):
     begin(self, folder if os.environ["RANK"] == "0" else pathlib.Path(str(folder) + "-elsewhere"), *arguments)

@@ -11,20 +11,20 @@ import forked
 import pytest
 from data_helpers import file_bytes
 
-from jlt.cli import main
-from jlt.cli_sweep import parse_interval
+from jlt.cli.main import main
+from jlt.cli.sweep import parse_interval
 from jlt.config import SampleConfig
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode_source
-from jlt.data.sources.digits import Digits
-from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
-from jlt.evaluation.features import load_extractor
+from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.metrics import jackknife
-from jlt.evaluation.real import reference_statistics
+from jlt.evaluation.real_images import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
 from jlt.experiments.search import Measured, Setting, SweepConfig, default_coarse_num, keep, search, to_confirm
+from jlt.images.digits import Digits
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode_source
+from jlt.latents.store import LatentStore
 from jlt.report import palette
 from jlt.report.page import write_report
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
@@ -203,7 +203,7 @@ class FewDigits(Digits):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A run of a few steps, and statistics of a few digits."""
-    from jlt.autoencoders.registry import load_autoencoder
+    from jlt.autoencoders.load import load_autoencoder
 
     folder = tmp_path_factory.mktemp("sweep")
     encoding = EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False)

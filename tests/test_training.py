@@ -19,10 +19,10 @@ from training_helpers import (
 )
 
 from jlt.config import LossConfig, TrainConfig, from_dict, to_dict
-from jlt.data.order import SampleOrder
 from jlt.errors import JLTError
-from jlt.files import lock_folder
-from jlt.signals import StopRequest
+from jlt.latents.order import SampleOrder
+from jlt.runtime.signals import StopRequest
+from jlt.storage.files import lock_folder
 from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, verify_checkpoints
 from jlt.training.draws import draw_step, draw_steps
 from jlt.training.loop import train

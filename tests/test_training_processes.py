@@ -91,7 +91,7 @@ def test_under_torchrun_results_and_refusals_are_said_once(store, tmp_path):
 
 NAN_IN_ONE = """
 import os
-from jlt.data.store import LatentStore
+from jlt.latents.store import LatentStore
 gather, calls = LatentStore.gather, []
 def poisoned(self, *arguments):
     latents, labels = gather(self, *arguments)
@@ -133,7 +133,7 @@ def test_nan_that_stays_ends_all_processes_naming_step_and_process(store, tmp_pa
 
 ERROR_IN_ONE = """
 import os, torch
-from jlt.data.store import LatentStore
+from jlt.latents.store import LatentStore
 gather, calls = LatentStore.gather, []
 def failing(self, *arguments):
     calls.append(None)
@@ -163,7 +163,7 @@ def test_a_process_that_fails_or_dies_ends_all_within_a_minute(store, tmp_path, 
     assert verify_checkpoints(tmp_path / "run") == []
 
 
-QUICK = "import jlt.heartbeat as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0\n"
+QUICK = "import jlt.runtime.watchdog as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.2, 3.0\n"
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

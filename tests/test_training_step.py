@@ -9,10 +9,10 @@ import torch
 from training_helpers import config_for, events, files_of, logged, run_processes, train_words
 
 from jlt.config import OptimizerConfig, TimestepConfig, in_steps
-from jlt.data.store import LatentStore
 from jlt.errors import JLTError
+from jlt.latents.store import LatentStore
 from jlt.training.averages import choose_weights
-from jlt.training.batch import split_batch
+from jlt.training.batch_split import split_batch
 from jlt.training.checkpoint import open_checkpoint, save_checkpoint, step_folder
 from jlt.training.loop import train
 from jlt.training.optimizer import build_optimizer, learning_rate

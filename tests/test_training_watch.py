@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from training_helpers import config_for, events, run_processes, train_words
 
-from jlt.cli import main
+from jlt.cli.main import main
 from jlt.config import EvaluationConfig, SampleConfig
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
 from jlt.errors import JLTError
-from jlt.evaluation.features import load_extractor
-from jlt.experiments.evaluate import evaluate_checkpoint
+from jlt.evaluation.extractors import load_extractor
+from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint
 from jlt.experiments.recipes import images_of_recipe, resolve_recipe
-from jlt.experiments.training import say_what_does_not_reach, train_and_watch
-from jlt.processes import ending_together
-from jlt.signals import Stopped
+from jlt.experiments.run_training import say_what_does_not_reach, train_and_watch
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
+from jlt.runtime.processes import ending_together
+from jlt.runtime.signals import Stopped
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
 from jlt.training.loop import Watcher, train
 
@@ -205,7 +205,7 @@ def test_a_look_that_fails_in_one_process_alone_fails_in_all_and_the_training_go
     plant = """
 import sys
 sys.path.insert(0, TESTS)
-import jlt.experiments.training as place
+import jlt.experiments.run_training as place
 from test_training_watch import FailingOnce
 place.watchers_of = lambda *arguments: [FailingOnce()]
 """.replace("TESTS", repr(str(Path(__file__).parent)))

@@ -2,7 +2,7 @@
 
 import sys
 
-from jlt.cli import main
+from jlt.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -43,6 +43,20 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """Channels, grid height and width of one latent, and the number of classes that label it."""
+
+    channels: int
+    height: int
+    width: int
+    num_classes: int
+
+
+FLUX2_IMAGENET256 = LatentShape(channels=128, height=16, width=16, num_classes=1000)
+"""ImageNet at 256x256 through FLUX.2's autoencoder: the published setting (DESIGN 3)."""
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """The transformer of DESIGN 3; its optional parts are off by default."""
 

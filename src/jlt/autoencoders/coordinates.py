@@ -22,8 +22,8 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
-from jlt.files import atomic_path, sha256_file
 from jlt.patches import join_tokens, patch_tokens
+from jlt.storage.files import atomic_path, sha256_file
 
 SMALLEST = 1e-8
 """Of the largest variance: directions with less are left alone. Float16 rounds values to about this."""

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jlt.assets.weights import read_metadata, weights_sha256
 from jlt.autoencoders.contract import Autoencoder, Posterior
-from jlt.draws import normal_per_sample
 from jlt.errors import JLTError
-from jlt.hub import require_reachable
+from jlt.runtime.random_numbers import normal_per_sample
+from jlt.storage.hub import require_reachable
+from jlt.storage.weights import read_metadata, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution

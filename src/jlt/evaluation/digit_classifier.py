@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from jlt.assets.weights import ASSETS, read_metadata, weights_sha256
-from jlt.evaluation.features import FeatureExtractor, Features
+from jlt.evaluation.extractor import FeatureExtractor, Features
+from jlt.storage.weights import ASSETS, read_metadata, weights_sha256
 
 WEIGHTS_FILE = ASSETS / "digit_classifier.safetensors"
 

@@ -18,11 +18,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jlt.assets.weights import weights_sha256
-from jlt.data.batch import exact_arithmetic
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor, Features, pieces
-from jlt.hub import require_reachable
+from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
+from jlt.latents.encoding_batch import exact_arithmetic
+from jlt.storage.hub import require_reachable
+from jlt.storage.weights import weights_sha256
 
 DEFAULT = "facebook/dinov2-large"
 INPUT_SIZE = 224

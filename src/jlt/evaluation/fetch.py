@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlt.errors import JLTError, unknown_name
-from jlt.files import atomic_path, sha256_file
-from jlt.progress import bar, say
+from jlt.runtime.progress import bar, say
+from jlt.storage.files import atomic_path, sha256_file
 
 TIMEOUT_SECONDS = 20.0
 CHUNK = 1 << 20

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from jlt.assets.weights import weights_sha256
-from jlt.data.batch import exact_arithmetic
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor, Features, pieces
+from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
 from jlt.evaluation.fetch import INCEPTION, cache_folder
-from jlt.files import sha256_file
-from jlt.progress import say
+from jlt.latents.encoding_batch import exact_arithmetic
+from jlt.runtime.progress import say
+from jlt.storage.files import sha256_file
+from jlt.storage.weights import weights_sha256
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008

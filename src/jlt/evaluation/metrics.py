@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from jlt.blocks import blocks
 from jlt.errors import JLTError
+from jlt.storage.blocks import blocks
 
 SEED = 2020
 """That of torch-fidelity, for the order of images in the inception score and the subsets of the kernel distance."""

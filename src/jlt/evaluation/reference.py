@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.evaluation.features import FeatureExtractor
+from jlt.evaluation.extractor import FeatureExtractor
+from jlt.evaluation.feature_statistics import FeatureStatistics
 from jlt.evaluation.metrics import Gaussian
-from jlt.evaluation.statistics import FeatureStatistics
-from jlt.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
+from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
 
 SCHEMA = 2
 SUFFIXES = (".npz", ".pt")

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
-from jlt.data.store import LatentStore
 from jlt.errors import JLTError, WrongWordsError
-from jlt.evaluation.features import load_extractor
-from jlt.experiments.coordinates import store_in_coordinates
-from jlt.experiments.evaluate import draw_grid, evaluate_run, images_of, save_reference
-from jlt.experiments.pool import run_jobs
-from jlt.experiments.progress import AblationProgress
+from jlt.evaluation.extractors import load_extractor
+from jlt.experiments.ablation_progress import AblationProgress
+from jlt.experiments.ablation_run import AblationRun
+from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of, save_reference
+from jlt.experiments.coordinate_stores import store_in_coordinates
 from jlt.experiments.recipes import vary
-from jlt.files import claim_folder, difference, lock_folder, read_json, write_json
 from jlt.geometry.forecast import Estimate, TrainingModel, forecast
 from jlt.geometry.tokens import token_estimates
-from jlt.protocol import default_device, machine
+from jlt.latents.store import LatentStore
 from jlt.report.results import ABLATION, ABLATION_SCHEMA
+from jlt.runtime.environment import default_device, machine
+from jlt.runtime.worker_pool import run_jobs
+from jlt.storage.files import claim_folder, difference, lock_folder, read_json, write_json
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
@@ -100,43 +101,7 @@ class AblationConfig:
             raise WrongWordsError("An ablation needs at least one evaluation.")
 
 
-@dataclass(frozen=True)
-class System:
-    """One run of an ablation: what is trained, where, and how it is measured. Sent to worker processes."""
-
-    config: TrainConfig
-    run: Path
-    latents: Path
-    reference: Path
-    extractor: str
-    sample: SampleConfig
-    device: str
-    features_path: str = ""
-    anisotropy: float | None = None
-    width: int | None = None
-    """The point on either axis, where it is one."""
-
-    @property
-    def variant(self) -> str:
-        """Words for the point on the axes that the network's name does not tell; empty where there are none."""
-        parts = {"anisotropy": self.anisotropy, "width": self.width}
-        return ", ".join(f"{axis} {value:g}" for axis, value in parts.items() if value is not None)
-
-    @property
-    def setting(self) -> tuple[str, int, LossSpace]:
-        """Variant, patch size and loss space: systems that share them share what is expected of their predictions."""
-        return self.variant, self.config.network.patch_size, self.config.loss.space
-
-    @property
-    def evaluated_steps(self) -> list[int]:
-        """Steps at which the run is measured: its checkpoints."""
-        return [
-            *range(self.config.checkpoint_every, self.config.steps, self.config.checkpoint_every),
-            self.config.steps,
-        ]
-
-
-def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) -> list[System]:
+def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) -> list[AblationRun]:
     """Return the runs of an ablation, the longest first so that the workers end together."""
     every = math.ceil(config.train.steps / config.evaluations)
     reference, systems = reference_path(config, out), []
@@ -156,7 +121,7 @@ def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) ->
         told += "" if width is None else f"-w{width}"
         run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}{told}-s{seed}"
         systems.append(
-            System(
+            AblationRun(
                 config=varied,
                 run=run,
                 latents=latents if anisotropy is None else coordinates_folder(out, patch_size, anisotropy),
@@ -177,7 +142,7 @@ def coordinates_folder(out: Path, patch_size: int, anisotropy: float) -> Path:
     return out / "coordinates" / f"a{anisotropy:g}-p{patch_size}"
 
 
-def run_system(system: System) -> None:
+def run_system(system: AblationRun) -> None:
     """Train one system, measure it along its training and draw its sample grid; whatever exists is kept."""
     train(system.config, LatentStore.open(system.latents), system.run, system.device)
     extractor = load_extractor(system.extractor, system.device, system.features_path or None)
@@ -245,7 +210,7 @@ def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
     claim_folder(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
 
 
-def describe(config: AblationConfig, systems: Sequence[System], store: LatentStore, device: str) -> dict[str, Any]:
+def describe(config: AblationConfig, systems: Sequence[AblationRun], store: LatentStore, device: str) -> dict[str, Any]:
     """Return what `ablation.json` says of the systems, before the work is done."""
     return {
         "schema": ABLATION_SCHEMA,
@@ -274,7 +239,7 @@ def describe(config: AblationConfig, systems: Sequence[System], store: LatentSto
 
 
 def forecasts(
-    systems: Sequence[System], known: Sequence[dict[str, Any]] = (), device: str = "cpu"
+    systems: Sequence[AblationRun], known: Sequence[dict[str, Any]] = (), device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Return what is expected of x, eps and v in every geometry, network and loss, before anything is trained.
 
@@ -299,7 +264,7 @@ def _known_forecasts(out: Path) -> list[dict[str, Any]]:
     return stored.get("forecasts", []) if stored.get("schema") == ABLATION_SCHEMA else []
 
 
-def _forecast(system: System, estimate: Estimate) -> dict[str, Any]:
+def _forecast(system: AblationRun, estimate: Estimate) -> dict[str, Any]:
     network, train = system.config.network, system.config
     told = forecast([estimate.in_units_of(train.noise_scale**2)], TrainingModel.of(train), [network.hidden_size])
     return {
@@ -313,7 +278,7 @@ def _forecast(system: System, estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def prove_matched(systems: Sequence[System], config: AblationConfig) -> dict[str, Any]:
+def prove_matched(systems: Sequence[AblationRun], config: AblationConfig) -> dict[str, Any]:
     """Return what was found equal in the finished runs, read back from them; JLTError if they are not matched."""
     ends = {system.run.name: open_checkpoint(step_folder(system.run, system.config.steps)) for system in systems}
     differs = check_matched([read_json(system.run / "config.json") for system in systems], config)
@@ -335,7 +300,7 @@ def prove_matched(systems: Sequence[System], config: AblationConfig) -> dict[str
     return {"seconds": sum(state["seconds"] for state in states.values()), "matched": matched}
 
 
-def require_equal(systems: Sequence[System], hashes: dict[str, str], what: str, group: Any) -> None:
+def require_equal(systems: Sequence[AblationRun], hashes: dict[str, str], what: str, group: Any) -> None:
     """Raise a JLTError unless all runs of a group carry the same hash."""
     seen: dict[Any, tuple[str, str]] = {}
     for system in systems:

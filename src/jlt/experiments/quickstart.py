@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from jlt.config import PREDICTIONS
-from jlt.data.config import EncodeConfig
-from jlt.data.encode import encode
-from jlt.data.store import LatentStore
 from jlt.experiments.ablation import AblationConfig, ablate
-from jlt.experiments.geometry import Question, measure_geometry
+from jlt.experiments.analysis import Question, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
-from jlt.files import claim_folder
 from jlt.geometry.forecast import TrainingModel
-from jlt.progress import say
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode
+from jlt.latents.store import LatentStore
 from jlt.report.page import write_report
+from jlt.runtime.progress import say
+from jlt.storage.files import claim_folder
 
 ENCODING = EncodeConfig(
     images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32"

@@ -11,12 +11,20 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jlt.config import LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig, from_dict
-from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
+from jlt.config import (
+    FLUX2_IMAGENET256,
+    LatentShape,
+    LossSpace,
+    OptimizerConfig,
+    Prediction,
+    SampleConfig,
+    TrainConfig,
+    from_dict,
+)
 from jlt.errors import JLTError, unknown_name
 from jlt.experiments.systems import system_name
-from jlt.files import read_json
 from jlt.networks.sizes import size_name, sized_network
+from jlt.storage.files import read_json
 
 Recipe = Callable[[LatentShape], TrainConfig]
 

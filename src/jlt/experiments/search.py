@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from jlt.config import Metric, SampleConfig
 from jlt.errors import WrongWordsError
-from jlt.evaluation.measure import GROUPS
 from jlt.evaluation.metrics import jackknife
+from jlt.evaluation.suite import GROUPS
 
 LOWER_IS_BETTER = frozenset({"frechet_distance", "spatial_frechet_distance", "kernel_distance"})
 ERROR_OF = {"frechet_distance": "frechet_distance_error"}

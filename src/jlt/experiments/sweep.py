@@ -21,11 +21,11 @@ from typing import Any
 
 from jlt.config import SampleConfig, to_dict
 from jlt.errors import JLTError, WrongWordsError
-from jlt.evaluation.features import FeatureExtractor
-from jlt.evaluation.measure import Metrics
-from jlt.evaluation.real import open_reference
+from jlt.evaluation.extractor import FeatureExtractor
+from jlt.evaluation.real_images import open_reference
 from jlt.evaluation.reference import Reference
-from jlt.experiments.evaluate import evaluate_sampler, warn_if_few
+from jlt.evaluation.suite import Metrics
+from jlt.experiments.checkpoint_evaluation import evaluate_sampler, warn_if_few
 from jlt.experiments.search import (
     ERROR_OF,
     GROWTH,
@@ -39,14 +39,14 @@ from jlt.experiments.search import (
     search,
     to_confirm,
 )
-from jlt.files import claim_folder, lock_folder, read_json, write_json
-from jlt.processes import Group, require_one_mind
-from jlt.progress import format_seconds, say
-from jlt.protocol import machine, versions
 from jlt.report.wording import with_error
-from jlt.rows import require_space
+from jlt.runtime.environment import machine, versions
+from jlt.runtime.processes import Group, require_one_mind
+from jlt.runtime.progress import format_seconds, say
+from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open_sampler, with_config
-from jlt.signals import Stopped, stop_on_signal
+from jlt.storage.files import claim_folder, lock_folder, read_json, write_json
+from jlt.storage.rows import require_space
 from jlt.training.averages import choose_name, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 

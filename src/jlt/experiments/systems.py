@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jlt.config import NetworkConfig, Prediction, TrainConfig
-from jlt.data.shape import FLUX2_IMAGENET256, LatentShape
+from jlt.config import FLUX2_IMAGENET256, LatentShape, NetworkConfig, Prediction, TrainConfig
 from jlt.errors import unknown_name
 from jlt.networks.sizes import SIZES, sized_network
 

@@ -13,6 +13,7 @@ from jaxtyping import Float64
 
 from jlt.config import PREDICTIONS
 from jlt.errors import JLTError
+from jlt.geometry.accumulate import Moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.forecast import Estimate, TrainingModel, forecast
 from jlt.geometry.gaussian import (
@@ -21,12 +22,11 @@ from jlt.geometry.gaussian import (
     explained_power,
     target_variance,
 )
-from jlt.geometry.measure import Moments
 from jlt.geometry.spectrum import Spectrum, eigenvalues_descending, sampling_error, summarise
 from jlt.geometry.stationary import between_classes
 from jlt.geometry.tokens import FEWEST, MeasuredTokens, measure_tokens
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
-from jlt.progress import say
+from jlt.runtime.progress import say
 
 TIMES = np.round(np.linspace(0.0, 0.98, 50), 2)
 """Times of the tables; 1 is left out because a direction without variance has no regression there."""

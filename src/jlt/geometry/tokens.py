@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from jlt.geometry.accumulate import Latents, Moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.forecast import Estimate
-from jlt.geometry.measure import Latents, Moments
-from jlt.geometry.sample import ANCHORS, NEIGHBOURS, DirectionMoments, direction_moments, neighbourhood_covariance
 from jlt.geometry.spectrum import Spectrum, descending, eigenvalues_descending, error_by_rank, sampling_error
-from jlt.progress import track
+from jlt.geometry.subsample import ANCHORS, NEIGHBOURS, DirectionMoments, direction_moments, neighbourhood_covariance
+from jlt.runtime.progress import track
 
 TOKEN_BATCH = 256
 FEWEST = 50

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from jlt.draws import generator
 from jlt.geometry.spectrum import Spectrum, descending
+from jlt.runtime.random_numbers import generator
 
 SKETCH = 256
 """Random directions that a sketch is made with."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from jlt.config import NetworkConfig
-from jlt.data.shape import LatentShape
+from jlt.config import LatentShape, NetworkConfig
 
 SIZES = {
     # hidden size, depth, heads

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jlt.progress import format_seconds
-from jlt.report.table import text_table
+from jlt.report.text_table import text_table
 from jlt.report.wording import number, percent
+from jlt.runtime.progress import format_seconds
 
 NO_ROOM = "does not fit"
 
@@ -125,3 +125,57 @@ def geometry_benchmark_table(result: Mapping[str, Any]) -> str:
         ),
     ]
     return text_table([f"latents of {shape}, float64", ""], rows)
+
+
+def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
+    """Return the figures of the encoding benchmark."""
+    rows = [
+        ["images per second, encoding", number(measured["img_per_second"])],
+        ["images per second, autoencoder alone", number(measured["bare_img_per_second"])],
+        ["ratio", f"{measured['ratio']:.1%}"],
+        ["peak memory, MiB", number(measured["peak_memory_mib"], 4)],
+    ]
+    rows += [
+        [f"peak memory for {int(count):,} small images, MiB", number(mib, 4)]
+        for count, mib in measured["memory_mib_by_images"].items()
+    ]
+    name, precision = measured["autoencoder"]["name"], measured["precision"]
+    title = f"{name}, {measured['resolution']} px, batch {measured['batch_size']}, {precision}"
+    return text_table([title, ""], rows)
+
+
+WAYS = {
+    "loader": "the trainer's loader",
+    "loader_float32": "... with conversion to float32",
+    "gather": "gather into new memory, not ahead",
+    "memory_map": "rows copied out of memory maps",
+    "memory_copy": "copy of batches in memory",
+    "per_sample_alone": "per sample through safetensors",
+    "per_sample_workers": "... in worker processes",
+    "computing": "matrix products, nothing read",
+    "computing_gather": "... and gather in turn",
+    "computing_loader": "... and the loader beside them",
+}
+
+
+def data_benchmark_table(measured: Mapping[str, Any]) -> str:
+    """Return the figures of a benchmark of reading."""
+    rates, ratios = measured["latents_per_second"], measured["loader_ratio"]
+    rows = [[label, f"{rates[way]:,.0f}", number(ratios[way])] for way, label in WAYS.items()]
+    shape = "x".join(map(str, measured["shape"]))
+    title = f"{measured['latents']['count']} latents, {shape} {measured['dtype']}, batch {measured['batch_size']}"
+    opening, memory = measured["opening"], measured["epoch_memory"]
+    facts = [
+        ["reading hidden behind computing", f"{measured['hidden']:.0%}"],
+        ["opening the store", f"{opening['seconds'] * 1e3:.3g} ms"],
+        [
+            f"opening {opening['large_count']:,} latents in {opening['large_shards']} shards",
+            f"{opening['large_seconds'] * 1e3:.3g} ms",
+        ],
+        *(
+            [f"peak memory of an epoch of {memory[f'{size}_count']:,}", f"{memory[f'{size}_bytes'] / 2**20:.0f} MiB"]
+            for size in ("small", "large")
+        ),
+        ["their ratio", number(memory["ratio"])],
+    ]
+    return text_table([title, "latents/s", "loader's ratio"], rows) + "\n\n" + text_table(["besides", ""], facts)

@@ -7,24 +7,23 @@ import hashlib
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jlt import __version__
-from jlt.files import write_text
-from jlt.progress import format_seconds
 from jlt.report import findings, palette
 from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
 from jlt.report.geometry_rows import advised_training, analyze_command, spectra_at_hand, spectrum_rows, whole_rows
-from jlt.report.log import Log
-from jlt.report.results import MEASUREMENTS, Spread, Study, System, flatten, protocol_differences, read_study, spread
-from jlt.report.samples import Grid, picture_uri, sample_series
-from jlt.report.wording import listed, number, percent
+from jlt.report.result_rows import result_rows
+from jlt.report.results import Study, flatten, protocol_differences, read_study
+from jlt.report.run_log import Log
+from jlt.report.sample_grids import Grid, picture_uri, sample_series
+from jlt.report.wording import listed, number
+from jlt.runtime.progress import format_seconds
+from jlt.storage.files import write_text
 
 SLIDER = "slider.js"
-HIGHER_IS_BETTER = {"frechet_distance": False, "inception_score": True, "label_agreement": True}
 
 
 def write_report(folder: Path) -> Path:
@@ -34,7 +33,7 @@ def write_report(folder: Path) -> Path:
     """
     path = folder / "report.html"
     if (folder / "sweep.json").exists():
-        from jlt.report.sweep import sweep_context
+        from jlt.report.sweep_page import sweep_context
 
         write_text(path, render_template("sweep.html", sweep_context(folder)))
     else:
@@ -109,84 +108,6 @@ def render_template(name: str, context: Mapping[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else ""
     words = {"version": __version__, "palette": palette, "value_text": value_text}
     return template.render(**words, script=script, script_sha256=digest, **context)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number of the results table, its range over seeds, and whether it is the best of its column."""
-
-    text: str
-    span: str
-    best: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """One system of the results table."""
-
-    system: System
-    swatch: str
-    title: str
-    kind: str
-    cells: tuple[Cell, ...]
-    seconds: str
-    note: str
-
-
-def result_rows(study: Study) -> list[Row]:
-    """Return the results table at the final step, by patch size and then by Frechet distance."""
-    step = study.final_step
-    measured = {
-        metric: [system.measured(metric, step) if step is not None else None for system in study.systems]
-        for metric in MEASUREMENTS
-    }
-    best = {metric: _best(metric, values) for metric, values in measured.items()}
-    rows = []
-    for index, system in enumerate(study.systems):
-        cells = []
-        for metric in MEASUREMENTS:
-            value = measured[metric][index]
-            write = percent if metric == "label_agreement" else number
-            span = f"{write(value.low)} to {write(value.high)}" if value is not None and value.count > 1 else ""
-            marked = value is not None and len(study.systems) > 1 and value.mean == best[metric]
-            cells.append(Cell(write(value.mean) if value else "—", span, marked))
-        seconds = spread(run.log.seconds for run in system.runs if run.log.seconds is not None)
-        rows.append(
-            Row(
-                system,
-                palette.swatch(system.prediction, system.patch_size),
-                ", ".join([system.name, *_apart(system, study)]),
-                ", ".join(
-                    [palette.SHORT_WORDS[system.prediction], f"patch {system.patch_size}", *_apart(system, study)]
-                ),
-                tuple(cells),
-                format_seconds(seconds.mean) if seconds else "—",
-                _row_note(system, measured["frechet_distance"][index], study),
-            )
-        )
-    order = {index: value.mean if value else float("inf") for index, value in enumerate(measured["frechet_distance"])}
-    return [rows[index] for index in sorted(order, key=lambda index: (study.systems[index].patch_size, order[index]))]
-
-
-def _apart(system: System, study: Study) -> list[str]:
-    """Return words for what sets a system apart from others of its name: variant, and loss space where that varies."""
-    several = len({other.loss_space for other in study.systems}) > 1
-    loss = [f"{palette.SYMBOL[system.loss_space]}-space loss"] if several else []
-    return [system.variant, *loss] if system.variant else loss
-
-
-def _best(metric: str, values: list[Spread | None]) -> float | None:
-    means = [value.mean for value in values if value is not None]
-    return (max if HIGHER_IS_BETTER[metric] else min)(means, default=None)
-
-
-def _row_note(system: System, final: Spread | None, study: Study) -> str:
-    """Say what is missing from a row, empty if nothing is."""
-    if final is None:
-        reached = max((run.reached for run in system.runs), default=0)
-        return f"at step {reached:,}; not evaluated at {study.final_step:,}" if study.final_step else "not evaluated"
-    seeds = max(len(other.runs) for other in study.systems)
-    return f"{final.count} of {seeds} seeds" if final.count < seeds else ""
 
 
 def page_facts(study: Study) -> dict[str, str]:

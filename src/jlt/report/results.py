@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jlt.errors import JLTError
-from jlt.files import read_json, read_sealed_json
-from jlt.report.log import Log, read_log
+from jlt.report.run_log import Log, read_log
+from jlt.storage.files import read_json, read_sealed_json
 
 Protocol = Mapping[str, Any]
 

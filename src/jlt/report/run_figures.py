@@ -28,9 +28,9 @@ from jlt.report.figures import (
     system_legend,
     systems_that_compare,
 )
-from jlt.report.log import Log, LoggedStep
 from jlt.report.palette import INK, MUTED, PREDICTION, SYMBOL, TIME, swatch, time_swatch
 from jlt.report.results import Run, Study, System
+from jlt.report.run_log import Log, LoggedStep
 from jlt.report.wording import listed, number, percent
 
 MOMENTS = (0.05, 0.25, 1.0)

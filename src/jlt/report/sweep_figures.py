@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from jlt.report.figures import LOG_RATIO, Figure, LegendEntry, Panel, draw, plain_log
 from jlt.report.palette import DEEP, INK, MUTED, PAPER, SCALE
-from jlt.report.sweep import Point, ema_text, metric_name, same, setting_text, value_text
+from jlt.report.sweep_wording import Point, ema_text, measured_text, metric_name, same, setting_text
 from jlt.report.wording import number, percent, sentence
 
 COLUMN_INCHES = 0.62
@@ -144,12 +144,12 @@ def _shades(result: Mapping[str, Any], points: Sequence[Point]) -> Any:
 
 
 def _cell(result: Mapping[str, Any], point: Point) -> str:
-    return percent(point["value"]) if value_text(result, point).endswith("%") else number(point["value"], 3)
+    return percent(point["value"]) if measured_text(result, point).endswith("%") else number(point["value"], 3)
 
 
 def _best_of(result: Mapping[str, Any], points: Sequence[Point]) -> str:
     # Stages are sorted, the best first.
-    return f"The best is {value_text(result, points[0])}, at {setting_text(points[0])}."
+    return f"The best is {measured_text(result, points[0])}, at {setting_text(points[0])}."
 
 
 def _curve_panel(

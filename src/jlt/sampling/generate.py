@@ -14,8 +14,8 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.config import SampleConfig
-from jlt.draws import derive_seed, generator, normal_per_sample
 from jlt.errors import JLTError, WrongWordsError
+from jlt.runtime.random_numbers import derive_seed, generator, normal_per_sample
 from jlt.sampling.guidance import Denoiser, guided
 from jlt.sampling.solvers import Noise, no_noise, solve
 from jlt.timesteps import sampling_grid

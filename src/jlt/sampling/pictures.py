@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.files import atomic_path, claim_folder, lock_folder
-from jlt.progress import track
+from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.runtime.progress import track
+from jlt.runtime.signals import until_stopped
 from jlt.sampling.generate import batches_of, decode_to_uint8, labels_for
 from jlt.sampling.sampler import ImageSampler
 from jlt.sampling.save import GRID_SIDE, PROTOCOL, class_name
-from jlt.sheet import Words, draw_sheet
-from jlt.signals import until_stopped
+from jlt.storage.files import atomic_path, claim_folder, lock_folder
 from jlt.timesteps import sampling_grid
 
 COLUMNS = 8

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
-from jlt.autoencoders.registry import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
+from jlt.autoencoders.load import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
 from jlt.config import SampleConfig, TrainConfig, to_dict
 from jlt.errors import JLTError
-from jlt.files import difference
 from jlt.networks.transformer import build_network
-from jlt.progress import say
-from jlt.protocol import versions
+from jlt.runtime.environment import versions
+from jlt.runtime.progress import say
 from jlt.sampling.generate import (
     SampleBatch,
     Seen,
@@ -32,6 +31,7 @@ from jlt.sampling.generate import (
 )
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.solvers import Noise, network_evaluations
+from jlt.storage.files import difference
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 

@@ -17,15 +17,15 @@ from PIL.PngImagePlugin import PngInfo
 
 from jlt.config import SampleFormat
 from jlt.errors import JLTError
-from jlt.evaluation.images import SUFFIXES
-from jlt.files import atomic_path, claim_folder, lock_folder, read_json
-from jlt.processes import Alone, Group, ending_together, require_one_mind
-from jlt.progress import track
-from jlt.rows import RowTable, remove_rows, require_space, unwritten
+from jlt.evaluation.image_files import SUFFIXES
+from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.runtime.processes import Alone, Group, ending_together, require_one_mind
+from jlt.runtime.progress import track
 from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
 from jlt.sampling.solvers import network_evaluations
-from jlt.sheet import Words, draw_sheet
+from jlt.storage.files import atomic_path, claim_folder, lock_folder, read_json
+from jlt.storage.rows import RowTable, remove_rows, require_space, unwritten
 
 PROTOCOL = "protocol.json"
 ARRAY = "samples.npz"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from jlt.errors import JLTError, unknown_name
-from jlt.files import sealed_sha256
-from jlt.progress import say
+from jlt.runtime.progress import say
+from jlt.storage.files import sealed_sha256
 from jlt.training.checkpoint import Checkpoint, SnapshotFolder, list_snapshots
 from jlt.training.power_ema import WORDS, Snapshot, coefficients, parse_ema_words, reconstruct
 

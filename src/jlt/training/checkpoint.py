@@ -25,7 +25,7 @@ from torch import Tensor
 
 from jlt.config import TrainConfig, from_dict, to_dict
 from jlt.errors import JLTError
-from jlt.files import (
+from jlt.storage.files import (
     fsync_folder,
     read_json,
     read_sealed_json,

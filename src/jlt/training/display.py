@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jlt.progress import Bar, say, step_bar
+from jlt.runtime.progress import Bar, say, step_bar
 
 FIGURES: Mapping[str, Callable[[float], str]] = {
     "loss": lambda loss: f"loss {loss:.4g}",

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jlt.config import TrainConfig
-from jlt.data.order import SampleOrder
-from jlt.draws import derive_seed, generator
+from jlt.latents.order import SampleOrder
+from jlt.runtime.random_numbers import derive_seed, generator
 from jlt.timesteps import times_from_uniform
 
 

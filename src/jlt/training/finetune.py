@@ -11,7 +11,7 @@ from torch import Tensor
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import Transformer
-from jlt.progress import say
+from jlt.runtime.progress import say
 from jlt.training.averages import choose_weights
 from jlt.training.checkpoint import open_checkpoint
 

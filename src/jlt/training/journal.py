@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from jlt.config import TrainConfig
-from jlt.files import write_text
-from jlt.progress import say
+from jlt.runtime.progress import say
+from jlt.storage.files import write_text
 from jlt.training.display import TrainingDisplay, training_display
 from jlt.training.trackers import open_trackers
 

@@ -15,21 +15,21 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from jlt.config import TrainConfig, in_steps
-from jlt.data.loader import read_ahead
-from jlt.data.order import SampleOrder
-from jlt.data.store import LatentStore
-from jlt.draws import derive_seed
 from jlt.errors import JLTError
-from jlt.files import lock_folder
-from jlt.processes import Alone, Group, together
-from jlt.progress import say
-from jlt.signals import Stopped, StopRequest, stop_on_signal
-from jlt.training.batch import split_batch
+from jlt.latents.loader import read_ahead
+from jlt.latents.order import SampleOrder
+from jlt.latents.store import LatentStore
+from jlt.runtime.processes import Alone, Group, together
+from jlt.runtime.progress import say
+from jlt.runtime.random_numbers import derive_seed
+from jlt.runtime.signals import Stopped, StopRequest, stop_on_signal
+from jlt.storage.files import lock_folder
+from jlt.training.batch_split import split_batch
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, remove_later_snapshots, step_folder, sweep
 from jlt.training.draws import StepDraws, draw_steps
 from jlt.training.journal import Journal
 from jlt.training.meter import Meter, precision_warning
-from jlt.training.run import prepare_run
+from jlt.training.run_folder import prepare_run
 from jlt.training.saver import Saver
 from jlt.training.state import initial_state, resume
 from jlt.training.step import Outcome, Stepper, Verdict, float32_products

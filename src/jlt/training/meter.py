@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from jlt.config import TrainConfig
-from jlt.measure import affordable_size, compare_precisions, matmul_rate, peak_memory, resident_memory
 from jlt.networks.flops import training_flops
-from jlt.processes import Group
-from jlt.training.batch import BatchSplit
+from jlt.runtime.processes import Group
+from jlt.runtime.timing import affordable_size, compare_precisions, matmul_rate, peak_memory, resident_memory
+from jlt.training.batch_split import BatchSplit
 from jlt.training.optimizer import learning_rate
 from jlt.training.parallel import sum_over
 from jlt.training.state import TrainState

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jlt.config import TrainConfig
 from jlt.networks.transformer import Transformer
-from jlt.processes import Group
+from jlt.runtime.processes import Group
 
 
 def shard(network: Transformer, config: TrainConfig, group: Group) -> None:

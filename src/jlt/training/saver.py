@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jlt.config import TrainConfig
-from jlt.processes import Group
+from jlt.runtime.processes import Group
 from jlt.training.checkpoint import prune_checkpoints, save_checkpoint, save_snapshot
 from jlt.training.parallel import whole
 from jlt.training.state import TrainState

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jlt.assets.weights import weights_sha256
 from jlt.config import TrainConfig
-from jlt.draws import derive_seed
 from jlt.networks.transformer import Transformer, build_network
-from jlt.processes import Alone, Group
-from jlt.progress import say
+from jlt.runtime.processes import Alone, Group
+from jlt.runtime.progress import say
+from jlt.runtime.random_numbers import derive_seed
+from jlt.storage.weights import weights_sha256
 from jlt.training.checkpoint import Checkpoint
 from jlt.training.ema import EMA
 from jlt.training.finetune import start_from
 from jlt.training.optimizer import build_optimizer
 from jlt.training.parallel import put, shard
-from jlt.training.run import require_same_run
+from jlt.training.run_folder import require_same_run
 
 
 @dataclass

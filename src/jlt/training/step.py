@@ -19,11 +19,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from jlt.config import Precision, TrainConfig
-from jlt.draws import normal_per_sample
 from jlt.loss import denoising_loss
 from jlt.path import interpolate
-from jlt.processes import Group
-from jlt.training.batch import BatchSplit
+from jlt.runtime.processes import Group
+from jlt.runtime.random_numbers import normal_per_sample
+from jlt.training.batch_split import BatchSplit
 from jlt.training.draws import StepDraws
 from jlt.training.optimizer import learning_rate
 from jlt.training.parallel import Parallel, sum_over

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jlt import processes
 from jlt.config import TrainConfig, to_dict
 from jlt.errors import JLTError
-from jlt.files import write_text
-from jlt.progress import say
+from jlt.runtime import processes
+from jlt.runtime.progress import say
+from jlt.storage.files import write_text
 
 WANDB_PROJECT = "jlt"
 INIT_SECONDS = 30.0

@@ -1,0 +1,1 @@
+"""What measures, plans and compares speed."""

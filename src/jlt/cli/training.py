@@ -1,0 +1,79 @@
+"""Commands that train or forecast a training: train, plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jlt.cli.command import Result
+from jlt.cli.recipe import RecipeVerb
+from jlt.config import to_dict
+from jlt.errors import WrongWordsError
+from jlt.experiments.recipes import images_of_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RecipeVerb):
+    """Train a recipe on a latent store; the same words continue an interrupted run.
+
+    Any setting of the recipe can be overridden, and --print-config lists them all. RUN/config.json is a recipe too.
+
+    For example:
+
+      jlt train digits --latents latents --out run --prediction v --network.depth 4
+    """
+
+    latents: Path | None = None
+    """Folder of the latent store."""
+    out: Path | None = None
+    """Folder of the run."""
+    verify_latents: bool = False
+    """Read the whole store first, and compare it with its hashes."""
+    print_config: bool = False
+    """Print the resolved run and leave."""
+
+    def run(self) -> Result:
+        config = self.resolve(self.latents)
+        if self.print_config:
+            return Result(to_dict(config), json.dumps(to_dict(config), indent=2))
+        if self.latents is None or self.out is None:
+            raise WrongWordsError("Training needs --latents DIR and --out RUN.")
+        from jlt.experiments.run_training import train_and_watch
+
+        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
+        return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(RecipeVerb):
+    """Forecast memory, disk and hours of a recipe before it is paid for, each figure with where it comes from.
+
+    Any setting of the recipe can be overridden, as in jlt train.
+
+    For example:
+
+      jlt plan imagenet256-jlt-b1 --gpus 8 --gpu H200 --micro-batch-size 64
+    """
+
+    gpus: int = 1
+    """How many, one process each."""
+    gpu: str = "H100"
+    """Its name, as A100-80, H200 or RTX-4090; cpu is this machine."""
+    mfu: float | None = None
+    """Share of the peak rate that training reaches (default: an assumption; jlt benchmark train measures it)."""
+    latents: Path | None = None
+    """A latent store whose shape and count to take (default: the recipe's)."""
+
+    def run(self) -> Result:
+        config = self.resolve(self.latents)
+        from jlt.benchmarks.plan import DEFAULT_MFU, describe_hardware, describe_latents, make_plan
+        from jlt.latents.manifest import read_manifest
+        from jlt.report.plan_table import plan_table
+
+        manifest = read_manifest(self.latents) if self.latents else None
+        latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
+        hardware = describe_hardware(self.gpu, self.gpus, config)
+        mfu = DEFAULT_MFU if self.mfu is None else self.mfu
+        plan = make_plan(config, latents, hardware, mfu).to_dict()
+        return Result(plan, plan_table(plan))

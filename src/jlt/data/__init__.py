@@ -1,1 +1,0 @@
-"""Image sources, encoding, the latent store and the order of samples."""

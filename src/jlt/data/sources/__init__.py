@@ -1,1 +1,0 @@
-"""Image sources: numbered, labelled images as they lie, with a stable class list; nothing is converted here."""

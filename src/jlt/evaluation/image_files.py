@@ -1,0 +1,142 @@
+"""Images that lie on disk: a folder of image files, or an .npz as ADM's evaluator reads it."""
+
+from __future__ import annotations
+
+import abc
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from jlt.errors import JLTError
+from jlt.images.source import read_image
+from jlt.storage.files import UNREADABLE_ARRAYS, why_unreadable
+
+LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]
+IMAGES = "arr_0.npy"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class StoredImages(abc.ABC):
+    """Square RGB images of one size; `resolution` is their side in pixels.
+
+    `classes` is the kind of image source whose classes their labels are, None where nothing says it.
+    """
+
+    resolution: int
+    classes: str | None = None
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abc.abstractmethod
+    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
+        """Yield all images in order, with the labels they were drawn for where those are stored."""
+
+
+def open_images(path: Path) -> StoredImages:
+    """Open a folder or an .npz of images; JLTError says why it cannot be."""
+    if not path.exists():
+        raise JLTError(f"{path} does not exist.")
+    return ImageFolder(path) if path.is_dir() else ImageArray(path)
+
+
+class ImageFolder(StoredImages):
+    """Image files in the order of their names, with the labels that they carry as words where the first one does."""
+
+    def __init__(self, folder: Path) -> None:
+        visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+        self.paths = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
+        if not self.paths:
+            raise JLTError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+        first = self._read(self.paths[0], None)
+        self.resolution, self.classes = first.width, first.info.get("classes")
+        self._labelled = "label" in first.info
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
+        """Yield the images with their labels; JLTError for one of another size or without a label where others have."""
+        for start in range(0, len(self.paths), batch_size):
+            paths = self.paths[start : start + batch_size]
+            images = [self._read(path, self.resolution) for path in paths]
+            pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+            labels = (
+                [_label(path, image) for path, image in zip(paths, images, strict=True)] if self._labelled else None
+            )
+            yield pixels, None if labels is None else torch.tensor(labels)
+
+    def _read(self, path: Path, resolution: int | None) -> Image.Image:
+        image: Image.Image = read_image(path)
+        wanted = (resolution or image.width, resolution or image.width)
+        if image.size != wanted:
+            raise JLTError(f"{path} has {image.width}x{image.height} pixels, not {wanted[0]}x{wanted[1]}.")
+        return image
+
+
+def _label(path: Path, image: Image.Image) -> int:
+    try:
+        return int(image.info["label"])
+    except (KeyError, ValueError) as error:
+        raise JLTError(f"{path} carries no label, and images before it do: they were not drawn together.") from error
+
+
+class ImageArray(StoredImages):
+    """`arr_0`, uint8 (N, H, W, 3), read as it is needed, and the labels `arr_1` where there are some."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                with file.zip.open(IMAGES) as images:
+                    shape, fortran_order, dtype = _header(images)
+                labels = file.get("arr_1")
+                self.classes = str(file["classes"]) if "classes" in file else None
+        except UNREADABLE_ARRAYS as error:
+            raise JLTError(f"{path} is not an .npz of images under arr_0 ({why_unreadable(error)}).") from error
+        if labels is not None and not np.issubdtype(labels.dtype, np.integer):
+            raise JLTError(f"{path} holds labels (arr_1) that are {labels.dtype}, not whole numbers.")
+        self.labels = None if labels is None else labels.astype(np.int64)
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
+            order = " in Fortran's order" if fortran_order else ""
+            raise JLTError(f"{path} holds {dtype} {shape}{order}: square images are uint8 (N, H, H, 3).")
+        if shape[0] == 0 or (self.labels is not None and self.labels.shape != shape[:1]):
+            raise JLTError(f"{path} holds no images, or not one label in arr_1 for each of them.")
+        self._shape, self.resolution = shape, shape[1]
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
+        """Yield the images with their labels; JLTError where the file is damaged."""
+        image = self._shape[1:]
+        try:
+            with zipfile.ZipFile(self._path) as file, file.open(IMAGES) as images:
+                _header(images)
+                for start in range(0, len(self), batch_size):
+                    count = min(batch_size, len(self) - start)
+                    content = images.read(count * math.prod(image))
+                    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *image)
+                    labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + count])
+                    yield pixels, labels
+                # The checksum of what was read is compared where the end is met.
+                images.read(1)
+        except UNREADABLE_ARRAYS as error:
+            raise JLTError(f"{self._path} is damaged ({error}).") from error
+
+
+def _header(array: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and type of an array that numpy wrote."""
+    version = np.lib.format.read_magic(array)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(array)
+    return np.lib.format.read_array_header_2_0(array)

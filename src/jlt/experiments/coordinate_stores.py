@@ -1,0 +1,88 @@
+"""A latent store in other coordinates: the same latents with their anisotropy raised to a power, as a store beside."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
+from jlt.geometry.covariance import TokenCovariance
+from jlt.latents.manifest import ShardRecord, write_manifest
+from jlt.latents.shards import ShardWriter
+from jlt.latents.statistics import LatentSums
+from jlt.latents.store import LatentStore
+from jlt.runtime.progress import track
+from jlt.sampling.sampler import matching_autoencoder
+from jlt.storage.files import sha256_file
+from jlt.storage.rows import require_space
+
+NAME = "coordinates/map.safetensors"
+BATCH_SIZE = 256
+
+
+def store_in_coordinates(store: LatentStore, folder: Path, patch_size: int, anisotropy: float) -> LatentStore:
+    """Write the latents with their tokens' eigenvalues raised to a power, or open what was written before.
+
+    The store's autoencoder decodes them, since it undoes the coordinates. JLTError for a disk without room.
+    """
+    if not folder.exists():
+        manifest = store.manifest
+        size = 4 * manifest.channels * manifest.height * manifest.width * manifest.count * (1 + manifest.flips)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        require_space(folder.parent, size, f"The latents with anisotropy {anisotropy:g}")
+        begun = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir()
+        coordinates = measure_coordinates(store, patch_size, anisotropy)
+        _write(store, coordinates, begun, folder)
+        begun.rename(folder)
+    return LatentStore.open(folder)
+
+
+def measure_coordinates(store: LatentStore, patch_size: int, anisotropy: float) -> Coordinates:
+    """Return the coordinates in which the tokens of a store have their eigenvalues raised to a power."""
+    tokens = TokenCovariance(store.shape.channels, patch_size)
+    for latents, _ in store.batches(BATCH_SIZE):
+        tokens.update(latents)
+    return Coordinates.raised(tokens.covariance, tokens.mean, patch_size, anisotropy)
+
+
+def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Path) -> None:
+    """Write everything into the folder `begun`, which will be called `folder`."""
+    coordinates.save(begun / NAME)
+    manifest, sums, records, first = store.manifest, LatentSums.zero(store.shape.channels), [], 0
+    for shard in track(manifest.shards, f"latents with anisotropy {coordinates.anisotropy:g}", len(manifest.shards)):
+        numbers = np.arange(first, first + shard.count)
+        path, first = begun / shard.file, first + shard.count
+        names = ("latents", "latents_flip") if manifest.flips else ("latents",)
+        shape = (shard.count, manifest.channels, manifest.height, manifest.width)
+        sizes: dict[str, tuple[str, tuple[int, ...]]] = {"labels": ("I64", (shard.count,))}
+        sizes.update(dict.fromkeys(names, ("F32", shape)))
+        with ShardWriter(path, sizes) as writer:
+            writer.write("labels", 0, store.labels[numbers])
+            for name in names:
+                for row, part in _mapped(store, coordinates, numbers, name == "latents_flip"):
+                    writer.write(name, row, part)
+                    sums = sums.add(part)
+        records.append(ShardRecord(path.name, shard.count, path.stat().st_size, sha256_file(path)))
+    autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu")
+    identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
+    # Where it will lie, as the other stores' weights are named by where they lie.
+    identity["normalisation"]["coordinates"]["source"] = str((folder / NAME).resolve())
+    changed = replace(
+        manifest, autoencoder=identity, encoding=None, dtype="float32", shards=tuple(records), **sums.moments()
+    )
+    write_manifest(begun, changed)
+
+
+def _mapped(
+    store: LatentStore, coordinates: Coordinates, numbers: np.ndarray, flipped: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(numbers), BATCH_SIZE):
+        chosen = numbers[start : start + BATCH_SIZE]
+        latents, _ = store.gather(chosen, np.full(len(chosen), flipped))
+        yield start, coordinates.apply(latents).numpy()

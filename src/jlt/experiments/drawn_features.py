@@ -1,0 +1,88 @@
+"""The features of a sampler's images, on disk while they are drawn: shared among processes, and continued."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from jlt.evaluation.extractor import FeatureExtractor
+from jlt.evaluation.feature_table import arrays_of, open_table
+from jlt.evaluation.real_images import CHUNK
+from jlt.runtime.processes import Group, ending_together
+from jlt.runtime.progress import bar, say
+from jlt.sampling.generate import batches_of
+from jlt.sampling.sampler import ImageBatch, ImageSampler
+from jlt.storage.files import lock_folder
+from jlt.storage.rows import RowTable, unwritten
+
+
+def table_folder(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> Path:
+    """Return where, in the folder `place`, the features of a sampler lie, of however many images."""
+    words = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
+    digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
+    return place / f"{sampler.checkpoint.folder.name}-{digest}"
+
+
+@contextlib.contextmanager
+def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> Iterator[RowTable]:
+    """Draw the images that a table in `place` does not have yet, in all processes; give a block the full one, locked.
+
+    One of fewer images grows to this many.
+    Stopped when any process was asked to end: the rows that are written stay, and the same call goes on from them.
+    JLTError if another program draws into the same table, or if the processes do not share its folder.
+    """
+    folder, num = table_folder(sampler, extractor, place), sampler.config.num
+    with contextlib.ExitStack() as held:
+
+        def find() -> list[range]:
+            held.enter_context(lock_folder(folder))
+            written = open_table(folder, extractor, num).written()
+            if written.any():
+                say(f"{written.sum()} of {len(written)} images were drawn before.")
+            return unwritten(batches_of(num, sampler.config.batch_size), written)
+
+        missing = group.on_first(find)
+        images, drawn = sum(map(len, missing)), group.begin()
+        with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
+            table = open_table(folder, extractor, num)
+            batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
+            for start, pixels, labels in aligned(batches):
+                table.write(start, {**arrays_of(extractor(pixels)), "labels": labels.numpy()})
+                shown.show(group.add(drawn, len(labels)))
+        group.on_first(table.require_full)
+        yield table
+
+
+def aligned(
+    batches: Iterable[ImageBatch], size: int = CHUNK
+) -> Iterator[tuple[int, UInt8[Tensor, "n h w 3"], Int64[Tensor, " n"]]]:
+    """Yield the same numbered images cut at multiples of `size`, as far as they are consecutive.
+
+    An extractor then sees an image beside the same others as in `evaluate_images`, unless ranges that are no multiples
+    of `size` are shared among processes: that moves its last digits.
+    """
+    waiting: ImageBatch | None = None
+    for batch in batches:
+        if waiting is not None and waiting.start + len(waiting.labels) == batch.start:
+            images, labels = torch.cat((waiting.images, batch.images)), torch.cat((waiting.labels, batch.labels))
+            batch = ImageBatch(waiting.start, images, labels)
+        elif waiting is not None:
+            yield waiting.start, waiting.images, waiting.labels
+        end = batch.start + len(batch.labels)
+        cuts = [batch.start, *range((batch.start // size + 1) * size, end + 1, size)]
+        for cut, next_cut in pairwise(cuts):
+            part = slice(cut - batch.start, next_cut - batch.start)
+            yield cut, batch.images[part], batch.labels[part]
+        rest = slice(cuts[-1] - batch.start, None)
+        left = ImageBatch(cuts[-1], batch.images[rest], batch.labels[rest])
+        waiting = left if len(left.labels) else None
+    if waiting is not None:
+        yield waiting.start, waiting.images, waiting.labels

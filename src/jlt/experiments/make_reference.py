@@ -1,0 +1,58 @@
+"""A file of reference statistics, made once by one or several processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jlt.errors import JLTError
+from jlt.evaluation.extractor import FeatureExtractor
+from jlt.evaluation.real_images import KEPT, reference_protocol, reference_statistics
+from jlt.evaluation.reference import Reference, require_npz
+from jlt.images.source import ImageSource
+from jlt.runtime.processes import joined
+from jlt.runtime.progress import say
+from jlt.storage.files import difference, read_json
+from jlt.storage.rows import require_space
+
+
+def make_reference(
+    source: ImageSource, extractor: FeatureExtractor, resolution: int, out: Path, device: str = "cpu"
+) -> dict[str, Any]:
+    """Measure the images of a source, write the statistics to `out`, and return their identity.
+
+    Processes that torchrun started share the work. A file that was made of the same images by the same extractor is
+    kept. JLTError before the first image for any other file there, a place that cannot be written and a full disk.
+    """
+    protocol = reference_protocol(source, extractor, resolution)
+    with joined(device) as group:
+        kept = group.on_first(lambda: _kept(out, protocol, len(source), extractor))
+        if kept is not None:
+            return kept
+        reference = reference_statistics(source, extractor, resolution, group=group)
+        group.on_first(lambda: reference.save(out))
+    return reference.identity()
+
+
+def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExtractor) -> dict[str, Any] | None:
+    """Return the identity of a finished file of the same words; None where there is room for a new one."""
+    require_npz(out)
+    beside = out.with_suffix(".json")
+    if out.exists():
+        reference = Reference.load(out)
+        lines = difference(reference.protocol, protocol)
+        if lines:
+            raise JLTError(f"{out} holds other statistics ({'; '.join(lines)}): name another file.")
+        say(f"{out} is finished already.")
+        return reference.identity()
+    # A process that was killed between the two files leaves the first one.
+    if beside.exists() and {**(stored := read_json(beside)), **protocol} != stored:
+        raise JLTError(f"{beside} lies there without {out.name} and is of something else: name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise JLTError(f"{out.parent} cannot be written to: name another file.")
+    needed = sum(8 * size * (size + 1) for size in (extractor.dimension, extractor.spatial_dimension))
+    needed += 4 * min(count, KEPT) * extractor.dimension
+    require_space(out.parent, needed, "The statistics")
+    return None

@@ -1,0 +1,109 @@
+"""One pass over a latent store, by any number of processes, that collects what all estimates of its covariance need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from jlt.config import LatentShape
+from jlt.errors import JLTError
+from jlt.geometry.classes import ClassMeans
+from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.stationary import StationaryCovariance
+from jlt.geometry.subsample import Sample, sample_numbers
+from jlt.geometry.whole import LeadingSketch
+from jlt.runtime.processes import Group, ending_together
+from jlt.runtime.progress import bar
+
+BATCH_VALUES = 2**22
+"""Values of a batch: 32 MB in float64."""
+EXACT_DIMENSION = 2048
+"""Whole latents of no more values have their covariance formed."""
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """What the analysis needs of a latent store."""
+
+    @property
+    def shape(self) -> LatentShape:
+        """The latents' shape and number of classes."""
+
+    def __len__(self) -> int:
+        """Return the number of latents."""
+
+    def gather(self, indices: Int64[np.ndarray, " n"]) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+        """Return latents and labels by number."""
+
+    def identity(self) -> dict[str, Any]:
+        """Say which latents these are."""
+
+
+class Moments:
+    """What was seen of a store: sums, whose size does not depend on how many latents it has, and a few latents."""
+
+    def __init__(
+        self, count: int, shape: LatentShape, patch_sizes: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        size = (shape.channels, shape.height, shape.width)
+        values = int(np.prod(size))
+        self.tokens = {p: TokenCovariance(shape.channels, p, device) for p in dict.fromkeys(patch_sizes)}
+        self.stationary = StationaryCovariance(*size, device)
+        self.classes = ClassMeans(shape.num_classes, *size, device)
+        self.sample = Sample(sample_numbers(count, values), size)
+        self.whole: TokenCovariance | LeadingSketch = (
+            TokenCovariance(values, 1, device) if values <= EXACT_DIMENSION else LeadingSketch(values, device=device)
+        )
+
+    def update(self, first: int, latents: Float[Tensor, "n c h w"], labels: Int64[Tensor, " n"]) -> None:
+        """Add consecutive latents, of which the first has this number; JLTError for one that is not finite."""
+        self.sample.update(first, latents)
+        latents = latents.to(self.stationary.device)
+        for tokens in self.tokens.values():
+            tokens.update(latents, first)
+        self.stationary.update(latents)
+        self.classes.update(latents, labels)
+        exact = isinstance(self.whole, TokenCovariance)
+        self.whole.update(latents.flatten(1)[:, :, None, None] if exact else latents)
+
+    def merge(self, other: Moments) -> None:
+        """Add what another process has seen."""
+        for patch_size, tokens in self.tokens.items():
+            tokens.merge(other.tokens[patch_size])
+        self.stationary.merge(other.stationary)
+        self.classes.merge(other.classes)
+        self.sample.merge(other.sample)
+        self.whole.merge(other.whole)  # type: ignore[arg-type]
+
+
+def measure_moments(
+    store: Latents, patch_sizes: Sequence[int], device: torch.device | str, group: Group, batch_size: int = 0
+) -> Moments | None:
+    """Read a store once, shared among processes, and return what was seen in the first of them, None in the others.
+
+    JLTError for fewer than two latents, for some that are not finite and for a patch size that does not divide the
+    grid, in all processes; Stopped when asked to end. The number of processes and the batches move the last digits.
+    """
+    count, shape = len(store), store.shape
+    _require_enough(count)
+    size = batch_size or max(1, BATCH_VALUES // (shape.channels * shape.height * shape.width))
+    ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    mine = Moments(count, shape, patch_sizes, device)
+    seen = group.begin()
+    with ending_together(group) as until_stopped, bar("measuring the latents", count) as shown:
+        for numbers in until_stopped(ranges[group.rank :: group.size]):
+            latents, labels = store.gather(np.arange(numbers.start, numbers.stop))
+            mine.update(numbers.start, latents, labels)
+            shown.show(group.add(seen, len(numbers)))
+    return group.fold(mine, Moments.merge)
+
+
+def _require_enough(count: int) -> None:
+    """Raise JLTError for a store with fewer latents than a covariance needs."""
+    if count < 2:
+        raise JLTError(f"The store holds {count} latents: a covariance needs at least 2, a good one thousands.")

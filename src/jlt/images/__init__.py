@@ -1,0 +1,1 @@
+"""Collections of images: numbered, labelled sources, the crop, decoding, contact sheets."""

@@ -1,0 +1,84 @@
+"""A folder of class folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jlt.errors import JLTError
+from jlt.images.source import ImageSource, read_image, require_index
+
+
+class ClassFolders(ImageSource):
+    """A folder with one folder per class (ImageNet's layout); images may be nested to any depth within a class.
+
+    Every file that is not hidden counts as an image, whatever its name ends in: what cannot be decoded is an error with
+    a name rather than an image that is silently missing. Classes and files are sorted by name, empty classes are kept,
+    links are followed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.name = self.folder.name
+        with os.scandir(self.folder) as entries:
+            self.class_names = tuple(sorted(entry.name for entry in entries if _is_class_folder(entry)))
+        if not self.class_names:
+            raise JLTError(f"{folder} holds no class folders: put the images of each class in a folder of its own.")
+        listing, counts = bytearray(), []
+        for class_name in self.class_names:
+            files = sorted(_files_below(self.folder / class_name))
+            listing += b"".join(os.fsencode(f"{class_name}/{file}") + b"\0" for file in files)
+            counts.append(len(files))
+        if not listing:
+            raise JLTError(f"{folder} holds {len(self.class_names)} class folders, and no file in any of them.")
+        # One string of all names, and a label per class boundary, keep a collection of millions small and quick to
+        # hand to another process.
+        self._names = bytes(listing)
+        self._ends = np.flatnonzero(np.frombuffer(listing, dtype=np.uint8) == 0)
+        self._starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        require_index(index, self)
+        label = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return read_image(self._path(index)), label
+
+    def describe(self, index: int) -> str:
+        """Return the path of the file."""
+        return str(self._path(index))
+
+    def identity(self) -> dict[str, Any]:
+        """Return the folder, the count and the SHA-256 of all class and file names, which leaves out the content."""
+        classes = b"".join(os.fsencode(name) + b"\0" for name in (*self.class_names, ""))
+        listing = hashlib.sha256(classes + self._names).hexdigest()
+        return {"kind": "folder", "path": str(self.folder), "count": len(self), "listing_sha256": listing}
+
+    def _path(self, index: int) -> Path:
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return self.folder / os.fsdecode(self._names[start : int(self._ends[index])])
+
+
+def _is_class_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _files_below(folder: Path, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        raise JLTError(f"{folder} links back to {real}, a folder that it lies in: remove the link.")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", above | {real})
+            else:
+                yield f"{prefix}{entry.name}"

@@ -1,0 +1,1 @@
+"""The latent store: encoding, adoption, shards, statistics, loader, sample order."""

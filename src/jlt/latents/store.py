@@ -1,0 +1,306 @@
+"""The latent store: random and sequential reading of encoded images, and the check of all that is stored.
+
+Rows are read with `preadv` straight into the result, by a few threads. Next to a memory map that is as fast, asks a
+disk for a latent in one request and for several at once, keeps the resident memory independent of the store's size, and
+makes of a file that got shorter an error with its name instead of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import functools
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from jlt.config import LatentShape
+from jlt.errors import JLTError
+from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, read_manifest
+from jlt.latents.shards import ShardFile, TensorEntry
+from jlt.runtime.environment import cores
+from jlt.runtime.progress import track
+from jlt.storage.files import sha256_file
+
+STATE_FOLDER = ".encoding"
+STORED_DTYPES = {"float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}
+MAX_OPEN_SHARDS = 256
+VERIFY_THREADS = 8
+READING_THREADS = min(8, cores())
+BYTES_PER_THREAD = 2**22
+"""With less to read than this, handing it to another thread takes longer than reading it."""
+
+
+class LatentStore:
+    """A finished store, opened for reading; safe to read from several threads.
+
+    `open` checks the manifest, the presence and size of every shard, every shard's header and every label;
+    `open_verified` and `verify_store` read everything and check hashes too.
+    """
+
+    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        # The least recently used file is closed as soon as nobody reads from it.
+        self._file = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: ShardFile(folder / name))
+        self._starts = np.cumsum([0, *(record.count for record in manifest.shards)])
+        self._labels = np.empty(manifest.count, dtype=np.int64)
+        # Where latents, and latents_flip if there are any, start in each shard's file.
+        names = ("latents", "latents_flip") if manifest.flips else ("latents",)
+        self._offsets = np.empty((len(names), len(manifest.shards)), dtype=np.int64)
+        for shard, record in enumerate(manifest.shards):
+            file = self._file(record.file)
+            header = _checked_header(file, record, manifest)
+            self._offsets[:, shard] = [header[name].offset for name in names]
+            self._labels[self._starts[shard] : self._starts[shard + 1]] = _checked_labels(file, header, manifest)
+        self._row_bytes = header["latents"].row_bytes
+        self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="jlt-store")
+
+    @classmethod
+    def open(cls, path: str | Path) -> LatentStore:
+        """Open the store in a folder; JLTError names what is wrong with one that is unfinished or damaged."""
+        folder = Path(path)
+        _require_finished(folder)
+        manifest = read_manifest(folder)
+        _require_sound(folder, [*filter(None, map(functools.partial(_file_problem, folder), manifest.shards))])
+        _require_sound(folder, _stray_problems(folder, manifest))
+        return cls(folder, manifest)
+
+    @classmethod
+    def open_verified(cls, path: str | Path) -> LatentStore:
+        """Open a store after reading it whole, as `verify_store` does; JLTError names the damaged files."""
+        store = cls.open(path)
+        _require_sound(store.folder, verify_store(path))
+        return store
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def shape(self) -> LatentShape:
+        """The latents' shape and number of classes."""
+        return self.manifest.shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that labels index."""
+        return self.manifest.class_names
+
+    @property
+    def labels(self) -> Int64[np.ndarray, " n"]:
+        """The labels of all latents in store order; do not write to it."""
+        return self._labels
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a result file says about the latents it came from."""
+        manifest = self.manifest
+        return {
+            "autoencoder": manifest.autoencoder,
+            "source": manifest.source,
+            "count": manifest.count,
+            "resolution": manifest.resolution,
+            "class_names": list(manifest.class_names),
+            "manifest_sha256": manifest.sha256(),
+        }
+
+    def empty(self, count: int) -> Float[Tensor, "{count} c h w"]:
+        """Return memory for `count` latents in the stored dtype, of no particular content."""
+        shape = self.shape
+        dtype = STORED_DTYPES[self.manifest.dtype][1]
+        return torch.empty((count, shape.channels, shape.height, shape.width), dtype=dtype)
+
+    def gather(
+        self,
+        indices: Int64[np.ndarray, " n"],
+        flips: Bool[np.ndarray, " n"] | None = None,
+        out: Float[Tensor, "..."] | None = None,
+    ) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+        """Return the latents, in the stored dtype, and labels at the given indices, 0..len-1, in that order.
+
+        `flips` asks per latent for the flipped orientation. The latents are read into `out` where it is given, which
+        has to be as `empty(n)` makes it; fresh memory costs up to half the time again. IndexError for an index out of
+        range, ValueError for another `out`, JLTError if flips are asked for and not stored or a file cannot be read.
+        """
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"indices from {indices.min()} to {indices.max()} in a store of {len(self)} latents")
+        if flips is not None and flips.any() and not self.manifest.flips:
+            raise JLTError(
+                f"The latent store {self.folder} holds no flipped latents: encode with flips, or train without."
+            )
+        latents = self._checked_out(out, len(indices)) if out is not None else self.empty(len(indices))
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        orientation = 0 if flips is None else flips.astype(np.int64)
+        offsets = self._offsets[orientation, shards] + (indices - self._starts[shards]) * self._row_bytes
+        self._read_rows(latents, shards, offsets)
+        return latents, torch.from_numpy(self._labels[indices])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]]:
+        """Yield all latents, unflipped, with their labels in store order; the last batch may be smaller."""
+        for start in range(0, len(self), batch_size):
+            yield self.gather(np.arange(start, min(start + batch_size, len(self))))
+
+    def _checked_out(self, out: Tensor, count: int) -> Tensor:
+        manifest = self.manifest
+        wanted = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
+        if (tuple(out.shape), out.dtype) != wanted or out.device.type != "cpu" or not out.is_contiguous():
+            raise ValueError(
+                f"out has to be contiguous {wanted[1]} of {wanted[0]} in host memory, got {out.dtype} of "
+                f"{tuple(out.shape)} on {out.device}"
+            )
+        return out
+
+    def _read_rows(self, latents: Tensor, shards: np.ndarray, offsets: np.ndarray) -> None:
+        # Rows that follow each other both in the file and in the result are one read; reads go forward in each file.
+        if len(offsets) == 0:
+            return
+        buffer = latents.view(torch.uint8).numpy().data.cast("B")
+        breaks = (np.diff(offsets) != self._row_bytes) | (np.diff(shards) != 0)
+        begins = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        ends = np.concatenate([begins[1:], [len(offsets)]])
+        order = np.lexsort((offsets[begins], shards[begins]))
+        begins, ends = begins[order], ends[order]
+        runs = [shards[begins], offsets[begins], begins * self._row_bytes, ends * self._row_bytes]
+        pieces = min(READING_THREADS, len(begins), -(-len(buffer) // BYTES_PER_THREAD))
+        columns = [[part.tolist() for part in np.array_split(run, pieces)] for run in runs]
+        first, *others = zip(*columns, strict=True)
+        elsewhere = [self._readers.submit(self._read_runs, buffer, *share) for share in others]
+        self._read_runs(buffer, *first)
+        for reading in elsewhere:
+            reading.result()
+
+    def _read_runs(
+        self, buffer: memoryview, shards: list[int], offsets: list[int], begins: list[int], ends: list[int]
+    ) -> None:
+        current = -1
+        for shard, offset, begin, end in zip(shards, offsets, begins, ends, strict=True):
+            if shard != current:
+                current, file = shard, self._file(self.manifest.shards[shard].file)
+            file.read_into(buffer[begin:end], offset)
+
+
+def verify_store(path: str | Path) -> list[str]:
+    """Read a whole store and return every problem found, each naming its file; an empty list means it is sound.
+
+    Found are missing, additional, longer and shorter files, every change to the bytes of a shard or of the manifest,
+    and a manifest that does not fit what its shards hold. Not found is what somebody changed who also wrote the hashes
+    anew, as long as sizes, labels and positions fit each other. Hidden files are nobody's concern.
+    """
+    folder = Path(path)
+    try:
+        _require_finished(folder)
+        manifest = read_manifest(folder)
+    except JLTError as error:
+        return [str(error)]
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        damages = pool.map(functools.partial(shard_problem, folder), manifest.shards)
+        problems = [*filter(None, track(damages, f"verifying {folder}", total=len(manifest.shards)))]
+    problems += _stray_problems(folder, manifest)
+    if not problems:
+        try:
+            LatentStore(folder, manifest)
+            _check_positions(folder, manifest)
+        except JLTError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _require_finished(folder: Path) -> None:
+    if (folder / MANIFEST_NAME).exists():
+        return
+    if (folder / STATE_FOLDER).is_dir():
+        raise JLTError(f"The latent store {folder} is unfinished: run the same encode command again to complete it.")
+    raise JLTError(f"{folder} is not a latent store: it has no {MANIFEST_NAME}.")
+
+
+def _require_sound(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
+        raise JLTError(f"The latent store {folder} is damaged: {' '.join(problems[:3])}{more}")
+
+
+def _file_problem(folder: Path, record: ShardRecord) -> str | None:
+    path = folder / record.file
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return f"{path} is missing."
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})."
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is not a file."
+    if status.st_size != record.bytes:
+        wrong = "truncated" if status.st_size < record.bytes else "too long"
+        return f"{path} is {wrong}: {status.st_size} bytes, and the manifest says {record.bytes}."
+    return None
+
+
+def _stray_problems(folder: Path, manifest: StoreManifest) -> list[str]:
+    found = {entry.name for entry in folder.glob("*.safetensors") if not entry.name.startswith(".")}
+    strays = found - {record.file for record in manifest.shards}
+    return [f"{folder / name} is not in the manifest." for name in sorted(strays)]
+
+
+def shard_problem(folder: Path, record: ShardRecord) -> str | None:
+    """Return what is wrong with a shard of a store, after reading it whole; None if it is what was written."""
+    path = folder / record.file
+    if problem := _file_problem(folder, record):
+        return problem
+    try:
+        sound = sha256_file(path) == record.sha256
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})."
+    return None if sound else f"{path} is damaged: its SHA-256 is not the manifest's."
+
+
+def _check_positions(folder: Path, manifest: StoreManifest) -> None:
+    """Raise JLTError unless every image of the source is stored, in order, or listed as skipped."""
+    if manifest.encoding is None:
+        return  # nobody knows the positions of adopted latents
+    skipped, images = [image.index for image in manifest.skipped], manifest.source.get("count")
+    if manifest.count + len(skipped) != images:
+        raise JLTError(
+            f"{folder / MANIFEST_NAME} counts {manifest.count} latents and {len(skipped)} skipped images, "
+            f"and {images} images in the source."
+        )
+    expected = np.setdiff1d(np.arange(images), np.array(skipped, dtype=np.int64))
+    for record in manifest.shards:
+        file = ShardFile(folder / record.file)
+        entry = file.read_entries().get("index")
+        if entry is None or (entry.dtype, entry.shape) != ("I64", (record.count,)):
+            raise JLTError(f"{file.path} does not hold the position in the source of each of its latents.")
+        if not np.array_equal(file.read_array(entry), expected[: record.count]):
+            raise JLTError(f"{file.path} holds other images than those that are its turn, or not in their order.")
+        expected = expected[record.count :]
+
+
+def _checked_header(file: ShardFile, record: ShardRecord, manifest: StoreManifest) -> dict[str, TensorEntry]:
+    entries = file.read_entries()
+    latents = (record.count, manifest.channels, manifest.height, manifest.width)
+    names = ("latents", "latents_flip") if manifest.flips else ("latents",)
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    # Adopted shards may hold either integer.
+    expected = {"labels": (("I64", "I32"), (record.count,))}
+    expected |= dict.fromkeys(names, ((STORED_DTYPES[manifest.dtype][0],), latents))
+    for name, (dtypes, shape) in expected.items():
+        if name not in entries:
+            raise JLTError(f"{file.path} holds no {name}.")
+        found = entries[name]
+        if found.dtype not in dtypes or found.shape != shape:
+            raise JLTError(
+                f"{file.path} holds {name} as {found.dtype} {found.shape}, and the manifest says {dtypes[0]} {shape}."
+            )
+    return entries
+
+
+def _checked_labels(file: ShardFile, header: dict[str, TensorEntry], manifest: StoreManifest) -> np.ndarray:
+    labels = file.read_array(header["labels"])
+    classes = len(manifest.class_names)
+    if labels.min() < 0 or labels.max() >= classes:
+        found = f"{labels.min()} to {labels.max()}"
+        raise JLTError(f"{file.path} holds labels from {found}, and the manifest names {classes} classes.")
+    return labels

@@ -1,0 +1,1 @@
+"""Infrastructure of storing work: atomic files, tables of rows, weights, the Hub."""

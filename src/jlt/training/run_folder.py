@@ -1,0 +1,44 @@
+"""The run folder: its configuration, and what may be continued in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jlt.config import TrainConfig, to_dict
+from jlt.errors import JLTError
+from jlt.storage.files import claim_folder, difference
+from jlt.training.checkpoint import Checkpoint
+
+FREE_TO_CHANGE = {
+    *("name", "max_skipped", "micro_batch_size", "accumulation", "parallel", "compile", "gradient_checkpointing"),
+    *("log_every", "checkpoint_every", "keep_last", "keep_every", "snapshot_every"),
+    *("sample_every", "evaluate_every", "evaluation", "tensorboard", "wandb"),
+}
+"""Settings of how a run is executed, saved and watched, so that it may continue with others."""
+
+
+def free_to_change(config: TrainConfig) -> set[str]:
+    """Return the settings that may change while a run is continued; a cosine schedule binds its length."""
+    return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
+
+
+def resolved(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that makes a run this run, as JSON values."""
+    return json.loads(json.dumps({**to_dict(config), "latents": dict(latents)}))
+
+
+def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
+    """Create a run folder, or make sure that an existing one is this same run; a JLTError shows what differs."""
+    claim_folder(run, "config.json", resolved(config, latents), free=free_to_change(config))
+
+
+def require_same_run(checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
+    """Raise a JLTError if a checkpoint's configuration or latents are not those of the run that wants to continue."""
+    lines = difference(resolved(checkpoint.config, checkpoint.latents), resolved(config, latents))
+    free = free_to_change(config)
+    bound = [line for line in lines if line.partition(":")[0].partition(".")[0] not in free]
+    if bound:
+        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {'; '.join(bound)}.")

@@ -20,7 +20,7 @@ from torch.nn import functional
 from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier, DigitNetwork
 from jlt.evaluation.metrics import label_agreement
 from jlt.images.digit_split import LabelledImages, digit_split
-from jlt.runtime.progress import say, track
+from jlt.runtime.progress import inform, track
 from jlt.storage.weights import save_weights
 
 BATCH_SIZE = 64
@@ -56,8 +56,8 @@ def main() -> None:
     assert logits is not None
     accuracy = label_agreement(logits, held_out.labels)
     save_weights(options.out, network.state_dict(), {**metadata, "held_out_accuracy": f"{accuracy:.4f}"})
-    say(f"{options.out}: {options.out.stat().st_size} bytes, trained in {time.monotonic() - start:.0f} s")
-    say(f"  held-out accuracy {accuracy:.4f} on {len(held_out.images)} digits")
+    inform(f"{options.out}: {options.out.stat().st_size} bytes, trained in {time.monotonic() - start:.0f} s")
+    inform(f"  held-out accuracy {accuracy:.4f} on {len(held_out.images)} digits")
 
 
 def train(network: DigitNetwork, digits: LabelledImages, steps: int, seed: int) -> None:

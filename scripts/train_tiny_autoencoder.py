@@ -24,7 +24,7 @@ from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
 from jlt.autoencoders.psnr import psnr
 from jlt.images.digit_split import digit_split
-from jlt.runtime.progress import say, track
+from jlt.runtime.progress import inform, track
 from jlt.storage.weights import ASSETS, save_weights
 
 BATCH_SIZE = 16
@@ -78,9 +78,9 @@ def main() -> None:
     measured = measure(options.out, to_float(held_out.images))
     save_weights(options.out / WEIGHTS_FILE, vae.state_dict(), {**metadata, **measured})
     size = (options.out / WEIGHTS_FILE).stat().st_size
-    say(f"{options.out}: {size} bytes, trained in {time.monotonic() - start:.0f} s")
+    inform(f"{options.out}: {size} bytes, trained in {time.monotonic() - start:.0f} s")
     for name, value in measured.items():
-        say(f"  {name} {value} dB")
+        inform(f"  {name} {value} dB")
 
 
 def train(vae: AutoencoderKLFlux2, images: Float[Tensor, "n 3 h w"], steps: int, seed: int) -> None:

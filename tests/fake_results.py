@@ -21,7 +21,7 @@ from jlt.geometry.accumulate import measure_moments
 from jlt.geometry.analyze import describe
 from jlt.geometry.forecast import TrainingModel
 from jlt.report.results import ABLATION_SCHEMA
-from jlt.runtime.processes import Alone, of_first
+from jlt.runtime.processes import SingleProcess, rank0_value
 from jlt.storage.files import sealed_text, write_json
 
 NAMES = {"x": "JLT-XS", "v": "DiT-XS", "eps": "DiT-eps-XS"}
@@ -68,7 +68,7 @@ class GaussianStore:
 def analyze(store: Any, patch_sizes: Sequence[int], widths: Sequence[int] = (768,), batch_size: int = 0) -> dict:
     """Measure a store in this process, and return what geometry.json would hold."""
     question = Question(tuple(patch_sizes), tuple(widths), TrainingModel(TimestepConfig(), 0.05))
-    moments = of_first(measure_moments(store, patch_sizes, "cpu", Alone(), batch_size))
+    moments = rank0_value(measure_moments(store, patch_sizes, "cpu", SingleProcess(), batch_size))
     found = describe(moments, store.identity(), patch_sizes, widths, question.model)
     return {**question.words(store), **found}
 

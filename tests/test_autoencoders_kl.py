@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 
 SMALL = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -134,10 +134,10 @@ def test_weights_under_the_attention_names_of_older_files_are_read(tmp_path):
 
 
 def test_words_that_do_not_go_together(folder):
-    with pytest.raises(WrongWordsError, match="--autoencoder-path.*stabilityai/sd-vae-ft-mse"):
+    with pytest.raises(UsageError, match="--autoencoder-path.*stabilityai/sd-vae-ft-mse"):
         load_autoencoder("kl")
     for name in ("flux2", "tiny", "pixels"):
-        with pytest.raises(WrongWordsError, match=f"{name}.* stores the mode"):
+        with pytest.raises(UsageError, match=f"{name}.* stores the mode"):
             load_autoencoder(name, posterior="sample")
 
 

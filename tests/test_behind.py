@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jlt.runtime.background import Abandoned, Behind
+from jlt.runtime.background import Abandoned, BackgroundWorker
 
 
 def threads() -> list[str]:
@@ -23,7 +23,7 @@ def test_all_is_used_in_order_before_the_block_is_left() -> None:
             time.sleep(0.001)
             used.append(item)
 
-    with Behind[int](use, depth=2) as behind:
+    with BackgroundWorker[int](use, depth=2) as behind:
         for item in range(50):
             behind.put(item)
     assert used == list(range(50))
@@ -39,7 +39,7 @@ def test_no_more_than_the_depth_waits() -> None:
             pass
 
     put: list[int] = []
-    with Behind[int](use, depth=3) as behind:
+    with BackgroundWorker[int](use, depth=3) as behind:
 
         def fill() -> None:
             for item in range(10):
@@ -78,7 +78,7 @@ def test_a_failure_is_noticed_long_before_the_queue_is_full() -> None:
 
 
 def put_slowly(use, put: list[int]) -> None:
-    with Behind[int](use, depth=100_000) as behind:
+    with BackgroundWorker[int](use, depth=100_000) as behind:
         for item in range(100_000):
             behind.put(item)
             put.append(item)
@@ -99,7 +99,7 @@ def test_what_waits_is_dropped_when_the_loop_fails() -> None:
 
 
 def put_for_ever(use) -> None:
-    with Behind[int](use, depth=1) as behind:
+    with BackgroundWorker[int](use, depth=1) as behind:
         while True:
             behind.put(0)
 
@@ -109,7 +109,7 @@ def test_what_the_thread_raises_at_the_end_comes_out_of_the_block() -> None:
         assert list(items) == [1]
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Behind[int](use, depth=4) as behind:
+    with pytest.raises(OSError, match="disk full"), BackgroundWorker[int](use, depth=4) as behind:
         behind.put(1)
 
 
@@ -133,7 +133,7 @@ def test_a_failing_loop_ends_the_thread_which_cleans_up(waiting: int) -> None:
 
 
 def fail_after(use, waiting: int, depth: int = 2) -> None:
-    with Behind[int](use, depth) as behind:
+    with BackgroundWorker[int](use, depth) as behind:
         for item in range(waiting):
             behind.put(item)
         raise KeyError

@@ -13,7 +13,7 @@ from jlt.benchmarks.profiling import Work, covered, device_work, group_of, profi
 from jlt.benchmarks.train import benchmark_train
 from jlt.benchmarks.train_loop import loop_figures
 from jlt.config import NetworkConfig, TrainConfig
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.experiments.systems import preset, preset_config
 from jlt.networks.flops import forward_flops, training_flops
 from jlt.networks.transformer import Transformer, build_network, count_parameters
@@ -73,7 +73,7 @@ def test_peak_memory_is_in_gib(measured):
 
 
 def test_unknown_preset_gets_the_nearest():
-    with pytest.raises(WrongWordsError, match="JLT-XS/1"):
+    with pytest.raises(UsageError, match="JLT-XS/1"):
         preset_config("JLT-XS1")
 
 
@@ -143,7 +143,7 @@ def test_a_loop_that_fails_loses_nothing(monkeypatch):
 
 
 def test_too_few_steps_of_the_loop_are_refused_at_once():
-    with pytest.raises(WrongWordsError, match="at least 4 steps"):
+    with pytest.raises(UsageError, match="at least 4 steps"):
         benchmark_train([small_config()], [4], 1, loop_steps=3)
 
 

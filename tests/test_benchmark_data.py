@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from jlt.benchmarks.data import CLASSES, benchmark_data, random_shards
 from jlt.benchmarks.data import benchmark_data as module
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
 from jlt.report.benchmark_table import data_benchmark_table
@@ -88,5 +88,5 @@ def test_no_room_is_refused_before_anything_is_written(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("words", [(0, 1, 1.0), (1, 0, 1.0), (1, 1, 0.0)])
 def test_impossible_words(words: tuple[int, int, float]) -> None:
-    with pytest.raises(WrongWordsError):
+    with pytest.raises(UsageError):
         benchmark_data(None, *words)

@@ -12,7 +12,7 @@ import torch
 from jlt.autoencoders.load import load_autoencoder
 from jlt.benchmarks.encode import benchmark_encode, repeated
 from jlt.benchmarks.encode import benchmark_encode as module
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding_job import EncodingJob
@@ -78,5 +78,5 @@ def test_repeated_images_come_in_turn() -> None:
 
 
 def test_no_images_are_wrong_words() -> None:
-    with pytest.raises(WrongWordsError, match="at least one image"):
+    with pytest.raises(UsageError, match="at least one image"):
         benchmark_encode(CONFIG, 0)

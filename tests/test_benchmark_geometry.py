@@ -14,7 +14,7 @@ from jlt.cli.main import main
 from jlt.config import LatentShape
 from jlt.geometry.accumulate import measure_moments
 from jlt.report.benchmark_table import geometry_benchmark_table
-from jlt.runtime.processes import Alone
+from jlt.runtime.processes import SingleProcess
 
 SHAPE = LatentShape(channels=3, height=4, width=4, num_classes=5)
 
@@ -26,7 +26,7 @@ def test_latents_are_as_many_as_one_likes(monkeypatch):
     assert len(store) == 20
     assert torch.equal(latents[:7], latents[7:14])
     assert labels.tolist() == [number % 5 for number in range(20)]
-    assert measure_moments(store, [1, 2], "cpu", Alone()).tokens[2].count == 20 * 4
+    assert measure_moments(store, [1, 2], "cpu", SingleProcess()).tokens[2].count == 20 * 4
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ import pytest
 from data_helpers import file_bytes
 from PIL import Image
 
-from jlt.cli.main import VERBS, main
-from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.cli.main import COMMANDS, main
+from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import open_source
 from jlt.storage.files import read_sealed_json
 
@@ -100,7 +100,7 @@ def listed_verbs() -> dict[str, str]:
 
 
 def test_the_verbs_listed_are_those_that_exist():
-    assert list(listed_verbs()) == NAMES == [verb.__name__.lower() for verb in VERBS]
+    assert list(listed_verbs()) == NAMES == [verb.__name__.lower() for verb in COMMANDS]
 
 
 def test_help_of_the_program_is_short():
@@ -305,7 +305,7 @@ def test_from_images_to_a_report(chain, tmp_path):
     with Image.open(written["grid"]) as grid:
         # Five columns of 23 images, enlarged three times, with the names of their classes.
         names = [str(index % 10) for index in range(23)]
-        assert np.array_equal(np.asarray(grid), np.asarray(draw_sheet(images, 5, Words(captions=names), 96)))
+        assert np.array_equal(np.asarray(grid), np.asarray(draw_sheet(images, 5, SheetText(captions=names), 96)))
 
     from_checkpoint = done("evaluate", "--checkpoint", run, "--reference", reference, *SAMPLES)
     from_array = done("evaluate", "--samples", written["npz"], "--reference", reference)

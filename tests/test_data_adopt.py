@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from jlt.config import SampleConfig
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.experiments.recipes import resolve_recipe
 from jlt.latents import adoption as adopting
 from jlt.latents.adoption import adopt
@@ -56,7 +56,7 @@ def save_set(folder: Path, **changes: Any) -> list[Arrays]:
     return tensors
 
 
-def joined(tensors: list[Arrays], name: str) -> np.ndarray:
+def join_group(tensors: list[Arrays], name: str) -> np.ndarray:
     return np.concatenate([shard[name] for shard in tensors])
 
 
@@ -76,24 +76,24 @@ def test_an_adopted_store_reads_as_what_was_saved(tmp_path: Path, dtype: str, fl
     assert store.manifest == manifest == read_manifest(tmp_path)
     order = np.random.default_rng(0).permutation(16)
     latents, labels = store.gather(order)
-    np.testing.assert_array_equal(latents.numpy(), joined(tensors, "latents")[order])
-    np.testing.assert_array_equal(labels.numpy(), joined(tensors, "labels")[order])
+    np.testing.assert_array_equal(latents.numpy(), join_group(tensors, "latents")[order])
+    np.testing.assert_array_equal(labels.numpy(), join_group(tensors, "labels")[order])
     if flips:
         flipped, _ = store.gather(order, np.ones(16, dtype=bool))
-        np.testing.assert_array_equal(flipped.numpy(), joined(tensors, "latents_flip")[order])
+        np.testing.assert_array_equal(flipped.numpy(), join_group(tensors, "latents_flip")[order])
 
 
 def test_the_manifest_says_what_the_files_hold(tmp_path: Path) -> None:
     tensors = save_set(tmp_path)
     manifest = adopt(tmp_path)
-    values = np.concatenate([joined(tensors, name) for name in ("latents", "latents_flip")]).astype(np.float64)
+    values = np.concatenate([join_group(tensors, name) for name in ("latents", "latents_flip")]).astype(np.float64)
     np.testing.assert_allclose(manifest.mean, values.mean(), rtol=1e-12)
     np.testing.assert_allclose(manifest.std, values.std(), rtol=1e-12)
     np.testing.assert_allclose(manifest.channel_mean, values.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(manifest.channel_std, values.std((0, 2, 3)), rtol=1e-9)
     assert (manifest.minimum, manifest.maximum) == (values.min(), values.max())
     assert (manifest.count, manifest.flips, manifest.dtype, manifest.resolution) == (16, True, "float16", 32)
-    assert manifest.class_names == tuple("0123456"[: 1 + joined(tensors, "labels").max()])
+    assert manifest.class_names == tuple("0123456"[: 1 + join_group(tensors, "labels").max()])
     assert manifest.encoding is None
     assert manifest.source == {"kind": "adopted", "count": 16}
     assert manifest.autoencoder == {
@@ -355,11 +355,11 @@ def test_words_about_the_autoencoder(tmp_path: Path) -> None:
     save_set(tmp_path, shape=(32, 4, 4))
     with pytest.raises(JLTError, match=r"float16 latents of 32x4x4 with flips.*'flux2' does not make of 64 pixels"):
         adopt(tmp_path)
-    with pytest.raises(WrongWordsError, match="did you mean flux2"):
+    with pytest.raises(UsageError, match="did you mean flux2"):
         adopt(tmp_path, "flux")
-    with pytest.raises(WrongWordsError, match="--autoencoder-path"):
+    with pytest.raises(UsageError, match="--autoencoder-path"):
         adopt(tmp_path, "kl")
-    with pytest.raises(WrongWordsError, match="no weights"):
+    with pytest.raises(UsageError, match="no weights"):
         adopt(tmp_path, "pixels", "some/where")
     for resolution in (33, -32, 2):
         with pytest.raises(JLTError, match=f"does not make of {resolution} pixels"):

@@ -16,7 +16,7 @@ from image_zoo import assert_is_zoo, write_zoo
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.images.folders import ClassFolders
 from jlt.images.registry import open_source, reopen_source
 from jlt.images.selected import Selected
@@ -149,7 +149,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path: Path, option: str, valu
     save(tmp_path / "a" / "1.png")
     words = option.replace("_", "-")
     for spec in ("digits", str(tmp_path)):
-        with pytest.raises(WrongWordsError, match=f"--{words} has no meaning"):
+        with pytest.raises(UsageError, match=f"--{words} has no meaning"):
             open_source(spec, **{option: value})
 
 
@@ -163,17 +163,17 @@ def test_splits_are_told_apart_by_what_precedes_the_number(tmp_path: Path) -> No
     files = touch(tmp_path, *(f"train-0000{n}-of-00003-a1b2c3d4e5f60789.parquet" for n in (2, 0, 1)))
     assert choose_split(files, None) == sorted(files)
     files += touch(tmp_path, "validation-00000-of-00001.parquet", "imagenet1k-test-000.tar", "imagenet1k-test-001.tar")
-    with pytest.raises(WrongWordsError, match=r"imagenet1k-test \(2 files\), train \(3 files\), val"):
+    with pytest.raises(UsageError, match=r"imagenet1k-test \(2 files\), train \(3 files\), val"):
         choose_split(files, None)
     assert [file.name for file in choose_split(files, "imagenet1k-test")] == [
         "imagenet1k-test-000.tar",
         "imagenet1k-test-001.tar",
     ]
-    with pytest.raises(WrongWordsError, match="did you mean validation"):
+    with pytest.raises(UsageError, match="did you mean validation"):
         choose_split(files, "valid")
     plain = touch(tmp_path, "1.tar", "0.tar")
     assert choose_split(plain, None) == plain[::-1]
-    with pytest.raises(WrongWordsError, match="leave out --split"):
+    with pytest.raises(UsageError, match="leave out --split"):
         choose_split(plain, "train")
 
 

@@ -17,7 +17,7 @@ import pytest
 from image_zoo import assert_is_zoo, encoded, zoo
 from PIL import Image
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.images.parquet import Parquet
 from jlt.images.registry import open_source
 from jlt.images.source import BadImageError, ImageSource
@@ -80,7 +80,7 @@ def test_a_clone_of_a_hub_repository(tmp_path: Path) -> None:
     write(data / "test-00000-of-00001.parquet", rows(range(3)), [-1] * 3, ["tench", "shark", "hen"])
     (tmp_path / "imagenet-1k" / "README.md").touch()
     spec = str(tmp_path / "imagenet-1k")
-    with pytest.raises(WrongWordsError, match=r"test \(1 files\), train \(2 files\)"):
+    with pytest.raises(UsageError, match=r"test \(1 files\), train \(2 files\)"):
         open_source(spec)
     with pytest.raises(JLTError, match=r"test-00000-of-00001.parquet row 0 \(image_0.png\) has the label -1"):
         open_source(spec, split="test")
@@ -159,7 +159,7 @@ def test_names_as_labels_are_sorted_over_all_files(tmp_path: Path, labels: pa.Ar
     assert source.class_names == ("apple", "fig", "pear")
     assert [source[i][1] for i in range(6)] == [2, 1, 2, 0, 2, 0]
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
-    with pytest.raises(WrongWordsError, match="--class-names has no meaning"):
+    with pytest.raises(UsageError, match="--class-names has no meaning"):
         open_source(str(tmp_path), class_names=str(tmp_path / "names.txt"))
 
 

@@ -15,7 +15,7 @@ import pytest
 from image_zoo import assert_is_zoo, encoded, zoo
 from PIL import Image
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.images.registry import open_source
 from jlt.images.source import BadImageError
 from jlt.images.tar import TarShards
@@ -158,7 +158,7 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
     assert names(timm, {"label": 1, "filename": "bare.jpg"})[1] == ["0", "1"]
     assert names({"cls": 1, "class_name": "hen"}, {"cls": 0, "class_name": "cock"}) == ([1, 0], ["cock", "hen"])
     assert names({"label": "hen"}, {"label": "cock"}) == ([1, 0], ["cock", "hen"])
-    with pytest.raises(WrongWordsError, match="--class-names has no meaning"):
+    with pytest.raises(UsageError, match="--class-names has no meaning"):
         names({"label": "hen"}, class_names=("hen",))
     with pytest.raises(JLTError, match="1 in x.tar has the label 3; others are names"):
         names({"label": "hen"}, {"label": 3})
@@ -243,7 +243,7 @@ def test_files_are_in_the_order_of_their_names_and_splits_are_chosen(tmp_path: P
     write(tmp_path / "imagenet1k-validation-00.tar", samples(("d", 4, 0)))
     source = open_source(str(tmp_path), split="imagenet1k-train")
     assert content(source) == [(1, "1"), (2, "0"), (3, "0")]
-    with pytest.raises(WrongWordsError, match=r"imagenet1k-train \(2 files\), imagenet1k-validation \(1 files\)"):
+    with pytest.raises(UsageError, match=r"imagenet1k-train \(2 files\), imagenet1k-validation \(1 files\)"):
         open_source(str(tmp_path))
     names = tmp_path / "names.txt"
     names.write_text("x\ny\n")

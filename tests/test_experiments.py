@@ -18,7 +18,7 @@ import torch
 from data_helpers import file_bytes
 
 from jlt.config import LossConfig, OptimizerConfig, SampleConfig, to_dict
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.experiments.ablation import (
     AblationConfig,
     ablate,
@@ -307,7 +307,7 @@ def test_something_is_expected_of_every_loss_space(latents, tmp_path):
 
 @pytest.mark.parametrize("powers", [(-1.0,), (9.0,), (1.0, 1.0)])
 def test_powers_that_make_no_sense_are_wrong_words(latents, powers):
-    with pytest.raises(WrongWordsError, match=r"anisotropy"):
+    with pytest.raises(UsageError, match=r"anisotropy"):
         ablation_config(latents, anisotropy=powers)
 
 

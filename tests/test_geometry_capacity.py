@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jlt.config import PREDICTIONS, LossConfig, TimestepConfig
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.geometry import gaussian
 from jlt.geometry.capacity import (
     Times,
@@ -219,7 +219,7 @@ def test_noise_of_another_scale_scales_the_loss_that_is_out_of_reach():
     wide = dataclasses.replace(MODEL, noise_scale=2.0)
     floors = [forecast([estimate(EIGENVALUES)], model, [2])["advice"][0]["loss_floor"] for model in (MODEL, wide)]
     assert floors[1] == pytest.approx({name: 4 * floor for name, floor in floors[0].items()})
-    with pytest.raises(WrongWordsError, match="scale of noise"):
+    with pytest.raises(UsageError, match="scale of noise"):
         dataclasses.replace(MODEL, noise_scale=0.0)
 
 

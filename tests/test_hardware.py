@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jlt.benchmarks.hardware import GPUS, device_peak, find_gpu
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.runtime.timing import SMALLEST_MATMUL, matmul_rate
 
 
@@ -14,7 +14,7 @@ def test_names_are_found_as_people_write_them(words, name):
 
 
 def test_an_unknown_gpu_gets_the_nearest():
-    with pytest.raises(WrongWordsError, match="H200"):
+    with pytest.raises(UsageError, match="H200"):
         find_gpu("H2000")
 
 

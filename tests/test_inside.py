@@ -28,7 +28,7 @@ from jlt.geometry.accumulate import measure_moments
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
-from jlt.runtime.processes import Alone
+from jlt.runtime.processes import SingleProcess
 from jlt.sampling.guidance import Denoiser
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
@@ -69,11 +69,11 @@ class Optimal(nn.Module):
 @pytest.mark.parametrize("prediction", ["x", "eps", "v"])
 def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, scale):
     store = FakeStore(gaussian_latents())
-    moments = measure_moments(store, [patch_size], "cpu", Alone())
+    moments = measure_moments(store, [patch_size], "cpu", SingleProcess())
     basis = measure_basis(moments, patch_size, scale)
     network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, scale)
     denoiser = Denoiser(network, prediction, null_label=1)
-    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", Alone())
+    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
     error = squares.std(1) / len(store) ** 0.5
     assert squares.shape == (len(TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
@@ -85,7 +85,7 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
 
 
 def test_latents_of_one_token_have_one_optimum():
-    moments = measure_moments(FakeStore(gaussian_latents(200)), [4], "cpu", Alone())
+    moments = measure_moments(FakeStore(gaussian_latents(200)), [4], "cpu", SingleProcess())
     basis = measure_basis(moments, 4)
     np.testing.assert_allclose(basis.whole_optimum, basis.optimum, rtol=1e-9, atol=1e-12)
 
@@ -95,7 +95,7 @@ def test_by_spatial_frequency_the_optimum_is_that_of_the_whole_covariance(patch_
     data = gaussian_latents(100)
     # All shifts of all latents: a covariance that depends on distances alone.
     data = torch.cat([data.roll((rows, columns), (2, 3)) for rows in range(4) for columns in range(4)])
-    moments = measure_moments(FakeStore(data), [patch_size], "cpu", Alone())
+    moments = measure_moments(FakeStore(data), [patch_size], "cpu", SingleProcess())
     vectors = measure_basis(moments, patch_size).vectors
     exact = whole_optimum(moments.whole.covariance, SHAPE, patch_size, vectors, 0.5)
     found = stationary_optimum(moments.stationary, patch_size, vectors, 0.5)
@@ -104,7 +104,7 @@ def test_by_spatial_frequency_the_optimum_is_that_of_the_whole_covariance(patch_
 
 def test_large_latents_have_an_optimum_by_spatial_frequency():
     data = torch.randn(40, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    moments = measure_moments(FakeStore(data), [4], "cpu", Alone())
+    moments = measure_moments(FakeStore(data), [4], "cpu", SingleProcess())
     basis = measure_basis(moments, 4)
     assert basis.whole_estimate == "stationary"
     assert basis.whole_optimum.shape == (len(TIMES), 48)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.training.power_ema import (
     WIDEST,
     Snapshot,
     coefficients,
     cosines,
     decay,
-    format_ema_words,
+    format_sigma_rel,
     gamma_from_sigma_rel,
-    parse_ema_words,
+    parse_sigma_rel,
     reconstruct,
     sigma_rel_from_gamma,
 )
@@ -341,14 +341,14 @@ def test_reconstruct_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("sigma_rel", [0.07, 0.1, 0.05, 1 / 7, 1e-5, 0.28])
 def test_words_round_trip(sigma_rel):
-    assert parse_ema_words(format_ema_words(sigma_rel)) == sigma_rel
+    assert parse_sigma_rel(format_sigma_rel(sigma_rel)) == sigma_rel
 
 
 def test_words_as_a_user_writes_them():
-    assert format_ema_words(0.07) == "sigma_rel=0.07"
-    assert parse_ema_words("sigma_rel=.10") == 0.1
+    assert format_sigma_rel(0.07) == "sigma_rel=0.07"
+    assert parse_sigma_rel("sigma_rel=.10") == 0.1
     with pytest.raises(JLTError, match="between 0 and"):
-        format_ema_words(0.3)
+        format_sigma_rel(0.3)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +360,6 @@ def test_words_as_a_user_writes_them():
     ],
 )
 def test_other_words_are_refused_in_one_sentence(words):
-    with pytest.raises(WrongWordsError, match=r"does not name a length: write sigma_rel=0\.07") as caught:
-        parse_ema_words(words)
+    with pytest.raises(UsageError, match=r"does not name a length: write sigma_rel=0\.07") as caught:
+        parse_sigma_rel(words)
     assert repr(words) in str(caught.value)

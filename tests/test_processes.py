@@ -21,7 +21,7 @@ from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_job import EncodingJob
 from jlt.latents.store import verify_store
 from jlt.runtime.environment import default_device
-from jlt.runtime.processes import Alone, Group
+from jlt.runtime.processes import Group, SingleProcess
 from jlt.runtime.watchdog import SILENT_SECONDS, Pulse
 
 WORDS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
@@ -122,7 +122,7 @@ def test_refusals_are_said_once(tmp_path: Path) -> None:
     assert "".join(said).count("holds other files") == 1
 
 
-class Pair(Alone):
+class Pair(SingleProcess):
     """A group of two, of which the other is played by the test."""
 
     size = 2
@@ -139,10 +139,10 @@ def test_processes_that_found_different_images_are_refused(tmp_path: Path, monke
     other = EncodingJob(NoiseSource(36), PatchAutoencoder(), CONFIG, tmp_path).words()
 
     @contextlib.contextmanager
-    def joined() -> object:
+    def join_group() -> object:
         yield Pair(other)
 
-    monkeypatch.setattr("jlt.latents.encoding.joined", joined)
+    monkeypatch.setattr("jlt.latents.encoding.join_group", join_group)
     with pytest.raises(JLTError, match=r"Process 1 would encode something else.*source.count: 37 -> 36"):
         encode_source(NoiseSource(37), PatchAutoencoder(), CONFIG, tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -158,8 +158,8 @@ def test_processes_of_one_machine_share_its_gpus_out(monkeypatch: pytest.MonkeyP
 
 
 def test_one_process_is_a_group_of_its_own(tmp_path: Path) -> None:
-    group: Group = Alone()
-    assert (group.rank, group.size, group.gather(3), group.on_first(lambda: 4)) == (0, 1, [3], 4)
+    group: Group = SingleProcess()
+    assert (group.rank, group.size, group.gather(3), group.on_rank0(lambda: 4)) == (0, 1, [3], 4)
     assert [group.add("images", 2), group.add("other", 5), group.add("images", 1)] == [2, 5, 3]
     make_store(tmp_path / "store")
     assert verify_store(tmp_path / "store") == []

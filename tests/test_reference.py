@@ -21,8 +21,8 @@ from jlt.evaluation.feature_statistics import FeatureStatistics
 from jlt.evaluation.real_images import open_reference, reference_statistics
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.experiments.make_reference import make_reference
-from jlt.runtime.processes import Alone, Group
-from jlt.runtime.random_numbers import chosen_at_random
+from jlt.runtime.processes import Group, SingleProcess
+from jlt.runtime.random_numbers import random_subset
 from jlt.runtime.signals import Stopped
 
 PROTOCOL = {"images": {"kind": "digits"}, "resolution": 32}
@@ -244,12 +244,12 @@ def test_references_of_another_extractor_or_size_are_refused():
 
 
 def test_a_selection_is_always_the_same_and_meets_every_class():
-    assert chosen_at_random(7, 10).tolist() == list(range(7))
-    assert chosen_at_random(0, 4).tolist() == []
-    chosen = chosen_at_random(50_000, 10_000)
+    assert random_subset(7, 10).tolist() == list(range(7))
+    assert random_subset(0, 4).tolist() == []
+    chosen = random_subset(50_000, 10_000)
     assert len(np.unique(chosen)) == 10_000
     assert (np.diff(chosen) > 0).all()
-    assert np.array_equal(chosen, chosen_at_random(50_000, 10_000))
+    assert np.array_equal(chosen, random_subset(50_000, 10_000))
     # Labels that repeat, as i mod 1000: every class has about ten.
     counts = np.bincount(chosen % 1000, minlength=1000)
     assert 0 < counts.min() <= counts.max() < 30
@@ -262,7 +262,7 @@ class Threads(Group):
         super().__init__()
         self.rank, self.size, self._barrier, self._values = rank, size, barrier, values
 
-    def on_first(self, work):
+    def on_rank0(self, work):
         if self.rank == 0:
             self._values["first"] = work()
         self.wait()
@@ -275,7 +275,7 @@ class Threads(Group):
         self.wait()
         return gathered
 
-    def fold(self, value, merge):
+    def reduce_to_rank0(self, value, merge):
         raise NotImplementedError
 
     def add(self, name, amount):
@@ -303,12 +303,12 @@ def measured_by(size, source):
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_processes_measures_the_same(size):
     source = NoiseSource(300)
-    alone = reference_statistics(source, Corners(), 8, kept=60, group=Alone())
+    alone = reference_statistics(source, Corners(), 8, kept=60, group=SingleProcess())
     images = torch.stack([torch.from_numpy(np.array(source[i][0])) for i in range(300)])
     flat = images.flatten(1).double()
     torch.testing.assert_close(alone.pooled.covariance, torch.cov(flat[:, :5].T), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(alone.spatial.mean, flat[:, 7:10].mean(dim=0), rtol=1e-12, atol=0)
-    assert torch.equal(alone.kept, flat[chosen_at_random(300, 60), :5].float())
+    assert torch.equal(alone.kept, flat[random_subset(300, 60), :5].float())
     for found in measured_by(size, source):
         assert found.count == 300
         torch.testing.assert_close(found.pooled.mean, alone.pooled.mean, rtol=1e-13, atol=0)

@@ -18,7 +18,7 @@ from jlt.config import SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.image_files import open_images
 from jlt.experiments.recipes import resolve_recipe
-from jlt.images.contact_sheet import GAP, MARGIN, Words, draw_sheet
+from jlt.images.contact_sheet import GAP, MARGIN, SheetText, draw_sheet
 from jlt.images.digits import Digits
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
@@ -150,7 +150,7 @@ def test_formats_hold_the_same_images(sampler, whole, tmp_path):
         assert np.array_equal(file["arr_0"], images)
         assert file["arr_1"].tolist() == [index % 10 for index in range(23)]
     with Image.open(save_samples(sampler(), tmp_path / "grid", "grid")) as grid:
-        words = Words(captions=[str(index % 10) for index in range(23)])
+        words = SheetText(captions=[str(index % 10) for index in range(23)])
         assert np.array_equal(np.asarray(grid), np.asarray(draw_sheet(images, 5, words, min_side=96)))
     for folder in ("npz", "grid"):
         assert len(visible(tmp_path / folder)) == 2
@@ -352,7 +352,7 @@ def test_a_sheet_holds_each_image_in_its_place_and_nothing_else(n, columns, side
 
 def test_words_on_a_sheet_cover_no_image():
     images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
-    words = Words(
+    words = SheetText(
         "A title", rows=["one", "a very long name of a row " * 9], columns=["a", "b", "c"], captions=["x\ny"] * 6
     )
     sheet = np.asarray(draw_sheet(images, 3, words, min_side=40))

@@ -14,7 +14,7 @@ from data_helpers import file_bytes
 from jlt.cli.main import main
 from jlt.cli.sweep import parse_interval
 from jlt.config import SampleConfig
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.real_images import reference_statistics
@@ -179,7 +179,7 @@ def test_impossible_words_are_refused(changes, said):
 def test_intervals_are_pairs():
     assert parse_interval("0.1,1") == (0.1, 1.0)
     for words in ("0.1", "a,b", "0,0.5,1"):
-        with pytest.raises(WrongWordsError, match="pairs low,high"):
+        with pytest.raises(UsageError, match="pairs low,high"):
             parse_interval(words)
 
 

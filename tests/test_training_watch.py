@@ -13,10 +13,10 @@ from jlt.errors import JLTError
 from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint
 from jlt.experiments.recipes import images_of_recipe, resolve_recipe
-from jlt.experiments.run_training import say_what_does_not_reach, train_and_watch
+from jlt.experiments.run_training import train_and_watch, warn_ignored_settings
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
-from jlt.runtime.processes import ending_together
+from jlt.runtime.processes import stop_together
 from jlt.runtime.signals import Stopped
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
 from jlt.training.loop import Watcher, train
@@ -181,10 +181,10 @@ def test_the_configuration_of_a_run_repeats_it(store, tmp_path):
 
 def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    say_what_does_not_reach()
+    warn_ignored_settings()
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    say_what_does_not_reach()
+    warn_ignored_settings()
     assert "say --precision" in capsys.readouterr().err
 
 
@@ -195,7 +195,7 @@ class FailingOnce(Watcher):
         return step == 2
 
     def look(self, checkpoint, group):
-        with ending_together(group):
+        with stop_together(group):
             if group.rank == 1:
                 raise RuntimeError("no memory here")
         raise AssertionError("nobody comes here")

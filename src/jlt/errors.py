@@ -13,15 +13,15 @@ class JLTError(Exception):
     """Something the user can mend; its text is one clear sentence that says what is wrong and what to do."""
 
 
-class WrongWordsError(JLTError):
+class UsageError(JLTError):
     """The words of the command were wrong: a name that does not exist, an option that is missing."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> WrongWordsError:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
     names = list(known)
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names[:SHOWN])}{more}."
-    return WrongWordsError(f"There is no {kind} named {name!r}: {hint}")
+    return UsageError(f"There is no {kind} named {name!r}: {hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from jlt.autoencoders.contract import Autoencoder, Posterior
-from jlt.errors import JLTError, WrongWordsError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.storage.weights import ASSETS
 
 AUTOENCODERS = ("flux2", "kl", "tiny", "pixels")
@@ -21,13 +21,13 @@ def load_autoencoder(
     """Load `flux2`, `kl` (any `AutoencoderKL`), `tiny` (bundled, FLUX.2's class in small) or `pixels` onto a device.
 
     `path` replaces the weights' usual place by another folder or Hub id; `kl` has no usual one. `posterior` is what of
-    its distribution the autoencoder returns; only `kl` can sample. WrongWordsError for an unknown name, with the
+    its distribution the autoencoder returns; only `kl` can sample. UsageError for an unknown name, with the
     nearest ones, and for words that do not go together; JLTError for weights that are missing or of another class.
     """
     if name not in AUTOENCODERS:
         raise unknown_name("autoencoder", name, AUTOENCODERS)
     if posterior == "sample" and name != "kl":
-        raise WrongWordsError(f"The autoencoder {name!r} stores the mode: --posterior sample is for kl.")
+        raise UsageError(f"The autoencoder {name!r} stores the mode: --posterior sample is for kl.")
     if name == "kl":
         return _load_kl(path, posterior).to(device)
     if name == "pixels":
@@ -45,7 +45,7 @@ def _load_kl(path: str | None, posterior: Posterior) -> Autoencoder:
     from jlt.autoencoders.kl import load_kl
 
     if path is None:
-        raise WrongWordsError(
+        raise UsageError(
             "The autoencoder 'kl' is any AutoencoderKL of diffusers: say which with --autoencoder-path, a folder or a "
             "Hub id such as stabilityai/sd-vae-ft-mse, stabilityai/sdxl-vae or black-forest-labs/FLUX.1-schnell."
         )

@@ -24,14 +24,14 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.latents.loader import DEPTH, read_ahead
 from jlt.latents.order import SampleOrder
 from jlt.latents.shards import ShardFile
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
 from jlt.runtime.environment import cores, default_device, machine, versions
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.runtime.timing import peak_memory
 
 ROUNDS = 5
@@ -65,18 +65,18 @@ def benchmark_data(latents: Path | None, count: int, batch_size: int, seconds: f
     ratios of the loader to each other way. JLTError where a temporary store does not fit on the disk.
     """
     if count < 1 or batch_size < 1 or seconds <= 0:
-        raise WrongWordsError("A benchmark of reading needs positive count, batch size and seconds.")
+        raise UsageError("A benchmark of reading needs positive count, batch size and seconds.")
     with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
         if latents is None:
             advice = "choose a smaller --count, name a store with --latents"
             require_space(Path(temporary), 2 * 2 * math.prod(SHAPE) * count, advice)
-            say(f"writing {count} random latents into {temporary}")
+            inform(f"writing {count} random latents into {temporary}")
             write_store(Path(temporary) / "latents", random_shards(count, SHAPE, SHARD_ROWS), CLASSES)
         store = LatentStore.open(latents or Path(temporary) / "latents")
         count = min(count, len(store))
-        say("measuring how fast they are read")
+        inform("measuring how fast they are read")
         rounds = _measure_ways(store, count, batch_size, seconds)
-        say("measuring opening and memory")
+        inform("measuring opening and memory")
         footprint = {"opening": _openings(store.folder, Path(temporary)), "epoch_memory": _memories(Path(temporary))}
     rates = {way: statistics.median(values) for way, values in rounds.items()}
     return {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.images.decoding import load_batch
 from jlt.images.registry import open_source
 from jlt.images.selected import Selected
@@ -48,7 +48,7 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
     goes from the source to a store that is flushed and hashed.
     """
     if num < 1:
-        raise WrongWordsError("A benchmark needs at least one image.")
+        raise UsageError("A benchmark needs at least one image.")
     source = repeated(open_source(config.images, config.split, config.class_names), num)
     autoencoder = load_autoencoder(config.autoencoder, config.autoencoder_path, default_device(), config.posterior)
     images = _images(EncodingJob(source, autoencoder, config, Path()))

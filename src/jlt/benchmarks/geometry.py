@@ -17,8 +17,8 @@ from jlt.geometry.accumulate import BATCH_VALUES, measure_moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.patches import patch_tokens
 from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.processes import Alone
-from jlt.runtime.progress import say
+from jlt.runtime.processes import SingleProcess
+from jlt.runtime.progress import inform
 from jlt.runtime.timing import peak_memory, reset_peak_memory, seconds_of
 
 ROUNDS = 5
@@ -59,13 +59,13 @@ def benchmark_geometry(
     latents = store.gather(np.arange(batch))[0].to(device)
     tokens = {}
     for patch_size in patch_sizes:
-        say(f"token covariance at patch {patch_size}: {ROUNDS} rounds after one that warms up")
+        inform(f"token covariance at patch {patch_size}: {ROUNDS} rounds after one that warms up")
         tokens[str(patch_size)] = _against_product(latents, patch_size, device)
     seconds, memory = {}, {}
     for size in (count, LARGER * count):
         reset_peak_memory(device)
         larger = RandomLatents(shape, size)
-        seconds[size] = seconds_of(partial(measure_moments, larger, patch_sizes, device, Alone()), device)
+        seconds[size] = seconds_of(partial(measure_moments, larger, patch_sizes, device, SingleProcess()), device)
         memory[str(size)] = peak_memory(device) / 2**20
     rate = LARGER * count / seconds[LARGER * count]
     return {

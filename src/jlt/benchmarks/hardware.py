@@ -64,7 +64,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """Return the GPU of a name, whatever its case, blanks for dashes; WrongWordsError with the nearest if unknown."""
+    """Return the GPU of a name, whatever its case, blanks for dashes; UsageError with the nearest if unknown."""
     folded = {known.lower(): gpu for known, gpu in GPUS.items()}
     wanted = name.lower().replace(" ", "-").replace("_", "-")
     if wanted not in folded:

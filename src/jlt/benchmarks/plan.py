@@ -136,7 +136,7 @@ class Plan:
 def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware:
     """Return the hardware of a name in `GPUS`, or of this machine for `cpu`, whose cores processes share.
 
-    WrongWordsError for an unknown name, JLTError for less than one process.
+    UsageError for an unknown name, JLTError for less than one process.
     """
     if processes < 1:
         raise JLTError(f"A run needs at least one process, not {processes}.")

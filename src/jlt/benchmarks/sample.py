@@ -21,7 +21,7 @@ from jlt.networks.flops import forward_flops
 from jlt.networks.transformer import build_network
 from jlt.prediction import velocity_from_output
 from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.progress import say, track
+from jlt.runtime.progress import inform, track
 from jlt.runtime.timing import matmul_rate, peak_memory, reset_peak_memory, seconds_of
 from jlt.sampling.generate import decode_to_uint8, flow, noise_of
 from jlt.sampling.guidance import Denoiser, rows_evaluated
@@ -42,7 +42,7 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
     compiled = _denoiser(config, device) if sample.compile else denoiser
     if sample.compile:
         compiled.network.compile(dynamic=False)
-    say(f"sampling {sample.batch_size} images of {config.name}: {ROUNDS} rounds after one that warms up")
+    inform(f"sampling {sample.batch_size} images of {config.name}: {ROUNDS} rounds after one that warms up")
     ways: dict[str, Callable[[], Any]] = {
         "jlt": lambda: flow(compiled, noise, labels, sample),
         "plain": lambda: plain_heun(denoiser, noise, labels, sample),

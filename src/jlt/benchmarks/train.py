@@ -13,13 +13,13 @@ import torch
 from jlt.benchmarks.profiling import profile_steps
 from jlt.benchmarks.train_loop import benchmark_loop, require_room
 from jlt.config import Precision, TrainConfig
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.latents.order import SampleOrder
 from jlt.networks.flops import training_flops
 from jlt.networks.transformer import Transformer, count_parameters
 from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.processes import Alone
-from jlt.runtime.progress import say
+from jlt.runtime.processes import SingleProcess
+from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
 from jlt.runtime.timing import (
     affordable_size,
@@ -56,13 +56,13 @@ def benchmark_train(
     `steps` updates. What fails beside the update, for want of memory say, has an `error` in place of its figures.
     """
     if steps < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise WrongWordsError("A benchmark needs at least one measured step and a positive batch size.")
+        raise UsageError("A benchmark needs at least one measured step and a positive batch size.")
     device = default_device()
     if loop_steps:
         require_room(configs, batch_sizes, loop_steps)
     precisions = compare_precisions(device)
     if precisions.warning:
-        say(precisions.warning)
+        inform(precisions.warning)
     measured = [
         measure_or_skip(dataclasses.replace(config, batch_size=batch_size), steps, device)
         for config in configs
@@ -92,7 +92,7 @@ def benchmark_train(
 
 def measure_or_skip(config: TrainConfig, steps: int, device: str) -> dict[str, Any]:
     """Return what `measure_update` does, or an entry with `out_of_memory` where the batch does not fit."""
-    say(f"measuring {config.name} at batch size {config.batch_size}")
+    inform(f"measuring {config.name} at batch size {config.batch_size}")
     try:
         entry = {**describe(config), "out_of_memory": False, **measure_update(config, steps, device)}
     except torch.OutOfMemoryError:
@@ -150,7 +150,7 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
 
 def profile_update(config: TrainConfig, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Return where the time of an update goes; `bare` is its measurement without the profiler."""
-    say(f"profiling {config.name} at batch size {config.batch_size}")
+    inform(f"profiling {config.name} at batch size {config.batch_size}")
     with float32_products(config.precision):
         step = trainer_step(config, device)
         for _ in range(WARMUP_STEPS):
@@ -190,7 +190,7 @@ def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:
     """Return a function that makes one of the trainer's updates on random latents."""
     network = config.network
     state = initial_state(config, device)
-    stepper = Stepper(config, state, split_batch(config, 1), Alone())
+    stepper = Stepper(config, state, split_batch(config, 1), SingleProcess())
     shape = (network.channels, network.height, network.width)
     latents = normal_per_sample(range(config.batch_size), shape, device)
     labels = torch.arange(config.batch_size) % network.num_classes

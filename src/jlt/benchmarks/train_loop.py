@@ -15,12 +15,12 @@ import torch
 
 from jlt.benchmarks.data import SHARD_ROWS, random_shards, require_space
 from jlt.config import TrainConfig
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
 from jlt.networks.transformer import Transformer, count_parameters
 from jlt.runtime.processes import Group
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.training.loop import Watcher, train
 
 WINDOWS = 4
@@ -49,7 +49,7 @@ def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], dev
     `bare` is what the update alone measured, with its `img_per_second`. The pause is that of the second save: the first
     may wait until its buffers are made. Errors are those of `jlt.training.loop.train`.
     """
-    say(f"training {config.name} for {steps} steps at batch size {config.batch_size}")
+    inform(f"training {config.name} for {steps} steps at batch size {config.batch_size}")
     config = loop_config(config, steps)
     with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
         store = random_store(Path(temporary) / "latents", config)
@@ -86,9 +86,9 @@ def loop_figures(log: Sequence[Mapping[str, Any]], bare_img_per_second: float) -
 
 
 def loop_config(config: TrainConfig, steps: int) -> TrainConfig:
-    """Return a training of `WINDOWS` log lines that saves at its end; WrongWordsError for fewer steps than that."""
+    """Return a training of `WINDOWS` log lines that saves at its end; UsageError for fewer steps than that."""
     if steps < WINDOWS:
-        raise WrongWordsError(f"The training loop is measured over at least {WINDOWS} steps, or 0 to leave it out.")
+        raise UsageError(f"The training loop is measured over at least {WINDOWS} steps, or 0 to leave it out.")
     window = steps // WINDOWS
     total = window * WINDOWS
     return dataclasses.replace(

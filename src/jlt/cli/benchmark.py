@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jlt.cli.command import Result, Verb
+from jlt.cli.command import Command, Result
 from jlt.config import Precision
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBenchmark(Verb):
+class TrainBenchmark(Command):
     """The trainer's own update on random latents, against a matrix product in the same run.
 
     Every network is measured at every batch size; those that do not fit in memory are passed over. At the fastest
@@ -62,7 +62,7 @@ class TrainBenchmark(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataBenchmark(Verb):
+class DataBenchmark(Command):
     """Reading latents as training does, against other ways of reading them in the same run.
 
     For example:
@@ -87,7 +87,7 @@ class DataBenchmark(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeBenchmark(Verb):
+class EncodeBenchmark(Command):
     """Encoding, against the autoencoder's bare forward on the same images in the same run.
 
     For example:
@@ -126,7 +126,7 @@ class EncodeBenchmark(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleBenchmark(Verb):
+class SampleBenchmark(Command):
     """Sampling with random weights, against a plain loop over the same network in the same run; and decoding.
 
     The plain loop calls the network once for each branch of guidance at every evaluation.
@@ -165,7 +165,7 @@ class SampleBenchmark(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeometryBenchmark(Verb):
+class GeometryBenchmark(Command):
     """Measuring the geometry of random 128x16x16 latents, against a bare matrix product in the same run.
 
     For example:
@@ -182,12 +182,12 @@ class GeometryBenchmark(Verb):
         from jlt.report.benchmark_table import geometry_benchmark_table
 
         if self.count < 2:
-            raise WrongWordsError("--count must be 2 or more.")
+            raise UsageError("--count must be 2 or more.")
         measured = benchmark_geometry(self.patch_size, self.count)
         return Result(measured, geometry_benchmark_table(measured))
 
 
-BENCHMARKS: dict[str, type[Verb]] = {
+BENCHMARKS: dict[str, type[Command]] = {
     "train": TrainBenchmark,
     "sample": SampleBenchmark,
     "data": DataBenchmark,
@@ -197,7 +197,7 @@ BENCHMARKS: dict[str, type[Verb]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark(Verb):
+class Benchmark(Command):
     """Measure speed, utilisation and memory on this machine: of training, of sampling, of reading data, of encoding.
 
     For example:

@@ -25,7 +25,7 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verb:
+class Command:
     """Options that every verb has."""
 
     json: bool = False

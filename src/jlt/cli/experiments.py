@@ -8,14 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from jlt.cli.command import Positional, Result, Verb, command_line
-from jlt.cli.recipe import RecipeVerb
+from jlt.cli.command import Command, Positional, Result, command_line
+from jlt.cli.recipe import RecipeCommand
 from jlt.config import LossSpace, Prediction, SampleConfig
 from jlt.experiments.recipes import DIGITS_SAMPLING
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quickstart(Verb):
+class Quickstart(Command):
     """From scanned digits to a report on which prediction target their latent space favours.
 
     Interrupt it as you like: the same words continue it.
@@ -43,7 +43,7 @@ class Quickstart(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(RecipeVerb):
+class Ablate(RecipeCommand):
     """Train, measure and report systems that differ in the named axes and in nothing else. For example:
 
     jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
@@ -98,7 +98,7 @@ class Ablate(RecipeVerb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Verb):
+class Report(Command):
     """Write report.html for a run (also one under way), an ablation, a quickstart, a sweep or an analysis.
 
     For example:

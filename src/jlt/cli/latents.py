@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from jlt.cli.command import Flat, Positional, Result, Verb
+from jlt.cli.command import Command, Flat, Positional, Result
 from jlt.config import LossSpace, TimestepConfig
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.latents.encode_config import EncodeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encode(Verb):
+class Encode(Command):
     """Encode images into a latent store, or adopt shards that the authors' program wrote.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m jlt encode ...
@@ -38,7 +38,7 @@ class Encode(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adopt(Verb):
+class Adopt(Command):
     """Make a latent store of the authors' shards, where they lie: write the manifest beside them.
 
     For example:
@@ -77,7 +77,7 @@ def _store_result(manifest: Any, folder: Path) -> Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(Verb):
+class Verify(Command):
     """Read a latent store or a checkpoint whole and name everything that is wrong; exits 1 if anything is.
 
     For example:
@@ -97,7 +97,7 @@ class Verify(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analyze(Verb):
+class Analyze(Command):
     """Measure the target geometry of a latent store, and say which prediction it favours: eq. 9-13 of docs/notation.md.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m -- jlt analyze ...
@@ -136,7 +136,7 @@ class Analyze(Verb):
         from jlt.latents.store import LatentStore
         from jlt.report.terminal import geometry_table
         from jlt.runtime.environment import default_device
-        from jlt.runtime.processes import joined
+        from jlt.runtime.processes import join_group
         from jlt.training.checkpoint import open_checkpoint
 
         opened = [open_checkpoint(path) for path in self.checkpoint]
@@ -144,10 +144,10 @@ class Analyze(Verb):
         known = sorted({checkpoint.config.network.hidden_size for checkpoint in opened})
         widths = self.width or tuple(known) or (768,)
         if not self.patch_size or min((*widths, *self.patch_size)) < 1:
-            raise WrongWordsError("--patch-size and --width need numbers of 1 or more.")
+            raise UsageError("--patch-size and --width need numbers of 1 or more.")
         model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale)
         question = Question(self.patch_size, widths, model)
         store, device = LatentStore.open(self.latents), default_device()
-        with joined(device) as group:
+        with join_group(device) as group:
             geometry = analyze_into(store, self.out, question, networks, device, group)
         return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")

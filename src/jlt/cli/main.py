@@ -16,14 +16,14 @@ from typing import Annotated, Any, Union
 import tyro
 
 from jlt.cli.benchmark import BENCHMARKS, Benchmark
-from jlt.cli.command import Verb
+from jlt.cli.command import Command
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
-from jlt.cli.recipe import PARSING, RecipeVerb
+from jlt.cli.recipe import PARSING, RecipeCommand
 from jlt.cli.sampling import Evaluate, Fetch, Reference, Sample
 from jlt.cli.sweep import Sweep
 from jlt.cli.training import Plan, Train
-from jlt.errors import JLTError, WrongWordsError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
 
@@ -31,7 +31,7 @@ STOPPED = os.EX_TEMPFAIL
 """Exit code of work that was asked to stop and is saved: the code by which a job asks to be run again."""
 
 
-VERBS: tuple[type[Verb], ...] = (
+COMMANDS: tuple[type[Command], ...] = (
     Quickstart,
     Encode,
     Verify,
@@ -50,17 +50,17 @@ VERBS: tuple[type[Verb], ...] = (
 DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them."
 
 
-def parse(arguments: Sequence[str]) -> Verb:
-    """Return the verb that the words make; wrong ones are a SystemExit of 2 or an WrongWordsError."""
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the verb that the words make; wrong ones are a SystemExit of 2 or an UsageError."""
     if arguments[:1] == ["benchmark"]:
         return _parse(list(arguments[1:]), BENCHMARKS, "jlt benchmark", inspect.getdoc(Benchmark) or "")
-    named: dict[str, type[Verb]] = {verb.__name__.lower(): verb for verb in VERBS}
+    named: dict[str, type[Command]] = {verb.__name__.lower(): verb for verb in COMMANDS}
     if any(word.partition("=")[0] == "--adopt" for word in arguments):
         named["encode"] = Adopt
     return _parse(list(arguments), named, "jlt", DESCRIPTION)
 
 
-def _parse(arguments: list[str], named: dict[str, type[Verb]], prog: str, description: str) -> Verb:
+def _parse(arguments: list[str], named: dict[str, type[Command]], prog: str, description: str) -> Command:
     # The list of verbs shows one line for each; the help of a verb shows its example too.
     chosen = arguments[0] if arguments else None
     if chosen and not chosen.startswith("-") and chosen not in named:
@@ -72,13 +72,13 @@ def _parse(arguments: list[str], named: dict[str, type[Verb]], prog: str, descri
     union: Any = Union[tuple(kinds)]  # noqa: UP007
     options: dict[str, Any] = {"prog": prog, "description": description, "config": PARSING}
     verb, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
-    if isinstance(verb, RecipeVerb):
+    if isinstance(verb, RecipeCommand):
         return dataclasses.replace(verb, overrides=tuple(rest))
     # Parsing once more without leave for unknown words explains them.
     return tyro.cli(union, args=arguments, **options) if rest else verb
 
 
-def _summary(verb: type[Verb]) -> str:
+def _summary(verb: type[Command]) -> str:
     return re.split(r"[.;:](?=\s|$)", verb.__doc__ or "", maxsplit=1)[0].replace("\n    ", " ") + "."
 
 
@@ -137,7 +137,7 @@ def _explain(error: BaseException) -> int:
     print(f"{process}{sentence}{where}", file=sys.stderr, flush=True)
     if isinstance(error, Stopped):
         return STOPPED
-    return 2 if isinstance(error, WrongWordsError) else 1
+    return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import tyro
 
-from jlt.cli.command import Positional, Verb
+from jlt.cli.command import Command, Positional
 from jlt.config import TrainConfig, in_steps
 from jlt.errors import unknown_name
 from jlt.experiments.recipes import images_of_recipe, renamed, resolve_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeVerb(Verb):
+class RecipeCommand(Command):
     """A verb whose remaining words override settings of a recipe."""
 
     recipe: Annotated[str, Positional, tyro.conf.arg(metavar="RECIPE")]
@@ -24,7 +24,7 @@ class RecipeVerb(Verb):
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def reject_misspelt(self) -> None:
-        """Raise WrongWordsError for a remaining word that is nearly one of the verb's own options."""
+        """Raise UsageError for a remaining word that is nearly one of the verb's own options."""
         own = [f"--{entry.name.replace('_', '-')}" for entry in dataclasses.fields(self)]
         settings = [f"--{entry.name.replace('_', '-')}" for entry in dataclasses.fields(TrainConfig)]
         for word in self.overrides:

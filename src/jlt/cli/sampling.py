@@ -8,13 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from jlt.cli.command import Flat, Positional, Result, Verb
+from jlt.cli.command import Command, Flat, Positional, Result
 from jlt.config import SampleConfig, SampleFormat
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Verb):
+class Sample(Command):
     """Draw images from a checkpoint; image i of a seed is always the same.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m -- jlt sample ...
@@ -43,41 +43,41 @@ class Sample(Verb):
         if self.steps_strip or self.interpolate or self.compare:
             return self._picture()
         from jlt.runtime.environment import default_device
-        from jlt.runtime.processes import joined
+        from jlt.runtime.processes import join_group
         from jlt.sampling.sampler import open_sampler
         from jlt.sampling.save import save_samples
         from jlt.training.checkpoint import open_checkpoint
 
         checkpoint, device = open_checkpoint(self.checkpoint), default_device()
         sampler = open_sampler(checkpoint, self.config, device, self.autoencoder_path)
-        with joined(device) as group:
+        with join_group(device) as group:
             written = save_samples(sampler, self.out, self.format, group)
         return Result({"written": str(written), "protocol": sampler.protocol()}, f"{self.config.num} images: {written}")
 
     def _picture(self) -> Result:
         from jlt.runtime.environment import default_device
-        from jlt.runtime.processes import joined
+        from jlt.runtime.processes import join_group
         from jlt.sampling.pictures import save_picture
         from jlt.sampling.sampler import open_sampler
         from jlt.training.checkpoint import open_checkpoint
 
         if self.steps_strip and self.interpolate:
-            raise WrongWordsError("One picture is either --steps-strip or --interpolate.")
+            raise UsageError("One picture is either --steps-strip or --interpolate.")
         if self.format != "png":
-            raise WrongWordsError("--steps-strip, --interpolate and --compare draw one PNG: leave --format out.")
+            raise UsageError("--steps-strip, --interpolate and --compare draw one PNG: leave --format out.")
         kind = "strip" if self.steps_strip else "interpolation" if self.interpolate else "pairs"
         paths = [self.checkpoint, *([self.compare] if self.compare else [])]
         checkpoints = [open_checkpoint(path) for path in paths]
         samplers = [open_sampler(one, self.config, default_device(), self.autoencoder_path) for one in checkpoints]
         names = [f"{one.run.name}, step {one.step:,}" for one in checkpoints]
-        with joined(default_device()) as group:
-            written = group.on_first(lambda: save_picture(samplers, self.out, kind, names))
+        with join_group(default_device()) as group:
+            written = group.on_rank0(lambda: save_picture(samplers, self.out, kind, names))
         protocols = [sampler.protocol() for sampler in samplers]
         return Result({"written": str(written), "protocols": protocols}, f"Open {written}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Verb):
+class Evaluate(Command):
     """Measure a checkpoint's samples, or a folder or .npz of images, against real images.
 
     For example:
@@ -104,26 +104,26 @@ class Evaluate(Verb):
         from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint, evaluate_files
         from jlt.report.metrics_table import metrics_table
         from jlt.runtime.environment import default_device
-        from jlt.runtime.processes import joined
+        from jlt.runtime.processes import join_group
 
         device = default_device()
         if (samples := self.samples) and not self.checkpoint:
             extractor = load_extractor(self.features, device, self.features_path)
-            with joined(device) as group:
-                result = group.on_first(lambda: evaluate_files(samples, self.reference, extractor))
+            with join_group(device) as group:
+                result = group.on_rank0(lambda: evaluate_files(samples, self.reference, extractor))
         elif self.checkpoint and not self.samples:
             extractor = load_extractor(self.features, device, self.features_path)
-            with joined(device) as group:
+            with join_group(device) as group:
                 result = evaluate_checkpoint(
                     self.checkpoint, self.reference, extractor, self.config, self.autoencoder_path, group
                 )
         else:
-            raise WrongWordsError("Evaluation needs either --checkpoint or --samples.")
+            raise UsageError("Evaluation needs either --checkpoint or --samples.")
         return Result(result, metrics_table(result["metrics"]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference(Verb):
+class Reference(Command):
     """Measure real images once, for evaluations to compare samples with: statistics and single features.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m jlt reference ...
@@ -153,7 +153,7 @@ class Reference(Verb):
         from jlt.runtime.environment import default_device
 
         if self.resolution < 1:
-            raise WrongWordsError("--resolution must be 1 or more.")
+            raise UsageError("--resolution must be 1 or more.")
         device = default_device()
         extractor = load_extractor(self.features, device, self.features_path)
         source = open_source(self.images, self.split)
@@ -162,7 +162,7 @@ class Reference(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fetch(Verb):
+class Fetch(Command):
     """Download published weights into $JLT_CACHE, or .cache/jlt at home: inception, on which FID is defined.
 
     For example:

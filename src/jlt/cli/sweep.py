@@ -9,15 +9,15 @@ from typing import Annotated
 
 import tyro
 
-from jlt.cli.command import Result, Verb, command_line
+from jlt.cli.command import Command, Result, command_line
 from jlt.config import Metric, SampleConfig
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 
 WHOLE = "0,1"
 
 
 @dataclass(frozen=True)
-class Unswept(SampleConfig):
+class FixedSampling(SampleConfig):
     """The settings of sampling that are no axes."""
 
     cfg_scale: tyro.conf.Suppress[tyro.conf.Fixed[float]] = 1.0
@@ -26,7 +26,7 @@ class Unswept(SampleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Verb):
+class Sweep(Command):
     """Find the guidance and the average of the weights that a checkpoint is best sampled with.
 
     Few images of each setting find the region, more of the same noise the best; images of another seed, which took no
@@ -64,7 +64,7 @@ class Sweep(Verb):
     """Most settings that are confirmed: the best, and those that cannot be told from it."""
     metric: Metric = "frechet_distance"
     """What is best; only the Frechet distance has an error by which settings are told apart."""
-    config: Annotated[Unswept, tyro.conf.arg(name="")] = field(default_factory=lambda: Unswept(num=1000))
+    config: Annotated[FixedSampling, tyro.conf.arg(name="")] = field(default_factory=lambda: FixedSampling(num=1000))
     autoencoder_path: str | None = None
     """Where the autoencoder of the latents lies, if not where its name says."""
 
@@ -75,7 +75,7 @@ class Sweep(Verb):
         from jlt.report.page import write_report
         from jlt.report.sweep_page import sweep_table
         from jlt.runtime.environment import default_device
-        from jlt.runtime.processes import joined
+        from jlt.runtime.processes import join_group
         from jlt.training.checkpoint import open_checkpoint
 
         intervals = tuple(map(parse_interval, self.cfg_interval))
@@ -95,7 +95,7 @@ class Sweep(Verb):
             confirm=self.confirm,
             metric=self.metric,
         )
-        with joined(device) as group:
+        with join_group(device) as group:
             out, result = sweep(
                 config,
                 checkpoint.folder,
@@ -108,7 +108,7 @@ class Sweep(Verb):
                 command_line(),
                 self.features_path,
             )
-            report = group.on_first(lambda: write_report(out))
+            report = group.on_rank0(lambda: write_report(out))
         data = {**result, "folder": str(out), "report": str(report)}
         return Result(data, f"{sweep_table(result)}\n\nOpen {report}")
 
@@ -118,5 +118,5 @@ def parse_interval(words: str) -> tuple[float, float]:
     try:
         low, high = map(float, words.split(","))
     except ValueError:
-        raise WrongWordsError(f"--cfg-interval takes pairs low,high such as 0.1,1, not {words!r}.") from None
+        raise UsageError(f"--cfg-interval takes pairs low,high such as 0.1,1, not {words!r}.") from None
     return low, high

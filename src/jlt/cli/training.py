@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlt.cli.command import Result
-from jlt.cli.recipe import RecipeVerb
+from jlt.cli.recipe import RecipeCommand
 from jlt.config import to_dict
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.experiments.recipes import images_of_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(RecipeVerb):
+class Train(RecipeCommand):
     """Train a recipe on a latent store; the same words continue an interrupted run.
 
     Any setting of the recipe can be overridden, and --print-config lists them all. RUN/config.json is a recipe too.
@@ -38,7 +38,7 @@ class Train(RecipeVerb):
         if self.print_config:
             return Result(to_dict(config), json.dumps(to_dict(config), indent=2))
         if self.latents is None or self.out is None:
-            raise WrongWordsError("Training needs --latents DIR and --out RUN.")
+            raise UsageError("Training needs --latents DIR and --out RUN.")
         from jlt.experiments.run_training import train_and_watch
 
         checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
@@ -46,7 +46,7 @@ class Train(RecipeVerb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(RecipeVerb):
+class Plan(RecipeCommand):
     """Forecast memory, disk and hours of a recipe before it is paid for, each figure with where it comes from.
 
     Any setting of the recipe can be overridden, as in jlt train.

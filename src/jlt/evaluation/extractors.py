@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from jlt.errors import WrongWordsError, unknown_name
+from jlt.errors import UsageError, unknown_name
 from jlt.evaluation.extractor import FeatureExtractor
 
 EXTRACTORS = ("digits", "inception", "dinov2")
@@ -23,7 +23,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | s
         from jlt.evaluation.digit_classifier import DigitClassifier
 
         if path is not None:
-            raise WrongWordsError("The extractor 'digits' is bundled and takes no --features-path.")
+            raise UsageError("The extractor 'digits' is bundled and takes no --features-path.")
         return DigitClassifier.load().to(device)
     if name == "inception":
         from jlt.evaluation.inception import InceptionExtractor

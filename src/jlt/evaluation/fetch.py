@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlt.errors import JLTError, unknown_name
-from jlt.runtime.progress import bar, say
+from jlt.runtime.progress import bar, inform
 from jlt.storage.files import atomic_path, sha256_file
 
 TIMEOUT_SECONDS = 20.0
@@ -48,7 +48,7 @@ def fetch(name: str) -> Path:
     path = cache_folder() / published.file
     if path.is_file() and sha256_file(path).startswith(published.sha256):
         return path
-    say(f"Fetching {published.url}")
+    inform(f"Fetching {published.url}")
     with atomic_path(path) as temporary:
         found = _download(published.url, temporary)
         if not found.startswith(published.sha256):

@@ -28,7 +28,7 @@ from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
 from jlt.evaluation.fetch import INCEPTION, cache_folder
 from jlt.latents.encoding_batch import exact_arithmetic
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.storage.files import sha256_file
 from jlt.storage.weights import weights_sha256
 
@@ -345,7 +345,7 @@ def _check_hash(file: Path) -> None:
             f"{named[1]} of its name. `jlt fetch inception` gets it anew."
         )
     if not found.startswith(INCEPTION.sha256):
-        say(
+        inform(
             f"{file} is not the published file of weights (SHA-256 {INCEPTION.sha256}...): figures made with it cannot "
             "be compared with published FIDs."
         )

@@ -19,9 +19,9 @@ from jlt.images.decoding import load_batches
 from jlt.images.registry import open_source
 from jlt.images.source import BadImageError, ImageSource
 from jlt.runtime.environment import cores
-from jlt.runtime.processes import Alone, Group, ending_together, local_world_size, require_one_mind
-from jlt.runtime.progress import bar, say
-from jlt.runtime.random_numbers import chosen_at_random
+from jlt.runtime.processes import Group, SingleProcess, local_world_size, require_same_arguments, stop_together
+from jlt.runtime.progress import bar, inform
+from jlt.runtime.random_numbers import random_subset
 
 CHUNK = 64
 """Images that an extractor sees at a time, always the same by their numbers: its last digits may depend on it."""
@@ -46,14 +46,14 @@ def reference_statistics(
     moments. BadImageError for an image that does not decode, JLTError if the processes have unlike words, Stopped when
     asked to end.
     """
-    group = group or Alone()
+    group = group or SingleProcess()
     protocol = reference_protocol(source, extractor, resolution, exif)
-    require_one_mind(group, protocol, "measure")
+    require_same_arguments(group, protocol, "measure")
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
-    mine = _Share(extractor, chosen_at_random(len(source), kept))
+    mine = _Share(extractor, random_subset(len(source), kept))
     share = chunks[group.rank :: group.size]
     seen = group.begin()
-    with ending_together(group) as until_stopped, bar(f"Reference features of {source.name}", len(source)) as shown:
+    with stop_together(group) as until_stopped, bar(f"Reference features of {source.name}", len(source)) as shown:
         workers = _workers(source, len(share))
         for batch in until_stopped(load_batches(source, share, resolution, exif, workers)):
             if batch.bad:
@@ -62,7 +62,7 @@ def reference_statistics(
             shown.show(group.add(seen, len(batch.rows)))
     # In the order of ranks, on the first process.
     parts = group.gather((mine.pooled, mine.spatial, mine.numbers, mine.kept))
-    return group.on_first(lambda: _merged(parts, extractor, protocol))
+    return group.on_rank0(lambda: _merged(parts, extractor, protocol))
 
 
 def reference_protocol(
@@ -87,7 +87,7 @@ def open_reference(
     if isinstance(images, str) and images.endswith(SUFFIXES):
         reference = Reference.load(Path(images))
         if not reference.protocol:
-            say(f"{images}: nothing says by which extractor its statistics were made, nor of images of which size.")
+            inform(f"{images}: nothing says by which extractor its statistics were made, nor of images of which size.")
     else:
         source = open_source(images) if isinstance(images, str) else images
         reference = reference_statistics(source, extractor, resolution, exif, group=group)

@@ -24,7 +24,7 @@ from jlt.evaluation.metrics import (
 )
 from jlt.evaluation.real_images import KEPT
 from jlt.evaluation.reference import Reference, check_reference
-from jlt.runtime.random_numbers import chosen_at_random
+from jlt.runtime.random_numbers import random_subset
 from jlt.storage.blocks import blocks, take
 
 GROUPS = 10
@@ -166,7 +166,7 @@ def _label_agreement(logits: Float[np.ndarray, "n k"], labels: Int64[np.ndarray,
 
 
 def _of_single_images(pooled: Float32[np.ndarray, "n d"], real: Float[Tensor, "m d"]) -> dict[str, float]:
-    samples = take(pooled, chosen_at_random(len(pooled), KEPT))
+    samples = take(pooled, random_subset(len(pooled), KEPT))
     distance, spread = kernel_distance(samples, real)
     near = overlap(samples, real)
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.ablation_progress import AblationProgress
 from jlt.experiments.ablation_run import AblationRun
@@ -90,15 +90,13 @@ class AblationConfig:
             # As folders are named by them.
             told = {f"{point:g}" if isinstance(point, float) else point for point in points}
             if not (points or may_be_empty) or len(told) < len(points):
-                raise WrongWordsError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
+                raise UsageError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
         if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
-            raise WrongWordsError(
-                f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched."
-            )
+            raise UsageError(f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched.")
         if self.train.sample_every or self.train.evaluate_every:
-            raise WrongWordsError("An ablation measures by itself: --evaluations says how often.")
+            raise UsageError("An ablation measures by itself: --evaluations says how often.")
         if self.evaluations < 1:
-            raise WrongWordsError("An ablation needs at least one evaluation.")
+            raise UsageError("An ablation needs at least one evaluation.")
 
 
 def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) -> list[AblationRun]:
@@ -164,7 +162,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
         TrainingModel.of(system.config)
     workers = WORKERS[device] if workers is None else workers
     if workers < 1:
-        raise WrongWordsError(f"An ablation needs at least one worker, not {workers}.")
+        raise UsageError(f"An ablation needs at least one worker, not {workers}.")
     claim(out, config, store)
     with lock_folder(out):
         images = config.reference or images_of(store)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jlt.config import to_dict
 from jlt.errors import JLTError
-from jlt.experiments.error_by_direction import Networks, look_inside, require_comparable
+from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_comparable
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
 from jlt.geometry.analyze import describe
 from jlt.geometry.forecast import TrainingModel
@@ -16,8 +16,8 @@ from jlt.latents.store import LatentStore
 from jlt.patches import require_divisor
 from jlt.report.page import write_report
 from jlt.report.results import GEOMETRY, GEOMETRY_SCHEMA, INSIDE
-from jlt.runtime.processes import Alone, Group, of_first
-from jlt.runtime.progress import say
+from jlt.runtime.processes import Group, SingleProcess, rank0_value
+from jlt.runtime.progress import inform
 from jlt.storage.files import claim_folder, read_sealed_json, sealed_text, write_text
 
 
@@ -44,7 +44,7 @@ def measure_geometry(
     store: LatentStore, folder: Path, question: Question, device: str = "cpu", group: Group | None = None
 ) -> dict[str, Any]:
     """Write `geometry.json` into a folder, or keep the one that is there if it answers the same question."""
-    group = group or Alone()
+    group = group or SingleProcess()
     stored = _stored(store, folder, question, group)
     if stored is not None:
         return stored
@@ -64,18 +64,18 @@ def analyze_into(
     A geometry that is there and answers the same question is kept, and the store is read once. Returns the geometry, in
     all processes, with `inside` where networks are named. JLTError for networks that cannot be compared on this store.
     """
-    group = group or Alone()
+    group = group or SingleProcess()
     if networks is not None:
         require_comparable(networks.checkpoints, store)
     for patch_size in question.patch_sizes:
         require_divisor(patch_size, store.shape.height, store.shape.width)
-    group.on_first(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
+    group.on_rank0(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
     if networks is None:
         geometry = measure_geometry(store, out, question, device, group)
-        group.on_first(lambda: (out / INSIDE).unlink(missing_ok=True))
+        group.on_rank0(lambda: (out / INSIDE).unlink(missing_ok=True))
     else:
         geometry = _analyze_with(networks, store, out, question, device, group)
-    group.on_first(lambda: write_report(out))
+    group.on_rank0(lambda: write_report(out))
     return geometry
 
 
@@ -87,15 +87,15 @@ def _analyze_with(
     patch_sizes = (networks.patch_size, *(() if geometry else question.patch_sizes))
     moments = measure_moments(store, patch_sizes, device, group)
     geometry = geometry or _answer(moments, store, out, question, group)
-    inside = look_inside(networks, store, moments, device, group)
-    group.on_first(lambda: write_text(out / INSIDE, sealed_text(inside)))
+    inside = measure_error_by_direction(networks, store, moments, device, group)
+    group.on_rank0(lambda: write_text(out / INSIDE, sealed_text(inside)))
     return {**geometry, "inside": inside}
 
 
 def _stored(store: LatentStore, folder: Path, question: Question, group: Group) -> dict[str, Any] | None:
     """Return the geometry that a folder holds, in all processes; None if it answers another question or is damaged."""
     words = question.words(store)
-    stored = group.on_first(lambda: _readable(folder / GEOMETRY))
+    stored = group.on_rank0(lambda: _readable(folder / GEOMETRY))
     return stored if {key: stored.get(key) for key in words} == words else None
 
 
@@ -103,7 +103,7 @@ def _readable(path: Path) -> dict[str, Any]:
     try:
         return read_sealed_json(path) if path.exists() else {}
     except JLTError as error:
-        say(f"{error} It is measured anew.")
+        inform(f"{error} It is measured anew.")
         return {}
 
 
@@ -113,9 +113,9 @@ def _answer(
     """Write what the first process saw as the answer to a question, and return it, in all processes."""
 
     def answer() -> dict[str, Any]:
-        found = describe(of_first(moments), store.identity(), question.patch_sizes, question.widths, question.model)
+        found = describe(rank0_value(moments), store.identity(), question.patch_sizes, question.widths, question.model)
         measured = {**question.words(store), **found}
         write_text(folder / GEOMETRY, sealed_text(measured))
         return measured
 
-    return group.on_first(answer)
+    return group.on_rank0(answer)

@@ -24,7 +24,7 @@ from jlt.evaluation.real_images import open_reference
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.suite import LeftOut, Metrics, measure, require_enough
 from jlt.experiments.drawn_features import drawn_features
-from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.crop import Exif
 from jlt.images.registry import reopen_source
 from jlt.images.selected import Selected
@@ -32,8 +32,8 @@ from jlt.images.source import ImageSource
 from jlt.latents.store import LatentStore
 from jlt.report.wording import number
 from jlt.runtime.environment import default_device, versions
-from jlt.runtime.processes import Alone, Group, ending_together, require_one_mind
-from jlt.runtime.progress import say
+from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
+from jlt.runtime.progress import inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import ARRAY, PROTOCOL, class_name
@@ -81,23 +81,23 @@ def evaluate_sampler(
     smaller is then no result, and nothing is said of its being made of few images.
     JLTError before the first image for a reference that does not fit, too few images or a disk without room.
     """
-    group = group or Alone()
+    group = group or SingleProcess()
     protocol = sampler_protocol(sampler, reference, extractor)
-    require_one_mind(group, {**protocol, "batch_size": sampler.config.batch_size}, "measure")
+    require_same_arguments(group, {**protocol, "batch_size": sampler.config.batch_size}, "measure")
     check_reference(reference, extractor, sampler.resolution)
     require_enough(sampler.config.num)
     with contextlib.ExitStack() as held:
         if place is None:
-            place = Path(group.on_first(lambda: held.enter_context(tempfile.TemporaryDirectory(prefix="jlt-"))))
+            place = Path(group.on_rank0(lambda: held.enter_context(tempfile.TemporaryDirectory(prefix="jlt-"))))
         with drawn_features(sampler, extractor, place, group) as table:
             # Labels are compared with the extractor's classes where those are the same thing.
             labelled = sampler.classes == extractor.classes_of
             with stop_on_signal() as asked:
-                metrics, left_out = group.on_first(lambda: measure(columns_of(table, labelled), reference, extractor))
+                metrics, left_out = group.on_rank0(lambda: measure(columns_of(table, labelled), reference, extractor))
             if any(group.gather(bool(asked))):
                 raise Stopped("Stopped on request.")
             if not (keep or table.holds_more):
-                group.on_first(lambda: _remove(table))
+                group.on_rank0(lambda: _remove(table))
     if group.rank == 0 and not keep:
         warn_if_few(metrics, extractor)
     return {**_result(sampler.checkpoint.step, metrics, protocol), "jackknife": _jackknife(left_out)}
@@ -125,7 +125,7 @@ def warn_if_few(metrics: Metrics, extractor: FeatureExtractor) -> None:
         return
     bias = metrics.frechet_distance_bias
     amount = "" if bias is None else f", by about {number(bias, 2)} of {number(metrics.frechet_distance)}"
-    say(
+    inform(
         f"A Frechet distance of {metrics.count} images in {extractor.dimension} dimensions is too large for want of "
         f"images{amount}: take {enough} or more."
     )
@@ -148,7 +148,7 @@ def evaluate_files(samples: Path, reference_words: str, extractor: FeatureExtrac
     reference = open_reference(reference_words, extractor, images.resolution)
     # Labels say whose classes they are, if a program of ours wrote them; else they are taken for the extractor's own.
     labelled = extractor.classes_of is not None and images.classes in (None, extractor.classes_of)
-    with ending_together(Alone()) as until_stopped:
+    with stop_together(SingleProcess()) as until_stopped:
         batches = ((pixels, labels if labelled else None) for pixels, labels in images.batches(BATCH_SIZE))
         metrics = evaluate_images(until_stopped(batches), reference, extractor, len(images))
     warn_if_few(metrics, extractor)
@@ -180,7 +180,7 @@ def evaluate_checkpoint(
     group: Group | None = None,
 ) -> dict[str, Any]:
     """Measure the samples of a run's newest checkpoint, or of a checkpoint, and write the result into its run."""
-    group = group or Alone()
+    group = group or SingleProcess()
     require_enough(config.num)
     checkpoint = open_checkpoint(path)
     sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
@@ -188,10 +188,10 @@ def evaluate_checkpoint(
     run = checkpoint.run
     in_run = (run / "config.json").is_file()
     if in_run:
-        group.on_first(lambda: _remove_orphans(run))
+        group.on_rank0(lambda: _remove_orphans(run))
     result = evaluate_sampler(sampler, reference, extractor, drawn_folder(run) if in_run else None, group)
     if in_run:
-        group.on_first(lambda: write_evaluation(run, result))
+        group.on_rank0(lambda: write_evaluation(run, result))
     return result
 
 
@@ -256,6 +256,6 @@ def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: P
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
     sampler = open_sampler(checkpoint, settings, device)
     images = np.concatenate([batch.images.numpy() for batch in sampler.batches()])
-    words = Words(rows=[class_name(sampler, label) for label in range(num_classes)])
+    words = SheetText(rows=[class_name(sampler, label) for label in range(num_classes)])
     with atomic_path(path) as temporary:
         draw_sheet(images, GRID_COLUMNS, words).save(temporary)

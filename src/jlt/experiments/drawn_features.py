@@ -16,8 +16,8 @@ from torch import Tensor
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.feature_table import arrays_of, open_table
 from jlt.evaluation.real_images import CHUNK
-from jlt.runtime.processes import Group, ending_together
-from jlt.runtime.progress import bar, say
+from jlt.runtime.processes import Group, stop_together
+from jlt.runtime.progress import bar, inform
 from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
 from jlt.storage.files import lock_folder
@@ -46,18 +46,18 @@ def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Pa
             held.enter_context(lock_folder(folder))
             written = open_table(folder, extractor, num).written()
             if written.any():
-                say(f"{written.sum()} of {len(written)} images were drawn before.")
+                inform(f"{written.sum()} of {len(written)} images were drawn before.")
             return unwritten(batches_of(num, sampler.config.batch_size), written)
 
-        missing = group.on_first(find)
+        missing = group.on_rank0(find)
         images, drawn = sum(map(len, missing)), group.begin()
-        with ending_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
+        with stop_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
             table = open_table(folder, extractor, num)
             batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
             for start, pixels, labels in aligned(batches):
                 table.write(start, {**arrays_of(extractor(pixels)), "labels": labels.numpy()})
                 shown.show(group.add(drawn, len(labels)))
-        group.on_first(table.require_full)
+        group.on_rank0(table.require_full)
         yield table
 
 

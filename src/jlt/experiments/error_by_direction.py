@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.geometry.accumulate import Latents, Moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.gaussian import conditional_variance
@@ -26,9 +26,9 @@ from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplic
 from jlt.geometry.tokens import eigenbasis
 from jlt.patches import join_tokens, patch_tokens
 from jlt.report.results import INSIDE_SCHEMA
-from jlt.runtime.processes import Group, ending_together, of_first
+from jlt.runtime.processes import Group, rank0_value, stop_together
 from jlt.runtime.progress import bar
-from jlt.runtime.random_numbers import chosen_at_random, derive_seed, normal_per_sample
+from jlt.runtime.random_numbers import derive_seed, normal_per_sample, random_subset
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.sampler import open_weights
 from jlt.storage.files import difference
@@ -60,7 +60,7 @@ class Networks:
 
     def __post_init__(self) -> None:
         if self.num < 2:
-            raise WrongWordsError(f"--num must be 2 or more: errors of means need several latents, not {self.num}.")
+            raise UsageError(f"--num must be 2 or more: errors of means need several latents, not {self.num}.")
 
     @property
     def patch_size(self) -> int:
@@ -85,7 +85,7 @@ class Basis:
     whole_estimate: WholeEstimate
 
 
-def look_inside(
+def measure_error_by_direction(
     networks: Networks, store: Latents, moments: Moments | None, device: str, group: Group, seed: int = 0
 ) -> dict[str, Any]:
     """Return the errors of networks by time and direction, as JSON values, in all processes, which share the work.
@@ -94,8 +94,8 @@ def look_inside(
     latents are drawn from the store, the same for all networks and any number of processes.
     """
     scale = networks.noise_scale
-    basis = group.on_first(lambda: measure_basis(of_first(moments), networks.patch_size, scale))
-    numbers = chosen_at_random(len(store), networks.num)
+    basis = group.on_rank0(lambda: measure_basis(rank0_value(moments), networks.patch_size, scale))
+    numbers = random_subset(len(store), networks.num)
     found = []
     for checkpoint in networks.checkpoints:
         weights = open_weights(checkpoint, networks.ema, device)
@@ -103,7 +103,7 @@ def look_inside(
         found.append((checkpoint, weights.identity, squares))
 
     def describe() -> dict[str, Any]:
-        seen = [(checkpoint, identity, of_first(squares)) for checkpoint, identity, squares in found]
+        seen = [(checkpoint, identity, rank0_value(squares)) for checkpoint, identity, squares in found]
         first = seen[0][2]
         beyond = [_mean_and_error(squares - first) for _, _, squares in seen[1:]]
         return {
@@ -121,7 +121,7 @@ def look_inside(
             "beyond_the_first": [{"difference": mean.tolist(), "error": error.tolist()} for mean, error in beyond],
         }
 
-    return group.on_first(describe)
+    return group.on_rank0(describe)
 
 
 def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -> Basis:
@@ -196,7 +196,7 @@ def squared_errors(
     The processes share the latents; the first has them all in the end, the others None. Stopped when asked to end.
     """
     starts, found, seen = range(0, len(numbers), BATCH_SIZE), [], group.begin()
-    with ending_together(group) as until_stopped, bar("looking inside", len(numbers)) as shown:
+    with stop_together(group) as until_stopped, bar("looking inside", len(numbers)) as shown:
         for start in until_stopped(starts[group.rank :: group.size]):
             chosen = numbers[start : start + BATCH_SIZE]
             latents, labels = store.gather(chosen)
@@ -207,7 +207,7 @@ def squared_errors(
             errors = torch.stack([along(velocity - (x - eps), basis) for velocity in velocities])
             found.append((start, errors))
             shown.show(group.add(seen, len(chosen)))
-    whole = group.fold(found, list.extend)
+    whole = group.reduce_to_rank0(found, list.extend)
     return None if whole is None else torch.cat([errors for _, errors in sorted(whole, key=itemgetter(0))], dim=1)
 
 

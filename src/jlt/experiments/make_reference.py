@@ -11,8 +11,8 @@ from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.real_images import KEPT, reference_protocol, reference_statistics
 from jlt.evaluation.reference import Reference, require_npz
 from jlt.images.source import ImageSource
-from jlt.runtime.processes import joined
-from jlt.runtime.progress import say
+from jlt.runtime.processes import join_group
+from jlt.runtime.progress import inform
 from jlt.storage.files import difference, read_json
 from jlt.storage.rows import require_space
 
@@ -26,12 +26,12 @@ def make_reference(
     kept. JLTError before the first image for any other file there, a place that cannot be written and a full disk.
     """
     protocol = reference_protocol(source, extractor, resolution)
-    with joined(device) as group:
-        kept = group.on_first(lambda: _kept(out, protocol, len(source), extractor))
+    with join_group(device) as group:
+        kept = group.on_rank0(lambda: _kept(out, protocol, len(source), extractor))
         if kept is not None:
             return kept
         reference = reference_statistics(source, extractor, resolution, group=group)
-        group.on_first(lambda: reference.save(out))
+        group.on_rank0(lambda: reference.save(out))
     return reference.identity()
 
 
@@ -44,7 +44,7 @@ def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExt
         lines = difference(reference.protocol, protocol)
         if lines:
             raise JLTError(f"{out} holds other statistics ({'; '.join(lines)}): name another file.")
-        say(f"{out} is finished already.")
+        inform(f"{out} is finished already.")
         return reference.identity()
     # A process that was killed between the two files leaves the first one.
     if beside.exists() and {**(stored := read_json(beside)), **protocol} != stored:

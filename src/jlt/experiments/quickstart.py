@@ -15,7 +15,7 @@ from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.report.page import write_report
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.storage.files import claim_folder
 
 ENCODING = EncodeConfig(
@@ -30,21 +30,21 @@ def quickstart(
 ) -> dict[str, Any]:
     """Encode, analyse, train, sample, evaluate and report; return the summary. What exists in `out` is continued."""
     claim_folder(out, "quickstart.json", {"schema": 1})
-    say("1/4 encoding the digits")
+    inform("1/4 encoding the digits")
     latents = out / "latents"
     encode(ENCODING, latents)
     store = LatentStore.open(latents)
 
-    say("2/4 measuring the geometry of their latents")
+    inform("2/4 measuring the geometry of their latents")
     config = quickstart_ablation(store, seeds, steps)
     model = TrainingModel.of(config.train)
     measure_geometry(store, out, Question(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
-    say(f"3/4 training {runs} systems for {config.train.steps} steps each")
+    inform(f"3/4 training {runs} systems for {config.train.steps} steps each")
     summary = ablate(config, latents, out, workers, command)
 
-    say("4/4 writing the report")
+    inform("4/4 writing the report")
     return {**summary, "report": str(write_report(out))}
 
 

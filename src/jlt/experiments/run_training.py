@@ -9,29 +9,29 @@ from jlt.config import TrainConfig, in_steps
 from jlt.experiments.watchers import watchers_of
 from jlt.latents.store import LatentStore
 from jlt.runtime.environment import default_device
-from jlt.runtime.processes import joined
-from jlt.runtime.progress import say
+from jlt.runtime.processes import join_group
+from jlt.runtime.progress import inform
 from jlt.training.loop import train
 
 LAUNCHER_SETTINGS = {"ACCELERATE_MIXED_PRECISION": "--precision", "ACCELERATE_USE_FSDP": "--parallel fsdp"}
 """What `accelerate launch` hands on to programs that are built on it, and our own words for it."""
 
 
-def say_what_does_not_reach() -> None:
+def warn_ignored_settings() -> None:
     """Say which settings of a launcher have no effect here, where they ask for something."""
     for name, words in LAUNCHER_SETTINGS.items():
         if os.environ.get(name, "no").lower() not in ("no", "false", "0"):
-            say(f"The launcher's {name}={os.environ[name]} has no effect here: say {words}.")
+            inform(f"The launcher's {name}={os.environ[name]} has no effect here: say {words}.")
 
 
 def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool = False) -> Path:
     """Train a run, continuing what is there, and return the folder of its last checkpoint."""
     device = default_device()
-    say_what_does_not_reach()
+    warn_ignored_settings()
     store = LatentStore.open(latents)
-    with joined(device) as group:
+    with join_group(device) as group:
         if verify:
-            group.on_first(lambda: LatentStore.open_verified(latents))
+            group.on_rank0(lambda: LatentStore.open_verified(latents))
         config = in_steps(config, len(store))
         watchers = watchers_of(config, store, device, group)
         return train(config, store, run, device, group, watchers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from jlt.config import Metric, SampleConfig
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.suite import GROUPS
 
@@ -74,15 +74,15 @@ class SweepConfig:
         for axis in ("cfg_scale", "cfg_interval", "ema"):
             points = getattr(self, axis)
             if not points or len(set(points)) < len(points):
-                raise WrongWordsError(f"{axis.replace('_', '-')} needs one value or more, each of them once.")
+                raise UsageError(f"{axis.replace('_', '-')} needs one value or more, each of them once.")
         if not GROUPS <= self.coarse_num <= self.sample.num:
-            raise WrongWordsError(f"--coarse-num must lie between {GROUPS} and --num, and is {self.coarse_num}.")
+            raise UsageError(f"--coarse-num must lie between {GROUPS} and --num, and is {self.coarse_num}.")
         if self.confirm_seed == self.sample.seed:
-            raise WrongWordsError("The seed that confirms must be another than the one that chooses.")
+            raise UsageError("The seed that confirms must be another than the one that chooses.")
         if self.confirm < 1 or self.refine < 0:
-            raise WrongWordsError("--confirm must be 1 or more, --refine 0 or more.")
+            raise UsageError("--confirm must be 1 or more, --refine 0 or more.")
         if self.metric not in get_args(Metric):
-            raise WrongWordsError(f"--metric must be one of {', '.join(get_args(Metric))}.")
+            raise UsageError(f"--metric must be one of {', '.join(get_args(Metric))}.")
         for setting in self.settings():
             self.sample_config(setting, self.coarse_num, 0)
 

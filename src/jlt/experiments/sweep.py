@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.config import SampleConfig, to_dict
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.real_images import open_reference
 from jlt.evaluation.reference import Reference
@@ -41,8 +41,8 @@ from jlt.experiments.search import (
 )
 from jlt.report.wording import with_error
 from jlt.runtime.environment import machine, versions
-from jlt.runtime.processes import Group, require_one_mind
-from jlt.runtime.progress import format_seconds, say
+from jlt.runtime.processes import Group, require_same_arguments
+from jlt.runtime.progress import format_seconds, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open_sampler, with_config
 from jlt.storage.files import claim_folder, lock_folder, read_json, write_json
@@ -105,13 +105,13 @@ class Sweeper:
         if any(self.group.gather(bool(self._asked))):
             raise Stopped("Stopped on request.")
         path = self.out / "points" / f"{setting.name}-seed{seed}-num{num}.json"
-        result = self.group.on_first(lambda: read_json(path) if path.exists() else None)
+        result = self.group.on_rank0(lambda: read_json(path) if path.exists() else None)
         if result is None:
             began = time.monotonic()
             self._sampler = with_config(self._sampler, self.config.sample_config(setting, num, seed))
             place = self._drawn(setting, seed)
             result = evaluate_sampler(self._sampler, self._reference, self._extractor, place, self.group, keep=True)
-            self.group.on_first(lambda: write_json(path, result))
+            self.group.on_rank0(lambda: write_json(path, result))
             self._images, self._seconds = self._images + fresh, self._seconds + time.monotonic() - began
         return self._measured(setting, num, seed, result)
 
@@ -126,7 +126,7 @@ class Sweeper:
 
     def drop(self, setting: Setting) -> None:
         """Remove the features of a setting that is out."""
-        self.group.on_first(lambda: shutil.rmtree(self._drawn(setting, self.config.sample.seed), ignore_errors=True))
+        self.group.on_rank0(lambda: shutil.rmtree(self._drawn(setting, self.config.sample.seed), ignore_errors=True))
 
     def _drawn(self, setting: Setting, seed: int) -> Path:
         return self.out / ".drawn" / f"{setting.name}-seed{seed}"
@@ -138,7 +138,7 @@ class Sweeper:
         left = ""
         if self._images and images_left:
             left = f"; about {format_seconds(images_left * self._seconds / self._images)} left"
-        say(f"{where}: {point.setting}: {self.config.metric.replace('_', ' ')} {value} of {point.num} images{left}")
+        inform(f"{where}: {point.setting}: {self.config.metric.replace('_', ' ')} {value} of {point.num} images{left}")
 
 
 def sweep(
@@ -180,11 +180,11 @@ def sweep(
         "reference": reference.identity(),
         "versions": versions(),
     }
-    require_one_mind(group, words, "search")
-    group.on_first(lambda: claim_folder(out, "plan.json", words, allowed={"report.html"}))
+    require_same_arguments(group, words, "search")
+    group.on_rank0(lambda: claim_folder(out, "plan.json", words, allowed={"report.html"}))
     with contextlib.ExitStack() as held:
-        group.on_first(lambda: held.enter_context(lock_folder(out)))
-        group.on_first(lambda: _require_room(config, extractor, out))
+        group.on_rank0(lambda: held.enter_context(lock_folder(out)))
+        group.on_rank0(lambda: _require_room(config, extractor, out))
         sweeper = held.enter_context(Sweeper(config, out, sampler, reference, extractor, group))
         stages = search(config, sweeper.measure, sweeper.drop)
         confirmed = sweeper.confirm(to_confirm(config, stages[-1]))
@@ -203,15 +203,15 @@ def sweep(
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **result,
         }
-        group.on_first(lambda: write_json(out / "sweep.json", result))
-        group.on_first(lambda: shutil.rmtree(out / ".drawn", ignore_errors=True))
+        group.on_rank0(lambda: write_json(out / "sweep.json", result))
+        group.on_rank0(lambda: shutil.rmtree(out / ".drawn", ignore_errors=True))
     return out, result
 
 
 def sweep_folder(checkpoint: Checkpoint) -> Path:
     """Return where a run keeps the sweep of a checkpoint; JLTError for a checkpoint outside of a run."""
     if not (checkpoint.run / "config.json").is_file():
-        raise WrongWordsError(f"{checkpoint.folder} lies in no run: say with --out where the sweep goes.")
+        raise UsageError(f"{checkpoint.folder} lies in no run: say with --out where the sweep goes.")
     return checkpoint.run / "sweeps" / checkpoint.folder.name
 
 

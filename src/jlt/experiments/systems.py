@@ -32,6 +32,6 @@ def preset(name: str, latents: LatentShape = FLUX2_IMAGENET256) -> tuple[Predict
 
 
 def preset_config(name: str, **settings: Any) -> TrainConfig:
-    """Return a training of a named network, such as `JLT-B/1`; WrongWordsError for an unknown name."""
+    """Return a training of a named network, such as `JLT-B/1`; UsageError for an unknown name."""
     prediction, network = preset(name)
     return TrainConfig(name=name, prediction=prediction, network=network, flips=True, **settings)

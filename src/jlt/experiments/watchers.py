@@ -21,17 +21,17 @@ from jlt.experiments.checkpoint_evaluation import (
     write_evaluation,
 )
 from jlt.latents.store import LatentStore
-from jlt.runtime.processes import Group, ending_together
+from jlt.runtime.processes import Group, stop_together
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher
-from jlt.training.power_ema import WORDS, parse_ema_words
+from jlt.training.power_ema import WORDS, parse_sigma_rel
 
 
 def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Group) -> list[Watcher]:
     """Return those whom a run asks for; JLTError, said once, for a reference that cannot be had."""
     if config.sample_every or config.evaluate_every:
-        group.on_first(lambda: check_sampling(config, store, device))
+        group.on_rank0(lambda: check_sampling(config, store, device))
     watchers: list[Watcher] = []
     if config.sample_every:
         watchers.append(GridWatcher(config, device))
@@ -47,7 +47,7 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     if sample.ema not in known and not (sample.ema.startswith(WORDS) and config.power_ema):
         raise unknown_name("EMA in this run", sample.ema, known[:-1])
     if sample.ema.startswith(WORDS):
-        parse_ema_words(sample.ema)
+        parse_sigma_rel(sample.ema)
     check_guidance(config, sample)
     if config.evaluate_every:
         require_enough(sample.num)
@@ -69,7 +69,7 @@ class GridWatcher(Watcher):
 
     def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Draw a checkpoint's grid into the run, unless it is there, in the first process."""
-        return group.on_first(lambda: self._draw(checkpoint))
+        return group.on_rank0(lambda: self._draw(checkpoint))
 
     def _draw(self, checkpoint: Path) -> dict[str, Any] | None:
         opened = open_checkpoint(checkpoint)
@@ -98,13 +98,13 @@ class EvaluationWatcher(Watcher):
 
     def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Measure a checkpoint and write the result into its run, unless it is there."""
-        with ending_together(group):
+        with stop_together(group):
             opened = open_checkpoint(checkpoint)
             sampler = open_sampler(opened, self._config.sample, self._device)
             path = evaluation_path(opened.run, opened.step, sampler_protocol(sampler, self._reference, self._extractor))
-        group.on_first(lambda: remove_stale(opened.run, opened))
-        if group.on_first(path.exists):
+        group.on_rank0(lambda: remove_stale(opened.run, opened))
+        if group.on_rank0(path.exists):
             return None
         result = evaluate_sampler(sampler, self._reference, self._extractor, drawn_folder(opened.run), group)
-        group.on_first(lambda: write_evaluation(opened.run, result))
+        group.on_rank0(lambda: write_evaluation(opened.run, result))
         return {"event": "evaluated", "file": f"evaluations/{path.name}", "metrics": result["metrics"]}

@@ -17,7 +17,7 @@ from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.stationary import StationaryCovariance
 from jlt.geometry.subsample import Sample, sample_numbers
 from jlt.geometry.whole import LeadingSketch
-from jlt.runtime.processes import Group, ending_together
+from jlt.runtime.processes import Group, stop_together
 from jlt.runtime.progress import bar
 
 BATCH_VALUES = 2**22
@@ -95,12 +95,12 @@ def measure_moments(
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = Moments(count, shape, patch_sizes, device)
     seen = group.begin()
-    with ending_together(group) as until_stopped, bar("measuring the latents", count) as shown:
+    with stop_together(group) as until_stopped, bar("measuring the latents", count) as shown:
         for numbers in until_stopped(ranges[group.rank :: group.size]):
             latents, labels = store.gather(np.arange(numbers.start, numbers.stop))
             mine.update(numbers.start, latents, labels)
             shown.show(group.add(seen, len(numbers)))
-    return group.fold(mine, Moments.merge)
+    return group.reduce_to_rank0(mine, Moments.merge)
 
 
 def _require_enough(count: int) -> None:

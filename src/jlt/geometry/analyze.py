@@ -26,7 +26,7 @@ from jlt.geometry.spectrum import Spectrum, eigenvalues_descending, sampling_err
 from jlt.geometry.stationary import between_classes
 from jlt.geometry.tokens import FEWEST, MeasuredTokens, measure_tokens
 from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 
 TIMES = np.round(np.linspace(0.0, 0.98, 50), 2)
 """Times of the tables; 1 is left out because a direction without variance has no regression there."""
@@ -59,7 +59,7 @@ def describe(
         warnings += [*_few_tokens(measured), *_dead_directions(measured)]
     warnings += _few_for_frequencies(moments)
     for warning in warnings:
-        say(warning)
+        inform(warning)
     return {
         "latents": identity,
         "warnings": warnings,

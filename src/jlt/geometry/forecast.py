@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jlt.config import PREDICTIONS, LossSpace, Prediction, TimestepConfig, TrainConfig
-from jlt.errors import WrongWordsError
+from jlt.errors import UsageError
 from jlt.geometry.capacity import Times, capacity_curve, required_rank, training_times, unavoidable_risk, width_floor
 from jlt.geometry.spectrum import Spectrum, shrunk, summarise
 
@@ -79,12 +79,12 @@ class TrainingModel:
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution == "uniform"):
-            raise WrongWordsError(
+            raise UsageError(
                 "t_eps must lie in [0, 0.5), and above 0 for uniform times: without a clamp the risk of a clean "
                 "prediction has no mean there."
             )
         if not 0 < self.noise_scale < math.inf:
-            raise WrongWordsError(f"A scale of noise is above 0, not {self.noise_scale}.")
+            raise UsageError(f"A scale of noise is above 0, not {self.noise_scale}.")
 
     @functools.cached_property
     def times(self) -> Times:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jlt.geometry.covariance import TokenCovariance
 from jlt.patches import patch_tokens
-from jlt.runtime.random_numbers import chosen_at_random
+from jlt.runtime.random_numbers import random_subset
 
 SAMPLE = 4096
 SAMPLE_BYTES = 2**28
@@ -28,7 +28,7 @@ PARTS = 10
 
 def sample_numbers(count: int, values: int) -> Int64[np.ndarray, " m"]:
     """Return which latents of a store, of so many values each, are kept; always the same."""
-    return chosen_at_random(count, max(2, min(SAMPLE, SAMPLE_BYTES // (4 * values))))
+    return random_subset(count, max(2, min(SAMPLE, SAMPLE_BYTES // (4 * values))))
 
 
 class Sample:
@@ -127,7 +127,7 @@ def neighbourhood_covariance(latents: Float[Tensor, "m c h w"], patch_size: int)
     rows = rows - rows.mean(0)
     squares = rows.square().sum(1)
     found = TokenCovariance(latents.shape[1], patch_size)
-    for anchor in chosen_at_random(len(latents), ANCHORS).tolist():
+    for anchor in random_subset(len(latents), ANCHORS).tolist():
         distances = squares - 2 * (rows @ rows[anchor])
         distances[anchor] = -torch.inf
         members = latents[distances.topk(NEIGHBOURS + 1, largest=False).indices].double()

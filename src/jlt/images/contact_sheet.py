@@ -17,7 +17,7 @@ LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
-class Words:
+class SheetText:
     """What is written on a sheet; what is longer than its place is cut."""
 
     title: str = ""
@@ -28,13 +28,13 @@ class Words:
 
 
 def draw_sheet(
-    images: UInt8[np.ndarray, "n s s 3"], columns: int, words: Words | None = None, min_side: int = 0
+    images: UInt8[np.ndarray, "n s s 3"], columns: int, words: SheetText | None = None, min_side: int = 0
 ) -> Image.Image:
     """Lay images out row by row. Those smaller than `min_side` pixels are enlarged pixel by pixel: nothing is smoothed.
 
     The last row may be shorter.
     """
-    words = words or Words()
+    words = words or SheetText()
     side = images.shape[1] * max(1, -(-min_side // images.shape[1]))
     rows = -(-len(images) // columns)
     title_font, font = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(TEXT_SIZE)

@@ -20,8 +20,8 @@ from jaxtyping import Int64, UInt8
 from jlt.errors import JLTError
 from jlt.images.crop import Exif, centre_crop
 from jlt.images.source import BadImageError, ImageSource, SkippedImage
-from jlt.runtime.processes import watch_over_all
-from jlt.runtime.signals import follow_parent, unheard
+from jlt.runtime.processes import notice_dead_workers
+from jlt.runtime.signals import follow_parent, signals_blocked
 
 BATCHES_AHEAD = 2
 """Batches in work or waiting per worker; with fewer, workers would idle while a slow image holds up its successors."""
@@ -84,11 +84,11 @@ def load_batches(
     waiting: deque[Future[PixelBatch]] = deque()
     try:
         for rows in batches:
-            with unheard():
+            with signals_blocked():
                 waiting.append(pool.submit(_work, rows))
             if len(waiting) > workers * BATCHES_AHEAD:
                 yield waiting.popleft().result()
-        watch_over_all(pool)
+        notice_dead_workers(pool)
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.images.labels import numbered_classes, sorted_classes
 from jlt.images.sharded import ShardedSource
 from jlt.images.source import BadImageError, decode_image, read_image, require_index
@@ -112,7 +112,7 @@ class Parquet(ShardedSource):
             chosen = names if names is not None else tables[0].noted_names
             return numbered_classes(labels, chosen, self.describe), labels.astype(np.int32)
         if names is not None:
-            raise WrongWordsError(f"--class-names has no meaning for {self.path}: its labels are names already.")
+            raise UsageError(f"--class-names has no meaning for {self.path}: its labels are names already.")
         code_of: dict[str, int] = {}
         codes = np.concatenate([table.label_codes(code_of) for table in tables])
         return sorted_classes(codes, list(code_of))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlt.errors import JLTError, WrongWordsError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.images.digits import Digits
 from jlt.images.folders import ClassFolders
 from jlt.images.labels import read_class_names
@@ -29,7 +29,7 @@ def open_source(spec: str, split: str | None = None, class_names: str | None = N
     That is `digits`, the bundled set; a .parquet or .tar file; a folder of such files, which may lie in its folder
     `data`, as in a clone of a Hub repository; or a folder of class folders. `split` chooses among the files of such a
     folder; `class_names` is a text file with one class name a line, for parquet and tar files whose labels are numbers.
-    A folder that is called as a bundled set is meant by writing it as a path (`./digits`). WrongWordsError if there is
+    A folder that is called as a bundled set is meant by writing it as a path (`./digits`). UsageError if there is
     nothing of that name, with the nearest names, or if an option does not apply; JLTError if it does not open.
     """
     if spec == "digits":
@@ -95,10 +95,10 @@ def _refuse_compressed(files: list[Path]) -> None:
 def _refuse(kind: str, **options: str | None) -> None:
     for option, value in options.items():
         if value is not None:
-            raise WrongWordsError(f"--{option.replace('_', '-')} has no meaning for {kind}: leave it out.")
+            raise UsageError(f"--{option.replace('_', '-')} has no meaning for {kind}: leave it out.")
 
 
-def _unknown_path(spec: str, path: Path) -> WrongWordsError:
+def _unknown_path(spec: str, path: Path) -> UsageError:
     siblings = [str(other) for other in path.parent.glob("*/")] if path.parent.is_dir() else []
     if len(path.parts) == 1:
         siblings += BUNDLED

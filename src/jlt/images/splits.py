@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from jlt.errors import JLTError, WrongWordsError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 
 # train-00000-of-00294, as the Hub names parquet files; older ones end in a part of their hash.
 _OF = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?")
@@ -19,21 +19,21 @@ def choose_split(files: Sequence[Path], split: str | None) -> list[Path]:
     """Return the files of one split in the order of their names.
 
     The split is what stands before the number in a file's name; a name without a number is a split of its own.
-    WrongWordsError if there are several splits and none was chosen, or not the chosen one. JLTError if the names say
+    UsageError if there are several splits and none was chosen, or not the chosen one. JLTError if the names say
     that files are missing, or are left over from another version.
     """
     found = Counter(_split_of(file) for file in files)
     folder = files[0].parent
     if split is None and len(found) > 1:
         listing = ", ".join(f"{name or 'no name'} ({count} files)" for name, count in sorted(found.items()))
-        raise WrongWordsError(
+        raise UsageError(
             f"{folder} holds several splits, {listing}: choose one with --split, "
             "or give the files of one set the same name before a number."
         )
     chosen = next(iter(found)) if split is None else split
     if chosen not in found:
         if set(found) == {""}:
-            raise WrongWordsError(f"The files in {folder} name no split: leave out --split.")
+            raise UsageError(f"The files in {folder} name no split: leave out --split.")
         raise unknown_name("split", chosen, sorted(filter(None, found)))
     members = sorted((file for file in files if _split_of(file) == chosen), key=lambda file: file.name)
     _require_whole(chosen, members)

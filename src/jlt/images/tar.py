@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.images.labels import MOST_CLASSES, no_class, numbered_classes, sorted_classes
 from jlt.images.sharded import ShardedSource
 from jlt.images.source import decode_image, require_index
@@ -83,7 +83,7 @@ class TarShards(ShardedSource):
         elif class_names is None:
             self.class_names, self._labels = sorted_classes(labels, list(index.code_of))
         else:
-            raise WrongWordsError(f"--class-names has no meaning for {path}: its labels are names already.")
+            raise UsageError(f"--class-names has no meaning for {path}: its labels are names already.")
         index.listing.update(json.dumps(self.class_names).encode())
         self.listing_sha256 = index.listing.hexdigest()
 

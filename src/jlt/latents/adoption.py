@@ -22,13 +22,13 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt64
 
 from jlt.autoencoders.load import USUAL_PLACES
-from jlt.errors import JLTError, WrongWordsError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.images.labels import MOST_CLASSES
 from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, write_manifest
 from jlt.latents.shards import ShardFile, TensorEntry
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import VERIFY_THREADS, LatentStore
-from jlt.runtime.progress import say, track
+from jlt.runtime.progress import inform, track
 from jlt.storage.files import difference
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
@@ -186,7 +186,7 @@ def _say_unequal_ranks(shards: Sequence[_Shard]) -> None:
         counts[shard.rank] = counts.get(shard.rank, 0) + len(shard.labels)
     fewest = min(counts, key=lambda rank: counts[rank])
     if counts[fewest] < max(counts.values()):
-        say(
+        inform(
             f"The processes wrote different numbers of latents, rank {fewest} {counts[fewest]} and another "
             f"{max(counts.values())}: where images are shared out evenly, that is a sign of missing last shards."
         )
@@ -224,13 +224,13 @@ def _shape_words(
 
 
 def _usual(name: str, path: str | None) -> tuple[_Usual, str]:
-    """Return what is known of an autoencoder, and where it lies; WrongWordsError for words that do not go together."""
+    """Return what is known of an autoencoder, and where it lies; UsageError for words that do not go together."""
     if name not in USUAL:
         raise unknown_name("autoencoder", name, USUAL)
     if name == "pixels" and path is not None:
-        raise WrongWordsError(f"The autoencoder 'pixels' has no weights: leave the path {path} away.")
+        raise UsageError(f"The autoencoder 'pixels' has no weights: leave the path {path} away.")
     if name == "kl" and path is None:
-        raise WrongWordsError(
+        raise UsageError(
             "The autoencoder 'kl' is any AutoencoderKL: say which made the latents with --autoencoder-path."
         )
     in_package = {"tiny": "bundled", "pixels": "built in"}
@@ -284,7 +284,7 @@ def _read_all(
     _require_normalised(sums, words["autoencoder"])
     repeated = words["count"] - len(np.unique(np.concatenate(fingerprints)))
     if repeated:
-        say(
+        inform(
             f"{repeated} of {words['count']} latents repeat others exactly, as where a DistributedSampler fills up its "
             "last batches: they stay."
         )

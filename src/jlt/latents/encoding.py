@@ -31,10 +31,10 @@ from jlt.latents.preview import preview
 from jlt.latents.shards import ShardWriter, keep_rows
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import STATE_FOLDER, VERIFY_THREADS, LatentStore, shard_problem
-from jlt.runtime.background import Behind
+from jlt.runtime.background import BackgroundWorker
 from jlt.runtime.environment import cores
-from jlt.runtime.processes import Group, joined, local_world_size, require_one_mind
-from jlt.runtime.progress import bar, say
+from jlt.runtime.processes import Group, join_group, local_world_size, require_same_arguments
+from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import until_stopped
 from jlt.storage.files import (
     atomic_path,
@@ -71,13 +71,13 @@ def encode_source(source: ImageSource, autoencoder: Autoencoder, config: EncodeC
     """Encode an opened source with a loaded autoencoder; otherwise as `encode`."""
     _require_outside(source, out)
     job = EncodingJob(source, autoencoder, config, out)
-    with joined() as group, contextlib.ExitStack() as held:
-        require_one_mind(group, job.words(), "encode")
-        missing = group.on_first(lambda: _begin(job, held))
+    with join_group() as group, contextlib.ExitStack() as held:
+        require_same_arguments(group, job.words(), "encode")
+        missing = group.on_rank0(lambda: _begin(job, held))
         if missing is not None:
             _make_shards(job, missing, group)
             group.wait()
-            group.on_first(lambda: _complete(job))
+            group.on_rank0(lambda: _complete(job))
     return read_manifest(out)
 
 
@@ -103,7 +103,7 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
             missing = _damaged(job, manifest, held)
         else:
             _require_whole(job)
-            say(f"{job.out} is finished already; jlt verify compares it with its hashes.")
+            inform(f"{job.out} is finished already; jlt verify compares it with its hashes.")
     else:
         held.enter_context(_claimed(job.out, words))
         missing = dict.fromkeys(job.missing())
@@ -111,7 +111,7 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
         job.require_policy([image for shard in finished for image in shard.skipped])
         _require_space(job, missing)
     if missing and len(missing) < job.num_shards:
-        say(f"{job.out}: {job.num_shards - len(missing)} of {job.num_shards} shards are there already")
+        inform(f"{job.out}: {job.num_shards - len(missing)} of {job.num_shards} shards are there already")
     if job.config.preview:
         preview(job)
     return missing
@@ -137,7 +137,7 @@ def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitSta
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         problems = list(pool.map(lambda record: shard_problem(job.out, record), manifest.shards))
     for problem in filter(None, problems):
-        say(f"{problem} It is made again.")
+        inform(f"{problem} It is made again.")
     return {
         shards[record.file]: record.sha256 for record, problem in zip(manifest.shards, problems, strict=True) if problem
     }
@@ -170,7 +170,7 @@ def _make_shards(job: EncodingJob, missing: Missing, group: Group) -> None:
     with (
         bar(f"encoding {job.source.name}", total) as shown,
         exact_arithmetic(job.config.threads),
-        Behind[EncodedBatch](lambda batches: _write_shards(job, share, batches), depth) as writer,
+        BackgroundWorker[EncodedBatch](lambda batches: _write_shards(job, share, batches), depth) as writer,
         contextlib.closing(_encoded(job, list(share))) as batches,
     ):
         for batch in until_stopped(batches):

@@ -26,7 +26,7 @@ from jlt.latents.manifest import ShardRecord, StoreManifest
 from jlt.latents.shards import ITEM_BYTES
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import STATE_FOLDER, STORED_DTYPES, VERIFY_THREADS
-from jlt.runtime.progress import say, track
+from jlt.runtime.progress import inform, track
 from jlt.storage.files import read_sealed_json, sealed_text, sha256_file, write_text
 
 CROP = "adm centre crop"
@@ -154,7 +154,7 @@ class EncodingJob:
             record = self.recall(shard).record
             if record is None or sha256_file(path) == record.sha256:
                 return True
-        say(f"{path} is not what was written, or what was noted of it is not: it is made again.")
+        inform(f"{path} is not what was written, or what was noted of it is not: it is made again.")
         return False
 
     def require_policy(self, skipped: Sequence[SkippedImage]) -> None:

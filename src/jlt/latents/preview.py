@@ -7,11 +7,11 @@ import torch
 
 from jlt.autoencoders.psnr import psnr
 from jlt.errors import JLTError
-from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.decoding import PixelBatch, bad_image, load_batch
 from jlt.latents.encoding_batch import encode_batch, exact_arithmetic
 from jlt.latents.encoding_job import EncodingJob
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.storage.files import atomic_path
 
 PREVIEW_NAME = "preview.png"
@@ -38,14 +38,14 @@ def preview(job: EncodingJob) -> float:
     ]
     decoded = ((reconstructed + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     path = job.out / PREVIEW_NAME
-    words = Words(title=_title(job, overall), captions=[""] * len(captions) + captions)
+    words = SheetText(title=_title(job, overall), captions=[""] * len(captions) + captions)
     sheet = draw_sheet(np.concatenate((pixels.pixels, decoded)), len(captions), words, MIN_SIDE)
     with atomic_path(path) as temporary:
         sheet.save(temporary)
-    say(f"{path}: {len(captions)} images over their reconstructions, {overall:.1f} dB.")
+    inform(f"{path}: {len(captions)} images over their reconstructions, {overall:.1f} dB.")
     promised = job.autoencoder.held_out_psnr
     if promised and overall < promised - FAR_BELOW:
-        say(f"The autoencoder's makers measured {promised:.1f} dB: these are not the images that it was made for.")
+        inform(f"The autoencoder's makers measured {promised:.1f} dB: these are not the images that it was made for.")
     return overall
 
 

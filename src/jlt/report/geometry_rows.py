@@ -15,7 +15,7 @@ SLIDER_POINTS = 96
 """Directions of the spectrum that the slider moves, at equal distances in rank."""
 
 
-def spectra_at_hand(geometry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def slider_spectra(geometry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Return, for every patch size, eigenvalues at equal distances in rank, and each rank as a share of all."""
     found = []
     for entry in (geometry or {}).get("tokens", {}).values():

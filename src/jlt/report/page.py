@@ -14,7 +14,7 @@ from jlt import __version__
 from jlt.report import findings, palette
 from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
-from jlt.report.geometry_rows import advised_training, analyze_command, spectra_at_hand, spectrum_rows, whole_rows
+from jlt.report.geometry_rows import advised_training, analyze_command, slider_spectra, spectrum_rows, whole_rows
 from jlt.report.result_rows import result_rows
 from jlt.report.results import Study, flatten, protocol_differences, read_study
 from jlt.report.run_log import Log
@@ -77,7 +77,7 @@ def render(study: Study) -> str:
         "spectra": spectrum_rows(study),
         "whole_rows": whole_rows(study.geometry) if study.geometry else [],
         "advised_training": advised_training(study),
-        "spectra_at_hand": spectra_at_hand(study.geometry),
+        "slider_spectra": slider_spectra(study.geometry),
         "channels_hide": findings.channels_sentence(study),
         "matched": matched_statements(study),
         "shared_settings": settings(study)[0],
@@ -104,7 +104,7 @@ def render_template(name: str, context: Mapping[str, Any]) -> str:
     )
     template = environment.get_template(name)
     # The page's own policy lets nothing run but this very script, and that only where there is something to move.
-    script = loader.get_source(environment, SLIDER)[0] if context.get("spectra_at_hand") else ""
+    script = loader.get_source(environment, SLIDER)[0] if context.get("slider_spectra") else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else ""
     words = {"version": __version__, "palette": palette, "value_text": value_text}
     return template.render(**words, script=script, script_sha256=digest, **context)

@@ -250,7 +250,13 @@ def _swatch(colour: str, mark: str, line: bool) -> str:
 
 
 def _errorbar(
-    axes: Axes, where: Sequence[float], points: Sequence[Point], colour: str, marker: str, joined: bool, size: float = 5
+    axes: Axes,
+    where: Sequence[float],
+    points: Sequence[Point],
+    colour: str,
+    marker: str,
+    joined: bool,
+    size: float = 5,
 ) -> None:
     values, errors = [point["value"] for point in points], [point["error"] or 0 for point in points]
     style: Any = {"color": colour, "marker": marker, "markersize": size, "markeredgecolor": PAPER.light}

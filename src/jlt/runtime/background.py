@@ -18,7 +18,7 @@ class Abandoned(Exception):
     """Raised in the thread where the next item should be, when the loop that makes them has failed."""
 
 
-class Behind(Generic[T]):
+class BackgroundWorker(Generic[T]):
     """A thread that runs `use` on an iterator of the items that are put, up to `depth` of them waiting.
 
     A context manager: leaving it waits until all is used up; leaving it by an exception ends the thread at its next
@@ -47,7 +47,7 @@ class Behind(Generic[T]):
         if self._abandoned:
             raise Abandoned
 
-    def __enter__(self) -> Behind[T]:
+    def __enter__(self) -> BackgroundWorker[T]:
         return self
 
     def __exit__(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlt.errors import JLTError
 from jlt.runtime.signals import Stopped, stop_on_signal, until
-from jlt.runtime.watchdog import Heartbeat, Pulse
+from jlt.runtime.watchdog import Pulse, Watchdog
 from jlt.storage.files import difference
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def watch_over_all(pool: ProcessPoolExecutor) -> None:
+def notice_dead_workers(pool: ProcessPoolExecutor) -> None:
     """Make sure that the death of any process of a pool is noticed: call it after the last submission.
 
     Python's pool wakes its watching thread for a submission before it starts a process for it, so that this process may
@@ -75,7 +75,7 @@ class Group(abc.ABC):
         return f"section {self._sections}"
 
     @abc.abstractmethod
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process and return its result in all; its error ends all, said once."""
 
     @abc.abstractmethod
@@ -83,7 +83,7 @@ class Group(abc.ABC):
         """Return the values of all processes, by rank."""
 
     @abc.abstractmethod
-    def fold(self, value: T, merge: Callable[[T, T], object]) -> T | None:
+    def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:
         """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
 
     @abc.abstractmethod
@@ -95,7 +95,7 @@ class Group(abc.ABC):
         """Return when every process has come here; JLTError if one has died."""
 
 
-class Alone(Group):
+class SingleProcess(Group):
     """A process by itself."""
 
     rank = 0
@@ -105,7 +105,7 @@ class Alone(Group):
         super().__init__()
         self._counts: dict[str, int] = {}
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """Return the result of `work`."""
         return work()
 
@@ -113,7 +113,7 @@ class Alone(Group):
         """Return a list of the value."""
         return [value]
 
-    def fold(self, value: T, merge: Callable[[T, T], object]) -> T | None:  # noqa: ARG002
+    def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:  # noqa: ARG002
         """Return the value."""
         return value
 
@@ -126,7 +126,7 @@ class Alone(Group):
         """Return at once."""
 
 
-class Processes(Group):
+class DistributedGroup(Group):
     """Several processes, connected."""
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
@@ -135,7 +135,7 @@ class Processes(Group):
         self.control: ProcessGroup | None = None
         """The group of torch.distributed over which they agree; None is the one of all work."""
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process and return its result in all; its error ends all, said once."""
         import torch.distributed as dist
 
@@ -146,7 +146,7 @@ class Processes(Group):
                 outcome = [work(), ""]
             except Exception as error:
                 failure, outcome = error, [None, "stopped" if isinstance(error, Stopped) else "failed"]
-        with together():
+        with lost_process_as_error():
             dist.broadcast_object_list(outcome, src=0, group=self.control)
         if failure:
             raise failure
@@ -161,15 +161,15 @@ class Processes(Group):
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        with together():
+        with lost_process_as_error():
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def fold(self, value: T, merge: Callable[[T, T], object]) -> T | None:
+    def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:
         """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
         import torch.distributed as dist
 
-        with together():
+        with lost_process_as_error():
             if self.rank:
                 dist.send_object_list([value], dst=0, group=self.control)
                 return None
@@ -187,11 +187,11 @@ class Processes(Group):
         """Return when every process has come here; JLTError if one has died."""
         import torch.distributed as dist
 
-        with together():
+        with lost_process_as_error():
             dist.barrier(group=self.control)
 
 
-def of_first(value: T | None) -> T:
+def rank0_value(value: T | None) -> T:
     """Return what `Group.fold` left with the first process; ValueError in the others."""
     if value is None:
         raise ValueError("what was folded is with the first process")
@@ -199,7 +199,7 @@ def of_first(value: T | None) -> T:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def lost_process_as_error() -> Iterator[None]:
     """Turn the broken connection that a process sees when another one has ended into a JLTError."""
     try:
         yield
@@ -219,7 +219,7 @@ def _is_broken_connection(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
     """Give a block `until_stopped`, which passes items on until any process was asked to stop, has failed or hangs.
 
     Every process reaches the end of the block, and all leave it alike: whole, stopped, or with the error of one.
@@ -254,7 +254,7 @@ def ending_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T
         raise error
 
 
-def require_one_mind(group: Group, words: Mapping[str, Any], verb: str) -> None:
+def require_same_arguments(group: Group, words: Mapping[str, Any], verb: str) -> None:
     """Raise a JLTError unless all processes mean the same work, told by JSON `words`; `verb` is what they would do."""
     all_words = group.gather(words)
     for rank, theirs in enumerate(all_words):
@@ -269,14 +269,14 @@ def _said(error: Exception | None) -> str | None:
 
 
 @contextlib.contextmanager
-def joined(device: str = "cpu") -> Iterator[Group]:
+def join_group(device: str = "cpu") -> Iterator[Group]:
     """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one.
 
     They agree over gloo, and add up what lies on `device` over what is fast there. One that dies ends all, and so does
-    one that hangs where steps are told of: in a training, and between the items of `ending_together`.
+    one that hangs where steps are told of: in a training, and between the items of `stop_together`.
     """
     if world_size() == 1:
-        yield Alone()
+        yield SingleProcess()
         return
     import torch
     import torch.distributed as dist
@@ -288,8 +288,8 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         )
     store, number, size = next(iter(dist.rendezvous("env://")))
     store.set_timeout(PATIENCE)
-    group = Processes(store, number, size)
-    with Heartbeat(store.clone(), number, size, group.pulse):
+    group = DistributedGroup(store, number, size)
+    with Watchdog(store.clone(), number, size, group.pulse):
         kind = "nccl" if on_gpu else "gloo"
         own: dict[str, Any] = {"store": dist.PrefixStore(kind, store), "rank": number, "world_size": size}
         if on_gpu:

@@ -20,7 +20,7 @@ def silence() -> None:
     _silent = True
 
 
-def say(message: str) -> None:
+def inform(message: str) -> None:
     """Print one line for a person on stderr; stdout is kept for results."""
     if not _silent:
         print(message, file=sys.stderr, flush=True)
@@ -166,7 +166,7 @@ class PlainBar(Bar):
         left = self.pace.seconds_left()
         if left is not None:
             words.append(f"{format_seconds(left)} left")
-        say(", ".join(words) + (f" ({detail})" if detail else ""))
+        inform(", ".join(words) + (f" ({detail})" if detail else ""))
 
     def reached(self, done: float) -> str:
         """Say how far the work is."""

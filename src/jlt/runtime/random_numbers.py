@@ -36,7 +36,7 @@ def normal_per_sample(
     return noise
 
 
-def chosen_at_random(count: int, most: int) -> Int64[np.ndarray, " m"]:
+def random_subset(count: int, most: int) -> Int64[np.ndarray, " m"]:
     """Return the numbers of at most `most` of `count` images, ascending: always the same ones, chosen at random.
 
     Equal distances would not do: where labels repeat, as i mod K, they meet some classes and miss others.

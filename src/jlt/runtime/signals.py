@@ -32,7 +32,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Hold signals back for the duration of a block: processes begun in it are deaf until `follow_parent`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
     try:

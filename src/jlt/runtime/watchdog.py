@@ -75,7 +75,7 @@ class Pulse:
         return time.monotonic() - self._last > max(SILENT_SECONDS, SLOWER * self._longest)
 
 
-class Heartbeat:
+class Watchdog:
     """Two threads that beat, listen and watch for the duration of a block."""
 
     def __init__(self, store: Store, rank: int, size: int, pulse: Pulse) -> None:
@@ -120,7 +120,7 @@ class Heartbeat:
         # The other threads may be waiting, for ever, for the one that is gone.
         os._exit(1)
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Watchdog:
         for thread in self._threads:
             thread.start()
         return self

@@ -12,8 +12,8 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.runtime.environment import cores
-from jlt.runtime.processes import watch_over_all
-from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, stop_on_signal, unheard
+from jlt.runtime.processes import notice_dead_workers
+from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, signals_blocked, stop_on_signal
 
 _stopping: Event | None = None
 
@@ -28,9 +28,9 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
     setup = (os.getpid(), max(1, cores() // workers), stopping)
     with stop_on_signal() as stop:
         pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=setup)
-        with unheard():
+        with signals_blocked():
             waiting: set[Future[None]] = {pool.submit(_run, job, argument) for argument in arguments}
-            watch_over_all(pool)
+            notice_dead_workers(pool)
         try:
             while waiting and not stop:
                 done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.config import SampleConfig
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 from jlt.runtime.random_numbers import derive_seed, generator, normal_per_sample
 from jlt.sampling.guidance import Denoiser, guided
 from jlt.sampling.solvers import Noise, no_noise, solve
@@ -43,7 +43,7 @@ def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -
     try:
         labels = [int(part) for part in rule.split(",")]
     except ValueError:
-        raise WrongWordsError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
+        raise UsageError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
     outside = [label for label in labels if not 0 <= label < num_classes]
     if outside:
         raise JLTError(f"There is no class {outside[0]}: the network knows the classes 0 to {num_classes - 1}.")

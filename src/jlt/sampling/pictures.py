@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.images.contact_sheet import Words, draw_sheet
+from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.runtime.progress import track
 from jlt.runtime.signals import until_stopped
 from jlt.sampling.generate import batches_of, decode_to_uint8, labels_for
@@ -66,11 +66,11 @@ def _sheet(sampler: ImageSampler, drawn: Sequence[Rows], kind: str, names: Seque
     if kind == "pairs":
         # A column for each image, a row for each checkpoint.
         images = np.concatenate([rows[:, 0] for rows in drawn])
-        return draw_sheet(images, len(drawn[0]), Words(title, names, classes), GRID_SIDE)
+        return draw_sheet(images, len(drawn[0]), SheetText(title, names, classes), GRID_SIDE)
     images = np.stack(drawn, axis=1).reshape(-1, *drawn[0].shape[2:])
     rows = [f"{name}: {part}" if part else name for name in classes for part in (names if len(drawn) > 1 else [""])]
     columns = [*(f"t = {t:.2f}" for t in strip_times(sampler)), "image"] if kind == "strip" else []
-    return draw_sheet(images, drawn[0].shape[1], Words(title, rows, columns), GRID_SIDE)
+    return draw_sheet(images, drawn[0].shape[1], SheetText(title, rows, columns), GRID_SIDE)
 
 
 def _settings(sampler: ImageSampler) -> str:

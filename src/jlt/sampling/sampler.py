@@ -18,7 +18,7 @@ from jlt.config import SampleConfig, TrainConfig, to_dict
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network
 from jlt.runtime.environment import versions
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.sampling.generate import (
     SampleBatch,
     Seen,
@@ -237,7 +237,7 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
-        say(f"The latents name no weights of their autoencoder: those from {found['source']} decode them unchecked.")
+        inform(f"The latents name no weights of their autoencoder: those from {found['source']} decode them unchecked.")
     else:
         decisive = ["weights_sha256", "normalisation", *decisive]
     for key in decisive:

@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from jlt.config import SampleFormat
 from jlt.errors import JLTError
 from jlt.evaluation.image_files import SUFFIXES
-from jlt.images.contact_sheet import Words, draw_sheet
-from jlt.runtime.processes import Alone, Group, ending_together, require_one_mind
+from jlt.images.contact_sheet import SheetText, draw_sheet
+from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import track
 from jlt.sampling.generate import batches_of
 from jlt.sampling.sampler import ImageBatch, ImageSampler
@@ -41,19 +41,21 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     A folder that holds images of the same protocol is completed, also to a larger number; JLTError for one that holds
     anything else, or more images, and for a disk without room. Stopped when any process was asked to end.
     """
-    group = group or Alone()
-    require_one_mind(group, {**sampler.protocol(), "format": form, "batch_size": sampler.config.batch_size}, "draw")
+    group = group or SingleProcess()
+    require_same_arguments(
+        group, {**sampler.protocol(), "format": form, "batch_size": sampler.config.batch_size}, "draw"
+    )
     with contextlib.ExitStack() as held:
-        place = group.on_first(lambda: _claim(held, sampler, out, form))
-        if group.on_first(lambda: _finished(place)):
+        place = group.on_rank0(lambda: _claim(held, sampler, out, form))
+        if group.on_rank0(lambda: _finished(place)):
             return place
-        missing = group.on_first(lambda: _missing(sampler, place))
-        with ending_together(group) as until_stopped:
+        missing = group.on_rank0(lambda: _missing(sampler, place))
+        with stop_together(group) as until_stopped:
             keep = _keep_png(sampler, out) if form == "png" else _keep_row(_open_table(sampler, out))
             share = missing[group.rank :: group.size]
             for batch in track(until_stopped(sampler.batches(share)), _what(sampler), total=len(share)):
                 keep(batch)
-        group.on_first(lambda: _finish(sampler, place))
+        group.on_rank0(lambda: _finish(sampler, place))
         return place
 
 
@@ -163,7 +165,7 @@ def _save_npz(sampler: ImageSampler, columns: Mapping[str, np.ndarray], place: P
 def _save_grid(sampler: ImageSampler, columns: Mapping[str, np.ndarray], place: Path) -> None:
     names = [class_name(sampler, label) for label in columns["labels"].tolist()]
     across = math.ceil(math.sqrt(len(names)))
-    sheet = draw_sheet(np.asarray(columns["images"]), across, Words(captions=names), GRID_SIDE)
+    sheet = draw_sheet(np.asarray(columns["images"]), across, SheetText(captions=names), GRID_SIDE)
     with atomic_path(place) as temporary:
         sheet.save(temporary)
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from jlt.errors import JLTError, unknown_name
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.storage.files import sealed_sha256
 from jlt.training.checkpoint import Checkpoint, SnapshotFolder, list_snapshots
-from jlt.training.power_ema import WORDS, Snapshot, coefficients, parse_ema_words, reconstruct
+from jlt.training.power_ema import WORDS, Snapshot, coefficients, parse_sigma_rel, reconstruct
 
 NOTABLE_RESIDUAL = 0.05
 """From this share of a wanted average that the stored ones cannot express, a line says so."""
@@ -55,14 +55,14 @@ def require_ema(checkpoint: Checkpoint, ema: str) -> None:
         return
     if not chosen.startswith(WORDS):
         raise unknown_name("EMA in this checkpoint", chosen, [*names, "none", f"{WORDS}0.07"])
-    parse_ema_words(chosen)
+    parse_sigma_rel(chosen)
 
 
 def _rebuild(checkpoint: Checkpoint, words: str) -> ChosenWeights:
-    width = parse_ema_words(words)
+    width = parse_sigma_rel(words)
     earlier = [folder for folder in list_snapshots(checkpoint.run) if folder.step < checkpoint.step]
     stored: list[tuple[Snapshot, Callable[[], Mapping[str, Tensor]]]] = [
-        (Snapshot(folder.updates, parse_ema_words(name)), partial(folder.read, f"ema_{name}.safetensors"))
+        (Snapshot(folder.updates, parse_sigma_rel(name)), partial(folder.read, f"ema_{name}.safetensors"))
         for folder in (*earlier, checkpoint)
         for name in folder.ema_names()
         if name.startswith(WORDS) and folder.updates
@@ -75,7 +75,7 @@ def _rebuild(checkpoint: Checkpoint, words: str) -> ChosenWeights:
     combination = coefficients([snapshot for snapshot, _ in stored], checkpoint.updates, width)
     tensors = reconstruct(zip(combination.coefficients.tolist(), [read for _, read in stored], strict=True))
     if combination.residual > NOTABLE_RESIDUAL:
-        say(
+        inform(
             f"{words} is rebuilt from {len(stored)} stored averages, which cannot express {combination.residual:.0%} "
             "of it: snapshots closer together (--snapshot-every), or a length nearer to those stored, would."
         )

@@ -35,7 +35,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.training.power_ema import format_ema_words
+from jlt.training.power_ema import format_sigma_rel
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -175,7 +175,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(run: Path) -> None:
+def remove_partial_saves(run: Path) -> None:
     """Remove what killed processes left half written or half removed; nobody else may be writing."""
     for parent in ("checkpoints", "snapshots"):
         for leftover in (*run.glob(f"{parent}/.step_*.partial"), *run.glob(f"{parent}/.step_*.removed")):
@@ -184,7 +184,7 @@ def sweep(run: Path) -> None:
 
 def average_names(config: TrainConfig) -> list[str]:
     """Return the words that name the averages of a run, decays before power functions."""
-    return [*map(repr, config.ema), *map(format_ema_words, config.power_ema)]
+    return [*map(repr, config.ema), *map(format_sigma_rel, config.power_ema)]
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jlt.runtime.progress import Bar, say, step_bar
+from jlt.runtime.progress import Bar, inform, step_bar
 
 FIGURES: Mapping[str, Callable[[float], str]] = {
     "loss": lambda loss: f"loss {loss:.4g}",
@@ -37,7 +37,7 @@ class TrainingDisplay:
 
     def note(self, text: str) -> None:
         """Print a line that stays, above what is redrawn."""
-        say(text)
+        inform(text)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import Transformer
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.training.averages import choose_weights
 from jlt.training.checkpoint import open_checkpoint
 
@@ -32,7 +32,7 @@ def start_from(network: Transformer, config: TrainConfig) -> None:
         )
     chosen = choose_weights(checkpoint, config.init_ema)
     network.load_state_dict(adapt_weights(chosen.tensors, network.state_dict(), str(checkpoint.folder)))
-    say(f"Starting from the weights ({chosen.ema}) of {checkpoint.folder}.")
+    inform(f"Starting from the weights ({chosen.ema}) of {checkpoint.folder}.")
 
 
 def adapt_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def adapt_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], s
         # The null class is the last one.
         classes[-1] = weights[CLASSES][-1]
         adapted[CLASSES] = classes
-        say(f"{source} knows {len(weights[CLASSES]) - 1} classes: the {len(classes) - 1} of this run start anew.")
+        inform(f"{source} knows {len(weights[CLASSES]) - 1} classes: the {len(classes) - 1} of this run start anew.")
     shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (adapted, target)]
     wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
     if wrong:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from jlt.config import TrainConfig
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.storage.files import write_text
 from jlt.training.display import TrainingDisplay, training_display
 from jlt.training.trackers import open_trackers
@@ -70,7 +70,7 @@ class Journal:
             if self._display is not None:
                 self._display.show(values)
         elif note := _note(event, values):
-            (self._display.note if self._display is not None else say)(note)
+            (self._display.note if self._display is not None else inform)(note)
 
     def _open_display(self) -> None:
         shown = training_display(self._config.name, self._step, self._config.steps)

@@ -19,13 +19,19 @@ from jlt.errors import JLTError
 from jlt.latents.loader import read_ahead
 from jlt.latents.order import SampleOrder
 from jlt.latents.store import LatentStore
-from jlt.runtime.processes import Alone, Group, together
-from jlt.runtime.progress import say
+from jlt.runtime.processes import Group, SingleProcess, lost_process_as_error
+from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.runtime.signals import Stopped, StopRequest, stop_on_signal
 from jlt.storage.files import lock_folder
 from jlt.training.batch_split import split_batch
-from jlt.training.checkpoint import list_checkpoints, open_checkpoint, remove_later_snapshots, step_folder, sweep
+from jlt.training.checkpoint import (
+    list_checkpoints,
+    open_checkpoint,
+    remove_later_snapshots,
+    remove_partial_saves,
+    step_folder,
+)
 from jlt.training.draws import StepDraws, draw_steps
 from jlt.training.journal import Journal
 from jlt.training.meter import Meter, precision_warning
@@ -67,10 +73,10 @@ def train(
     not fit the network, the batch does not divide, the folder holds another run or the loss stays not finite, and
     Stopped after saving when any process was asked to end.
     """
-    group = group or Alone()
+    group = group or SingleProcess()
     config = in_steps(config, len(store))
     with contextlib.ExitStack() as held, float32_products(config.precision), stop_on_signal() as asked:
-        group.on_first(lambda: _claim(held, run, config, store, group.size))
+        group.on_rank0(lambda: _claim(held, run, config, store, group.size))
         return Training(config, store, run, torch.device(device), group, watchers, asked).to_the_end()
 
 
@@ -80,7 +86,7 @@ def _claim(held: contextlib.ExitStack, run: Path, config: TrainConfig, store: La
     split_batch(config, processes)
     prepare_run(run, config, store.identity())
     held.enter_context(lock_folder(run))
-    sweep(run)
+    remove_partial_saves(run)
 
 
 class Training:
@@ -98,7 +104,7 @@ class Training:
     ) -> None:
         self.config, self.store, self.run, self.group = config, store, run, group
         self.split, self.watchers, self.asked = split_batch(config, group.size), watchers, asked
-        complete = group.on_first(lambda: list_checkpoints(run))
+        complete = group.on_rank0(lambda: list_checkpoints(run))
         self.state = initial_state(config, device, group, resumed=bool(complete))
         if complete:
             resume(self.state, open_checkpoint(complete[-1]), config, store.identity())
@@ -125,14 +131,14 @@ class Training:
         config, state, group = self.config, self.state, self.group
         if group.rank == 0:
             remove_later_snapshots(self.run, state.step)
-        with together():
+        with lost_process_as_error():
             self.stepper = Stepper(config, state, self.split, group)
         self.meter = Meter(config, state, self.split, group)
         self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
         self._log_start()
         if self.journal is not None:
             if warning := precision_warning(config, state.device):
-                say(warning)
+                inform(warning)
             self.journal.show()
         with self.saver, contextlib.closing(self._batches()) as batches:
             while state.step < config.steps:
@@ -278,7 +284,7 @@ class Training:
 def _telling(step: int) -> Iterator[None]:
     """Say in an error at which step it came."""
     try:
-        with together():
+        with lost_process_as_error():
             yield
     except torch.OutOfMemoryError as error:
         raise JLTError(

@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from jlt.errors import JLTError, WrongWordsError
+from jlt.errors import JLTError, UsageError
 
 WIDEST = 12**-0.5
 """sigma_rel of the plain mean of all updates; a power-function average is narrower."""
@@ -136,22 +136,22 @@ def reconstruct(
     return {name: total.pop(name).float() for name in list(total)}
 
 
-def parse_ema_words(words: str) -> float:
-    """Return 0.07 for `sigma_rel=0.07`; WrongWordsError, a JLTError, for anything else."""
+def parse_sigma_rel(words: str) -> float:
+    """Return 0.07 for `sigma_rel=0.07`; UsageError, a JLTError, for anything else."""
     try:
         if not words.startswith(WORDS):
             raise ValueError
         sigma_rel = float(words.removeprefix(WORDS))
         gamma_from_sigma_rel(sigma_rel)
     except (ValueError, JLTError) as error:
-        raise WrongWordsError(
+        raise UsageError(
             f"{words!r} does not name a length: write {WORDS}0.07, with a number between 0 and {WIDEST:.4f}."
         ) from error
     return sigma_rel
 
 
-def format_ema_words(sigma_rel: float) -> str:
-    """Return `sigma_rel=0.07` for 0.07, in as many digits as `parse_ema_words` needs to return the same number."""
+def format_sigma_rel(sigma_rel: float) -> str:
+    """Return `sigma_rel=0.07` for 0.07, in as many digits as `parse_sigma_rel` needs to return the same number."""
     gamma_from_sigma_rel(sigma_rel)
     return f"{WORDS}{float(sigma_rel)!r}"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.networks.transformer import Transformer, build_network
-from jlt.runtime.processes import Alone, Group
-from jlt.runtime.progress import say
+from jlt.runtime.processes import Group, SingleProcess
+from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.storage.weights import weights_sha256
 from jlt.training.checkpoint import Checkpoint
@@ -97,7 +97,7 @@ def initial_state(
         start_from(network, config)
     initial_weights = weights_sha256(network.state_dict())
     network.to(device)
-    shard(network, config, group or Alone())
+    shard(network, config, group or SingleProcess())
     return TrainState(network, build_optimizer(network, config.optimizer), EMA(network, config), initial_weights)
 
 
@@ -106,7 +106,11 @@ def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, laten
     require_same_run(checkpoint, config, latents)
     stored = checkpoint.read_state()
     if stored["device"] != state.device.type:
-        say(f"The run was on {stored['device']} so far: noise is a function of the kind of device, so it changes here.")
+        inform(
+            f"The run was on {stored['device']} so far: noise is a function of the kind of device, so it changes here."
+        )
     if not config.init_from and stored["initial_weights"] != state.initial_weights:
-        say("The initial weights of this run come from another version of PyTorch; it continues from its checkpoint.")
+        inform(
+            "The initial weights of this run come from another version of PyTorch; it continues from its checkpoint."
+        )
     state.restore(checkpoint)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jlt.config import TrainConfig, to_dict
 from jlt.errors import JLTError
 from jlt.runtime import processes
-from jlt.runtime.progress import say
+from jlt.runtime.progress import inform
 from jlt.storage.files import write_text
 
 WANDB_PROJECT = "jlt"
@@ -104,7 +104,7 @@ def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float
 
 def _say_off(name: str, error: Exception) -> None:
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    say(f"{name} is off for the rest of this training: {first.rstrip('.')}.")
+    inform(f"{name} is off for the rest of this training: {first.rstrip('.')}.")
 
 
 def _require_package(name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from jlt.benchmarks import train
 from jlt.benchmarks.profiling import Work, covered, device_work, group_of, profile_steps, shares, unrecognised
 from jlt.benchmarks.train import benchmark_train
 from jlt.benchmarks.train_loop import loop_figures
@@ -21,7 +22,6 @@ from jlt.report.benchmark_table import benchmark_table
 from jlt.runtime import timing
 from jlt.runtime.timing import ProductRates
 from jlt.training import meter
-from jlt.training.loop import train
 
 BATCH = 3
 PRESET = "JLT-XS/1"

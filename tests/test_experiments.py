@@ -17,7 +17,7 @@ import pytest
 import torch
 from data_helpers import file_bytes
 
-from jlt.config import LossConfig, OptimizerConfig, SampleConfig, to_dict
+from jlt.config import LossConfig, OptimizerConfig, SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.experiments.ablation import (
     AblationConfig,
@@ -40,6 +40,7 @@ from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.runtime.worker_pool import run_jobs
+from jlt.storage.codec import to_json
 from jlt.training import loop, state
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
 
@@ -178,18 +179,18 @@ def test_other_settings_or_latents_are_refused_in_the_same_folder(finished, late
 def test_matched_runs_differ_in_the_axes_alone(latents):
     base = base_config(latents)
     runs = [vary(base, prediction, space, 2, 1) for prediction in ("x", "v", "eps") for space in ("x", "v")]
-    assert check_matched([to_dict(run) for run in (base, *runs)], ablation_config(latents)) == [
+    assert check_matched([to_json(run) for run in (base, *runs)], ablation_config(latents)) == [
         "loss.space",
         "network.patch_size",
         "prediction",
         "seed",
     ]
-    assert check_matched([to_dict(base)], ablation_config(latents)) == []
+    assert check_matched([to_json(base)], ablation_config(latents)) == []
 
 
 def test_a_width_is_an_axis_only_where_it_is_named(latents):
     base = base_config(latents)
-    runs = [to_dict(vary(base, "x", "v", 1, 0, width)) for width in (32, 64)]
+    runs = [to_json(vary(base, "x", "v", 1, 0, width)) for width in (32, 64)]
     assert check_matched(runs, ablation_config(latents, width=(32, 64))) == [
         "network.hidden_size",
         "network.num_heads",
@@ -214,7 +215,7 @@ def test_a_run_with_another_setting_is_refused_by_name(latents, change, named):
     base = base_config(latents)
     odd = dataclasses.replace(vary(base, "v", "v", 1, 0), **change)
     with pytest.raises(JLTError, match=f"not matched: they also differ in {named}\\."):
-        check_matched([to_dict(run) for run in (base, vary(base, "eps", "v", 1, 0), odd)], ablation_config(latents))
+        check_matched([to_json(run) for run in (base, vary(base, "eps", "v", 1, 0), odd)], ablation_config(latents))
 
 
 def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):

@@ -35,6 +35,7 @@ from jlt.networks.normalization import rms_normalise, saving_as_on_a_gpu
 from jlt.networks.sizes import sized_network
 from jlt.networks.transformer import build_network, count_parameters
 from jlt.report.plan_table import plan_table, quantity
+from jlt.storage.codec import to_json
 
 GIB = 2**30
 NETWORK = NetworkConfig(channels=6, height=4, width=8, num_classes=5, hidden_size=32, depth=5, num_heads=4)
@@ -234,7 +235,7 @@ def test_a_run_that_does_not_fit_is_told_what_would():
         assert changed.time["hours"].value == pytest.approx(way.seconds / 3600)
     nothing = planned(config, hardware(memory=1000))
     assert (nothing.fits, nothing.largest_micro_batch_size, nothing.ways_to_fit) == (False, 0, ())
-    assert "take more or larger GPUs" in plan_table(nothing.to_dict())
+    assert "take more or larger GPUs" in plan_table(to_json(nothing))
 
 
 # ---- disk, time, communication ----
@@ -306,7 +307,7 @@ def test_what_is_impossible_is_refused(changes, mfu, said):
 
 
 def test_every_figure_says_where_it_comes_from():
-    plan = planned(run_config(parallel="fsdp"), hardware(processes=2)).to_dict()
+    plan = to_json(planned(run_config(parallel="fsdp"), hardware(processes=2)))
     for section in ("work", "memory", "disk", "time"):
         for name, entry in plan[section].items():
             assert entry["source"], name

@@ -18,10 +18,11 @@ from training_helpers import (
     start_training,
 )
 
-from jlt.config import LossConfig, TrainConfig, from_dict, to_dict
+from jlt.config import LossConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.order import SampleOrder
 from jlt.runtime.signals import StopRequest
+from jlt.storage.codec import from_json, to_json
 from jlt.storage.files import lock_folder
 from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, verify_checkpoints
 from jlt.training.draws import draw_step, draw_steps
@@ -246,14 +247,14 @@ def test_pickle_in_place_of_weights_is_not_run(finished):
 
 def test_configuration_survives_json_and_refuses_unknown_keys(store):
     config = config_for(store)
-    plain = json.loads(json.dumps(to_dict(config)))
-    assert from_dict(TrainConfig, plain) == config
+    plain = json.loads(json.dumps(to_json(config)))
+    assert from_json(TrainConfig, plain) == config
     with pytest.raises(JLTError, match="network.depth"):
-        from_dict(TrainConfig, {**plain, "network": {**plain["network"], "dpeth": 3}})
+        from_json(TrainConfig, {**plain, "network": {**plain["network"], "dpeth": 3}})
     with pytest.raises(JLTError, match="one of x, eps, v"):
-        from_dict(TrainConfig, {**plain, "prediction": "velocity"})
+        from_json(TrainConfig, {**plain, "prediction": "velocity"})
     with pytest.raises(JLTError, match="steps must be int"):
-        from_dict(TrainConfig, {**plain, "steps": "many"})
+        from_json(TrainConfig, {**plain, "steps": "many"})
 
 
 def test_full_disk_leaves_what_was_saved(finished, store, monkeypatch):

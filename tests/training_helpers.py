@@ -8,7 +8,8 @@ import time
 import forked
 import torch
 
-from jlt.config import NetworkConfig, OptimizerConfig, TrainConfig, to_dict
+from jlt.config import NetworkConfig, OptimizerConfig, TrainConfig
+from jlt.storage.codec import to_json
 from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, step_of
 
 
@@ -73,7 +74,7 @@ sys.exit()
 
 
 def start_training(config, store, run):
-    return forked.start([json.dumps(to_dict(config)), str(store.folder), str(run)], plant=SCRIPT)
+    return forked.start([json.dumps(to_json(config)), str(store.folder), str(run)], plant=SCRIPT)
 
 
 def newest_step(run):

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError
 
 Prediction = Literal["x", "eps", "v"]
 LossSpace = Literal["x", "eps", "v"]
@@ -321,51 +319,6 @@ class TrainConfig:
             all(0 < width < MAX_SIGMA_REL for width in self.power_ema),
             f"power_ema widths must lie in (0, {MAX_SIGMA_REL}), not {self.power_ema}.",
         )
-
-
-C = TypeVar("C")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain JSON types."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in _shallow(config).items()}
-
-
-def _shallow(config: Any) -> dict[str, Any]:
-    values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
-    return {key: to_dict(value) if dataclasses.is_dataclass(value) else value for key, value in values.items()}
-
-
-def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
-    """Build a configuration from plain JSON types; an unknown key or an impossible value is a JLTError."""
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise unknown_name("setting", f"{where}{key}", [f"{where}{known}" for known in hints])
-    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Return `value` as `hint` wants it: nested data classes, tuples and literals are the only cases in use."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(typing.cast(type, hint), value, f"{where}.")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        _require(Ellipsis in arguments or len(value) == len(arguments), f"{where} must have {len(arguments)} values.")
-        return tuple(_convert(arguments[0], entry, where) for entry in value)
-    if origin is Literal:
-        _require(value in arguments, f"{where} must be one of {', '.join(map(str, arguments))}, not {value!r}.")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        (kind,) = set(arguments) - {types.NoneType}
-        return None if value is None else _convert(kind, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    _require(
-        isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
-        f"{where} must be {hint.__name__}, not {value!r}.",
-    )
-    return value
 
 
 def in_steps(config: TrainConfig, images: int) -> TrainConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 
 from jlt.benchmarks.hardware import find_gpu
 from jlt.benchmarks.memory import PassMemory, PassModel, measure_passes
-from jlt.config import NetworkConfig, Parallel, TrainConfig, to_dict
+from jlt.config import NetworkConfig, Parallel, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
@@ -124,10 +123,6 @@ class Plan:
     largest_micro_batch_size: int
     """The largest that fits and divides the batch; 0 where none does."""
     ways_to_fit: tuple[Way, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain JSON types."""
-        return json.loads(json.dumps({**dataclasses.asdict(self), "config": to_dict(self.config)}))
 
 
 # ---- what it is planned for ----

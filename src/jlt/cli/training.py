@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jlt.cli.command import Result
 from jlt.cli.recipe import RecipeCommand
-from jlt.config import to_dict
 from jlt.errors import UsageError
 from jlt.experiments.recipes import images_of_recipe
+from jlt.storage.codec import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Train(RecipeCommand):
     def run(self) -> Result:
         config = self.resolve(self.latents)
         if self.print_config:
-            return Result(to_dict(config), json.dumps(to_dict(config), indent=2))
+            return Result(to_json(config), json.dumps(to_json(config), indent=2))
         if self.latents is None or self.out is None:
             raise UsageError("Training needs --latents DIR and --out RUN.")
         from jlt.experiments.run_training import train_and_watch
@@ -75,5 +75,5 @@ class Plan(RecipeCommand):
         latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
         hardware = describe_hardware(self.gpu, self.gpus, config)
         mfu = DEFAULT_MFU if self.mfu is None else self.mfu
-        plan = make_plan(config, latents, hardware, mfu).to_dict()
+        plan = to_json(make_plan(config, latents, hardware, mfu))
         return Result(plan, plan_table(plan))

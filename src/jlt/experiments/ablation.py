@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig, to_dict
+from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.ablation_progress import AblationProgress
@@ -28,6 +28,7 @@ from jlt.latents.store import LatentStore
 from jlt.report.results import ABLATION, ABLATION_SCHEMA
 from jlt.runtime.environment import default_device, machine
 from jlt.runtime.worker_pool import run_jobs
+from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, difference, lock_folder, read_json, write_json
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
@@ -156,7 +157,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     """
     store, device = LatentStore.open(latents), default_device()
     systems = systems_of(config, latents, out, device)
-    check_matched([to_dict(system.config) for system in systems], config)
+    check_matched([to_json(system.config) for system in systems], config)
     for system in systems:
         # Words that nothing can be expected of are refused before anything is written.
         TrainingModel.of(system.config)
@@ -204,7 +205,7 @@ def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
 
     Predictions, loss spaces, patch sizes and seeds may be added to an ablation later: each is a run of its own.
     """
-    settings = {key: value for key, value in to_dict(config).items() if key not in GROWING}
+    settings = {key: value for key, value in to_json(config).items() if key not in GROWING}
     claim_folder(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
 
 

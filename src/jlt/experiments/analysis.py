@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlt.config import to_dict
 from jlt.errors import JLTError
 from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_comparable
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
@@ -18,6 +17,7 @@ from jlt.report.page import write_report
 from jlt.report.results import GEOMETRY, GEOMETRY_SCHEMA, INSIDE
 from jlt.runtime.processes import Group, SingleProcess, rank0_value
 from jlt.runtime.progress import inform
+from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, read_sealed_json, sealed_text, write_text
 
 
@@ -36,7 +36,7 @@ class Question:
             "latents": store.identity(),
             "patch_sizes": list(self.patch_sizes),
             "widths": list(self.widths),
-            "training": to_dict(self.model),
+            "training": to_json(self.model),
         }
 
 

@@ -11,19 +11,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jlt.config import (
-    FLUX2_IMAGENET256,
-    LatentShape,
-    LossSpace,
-    OptimizerConfig,
-    Prediction,
-    SampleConfig,
-    TrainConfig,
-    from_dict,
-)
+from jlt.config import FLUX2_IMAGENET256, LatentShape, LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig
 from jlt.errors import JLTError, unknown_name
 from jlt.experiments.systems import system_name
 from jlt.networks.sizes import size_name, sized_network
+from jlt.storage.codec import from_json
 from jlt.storage.files import read_json
 
 Recipe = Callable[[LatentShape], TrainConfig]
@@ -96,7 +88,7 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
     """
     if name.endswith(".json"):
         recorded = read_json(Path(name))
-        return from_dict(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
+        return from_json(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     return RECIPES[name](latents or DEFAULT_LATENTS[name])

@@ -19,7 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from jlt.config import SampleConfig, to_dict
+from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.real_images import open_reference
@@ -45,6 +45,7 @@ from jlt.runtime.processes import Group, require_same_arguments
 from jlt.runtime.progress import format_seconds, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open_sampler, with_config
+from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, lock_folder, read_json, write_json
 from jlt.storage.rows import require_space
 from jlt.training.averages import choose_name, require_ema
@@ -173,7 +174,7 @@ def sweep(
     reference = open_reference(reference_words, extractor, sampler.resolution, group=group)
     words = {
         "schema": SCHEMA,
-        "sweep": to_dict(config),
+        "sweep": to_json(config),
         "checkpoint": checkpoint.sha256,
         "autoencoder": sampler.autoencoder.identity(),
         "extractor": extractor.identity(),

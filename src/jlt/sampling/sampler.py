@@ -14,7 +14,7 @@ from torch import Tensor
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.load import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
-from jlt.config import SampleConfig, TrainConfig, to_dict
+from jlt.config import SampleConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network
 from jlt.runtime.environment import versions
@@ -31,6 +31,7 @@ from jlt.sampling.generate import (
 )
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.solvers import Noise, network_evaluations
+from jlt.storage.codec import to_json
 from jlt.storage.files import difference
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
@@ -124,7 +125,7 @@ class ImageSampler:
     def protocol(self) -> dict[str, Any]:
         """Return everything that decides which images these are; batch sizes and compilation only round otherwise."""
         free = ("num", "batch_size", "compile", "autoguide", "autoguide_ema")
-        settings = {key: value for key, value in to_dict(self.config).items() if key not in free}
+        settings = {key: value for key, value in to_json(self.config).items() if key not in free}
         guide = {"autoguide": dict(self.guide.identity)} if self.guide else {}
         return {
             **settings,

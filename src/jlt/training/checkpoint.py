@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jlt.config import TrainConfig, from_dict, to_dict
+from jlt.config import TrainConfig
 from jlt.errors import JLTError
+from jlt.storage.codec import from_json, to_json
 from jlt.storage.files import (
     fsync_folder,
     read_json,
@@ -132,7 +133,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state["step"]`; a kill at any moment leaves none or all of it."""
     step, updates = state["step"], state["updates"]
-    facts = {"step": step, "updates": updates, "config": to_dict(config), "latents": latents}
+    facts = {"step": step, "updates": updates, "config": to_json(config), "latents": latents}
     return _write_folder(step_folder(run, step), tensors, facts, state)
 
 
@@ -239,7 +240,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         folder = complete[-1]
     manifest = _read_manifest(folder)
     try:
-        config = from_dict(TrainConfig, manifest["config"])
+        config = from_json(TrainConfig, manifest["config"])
     except JLTError as error:
         raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
     facts = (manifest["step"], manifest["updates"], manifest["files"])

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlt.config import TrainConfig, to_dict
+from jlt.config import TrainConfig
 from jlt.errors import JLTError
+from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, difference
 from jlt.training.checkpoint import Checkpoint
 
@@ -27,7 +28,7 @@ def free_to_change(config: TrainConfig) -> set[str]:
 
 def resolved(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that makes a run this run, as JSON values."""
-    return json.loads(json.dumps({**to_dict(config), "latents": dict(latents)}))
+    return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
 
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jlt.config import TrainConfig, to_dict
+from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.runtime import processes
 from jlt.runtime.progress import inform
+from jlt.storage.codec import to_json
 from jlt.storage.files import write_text
 
 WANDB_PROJECT = "jlt"
@@ -175,7 +176,7 @@ class WeightsAndBiases(Tracker):
             resume="allow",
             dir=str(run),
             mode=mode,
-            config=to_dict(config),
+            config=to_json(config),
             settings=settings,
         )
 

@@ -1,0 +1,94 @@
+"""Frozen data classes as plain JSON types, and back: one codec for configurations and for result files.
+
+A field is a bool, an int, a float, a str, a literal, a nested data class, a tuple of one of these, a mapping from str,
+int or a literal to one of these, one of these or None, or `Any` for JSON that is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from jlt.errors import JLTError, unknown_name
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """Return a data class, or anything that may be a field of one, as plain JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: to_json(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_json(entry) for entry in value]
+    return value
+
+
+def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a data class from plain JSON types; an unknown key, a missing one or an impossible value is a JLTError.
+
+    `where` begins the dotted names in errors.
+    """
+    hints = _hints(typing.cast(Any, kind))
+    for key in values:
+        if key not in hints:
+            raise unknown_name("setting", f"{where}{key}", [f"{where}{known}" for known in hints])
+    required = {
+        entry.name
+        for entry in dataclasses.fields(typing.cast(Any, kind))
+        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - values.keys()):
+        raise JLTError(f"{where}{missing[0]} is missing.")
+    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    return {name: hint for name, hint in typing.get_type_hints(kind).items() if name in names}
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the type `hint` of a field."""
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_json(typing.cast(type, hint), value, f"{where}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if Ellipsis not in arguments and len(value) != len(arguments):
+            raise JLTError(f"{where} must have {len(arguments)} values.")
+        return tuple(_convert(arguments[0], entry, where) for entry in value)
+    if origin is Literal:
+        if value not in arguments:
+            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {value!r}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        (kind,) = set(arguments) - {types.NoneType}
+        return None if value is None else _convert(kind, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        key_hint, entry_hint = arguments
+        return {
+            _key(key_hint, key, where): _convert(entry_hint, entry, f"{where}.{key}") for key, entry in value.items()
+        }
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}.")
+    return value
+
+
+def _key(hint: Any, key: Any, where: str) -> Any:
+    """Return the key of a mapping, which JSON has as text."""
+    if hint is int and isinstance(key, str):
+        try:
+            return int(key)
+        except ValueError as error:
+            raise JLTError(f"{where} has the key {key!r}, which is no whole number.") from error
+    return _convert(hint, key, where)

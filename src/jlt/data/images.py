@@ -6,7 +6,6 @@ through pipes: shared memory is small by default in containers, and a worker tha
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from jlt.data.crop import Exif, centre_crop
 from jlt.data.manifest import SkippedImage
 from jlt.data.sources.contract import BadImageError, ImageSource
 from jlt.errors import JLTError
-from jlt.processes import watch_over_all
+from jlt.processes import spawn_context, watch_over_all
 from jlt.signals import follow_parent, unheard
 
 BATCHES_AHEAD = 2
@@ -81,7 +80,7 @@ def load_batches(
         yield from (load_batch(source, rows, size, exif) for rows in batches)
         return
     setup = (os.getpid(), source, size, exif)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=setup)
+    pool = ProcessPoolExecutor(workers, spawn_context(), initializer=_begin_worker, initargs=setup)
     waiting: deque[Future[PixelBatch]] = deque()
     try:
         for rows in batches:

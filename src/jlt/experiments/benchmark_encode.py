@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from jlt.data.sources.registry import open_source
 from jlt.data.sources.selected import Selected
 from jlt.errors import WrongWordsError
 from jlt.measure import peak_memory
+from jlt.processes import spawn_context
 from jlt.protocol import default_device, machine, versions
 
 ROUNDS = 3
@@ -111,7 +111,7 @@ def _encoding_seconds(source: ImageSource, autoencoder: Autoencoder, config: Enc
 
 def _fresh_peak_mib(count: int) -> float:
     """Return the peak memory of a fresh process that encodes so many small images, as pixels."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, spawn_context()) as pool:
         return pool.submit(_peak_mib_of_encoding, count).result()
 
 

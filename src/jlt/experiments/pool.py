@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,7 +10,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from jlt.errors import JLTError
-from jlt.processes import watch_over_all
+from jlt.processes import spawn_context, watch_over_all
 from jlt.protocol import cores
 from jlt.signals import POLL_SECONDS, Stopped, follow_parent, stop_on_signal, unheard
 
@@ -23,7 +22,7 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
 
     The first failure asks the other jobs to stop, which save, and is raised. So do SIGTERM and Ctrl-C, with Stopped.
     """
-    context = multiprocessing.get_context("spawn")
+    context = spawn_context()
     stopping = context.Event()
     setup = (os.getpid(), max(1, cores() // workers), stopping)
     with stop_on_signal() as stop:

@@ -39,7 +39,7 @@ from jlt.experiments.search import (
     search,
     to_confirm,
 )
-from jlt.files import claim_folder, lock_folder, read_json, write_json
+from jlt.files import claim_folder, lock_folder, read_json, require_unlinked, write_json
 from jlt.processes import Group, require_one_mind
 from jlt.progress import format_seconds, say
 from jlt.protocol import machine, versions
@@ -129,7 +129,9 @@ class Sweeper:
         self.group.on_first(lambda: shutil.rmtree(self._drawn(setting, self.config.sample.seed), ignore_errors=True))
 
     def _drawn(self, setting: Setting, seed: int) -> Path:
-        return self.out / ".drawn" / f"{setting.name}-seed{seed}"
+        folder = self.out / ".drawn" / f"{setting.name}-seed{seed}"
+        require_unlinked(self.out, folder)
+        return folder
 
     def _tell(self, where: str, point: Measured, images_left: int) -> None:
         if self.group.rank:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jlt.errors import JLTError
+from jlt.files import path_inside
 from jlt.report.results import Run
 from jlt.report.wording import number
 
@@ -54,7 +55,7 @@ def picture_uri(path: Path) -> str:
 
 def sample_series(run: Run) -> list[Grid]:
     """Return the first, some and the last of the sample grids along a training; files that are gone are left out."""
-    found = [(step, path) for step, file in run.log.samples if (path := run.folder / file).is_file()]
+    found = [(step, path) for step, file in run.log.samples if (path := path_inside(run.folder, file)).is_file()]
     grids = []
     for step, path in spaced(found, MOST_GRIDS):
         evaluation = run.at(step)

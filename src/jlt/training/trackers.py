@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jlt import processes
 from jlt.config import TrainConfig, to_dict
 from jlt.errors import JLTError
-from jlt.files import write_text
+from jlt.files import require_unlinked, write_text
 from jlt.progress import say
 
 WANDB_PROJECT = "jlt"
@@ -193,7 +193,8 @@ class WeightsAndBiases(Tracker):
 
 
 def _wandb_id(path: Path) -> str:
-    """Return the identity of the run that is stored in a file, made anew where there is none."""
+    """Return the identity of the run that is stored in a file, made where there is none; JLTError for a link."""
+    require_unlinked(path.parent.parent, path)
     if not path.exists():
         write_text(path, secrets.token_hex(8))
     return path.read_text(encoding="utf-8").strip()

@@ -21,13 +21,12 @@ from jlt.config import SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
-from jlt.experiments.sweep import sweep
 from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
 from jlt.report.results import read_study
 from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text
 from jlt.storage.rows import RowTable
-from jlt.training.checkpoint import open_checkpoint, prune_checkpoints
+from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves
 from jlt.training.journal import Journal
 from jlt.training.loop import train
 
@@ -199,7 +198,7 @@ def test_a_run_with_a_linked_folder_is_not_continued(tmp_path: Path, store, name
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(theirs)
     with pytest.raises(JLTError, match=f"{name} is a link"):
-        sweep(run)
+        remove_partial_saves(run)
     if name == "checkpoints":
         with pytest.raises(JLTError, match="checkpoints is a link"):
             prune_checkpoints(run, 1, 0)

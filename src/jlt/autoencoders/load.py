@@ -8,8 +8,12 @@ from jlt.autoencoders.contract import Autoencoder, Posterior
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.storage.weights import ASSETS
 
-AUTOENCODERS = ("flux2", "kl", "tiny", "pixels")
-USUAL_PLACES = {"flux2": "black-forest-labs/FLUX.2-klein-4B", "tiny": str(ASSETS / "tiny")}
+AUTOENCODERS = ("flux2", "taef2", "kl", "tiny", "pixels")
+USUAL_PLACES = {
+    "flux2": "black-forest-labs/FLUX.2-klein-4B",
+    "taef2": "madebyollin/taef2",
+    "tiny": str(ASSETS / "tiny"),
+}
 """Where the weights are that a name alone means."""
 SOURCES_IN_PACKAGE = ("bundled", "built in")
 """Sources in an identity that are no place: what has one of them is loaded by its name alone."""
@@ -32,6 +36,10 @@ def load_autoencoder(
         return _load_kl(path, posterior).to(device)
     if name == "pixels":
         return _load_pixels(path).to(device)
+    if name == "taef2":
+        from jlt.autoencoders.taef2 import load_taef2
+
+        return load_taef2(path or USUAL_PLACES[name]).to(device)
     from jlt.autoencoders.flux2 import load_flux2
 
     autoencoder = load_flux2(name, path or USUAL_PLACES[name])

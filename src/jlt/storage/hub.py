@@ -1,9 +1,11 @@
-"""The Hub: whether it can be asked at all."""
+"""The Hugging Face Hub: whether it can be reached, and single files of it."""
 
 from __future__ import annotations
 
 import socket
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -29,3 +31,18 @@ def require_reachable(repository: str, files: Sequence[str], remedy: str) -> Non
         raise JLTError(
             f"{repository} is no folder here, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
         ) from error
+
+
+def hub_file(repository: str, name: str, remedy: str) -> Path:
+    """Return the local path of a file of a Hub repository, downloaded if the cache does not have it.
+
+    JLTError if it cannot be had; `remedy` ends the message with what to do.
+    """
+    from huggingface_hub import hf_hub_download
+
+    require_reachable(repository, [name], remedy)
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise JLTError(f"{repository} on the Hub has no {name} that can be downloaded ({reason}): {remedy}") from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,3 +57,42 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
         # A scalar has no bytes to view before it has a dimension.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read a file of weights, .safetensors or a .pth of PyTorch's, as named tensors; JLTError if it is none.
+
+    A pickle runs no code: what holds anything but tensors is refused.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise JLTError(f"{file} is not a plain file of weights, and its code is not run: name another one.") from error
+    # A file of another kind can fail in any way.
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise JLTError(f"{file} could not be read as a file of weights ({reason}): name another one.") from error
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise JLTError(f"{file} holds no names with tensors: name a file of weights.")
+    return dict(content)
+
+
+def require_same_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise JLTError with the first names that are missing, unexpected or of another shape; `what` names the network."""
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    if faults := [f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names]:
+        raise JLTError(f"{file} does not hold the weights of {what}: {'; '.join(faults)}.")

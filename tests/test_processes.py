@@ -232,10 +232,10 @@ def test_steps_are_watched_within_other_work_and_leave_no_trace(monkeypatch):
     for _ in range(3):
         pulse.step()
         now[0] += 1
-    with pulse.busy():
+    with pulse.other_work():
         now[0] += 1000
         assert not pulse.hanging()
-        with pulse.stepping():
+        with pulse.other_work():
             for _ in range(2):
                 pulse.step()
                 now[0] += 60

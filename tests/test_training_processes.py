@@ -187,8 +187,8 @@ def test_a_process_whose_work_hangs_ends_all(store, tmp_path):
     started = start_processes(2, words, QUICK + ERROR_IN_ONE.replace("ACT", act))
     codes, said = ends_of(started, timeout=60)
     assert codes == [1, 1]
-    # Who notices first says so; the other may notice that end before its own watch does.
-    assert any("it hangs, or waits for one that does" in text for text in said), said
+    # The first one to notice reports it; the other may notice that end before its own watchdog does.
+    assert any("it hangs, or it waits for one that hangs" in text for text in said), said
     assert all("This process ends" in text or "Another process of this work ended early" in text for text in said), said
 
 

@@ -58,8 +58,9 @@ class Meter:
 
     def add(self, outcome: Outcome) -> None:
         """Count a step."""
-        sound = ~outcome.unsound
-        self._loss = self._loss + torch.stack((torch.where(sound, outcome.loss, 0.0), sound.float()))
+        finite_update = ~outcome.not_finite
+        losses = torch.where(finite_update, outcome.loss, 0.0)
+        self._loss = self._loss + torch.stack((losses, finite_update.float()))
         self._grad_norm = outcome.grad_norm
         bins = (outcome.draws.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         inside = (bins == self._edges[:, None]).float().to(outcome.losses.device, non_blocking=True)
@@ -74,13 +75,13 @@ class Meter:
         config, device = self._config, self._state.device
         by_time = sum_over(self._by_time, self._group).tolist()
         distances = self._ema_distances()
-        loss, sound = self._loss.tolist()
+        loss, finite_updates = self._loss.tolist()
         grad_norm = self._grad_norm.item()
         seconds = time.perf_counter() - self._since
         rate = self._steps * config.batch_size / seconds
         resident = resident_memory()
         values = {
-            "loss": loss / sound if sound else None,
+            "loss": loss / finite_updates if finite_updates else None,
             "loss_by_time": [total / count if count else None for total, count in zip(*by_time, strict=True)],
             "learning_rate": learning_rate(config, self._state.step - 1),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,

@@ -251,7 +251,7 @@ RowTable.__init__ = elsewhere
         start_processes(2, sample_words(place, tmp_path / "out", "--format", "npz"), plant), timeout=60
     )
     assert codes == [1, 1], said
-    assert "it must be a folder that all of them share" in said[0]
+    assert "all processes must share this folder" in said[0]
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 

@@ -1,4 +1,4 @@
-"""The run folder: its configuration, and what may be continued in it."""
+"""The run folder: its configuration, and the conditions for resuming it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ FREE_TO_CHANGE = {
     *("log_every", "checkpoint_every", "keep_last", "keep_every", "snapshot_every"),
     *("sample_every", "evaluate_every", "evaluation", "tensorboard", "wandb"),
 }
-"""Settings of how a run is executed, saved and watched, so that it may continue with others."""
+"""Settings of how a run is executed, saved and watched; a resumed run may change them."""
 
 
 def free_to_change(config: TrainConfig) -> set[str]:
-    """Return the settings that may change while a run is continued; a cosine schedule binds its length."""
+    """Return the settings that a resumed run may change; a cosine schedule fixes the length."""
     return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
 
 
 def resolved(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that makes a run this run, as JSON values."""
+    """Return the identity of a run: configuration and latents, as JSON values."""
     return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
 
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
-    """Create a run folder, or make sure that an existing one is this same run; a JLTError shows what differs."""
+    """Create a run folder, or check that an existing one is of the same run; a JLTError shows the difference."""
     claim_folder(run, "config.json", resolved(config, latents), free=free_to_change(config))
 
 
 def require_same_run(checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
-    """Raise a JLTError if a checkpoint's configuration or latents are not those of the run that wants to continue."""
+    """Raise a JLTError if a checkpoint's configuration or latents are not those of the resumed run."""
     free = free_to_change(config)
     old, new = (
         {key: value for key, value in side.items() if key not in free}

@@ -338,11 +338,11 @@ def test_reconstruct_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("sigma_rel", [0.07, 0.1, 0.05, 1 / 7, 1e-5, 0.28])
-def test_words_round_trip(sigma_rel):
+def test_names_round_trip(sigma_rel):
     assert parse_sigma_rel(format_sigma_rel(sigma_rel)) == sigma_rel
 
 
-def test_words_as_a_user_writes_them():
+def test_names_as_a_user_writes_them():
     assert format_sigma_rel(0.07) == "sigma_rel=0.07"
     assert parse_sigma_rel("sigma_rel=.10") == 0.1
     with pytest.raises(JLTError, match="between 0 and"):
@@ -350,14 +350,14 @@ def test_words_as_a_user_writes_them():
 
 
 @pytest.mark.parametrize(
-    "words",
+    "name",
     [
         *("", "none", "0.07", "0.9999", "sigma_rel", "sigma=0.07", "sigma_rel:0.07", " sigma_rel=0.07"),
         *("sigma_rel=", "sigma_rel=wide", "sigma_rel=0,07"),
         *("sigma_rel=0", "sigma_rel=-0.1", "sigma_rel=0.2887", "sigma_rel=nan"),
     ],
 )
-def test_other_words_are_refused_in_one_sentence(words):
+def test_other_names_are_refused_in_one_sentence(name):
     with pytest.raises(UsageError, match=r"does not name a length: write sigma_rel=0\.07") as caught:
-        parse_sigma_rel(words)
-    assert repr(words) in str(caught.value)
+        parse_sigma_rel(name)
+    assert repr(name) in str(caught.value)

@@ -48,7 +48,7 @@ class Settings:
         self.options = options
 
 def setup(settings):
-    note("setup", **options.settings)
+    note("setup", **settings.options)
 
 def login(prompt):
     note("login", prompt=prompt)

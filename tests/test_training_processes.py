@@ -209,6 +209,18 @@ def test_a_slow_save_is_no_hang(store, tmp_path):
     assert newest_step(tmp_path / "run") == 6
 
 
+def test_a_process_that_freezes_while_others_wait_for_its_save_ends_all(store, tmp_path):
+    options = train_arguments(store, tmp_path / "run", "--steps", "100", "--checkpoint-every", "3")
+    started = start_processes(2, options, QUICK + SLOW_SAVE.replace("SECONDS", "1000"))
+    while len(events(tmp_path / "run", "step")) < 6:
+        time.sleep(0.05)
+    started[0].send_signal(signal.SIGSTOP)
+    assert started[1].wait(timeout=30) == 1
+    assert "another process has died or does not answer" in started[1].stderr.read()
+    started[0].kill()
+    ends_of(started)
+
+
 def test_further_signals_do_not_stop_the_save(store, tmp_path):
     """A cluster signals all processes, and then a launcher its own."""
     options = train_arguments(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "50000")

@@ -12,7 +12,7 @@ from torch import Tensor
 from jlt.errors import JLTError, unknown_name
 from jlt.runtime.progress import inform
 from jlt.storage.files import sealed_sha256
-from jlt.training.checkpoint import Checkpoint, SnapshotFolder, list_snapshots
+from jlt.training.checkpoint import Checkpoint, StepFolder, list_snapshots
 from jlt.training.power_ema import SIGMA_REL, Snapshot, coefficients, parse_sigma_rel, reconstruct
 
 NOTABLE_RESIDUAL = 0.05
@@ -82,6 +82,6 @@ def _rebuild(checkpoint: Checkpoint, name: str) -> ChosenWeights:
     return ChosenWeights(tensors, name, _origin(earlier, len(stored), combination.residual))
 
 
-def _origin(earlier: list[SnapshotFolder], count: int, residual: float) -> dict[str, Any]:
+def _origin(earlier: list[StepFolder], count: int, residual: float) -> dict[str, Any]:
     hashes = {folder.folder.name: folder.sha256 for folder in earlier}
     return {"averages": count, "residual": round(residual, 6), "snapshots_sha256": sealed_sha256(hashes)}

@@ -45,7 +45,7 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class StepFolder:
-    """A folder of tensors on disk that belongs to a step of a run, its manifest read."""
+    """A folder of tensors that belongs to a step of a run, with its manifest: a checkpoint or a snapshot."""
 
     folder: Path
     step: int
@@ -68,11 +68,6 @@ class StepFolder:
         """Read one file of tensors after checking its hash; a damaged or missing one is a JLTError."""
         check_file(self.folder / name, self.files[name])
         return load_tensors(self.folder / name)
-
-
-@dataclass(frozen=True)
-class SnapshotFolder(StepFolder):
-    """The power-function averages of a step."""
 
 
 @dataclass(frozen=True)
@@ -247,12 +242,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, *facts, config, manifest["latents"])
 
 
-def list_snapshots(run: Path) -> list[SnapshotFolder]:
+def list_snapshots(run: Path) -> list[StepFolder]:
     """Return the snapshots of a run, oldest first."""
     folders = sorted(run.glob("snapshots/step_*"), key=step_of)
     manifests = map(_read_manifest, folders)
     return [
-        SnapshotFolder(folder, manifest["step"], manifest["updates"], manifest["files"])
+        StepFolder(folder, manifest["step"], manifest["updates"], manifest["files"])
         for folder, manifest in zip(folders, manifests, strict=True)
     ]
 

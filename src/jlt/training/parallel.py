@@ -20,16 +20,14 @@ from jlt.networks.transformer import Transformer
 from jlt.runtime.processes import Group
 
 
-def shard(network: Transformer, config: TrainConfig, group: Group) -> None:
-    """With `parallel="fsdp"`, keep only this process's shard of each parameter; the modules gather them as they run."""
-    if config.parallel != "fsdp" or group.size == 1:
-        return
+def shard(network: Transformer, size: int) -> None:
+    """Keep only this process's shard of each parameter, of `size` by FSDP; the modules gather them as they run."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     # The output is a view that no code writes into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(next(network.parameters()).device.type, (group.size,))
+    mesh = init_device_mesh(next(network.parameters()).device.type, (size,))
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)

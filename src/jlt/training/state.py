@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.networks.transformer import Transformer, build_network
-from jlt.runtime.processes import Group, SingleProcess
+from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.storage.weights import weights_sha256
@@ -97,7 +97,8 @@ def initial_state(
         start_from(network, config)
     initial_weights = weights_sha256(network.state_dict())
     network.to(device)
-    shard(network, config, group or SingleProcess())
+    if config.parallel == "fsdp" and group is not None and group.size > 1:
+        shard(network, group.size)
     return TrainState(network, build_optimizer(network, config.optimizer), EMA(network, config), initial_weights)
 
 

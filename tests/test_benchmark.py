@@ -183,7 +183,7 @@ def test_a_slow_device_is_measured_with_small_matrices(monkeypatch):
 @pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False), ("tf32", False)])
 def test_the_trainer_warns_of_a_slow_bfloat16_only_where_it_is_used(precision, warned, monkeypatch):
     monkeypatch.setattr(meter, "compare_precisions", lambda *_: ProductRates(1e11, 1e9))
-    warning = meter.precision_warning(small_config(precision=precision), torch.device("cpu"))
+    warning = meter.precision_warning(precision, torch.device("cpu"))
     assert bool(warning) == warned
 
 

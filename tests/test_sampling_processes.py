@@ -123,7 +123,7 @@ def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tm
     words = sample_words(place, tmp_path / "out", "--format", "npz")
     codes, said = ends_of(start_processes(2, words, HANGS), timeout=60)
     assert codes == [1, 1], said
-    assert any("so it hangs" in text for text in said), said
+    assert any("it hangs" in text for text in said), said
     assert 0 < rows_written(tmp_path / "out") < 200
     assert main(words) == 0
     assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
@@ -251,7 +251,7 @@ RowTable.__init__ = elsewhere
         start_processes(2, sample_words(place, tmp_path / "out", "--format", "npz"), plant), timeout=60
     )
     assert codes == [1, 1], said
-    assert "it must be a folder that all of them share" in said[0]
+    assert "all processes must share this folder" in said[0]
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 

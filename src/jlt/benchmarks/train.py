@@ -197,7 +197,7 @@ def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:
     draws = draw_step(config, SampleOrder(config.batch_size, 0), 0)
 
     def step() -> None:
-        stepper.apply(stepper.differentiate(draws, latents, labels, asked=False))
+        stepper.apply(stepper.differentiate(draws, latents, labels, stop=False))
         state.ema.update(state.step)
 
     return step

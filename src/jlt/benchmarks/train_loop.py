@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from jlt.benchmarks.data import SHARD_ROWS, random_shards, require_space
-from jlt.config import TrainConfig
+from jlt.config import TrainConfig, in_steps
 from jlt.errors import UsageError
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
@@ -53,6 +53,7 @@ def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], dev
     config = loop_config(config, steps)
     with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
         store = random_store(Path(temporary) / "latents", config)
+        config = in_steps(config, len(store))
         train(config, store, Path(temporary) / "run", device, watchers=[SavesOnce(config.steps - config.log_every)])
         log = (Path(temporary) / "run" / "log.jsonl").read_text(encoding="utf-8")
     return loop_figures([json.loads(line) for line in log.splitlines()], bare["img_per_second"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jlt.config import TrainConfig, in_steps
+from jlt.config import TrainConfig
 from jlt.experiments.watchers import watchers_of
 from jlt.latents.store import LatentStore
 from jlt.runtime.environment import default_device
@@ -32,6 +32,5 @@ def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool 
     with join_group(device) as group:
         if verify:
             group.on_rank0(lambda: LatentStore.open_verified(latents))
-        config = in_steps(config, len(store))
         watchers = watchers_of(config, store, device, group)
         return train(config, store, run, device, group, watchers)

@@ -25,7 +25,7 @@ from jlt.runtime.processes import Group, stop_together
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher
-from jlt.training.power_ema import WORDS, parse_sigma_rel
+from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
 
 
 def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Group) -> list[Watcher]:
@@ -44,9 +44,9 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     """Raise a JLTError if the samples that a run asks for cannot be drawn of it."""
     sample = config.evaluation.sample
     known = [*average_names(config), "none", ""]
-    if sample.ema not in known and not (sample.ema.startswith(WORDS) and config.power_ema):
+    if sample.ema not in known and not (sample.ema.startswith(SIGMA_REL) and config.power_ema):
         raise unknown_name("EMA in this run", sample.ema, known[:-1])
-    if sample.ema.startswith(WORDS):
+    if sample.ema.startswith(SIGMA_REL):
         parse_sigma_rel(sample.ema)
     check_guidance(config, sample)
     if config.evaluate_every:

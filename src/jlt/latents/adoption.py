@@ -29,7 +29,7 @@ from jlt.latents.shards import ShardFile, TensorEntry
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import VERIFY_THREADS, LatentStore
 from jlt.runtime.progress import inform, track
-from jlt.storage.files import difference
+from jlt.storage.files import describe, difference
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 DTYPES = {"F16": "float16", "F32": "float32"}
@@ -254,11 +254,11 @@ def _adopted_before(folder: Path, words: dict[str, Any]) -> StoreManifest:
     """Return the manifest of a store that is there already; JLTError if other words made it."""
     manifest = LatentStore.open(folder).manifest
     before = {name: getattr(manifest, name) for name in words}
-    lines = difference(*(json.loads(json.dumps(side)) for side in (before, words)))
-    if lines:
+    differences = difference(*(json.loads(json.dumps(side)) for side in (before, words)))
+    if differences:
         raise JLTError(
-            f"{folder} was adopted with other words ({'; '.join(lines)}): use those, or remove its {MANIFEST_NAME} to "
-            "adopt it anew."
+            f"{folder} was adopted with other words ({describe(differences)}): use those, or remove its "
+            f"{MANIFEST_NAME} to adopt it anew."
         )
     return manifest
 

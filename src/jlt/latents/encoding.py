@@ -38,6 +38,7 @@ from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import until_stopped
 from jlt.storage.files import (
     atomic_path,
+    describe,
     difference,
     lock_folder,
     read_sealed_json,
@@ -283,6 +284,7 @@ def _remove(files: Iterable[Path]) -> None:
 
 
 def _require_same_words(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    lines = difference(before, now)
-    if lines:
-        raise JLTError(f"{out} was encoded with other words ({'; '.join(lines)}): use those, or name another folder.")
+    if differences := difference(before, now):
+        raise JLTError(
+            f"{out} was encoded with other words ({describe(differences)}): use those, or name another folder."
+        )

@@ -1,4 +1,4 @@
-"""The Hub: whether it can be asked at all."""
+"""The Hugging Face Hub: whether it is reachable."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CONNECT_SECONDS = 10.0
 
 
 def require_reachable(repository: str, files: Sequence[str], remedy: str) -> None:
-    """Raise a JLTError at once where the Hub's library would try again for a minute, and then blame the repository.
+    """Raise a JLTError at once if the Hub is not reachable; its library would retry for a minute first.
 
-    Nothing is asked for where one of the files is in the Hub's cache; `remedy` ends the message with what to do.
+    There is no check if one of the files is in the Hub's cache; `remedy` ends the message with what to do.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -32,6 +32,7 @@ from PIL import Image
 from jlt.errors import JLTError
 from jlt.report import findings, sample_grids
 from jlt.report.figures import training_figure
+from jlt.report.geometry_sentences import geometry_sentence
 from jlt.report.metrics_table import metrics_table
 from jlt.report.page import command, matched_statements, page_facts, set_aside_rows, settings, write_report
 from jlt.report.result_rows import result_rows
@@ -156,10 +157,10 @@ def test_a_perfect_score_divides_nothing_by_zero(tmp_path: Path) -> None:
 
 def test_geometry_is_put_in_words() -> None:
     entry: dict[str, Any] = {"patch_size": 2, "dimension": 3, "effective_rank": 1.5, "sphericity": 0.1}
-    said = findings.geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
+    said = geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
     assert "2 directions vary less than a tenth as much as the noise" in said
     assert "5.0% of the variance of x but 42.0% of that of v" in said  # 0.1 / 2 and 2.1 / 5
-    flat = findings.geometry_sentence({**entry, "eigenvalues": [1.0, 1.0, 0.9], "sphericity": 0.99})
+    flat = geometry_sentence({**entry, "eigenvalues": [1.0, 1.0, 0.9], "sphericity": 0.99})
     assert "None of them varies less than a tenth as much as the noise" in flat
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlt.report.findings import inside_sentences, verdict
+from jlt.report.findings import verdict
 from jlt.report.geometry_rows import whole_rows
+from jlt.report.geometry_sentences import inside_sentences
 from jlt.report.result_rows import result_rows
 from jlt.report.results import read_study
 from jlt.report.text_table import TEXT_WIDTH, text_table

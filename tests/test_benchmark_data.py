@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jlt.benchmarks import data as module
 from jlt.benchmarks.data import CLASSES, benchmark_data, random_shards
-from jlt.benchmarks.data import benchmark_data as module
 from jlt.errors import JLTError, UsageError
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from jlt.autoencoders.load import load_autoencoder
+from jlt.benchmarks import encode as module
 from jlt.benchmarks.encode import benchmark_encode, repeated
-from jlt.benchmarks.encode import benchmark_encode as module
 from jlt.errors import UsageError
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig

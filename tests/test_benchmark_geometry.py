@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from jlt.benchmarks import geometry as module
 from jlt.benchmarks.geometry import IMAGENET, RandomLatents, benchmark_geometry
-from jlt.benchmarks.geometry import benchmark_geometry as module
 from jlt.cli.main import main
 from jlt.config import LatentShape
 from jlt.geometry.accumulate import measure_moments
@@ -36,7 +36,7 @@ def test_memory_does_not_grow_with_the_store():
 from jlt.benchmarks.geometry import *
 for count in (2_100, 6_300):
     reset_peak_memory("cpu")
-    measure_moments(RandomLatents(LatentShape(128, 16, 16, 10), count), [1], "cpu", Alone())
+    measure_moments(RandomLatents(LatentShape(128, 16, 16, 10), count), [1], "cpu", SingleProcess())
     print(peak_memory("cpu"))
 """
     run = subprocess.run([sys.executable, "-c", words], capture_output=True, check=True, text=True)

@@ -12,6 +12,7 @@ from training_helpers import run_processes
 
 from jlt.cli.main import main
 from jlt.errors import JLTError
+from jlt.experiments import analysis
 from jlt.experiments.error_by_direction import (
     BANDS,
     TIMES,

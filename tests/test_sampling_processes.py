@@ -131,7 +131,7 @@ def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tm
 
 NEWER = """
 import os, pathlib
-from jlt.experiments import evaluate
+from jlt.experiments import checkpoint_evaluation as evaluate
 from jlt.training import checkpoint
 opened = checkpoint.open_checkpoint
 def newer(path):

@@ -65,10 +65,11 @@ def logged(run):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from jlt.config import TrainConfig, from_dict
+from jlt.config import TrainConfig
+from jlt.storage.codec import from_json
 from jlt.latents.store import LatentStore
 from jlt.training.loop import train
-train(from_dict(TrainConfig, json.loads(sys.argv[1])), LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
+train(from_json(TrainConfig, json.loads(sys.argv[1])), LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
 sys.exit()
 """
 

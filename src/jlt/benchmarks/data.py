@@ -31,6 +31,7 @@ from jlt.latents.shards import ShardFile
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
 from jlt.runtime.environment import cores, default_device, machine, versions
+from jlt.runtime.processes import spawn_context
 from jlt.runtime.progress import inform
 from jlt.runtime.timing import peak_memory
 
@@ -223,7 +224,7 @@ class PerSampleDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def _per_sample(store: LatentStore, requests: Iterator[Asked], workers: int) -> Way:
     batches = (list(zip(asked.indices.tolist(), asked.flips.tolist(), strict=True)) for asked in requests)
-    context = "spawn" if workers else None  # a fork of a process with threads may hang
+    context = spawn_context() if workers else None  # a fork of a process with threads may hang
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         PerSampleDataset(store),
         batch_sampler=batches,
@@ -290,7 +291,7 @@ def _memories(temporary: Path) -> dict[str, Any]:
         folder = temporary / f"epoch-{count}"
         write_store(folder, random_shards(count, (4, 4, 4), 10 * SHARD_ROWS), CLASSES)
         script = f"from jlt.benchmarks.data import read_epoch; read_epoch({str(folder)!r})"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
         if done.returncode:
             raise JLTError(f"A process that reads {folder} failed: {done.stderr.strip()[-300:]}")
         peaks[count] = json.loads(done.stdout)["peak"]

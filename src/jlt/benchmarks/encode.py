@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_batch import exact_arithmetic
 from jlt.latents.encoding_job import EncodingJob
 from jlt.runtime.environment import default_device, machine, versions
+from jlt.runtime.processes import spawn_context
 from jlt.runtime.timing import peak_memory
 
 ROUNDS = 3
@@ -111,7 +111,7 @@ def _encoding_seconds(source: ImageSource, autoencoder: Autoencoder, config: Enc
 
 def _fresh_peak_mib(count: int) -> float:
     """Return the peak memory of a fresh process that encodes so many small images, as pixels."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, spawn_context()) as pool:
         return pool.submit(_peak_mib_of_encoding, count).result()
 
 

@@ -37,7 +37,7 @@ from jlt.runtime.progress import inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import ARRAY, PROTOCOL, class_name
-from jlt.storage.files import LOCK, atomic_path, lock_folder, read_json, write_json
+from jlt.storage.files import LOCK, atomic_path, lock_folder, read_json, require_unlinked, write_json
 from jlt.storage.rows import RowTable
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
@@ -196,8 +196,10 @@ def evaluate_checkpoint(
 
 
 def drawn_folder(run: Path) -> Path:
-    """Return where a run keeps the features of an evaluation that is not finished."""
-    return run / "evaluations" / ".drawn"
+    """Return where a run keeps the features of an evaluation that is not finished; JLTError if a link leads there."""
+    folder = run / "evaluations" / ".drawn"
+    require_unlinked(run, folder)
+    return folder
 
 
 def _remove_orphans(run: Path) -> None:
@@ -205,7 +207,7 @@ def _remove_orphans(run: Path) -> None:
     for folder in drawn_folder(run).glob("step_*"):
         if not list(run.glob(f"*/{folder.name.rpartition('-')[0]}")):
             # Whoever still measures them holds the lock.
-            with contextlib.suppress(JLTError), lock_folder(folder):
+            with contextlib.suppress(JLTError), lock_folder(folder, run):
                 shutil.rmtree(folder)
 
 
@@ -234,12 +236,13 @@ def evaluate_run(
 ) -> None:
     """Measure the checkpoints of a run at the given steps; those that were measured by this protocol are kept."""
     reference: Reference | None = None
+    drawn = drawn_folder(run)
     for step in steps:
         sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)
         reference = reference or open_reference(reference_words, extractor, sampler.resolution)
         remove_stale(run, sampler.checkpoint)
         if not evaluation_path(run, step, sampler_protocol(sampler, reference, extractor)).exists():
-            write_evaluation(run, evaluate_sampler(sampler, reference, extractor, drawn_folder(run)))
+            write_evaluation(run, evaluate_sampler(sampler, reference, extractor, drawn))
 
 
 def remove_stale(run: Path, checkpoint: Checkpoint) -> None:

@@ -43,7 +43,7 @@ def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Pa
     with contextlib.ExitStack() as held:
 
         def find() -> list[range]:
-            held.enter_context(lock_folder(folder))
+            held.enter_context(lock_folder(folder, place))
             written = open_table(folder, extractor, num).written()
             if written.any():
                 inform(f"{written.sum()} of {len(written)} images were drawn before.")

@@ -46,7 +46,7 @@ from jlt.runtime.progress import format_seconds, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open_sampler, with_config
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, lock_folder, read_json, write_json
+from jlt.storage.files import claim_folder, lock_folder, read_json, require_unlinked, write_json
 from jlt.storage.rows import require_space
 from jlt.training.averages import choose_name, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
@@ -130,7 +130,9 @@ class Sweeper:
         self.group.on_rank0(lambda: shutil.rmtree(self._drawn(setting, self.config.sample.seed), ignore_errors=True))
 
     def _drawn(self, setting: Setting, seed: int) -> Path:
-        return self.out / ".drawn" / f"{setting.name}-seed{seed}"
+        folder = self.out / ".drawn" / f"{setting.name}-seed{seed}"
+        require_unlinked(self.out, folder)
+        return folder
 
     def _tell(self, where: str, point: Measured, images_left: int) -> None:
         if self.group.rank:

@@ -6,7 +6,6 @@ through pipes: shared memory is small by default in containers, and a worker tha
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from jaxtyping import Int64, UInt8
 from jlt.errors import JLTError
 from jlt.images.crop import Exif, centre_crop
 from jlt.images.source import BadImageError, ImageSource, SkippedImage
-from jlt.runtime.processes import notice_dead_workers
+from jlt.runtime.processes import notice_dead_workers, spawn_context
 from jlt.runtime.signals import follow_parent, signals_blocked
 
 BATCHES_AHEAD = 2
@@ -80,7 +79,7 @@ def load_batches(
         yield from (load_batch(source, rows, size, exif) for rows in batches)
         return
     setup = (os.getpid(), source, size, exif)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=setup)
+    pool = ProcessPoolExecutor(workers, spawn_context(), initializer=_begin_worker, initargs=setup)
     waiting: deque[Future[PixelBatch]] = deque()
     try:
         for rows in batches:

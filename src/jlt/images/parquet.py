@@ -17,6 +17,7 @@ from jlt.errors import JLTError, UsageError
 from jlt.images.labels import numbered_classes, sorted_classes
 from jlt.images.sharded import ShardedSource
 from jlt.images.source import BadImageError, decode_image, read_image, require_index
+from jlt.storage.files import path_inside
 
 if TYPE_CHECKING:
     # Imported where it is used otherwise: nothing else should pay for it.
@@ -32,8 +33,8 @@ BUFFER_BYTES = 1 << 20
 class Parquet(ShardedSource):
     """The rows of parquet files with the columns `image` and `label`.
 
-    `image` is a struct of `bytes` and `path`, or the bytes themselves; where a row has a path alone, the file is
-    sought from the folder of the parquet file. `label` is an integer or a string. Names of integer labels are
+    `image` is a struct of `bytes` and `path`, or the bytes themselves; where a row has a path alone, it is of a
+    file in the folder of the parquet file. `label` is an integer or a string. Names of integer labels are
     `class_names`, else those that the Hub's library noted in the schema, else the numbers; strings are sorted.
 
     Opening reads the labels and no image. Reading in ascending order keeps a few images in memory, whatever the size
@@ -82,7 +83,7 @@ class Parquet(ShardedSource):
             return decode_image(content["bytes"], lambda: self.describe(index)), label
         if not content.get("path"):
             raise BadImageError(self.describe(index), "holds neither bytes nor a path")
-        return read_image(file.parent / content["path"], lambda: self.describe(index)), label
+        return read_image(path_inside(file.parent, content["path"]), lambda: self.describe(index)), label
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cursor": None}

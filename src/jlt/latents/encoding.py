@@ -125,13 +125,13 @@ def _require_whole(job: EncodingJob) -> None:
         raise JLTError(f"{error} --repair makes missing and damaged shards again; others are yours to move.") from error
     if (job.out / STATE_FOLDER).is_dir():
         # Left by a process that was killed right after it had written the manifest, unless somebody repairs.
-        with contextlib.suppress(JLTError), lock_folder(job.out / STATE_FOLDER):
+        with contextlib.suppress(JLTError), lock_folder(job.out / STATE_FOLDER, job.out):
             shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
 
 
 def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitStack) -> Missing:
     """Hold a finished store for repair, and return those of its shards that are not what the manifest says."""
-    held.enter_context(lock_folder(job.out / STATE_FOLDER))
+    held.enter_context(lock_folder(job.out / STATE_FOLDER, job.out))
     _remove_leftovers(job.out)
     shards = {job.shard_path(shard).name: shard for shard in range(job.num_shards)}
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
@@ -259,8 +259,7 @@ def _claimed(out: Path, words: dict[str, Any]) -> Iterator[None]:
         raise JLTError(
             f"{out} holds other files and is left as it is: name a new or empty folder for the latent store."
         )
-    state.mkdir(parents=True, exist_ok=True)
-    with lock_folder(state):
+    with lock_folder(state, out):
         words_path = state / "words.json"
         # Words bind from the first finished shard on, so that a refused first attempt can be corrected in place.
         if words_path.exists() and any(state.glob("shard-*.json")):

@@ -169,6 +169,7 @@ class ShardWriter:
 def keep_rows(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     """Rewrite a shard to the first rows of its tensors, as many as the given dtypes and shapes say."""
     shorter = path.with_name(f"{path.stem}.shorter{path.suffix}")
+    shorter.unlink(missing_ok=True)
     try:
         file = ShardFile(path)
         entries = file.read_entries()

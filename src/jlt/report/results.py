@@ -11,7 +11,7 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.report.run_log import Log, read_log
-from jlt.storage.files import read_json, read_sealed_json
+from jlt.storage.files import path_inside, read_json, read_sealed_json
 
 Protocol = Mapping[str, Any]
 
@@ -270,7 +270,7 @@ def _read_ablation(folder: Path) -> Study:
         name, prediction, space, patch_size = (
             _get(entry, field, path) for field in ("name", "prediction", "loss_space", "patch_size")
         )
-        run_folder = folder / _get(entry, "run", path)
+        run_folder = path_inside(folder, _get(entry, "run", path))
         runs = grouped.setdefault((name, prediction, space, patch_size, entry.get("variant", "")), [])
         # A system whose training has not begun has no folder yet.
         if (run_folder / "config.json").exists():
@@ -304,14 +304,14 @@ def _read_single(folder: Path) -> Study:
 def read_run(folder: Path, seed: int) -> Run:
     """Read a run folder; log, samples and evaluations may be missing while it is under way."""
     evaluations = [_read_evaluation(path) for path in sorted((folder / "evaluations").glob("step_*.json"))]
-    grid = folder / "samples" / "grid.png"
+    grid = "samples/grid.png"
     return Run(
         folder=folder,
         seed=seed,
         config=read_json(folder / "config.json"),
         log=read_log(folder / "log.jsonl"),
         evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step)),
-        grid=grid if grid.exists() else None,
+        grid=path_inside(folder, grid) if (folder / grid).exists() else None,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from jlt.errors import JLTError
 from jlt.report.results import Run
 from jlt.report.wording import number
+from jlt.storage.files import path_inside
 
 T = TypeVar("T")
 MOST_GRIDS = 6
@@ -54,7 +55,7 @@ def picture_uri(path: Path) -> str:
 
 def sample_series(run: Run) -> list[Grid]:
     """Return the first, some and the last of the sample grids along a training; files that are gone are left out."""
-    found = [(step, path) for step, file in run.log.samples if (path := run.folder / file).is_file()]
+    found = [(step, path) for step, file in run.log.samples if (path := path_inside(run.folder, file)).is_file()]
     grids = []
     for step, path in spaced(found, MOST_GRIDS):
         evaluation = run.at(step)

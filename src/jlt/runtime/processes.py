@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from multiprocessing.context import SpawnContext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlt.errors import JLTError
@@ -45,6 +47,13 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Return how many of the processes run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def spawn_context() -> SpawnContext:
+    """Return the context in which all worker processes start: they import no module from the current folder."""
+    # A worker starts as `python -c`, which looks for every module in the current folder first, be it a data set.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    return multiprocessing.get_context("spawn")
 
 
 def notice_dead_workers(pool: ProcessPoolExecutor) -> None:

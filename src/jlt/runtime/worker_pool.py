@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -12,7 +11,7 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.runtime.environment import cores
-from jlt.runtime.processes import notice_dead_workers
+from jlt.runtime.processes import notice_dead_workers, spawn_context
 from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, signals_blocked, stop_on_signal
 
 _stopping: Event | None = None
@@ -23,7 +22,7 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
 
     The first failure asks the other jobs to stop, which save, and is raised. So do SIGTERM and Ctrl-C, with Stopped.
     """
-    context = multiprocessing.get_context("spawn")
+    context = spawn_context()
     stopping = context.Event()
     setup = (os.getpid(), max(1, cores() // workers), stopping)
     with stop_on_signal() as stop:

@@ -6,6 +6,7 @@ Also what a folder of results needs: a file that says whose it is, and a lock fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -47,6 +48,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: some writers choose their format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    # What has this name already may be a link, which writing would follow.
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -64,6 +67,39 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that another file in `folder` names; JLTError if it, links followed, is outside."""
+    try:
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        # A null character, a name that is too long, or links in a circle.
+        inside = False
+    if not inside:
+        raise JLTError(f"{name!r} leads out of {folder}: a file may name only files in its own folder.")
+    return folder / name
+
+
+def require_unlinked(root: Path, path: Path) -> None:
+    """Raise JLTError if `path`, or a folder between it and `root`, is a link; `root` itself may be one."""
+    for part in (path, *path.parents):
+        if part == root:
+            return
+        if part.is_symlink():
+            raise JLTError(
+                f"{part} is a link, and nothing in {root} is written or removed through one: put a folder in its place."
+            )
+
+
+def open_unlinked(path: Path, flags: int) -> int:
+    """Open a file and return its descriptor; JLTError for a link, which may lead to a file of other work."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise JLTError(f"{path} is a link, and nothing is written through one: remove it.") from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,15 +204,22 @@ def claim_folder(
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder as its only writer; JLTError if another process does. The lock ends with its process."""
+def lock_folder(folder: Path, root: Path | None = None) -> Iterator[None]:
+    """Hold a folder as its only writer; JLTError if another process does. The lock ends with its process.
+
+    `root` is the folder that the user named, where it is not `folder` itself: JLTError for a link between the two.
+    """
+    require_unlinked(root or folder, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    lock = open_unlinked(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise JLTError(f"Another process is writing into {folder}: wait for it, or name another folder.") from error
         yield
+    finally:
+        os.close(lock)
 
 
 def sha256_file(path: Path) -> str:

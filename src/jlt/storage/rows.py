@@ -19,6 +19,7 @@ from jaxtyping import Bool, UInt32
 
 from jlt.errors import JLTError
 from jlt.storage.blocks import release
+from jlt.storage.files import open_unlinked
 
 CHECKS = ".checks"
 SUFFIX = ".rows"
@@ -133,7 +134,7 @@ def require_space(folder: Path, size: int, what: str) -> None:
 
 def _reserve(path: Path, size: int) -> None:
     """Give a file at least this size, zeros where it is new, and its room on the disk where the disk can promise it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_unlinked(path, os.O_RDWR | os.O_CREAT)
     try:
         before = os.fstat(descriptor).st_size
         if before >= size:
@@ -153,6 +154,6 @@ def _reserve(path: Path, size: int) -> None:
 
 def _write_at(path: Path, offset: int, values: np.ndarray) -> None:
     # Not through a map: a full disk is an error here and a killing signal there.
-    with path.open("r+b") as file:
+    with os.fdopen(open_unlinked(path, os.O_RDWR), "r+b") as file:
         file.seek(offset)
         file.write(values.data.cast("B"))

@@ -30,6 +30,7 @@ from jlt.storage.files import (
     fsync_folder,
     read_json,
     read_sealed_json,
+    require_unlinked,
     sealed_sha256,
     sealed_text,
     sha256_file,
@@ -169,7 +170,11 @@ def _write_folder(
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a checkpoint or a snapshot; a kill at any moment leaves all of it, or nothing that looks like one."""
+    """Remove a checkpoint or a snapshot; a kill at any moment leaves all of it, or nothing that looks like one.
+
+    JLTError if it, or the folder that the run keeps it in, is a link.
+    """
+    require_unlinked(folder.parent.parent, folder)
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -177,7 +182,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_partial_saves(run: Path) -> None:
-    """Remove what killed processes left half written or half removed; nobody else may be writing."""
+    """Remove what killed processes left half written or half removed; no other process may be writing.
+
+    JLTError if a folder that the run writes to, or one of its checkpoints or snapshots, is a link.
+    """
+    for parent in ("checkpoints", "snapshots", "samples", "evaluations"):
+        for folder in (run / parent, *run.glob(f"{parent}/*step_*")):
+            require_unlinked(run, folder)
     for parent in ("checkpoints", "snapshots"):
         for leftover in (*run.glob(f"{parent}/.step_*.partial"), *run.glob(f"{parent}/.step_*.removed")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -261,6 +272,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_sealed_json(folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
+    for name in manifest["files"]:
+        # Links are followed, since what they lead to must have the hash in the manifest.
+        if Path(name).name != name:
+            raise JLTError(f"{folder / MANIFEST} names {name!r}: a manifest may name only files in its own folder.")
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import Any
 
 from jlt.config import TrainConfig
 from jlt.runtime.progress import inform
-from jlt.storage.files import write_text
+from jlt.storage.files import open_unlinked, write_text
 from jlt.training.display import TrainingDisplay, training_display
 from jlt.training.trackers import open_trackers
 
@@ -36,7 +37,8 @@ class Journal:
 
     def write(self, event: str, **values: Any) -> None:
         """Take an event; `values` holds its `step`."""
-        with self._path.open("a", encoding="utf-8") as file:
+        descriptor = open_unlinked(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **values}) + "\n")
         self._track(event, values)
         self._show(event, values)

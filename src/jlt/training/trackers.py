@@ -14,7 +14,7 @@ from jlt.errors import JLTError
 from jlt.runtime import processes
 from jlt.runtime.progress import inform
 from jlt.storage.codec import to_json
-from jlt.storage.files import write_text
+from jlt.storage.files import require_unlinked, write_text
 
 WANDB_PROJECT = "jlt"
 INIT_SECONDS = 30.0
@@ -194,7 +194,8 @@ class WeightsAndBiases(Tracker):
 
 
 def _wandb_id(path: Path) -> str:
-    """Return the identity of the run that is stored in a file, made anew where there is none."""
+    """Return the identity of the run that is stored in a file, made where there is none; JLTError for a link."""
+    require_unlinked(path.parent.parent, path)
     if not path.exists():
         write_text(path, secrets.token_hex(8))
     return path.read_text(encoding="utf-8").strip()

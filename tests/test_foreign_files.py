@@ -1,0 +1,237 @@
+"""Folders that other people made: none of their modules runs, and none of their paths and links leads out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_helpers import make_store
+from fake_results import write_ablation, write_watched_run
+from PIL import Image
+from training_helpers import config_for
+
+from jlt.config import SampleConfig
+from jlt.errors import JLTError
+from jlt.evaluation.extractors import load_extractor
+from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
+from jlt.images.parquet import Parquet
+from jlt.report.page import write_report
+from jlt.report.results import read_study
+from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text
+from jlt.storage.rows import RowTable
+from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves
+from jlt.training.journal import Journal
+from jlt.training.loop import train
+
+MODULES = """
+    _compression argparse array ast base64 bisect bz2 calendar concurrent contextlib copy csv ctypes dataclasses
+    datetime decimal email fnmatch fractions gzip hashlib heapq hmac inspect json locale logging lzma math
+    multiprocessing numbers pathlib pickle platform queue random runpy secrets selectors shutil signal socket struct
+    subprocess tempfile textwrap threading traceback typing urllib uuid weakref zipfile zlib
+    PIL jaxtyping jlt numpy pyarrow torch
+"""
+BEFORE_A_PROGRAM = ("contextlib", "jlt")
+LETTERS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+RUN_A_JOB = """
+from jlt.runtime.worker_pool import run_jobs
+
+if __name__ == "__main__":
+    run_jobs(print, ["worked"], 1, lambda: None)
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """Class folders, with modules next to them that leave a file behind wherever they are imported."""
+    folder = tmp_path / "images"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(LETTERS).save(folder / name / f"{number}.png")
+    for name in MODULES.split():
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / name)!r} + '.imported', 'w')\n")
+    return folder
+
+
+def require_none_imported(folder: Path, *words: str | Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert not sorted(path.name for path in folder.parent.glob("*.imported"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "jlt"], [Path(sys.executable).with_name("jlt")]], ids=["python -m jlt", "jlt"]
+)
+def test_an_encoding_imports_no_module_of_the_current_folder(planted: Path, tmp_path: Path, words: list) -> None:
+    if words[0] == "-m":
+        # What Python itself imports before it starts a program is not in the program's power.
+        for name in BEFORE_A_PROGRAM:
+            (planted / f"{name}.py").unlink()
+    options = ["--images", ".", "--autoencoder", "pixels", "--resolution", "4", "--batch-size", "2", "--workers", "2"]
+    require_none_imported(planted, sys.executable, *words, "encode", *options, "--out", tmp_path / "latents")
+    assert (tmp_path / "latents" / "manifest.json").exists()
+
+
+def test_a_worker_of_an_ablation_imports_no_module_of_the_current_folder(planted: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script" / "job.py"
+    script.parent.mkdir()
+    script.write_text(RUN_A_JOB)
+    require_none_imported(planted, sys.executable, script)
+
+
+# Paths that come out of files
+
+
+def test_a_path_stays_in_its_folder(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "folder", tmp_path / "secret"
+    (folder / "inner").mkdir(parents=True)
+    secret.write_text("private")
+    (folder / "link").symlink_to(secret)
+    (folder / "circle").symlink_to("circle")
+    (tmp_path / "named").symlink_to(folder)
+    for name in (str(secret), "../secret", "inner/../../secret", "link", "a\0b"):
+        with pytest.raises(JLTError, match="leads out of"):
+            path_inside(folder, name)
+    for name in ("inner", "inner/../absent", str(folder / "inner")):
+        assert path_inside(folder, name) == folder / name
+    assert path_inside(tmp_path / "named", "inner").is_dir()
+
+
+@pytest.mark.parametrize("name", ["{}", "../secret.png"])
+def test_a_log_that_names_a_file_elsewhere_gets_no_report(tmp_path: Path, name: str) -> None:
+    Image.fromarray(LETTERS).save(tmp_path / "secret.png")
+    write_watched_run(tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "sampled", "step": 1, "file": name.format(tmp_path / "secret.png")}) + "\n")
+    with pytest.raises(JLTError, match=r"secret.png' leads out of"):
+        write_report(tmp_path / "run")
+
+
+def test_an_ablation_whose_grid_is_a_link_or_whose_run_is_elsewhere_gets_no_report(tmp_path: Path) -> None:
+    Image.fromarray(LETTERS).save(tmp_path / "secret.png")
+    folder = write_ablation(tmp_path / "ablation")
+    run = read_study(folder).runs[0].folder
+    (run / "samples" / "grid.png").unlink()
+    (run / "samples" / "grid.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(JLTError, match=r"grid.png' leads out of"):
+        read_study(folder)
+    facts = json.loads((folder / "ablation.json").read_text())
+    facts["systems"][0]["run"] = "../elsewhere"
+    (folder / "ablation.json").write_text(json.dumps(facts))
+    with pytest.raises(JLTError, match="elsewhere' leads out of"):
+        read_study(folder)
+
+
+@pytest.mark.parametrize("name", ["{}", "../secret.png", "link.png"])
+def test_a_row_of_a_parquet_file_that_names_a_picture_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    folder, secret = tmp_path / "data", tmp_path / "secret.png"
+    folder.mkdir()
+    Image.fromarray(LETTERS).save(secret)
+    (folder / "link.png").symlink_to(secret)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": name.format(secret)}], kind)
+    pq.write_table(pa.table({"image": images, "label": [0]}), folder / "a.parquet")
+    with pytest.raises(JLTError, match="leads out of"):
+        Parquet(folder, [folder / "a.parquet"])[0]
+
+
+def test_a_checkpoint_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    manifest = {"schema": 2, "step": 1, "updates": 1, "config": {}, "latents": {}, "files": {"../secret": "0" * 64}}
+    (tmp_path / "manifest.json").write_text(sealed_text(manifest))
+    with pytest.raises(JLTError, match="names '../secret'"):
+        open_checkpoint(tmp_path)
+
+
+# Links
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text("private")
+    return path
+
+
+def test_a_lock_that_is_a_link_truncates_nothing(tmp_path: Path, secret: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(secret)
+    with pytest.raises(JLTError, match=r"\.lock is a link"), lock_folder(tmp_path / "run"):
+        pass
+    assert secret.read_text() == "private"
+
+
+@pytest.mark.parametrize("name", [".images.rows", ".checks"])
+def test_rows_that_are_a_link_change_nothing(tmp_path: Path, secret: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(secret)
+    with pytest.raises(JLTError, match="is a link"):
+        RowTable(tmp_path / "run", {"images": (np.uint8, (4,))}, 10)
+    assert secret.read_text() == "private"
+
+
+def test_a_temporary_file_and_a_log_that_are_links_change_nothing(tmp_path: Path, secret: Path, store) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f".a.{os.getpid()}.partial.json").symlink_to(secret)
+    with atomic_path(run / "a.json") as temporary:
+        temporary.write_text("{}")
+    (run / "log.jsonl").symlink_to(tmp_path / "log")
+    (tmp_path / "log").write_text("")
+    with Journal(run, config_for(store), 0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):
+        journal.write("start", step=0)
+    assert (secret.read_text(), (tmp_path / "log").read_text()) == ("private", "")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "snapshots", "samples", "evaluations", "checkpoints/step_0000002"])
+def test_a_run_with_a_linked_folder_is_not_continued(tmp_path: Path, store, name: str) -> None:
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    for step in (4, 8):
+        (theirs / f"step_000000{step}").mkdir(parents=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(theirs)
+    with pytest.raises(JLTError, match=f"{name} is a link"):
+        remove_partial_saves(run)
+    if name == "checkpoints":
+        with pytest.raises(JLTError, match="checkpoints is a link"):
+            prune_checkpoints(run, 1, 0)
+    assert len(list(theirs.iterdir())) == 2
+
+
+def test_a_run_folder_that_is_itself_a_link_is_trained_in_and_continued(tmp_path: Path, store) -> None:
+    (tmp_path / "bigdisk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "bigdisk")
+    (tmp_path / "bigdisk" / "real").mkdir()
+    (tmp_path / "bigdisk" / "run").symlink_to("real")
+    for steps in (2, 4):
+        train(config_for(store, steps=steps, checkpoint_every=1, keep_last=1), store, tmp_path / "runs" / "run")
+    kept = [path.name for path in (tmp_path / "bigdisk" / "real" / "checkpoints").iterdir()]
+    assert kept == ["step_0000004"]
+
+
+def test_features_of_an_evaluation_are_not_removed_through_a_link(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "step_0000004-0123").mkdir(parents=True)
+    (tmp_path / "run" / "evaluations").mkdir(parents=True)
+    (tmp_path / "run" / "evaluations" / ".drawn").symlink_to(theirs)
+    with pytest.raises(JLTError, match=r"\.drawn is a link"):
+        drawn_folder(tmp_path / "run")
+    with pytest.raises(JLTError, match=r"\.drawn is a link"):
+        evaluate_run(tmp_path / "run", [4], "digits", load_extractor("digits"), SampleConfig(num=4), "cpu")
+    assert [path.name for path in theirs.iterdir()] == ["step_0000004-0123"]
+
+
+def test_an_encoding_whose_state_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".encoding").symlink_to(tmp_path / "theirs")
+    with pytest.raises(JLTError, match=r"\.encoding is a link"):
+        make_store(tmp_path / "store")
+    assert not list((tmp_path / "theirs").iterdir())

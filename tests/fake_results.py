@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from jlt.geometry.analyze import describe
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from jlt.config import LatentShape, TimestepConfig
 from jlt.experiments.analysis import Question
 from jlt.geometry.accumulate import measure_moments
-from jlt.geometry.analyze import describe
-from jlt.geometry.forecast import TrainingModel
 from jlt.report.results import ABLATION_SCHEMA
+from jlt.results.geometry import TrainingModel
 from jlt.runtime.processes import SingleProcess, rank0_value
 from jlt.storage.files import sealed_text, write_json
 

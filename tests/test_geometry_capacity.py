@@ -20,10 +20,11 @@ from jlt.geometry.capacity import (
     velocity_gain,
     width_floor,
 )
-from jlt.geometry.forecast import DECIDED, HARDLY, Estimate, TrainingModel, forecast, needed_ranks
+from jlt.geometry.forecast import DECIDED, HARDLY, Estimate, forecast, needed_ranks
 from jlt.geometry.spectrum import shrunk
 from jlt.loss import error_gain
 from jlt.prediction import readout_gain
+from jlt.results.geometry import TrainingModel
 from jlt.timesteps import times_from_uniform
 
 EIGENVALUES = np.array([6.0, 1.0, 0.3, 0.03, 0.0008])

@@ -15,7 +15,6 @@ from jlt.errors import JLTError
 from jlt.experiments import analysis
 from jlt.experiments.error_by_direction import (
     BANDS,
-    TIMES,
     Basis,
     _describe,
     measure_basis,
@@ -29,6 +28,7 @@ from jlt.geometry.accumulate import measure_moments
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
+from jlt.report.wording import TIMES
 from jlt.runtime.processes import SingleProcess
 from jlt.sampling.guidance import Denoiser
 from jlt.training.checkpoint import open_checkpoint

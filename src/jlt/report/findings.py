@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlt.report.geometry_sentences import advice_sentences, geometry_sentence, geometry_verdict
+from jlt.report.geometry_sentences import advice_sentences, geometry_verdict, spectrum_sentence
 from jlt.report.palette import SYMBOL, WORDS
 from jlt.report.results import Spread, Study, System
 from jlt.report.wording import listed, number, percent, sentence, spread_text
@@ -134,7 +134,7 @@ def _verdict_of_one(study: Study) -> str:
     """Say what there is where nothing can be compared."""
     step = study.final_step
     if not study.systems and study.geometry is not None:
-        return geometry_verdict(study.geometry["tokens"])
+        return geometry_verdict(study.geometry)
     if step is None:
         reached = max((run.reached for run in study.runs), default=0)
         return f"Nothing has been evaluated yet; training has reached step {reached:,}."
@@ -161,9 +161,9 @@ def details(study: Study) -> list[str]:
             f"Not yet evaluated at step {study.final_step:,}: {listed(behind)}. The comparison is provisional."
         )
     if study.geometry is not None:
-        entries = list(study.geometry["tokens"].values())
-        texts.extend(geometry_sentence(entry) for entry in (entries[:1] if study.systems else entries))
-        texts.extend(advice_sentences(entries))
+        entries = list(study.geometry.tokens.values())
+        texts.extend(map(spectrum_sentence, entries[:1] if study.systems else entries))
+        texts.extend(advice_sentences(study.geometry))
     return texts
 
 

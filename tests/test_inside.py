@@ -15,9 +15,10 @@ from jlt.errors import JLTError
 from jlt.experiments import analysis
 from jlt.experiments.error_by_direction import (
     BANDS,
+    MEASURED_TIMES,
     Basis,
-    _describe,
     measure_basis,
+    network_error,
     require_comparable,
     squared_errors,
     stationary_optimum,
@@ -28,7 +29,6 @@ from jlt.geometry.accumulate import measure_moments
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
-from jlt.report.wording import TIMES
 from jlt.runtime.processes import SingleProcess
 from jlt.sampling.guidance import Denoiser
 from jlt.training.checkpoint import open_checkpoint
@@ -76,7 +76,7 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     denoiser = Denoiser(network, prediction, null_label=1)
     squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
     error = squares.std(1) / len(store) ** 0.5
-    assert squares.shape == (len(TIMES), len(store), 2 * patch_size**2)
+    assert squares.shape == (len(MEASURED_TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
     # In units of standard errors, over all times and directions.
     assert apart.square().mean() < 2
@@ -108,7 +108,7 @@ def test_large_latents_have_an_optimum_by_spatial_frequency():
     moments = measure_moments(FakeStore(data), [4], "cpu", SingleProcess())
     basis = measure_basis(moments, 4)
     assert basis.whole_estimate == "stationary"
-    assert basis.whole_optimum.shape == (len(TIMES), 48)
+    assert basis.whole_optimum.shape == (len(MEASURED_TIMES), 48)
     # White noise: whoever knows more than a token knows no more than the token tells.
     np.testing.assert_allclose(basis.whole_optimum[6], basis.optimum[6], rtol=0.2)
 
@@ -133,7 +133,7 @@ def test_networks_are_looked_into_by_one_command(place, tmp_path):
     assert (found["count"], found["patch_size"]) == (100, 1)
     assert [(network["run"], network["prediction"]) for network in found["networks"]] == [("x", "x"), ("v", "v")]
     x, v = (np.array(network["error"]) for network in found["networks"])
-    assert x.shape == v.shape == (len(TIMES), 16)
+    assert x.shape == v.shape == (len(MEASURED_TIMES), 16)
     (beyond,) = found["beyond_the_first"]
     np.testing.assert_allclose(beyond["difference"], v - x, rtol=1e-9, atol=1e-12)
     # From the same noise: the difference is known better than the two would tell.
@@ -153,7 +153,7 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
     wider = dataclasses.replace(run, config=dataclasses.replace(
         run.config, network=dataclasses.replace(run.config.network, patch_size=2)
     ))  # fmt: skip
-    with pytest.raises(JLTError, match="unlike patch sizes"):
+    with pytest.raises(JLTError, match="different patch sizes"):
         require_comparable([run, wider], store)
     encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
     with pytest.raises(JLTError, match="was not trained on these latents: autoencoder"):
@@ -207,7 +207,7 @@ def test_a_damaged_geometry_is_named_and_measured_anew(place, tmp_path, capsys):
     assert main(["report", str(out)]) == 1
     assert "geometry.json was edited or damaged" in capsys.readouterr().err
     assert main(words) == 0
-    assert "It is measured anew" in capsys.readouterr().err
+    assert "The geometry is measured again" in capsys.readouterr().err
     assert (out / "geometry.json").read_bytes() == before
     (out / "inside.json").write_text("{}")
     assert main(["report", str(out)]) == 1
@@ -218,8 +218,9 @@ def test_bands_are_in_units_of_the_noise(place):
     checkpoint = open_checkpoint(place / "x")
     lam = np.array([4.0, 0.03, 0.01])
     basis = Basis(1, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
-    bands = _describe(checkpoint, {}, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)["bands"]
-    assert [(band["name"], band["directions"]) for band in bands] == [(BANDS[0][0], 2), (BANDS[3][0], 1)]
+    identity = {"checkpoint": "", "ema": "0.99"}
+    found = network_error(checkpoint, identity, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)
+    assert [(band.low, band.high, band.directions) for band in found.bands] == [(*BANDS[0], 2), (*BANDS[3], 1)]
 
 
 def test_a_geometry_that_is_there_is_kept(place, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from jlt.errors import JLTError
 from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_comparable
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
 from jlt.geometry.assemble import assemble_geometry
-from jlt.latents.store import LatentStore
 from jlt.patches import require_divisor
 from jlt.report.geometry_sentences import caution_sentences
 from jlt.report.page import write_report
@@ -39,7 +38,7 @@ class AnalysisConfig:
 
 
 def measure_geometry(
-    store: LatentStore, folder: Path, config: AnalysisConfig, device: str = "cpu", group: Group | None = None
+    store: Latents, folder: Path, config: AnalysisConfig, device: str = "cpu", group: Group | None = None
 ) -> Geometry:
     """Write `geometry.json` into a folder, or keep the one that is there if it is of the same configuration."""
     group = group or SingleProcess()
@@ -48,7 +47,7 @@ def measure_geometry(
 
 
 def analyze_into(
-    store: LatentStore,
+    store: Latents,
     out: Path,
     config: AnalysisConfig,
     networks: Networks | None = None,
@@ -76,7 +75,7 @@ def analyze_into(
 
 
 def _analyze_with(
-    networks: Networks, store: LatentStore, out: Path, config: AnalysisConfig, device: str, group: Group
+    networks: Networks, store: Latents, out: Path, config: AnalysisConfig, device: str, group: Group
 ) -> tuple[Geometry, ErrorByDirection]:
     """Write `geometry.json` and `inside.json` from one pass over the store."""
     geometry = _stored(store, out, config, group)
@@ -88,7 +87,7 @@ def _analyze_with(
     return geometry, inside
 
 
-def _stored(store: LatentStore, folder: Path, config: AnalysisConfig, group: Group) -> Geometry | None:
+def _stored(store: Latents, folder: Path, config: AnalysisConfig, group: Group) -> Geometry | None:
     """Return the geometry in a folder, in all processes; None if there is no readable one of this configuration."""
     stored = group.on_rank0(lambda: _readable(folder / GEOMETRY))
     return stored if stored is not None and config.matches(stored, store) else None
@@ -102,7 +101,7 @@ def _readable(path: Path) -> Geometry | None:
         return None
 
 
-def _write(moments: Moments | None, store: LatentStore, folder: Path, config: AnalysisConfig, group: Group) -> Geometry:
+def _write(moments: Moments | None, store: Latents, folder: Path, config: AnalysisConfig, group: Group) -> Geometry:
     """Write the geometry of a store from the moments in the first process, and return it in all."""
 
     def write() -> Geometry:

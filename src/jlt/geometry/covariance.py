@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
@@ -36,7 +34,7 @@ class RunningCovariance:
         self._sum: Shaped[Tensor, "*g d"] = torch.zeros(*groups, dimension, dtype=dtype, device=device)
         self._squares: Shaped[Tensor, "*g d d"] = torch.zeros(*groups, dimension, dimension, dtype=dtype, device=device)
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: RunningCovariance) -> None:
         """Add the moments of another accumulator of the same shape."""
         if self._sum.shape != other._sum.shape:
             raise ValueError("only accumulators of one shape can be merged")

@@ -114,7 +114,7 @@ def test_a_geometry_of_an_earlier_version_loads_unchanged(geometry: Geometry, tm
 
 
 def test_errors_of_an_earlier_version_load_unchanged(tmp_path: Path) -> None:
-    """Earlier files of schema 1 name the bands in words."""
+    """Earlier files of schema 1 name the bands as text."""
     old = result_json(inside())
     for network in old["networks"]:
         del network["ema_rebuilt"]

@@ -57,8 +57,8 @@ def _constant_directions(measured: MeasuredTokens) -> Iterator[Caution]:
     tokens, spread = measured.tokens, measured.along.relative_spread
     constant = int((spread == 0).sum())
     if 0 < constant < len(spread) and tokens.count > tokens.dimension:
-        numbers = {"patch_size": tokens.patch_size, "constant": constant, "directions": len(spread)}
-        yield Caution("constant_directions", numbers)
+        numbers = {"patch_size": tokens.patch_size, "latents": tokens.images}
+        yield Caution("constant_directions", {**numbers, "constant": constant, "directions": len(spread)})
 
 
 def _few_for_frequencies(moments: Moments) -> Iterator[Caution]:

@@ -40,7 +40,7 @@ EVEN_MARGIN = 0.1
 ISOTROPIC = 0.9
 """Sphericity from which on a space counts as isotropic."""
 LIKE_NOISE = 1.5
-"""Isotropic latents with a variance within this factor of the noise's are called even whatever eq. 13 says."""
+"""Isotropic latents with a variance within this factor of the noise's are called even regardless of eq. 13."""
 MIN_CONFIDENCE = 2 / 3
 """Share of the variations below which the call is undecided."""
 TABULATED_RANKS = 129

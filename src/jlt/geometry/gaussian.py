@@ -34,7 +34,7 @@ def noisy_variance(lam: Array | float, t: Array | float) -> Array:
     """Return D = t^2 lam + (1-t)^2, the variance of z along a direction, positive."""
     lam, t = _eigenvalues(lam), np.asarray(t, dtype=np.float64)
     if not ((t >= 0) & (t <= 1)).all():
-        raise ValueError(f"times lie in [0, 1], got {t.min()} to {t.max()}")
+        raise ValueError(f"times must be in [0, 1], got {t.min()} to {t.max()}")
     variance = np.asarray(t**2 * lam + (1 - t) ** 2)
     if not (variance > 0).all():
         raise ValueError("lam = 0 at t = 1: the noisy latent is constant there")

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import correlation, fmean
 
-from jlt.config import LossSpace
 from jlt.report.findings import CLOSE_RATIO
 from jlt.report.palette import SYMBOL
 from jlt.report.results import ABLATION_SCHEMA, Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
-from jlt.results.geometry import Outcome, SettingForecast
+from jlt.results.geometry import SettingForecast
 from jlt.storage.codec import from_json
 
 NOTHING = 1e-3
-"""Share of a loss below which the text says nothing."""
+"""Share of a loss below which the text has no number."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One geometry, network and loss: the directions that velocity was expected to need beyond the clean latent, and
-    the Frechet distance of velocity over that of clean prediction, pair by pair of equal seeds.
-    """
+    """A forecast and the Frechet distance of velocity over that of clean prediction, pair by pair of equal seeds."""
 
     setting: str
-    anisotropy: float | None
-    patch_size: int
-    width: int
-    loss_space: LossSpace
-    expected: float
-    """As a share of all directions."""
-    load: float
-    """As a share of the network's width."""
-    call: Outcome
+    forecast: SettingForecast
     ratio: Spread
-    before_training: bool
+
+    @property
+    def load(self) -> float:
+        """Directions that velocity was expected to need beyond the clean latent, as a share of the network's width."""
+        return self.forecast.clean_over_velocity * self.forecast.dimension / self.forecast.width
 
     @property
     def measured_first(self) -> str | None:
@@ -49,9 +41,9 @@ class Check:
     @property
     def expected_first(self) -> str | None:
         """Of x and v the one that was expected to win; None where the model did not decide."""
-        if self.call in ("even", "undecided"):
+        if self.forecast.call in ("even", "undecided"):
             return None
-        return "x" if self.expected > 0 else "v"
+        return "x" if self.forecast.clean_over_velocity > 0 else "v"
 
 
 def forecasts_of(study: Study) -> list[SettingForecast]:
@@ -65,31 +57,17 @@ def checks(study: Study) -> list[Check]:
     several = len({system.loss_space for system in study.systems}) > 1
     found = []
     for forecast in forecasts_of(study):
-        ratio = spread(_ratios(study, forecast))
-        if ratio is None:
-            continue
         loss = f"{SYMBOL[forecast.loss_space]}-space loss" if several else ""
         more = ", ".join(filter(None, [forecast.variant, loss]))
-        found.append(
-            Check(
-                setting=f"patch {forecast.patch_size}{f' ({more})' if more else ''}",
-                anisotropy=forecast.anisotropy,
-                patch_size=forecast.patch_size,
-                width=forecast.width,
-                loss_space=forecast.loss_space,
-                expected=forecast.clean_over_velocity,
-                load=forecast.clean_over_velocity * forecast.dimension / forecast.width,
-                call=forecast.call,
-                ratio=ratio,
-                before_training=forecast.before_training,
-            )
-        )
+        setting = f"patch {forecast.patch_size}{f' ({more})' if more else ''}"
+        if ratio := spread(_ratios(study, forecast)):
+            found.append(Check(setting, forecast, ratio))
     return found
 
 
 def widths_differ(found: Sequence[Check]) -> bool:
     """Return whether networks differ in width, so that directions are counted in units of it."""
-    return len({check.width for check in found}) > 1
+    return len({check.forecast.width for check in found}) > 1
 
 
 def _ratios(study: Study, forecast: SettingForecast) -> list[float]:
@@ -118,7 +96,7 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
     right = [check for check in decided if check.expected_first == check.measured_first]
     wrong = [check.setting for check in decided if check not in right]
     texts = []
-    when = "before the training" if all(check.before_training for check in found) else "from the latents alone"
+    when = "before the training" if all(check.forecast.before_training for check in found) else "from the latents alone"
     if len(decided) == 1:
         texts.append(f"The prediction that was expected to win at {decided[0].setting} {'lost' if wrong else 'won'}.")
     elif decided:
@@ -128,20 +106,20 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
         )
     groups = {
         "Expected to differ, but not decided by the measurements": [c for c in called if c not in decided],
-        "Expected to be even": [check for check in found if check.call == "even"],
-        "Without a forecast, since the model does not decide": [c for c in found if c.call == "undecided"],
+        "Expected to be even": [c for c in found if c.forecast.call == "even"],
+        "Without a forecast, since the model does not decide": [c for c in found if c.forecast.call == "undecided"],
     }
     for group, members in groups.items():
         if members:
             ratios = listed([f"{number(check.ratio.mean)} at {check.setting}" for check in members])
             texts.append(f"{group}: the distance of velocity over that of clean prediction is {ratios}.")
     by_width = widths_differ(found)
-    expected = [check.load if by_width else check.expected for check in found]
+    expected = [check.load if by_width else check.forecast.clean_over_velocity for check in found]
     if len(set(expected)) > 2:
         unit = ", in units of the width," if by_width else ""
-        correlation = rank_correlation(expected, [check.ratio.mean for check in found])
+        rank = rank_correlation(expected, [check.ratio.mean for check in found])
         texts.append(
-            f"The rank correlation of the expectation{unit} with the measurement is {number(correlation, 2)} over "
+            f"The rank correlation of the expectation{unit} with the measurement is {number(rank, 2)} over "
             f"{len(found)} settings (1 is the same order, 0 none, minus 1 the reverse)."
         )
     return texts
@@ -194,7 +172,7 @@ def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
     return [
         (
             check.setting,
-            f"{check.expected_first or check.call}, {percent(check.expected)}",
+            f"{check.expected_first or check.forecast.call}, {percent(check.forecast.clean_over_velocity)}",
             number(check.ratio.mean),
             f"{number(check.ratio.low)} to {number(check.ratio.high)}" if check.ratio.count > 1 else "",
         )
@@ -204,11 +182,7 @@ def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Return Spearman's rank correlation, equal values sharing their mean rank; 0 where one side is constant."""
-    ranks = [_ranks(values) for values in (a, b)]
-    mean = (len(a) - 1) / 2
-    x, y = ([rank - mean for rank in side] for side in ranks)
-    norm = math.sqrt(sum(value**2 for value in x) * sum(value**2 for value in y))
-    return sum(p * q for p, q in zip(x, y, strict=True)) / norm if norm else 0.0
+    return correlation(_ranks(a), _ranks(b)) if len(set(a)) > 1 < len(set(b)) else 0.0
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

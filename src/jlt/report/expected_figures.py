@@ -16,8 +16,8 @@ from jlt.report.wording import listed, number, percent
 MARKERS = "osD^vPX<>"
 POWER, WIDTH = "power of the eigenvalues (0 whitened, 1 untouched)", "width of the network"
 AXES: Mapping[str, tuple[str, Callable[[Check], float | None]]] = {
-    POWER: ("the power", lambda check: check.anisotropy),
-    WIDTH: ("the width", lambda check: check.width),
+    POWER: ("the power", lambda check: check.forecast.anisotropy),
+    WIDTH: ("the width", lambda check: check.forecast.width),
 }
 """Quantities along a line: the label of the axis, a short name, and the value of a setting."""
 
@@ -40,10 +40,10 @@ def expected_figure(found: Sequence[Check]) -> Figure | None:
 def _groups(found: Sequence[Check], along: str = "") -> dict[str, list[Check]]:
     """Return the settings by the quantities that differ in addition to the axis `along`, under names for these."""
     described: dict[str, Callable[[Check], str]] = {
-        "patch": lambda check: f"patch {check.patch_size}",
-        POWER: lambda check: "" if check.anisotropy is None else f"power {check.anisotropy:g}",
-        WIDTH: lambda check: f"width {check.width}",
-        "loss": lambda check: f"{SYMBOL[check.loss_space]}-space loss",
+        "patch": lambda check: f"patch {check.forecast.patch_size}",
+        POWER: lambda check: "" if check.forecast.anisotropy is None else f"power {check.forecast.anisotropy:g}",
+        WIDTH: lambda check: f"width {check.forecast.width}",
+        "loss": lambda check: f"{SYMBOL[check.forecast.loss_space]}-space loss",
     }
     varied = [describe for name, describe in described.items() if name != along and len(set(map(describe, found))) > 1]
     groups: dict[str, list[Check]] = {}
@@ -94,7 +94,7 @@ def _along(found: Sequence[Check], label: str) -> Panel:
 
 def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
     def place(check: Check) -> float:
-        return check.load if by_width else check.expected
+        return check.load if by_width else check.forecast.clean_over_velocity
 
     groups = _groups(found, POWER)
 

@@ -9,7 +9,16 @@ from statistics import median
 from jlt.config import Prediction
 from jlt.report.palette import SYMBOL, WORDS
 from jlt.report.wording import listed, number, percent
-from jlt.results.geometry import Advice, Band, Caution, ErrorByDirection, Geometry, NetworkError, TokenGeometry
+from jlt.results.geometry import (
+    Advice,
+    Band,
+    Caution,
+    CautionKind,
+    ErrorByDirection,
+    Geometry,
+    NetworkError,
+    TokenGeometry,
+)
 
 TINY = 1e-12
 """Errors below this, of latents of about unit variance, are rounding."""
@@ -18,34 +27,20 @@ SMALL_LOAD = 0.02
 SMALLEST_LOSS = 1e-4
 """Loss floors below this are not worth a sentence."""
 TARGET: dict[Prediction, str] = {"x": "the clean latent", "eps": "noise", "v": "velocity"}
-CAUTIONS = {
+CAUTIONS: dict[CautionKind, str] = {
     "constant_channels": "Channels without variance: {channels}. Velocity prediction has to output noise there.",
     "one_class": "All latents are of one class, so the spectrum within classes is that of all.",
-    "few_for_classes": (
-        "{latents:.0f} latents of {classes:.0f} classes are too few for a covariance within classes: it needs twice as "
-        "many latents as classes."
-    ),
-    "few_latents": (
-        "Patch size {patch_size:.0f}, {latents:.0f} latents: there are too few for a forecast. It needs {fewest:.0f}, "
-        "and a good one thousands."
-    ),
-    "few_tokens": (
-        "Patch size {patch_size:.0f}, {latents:.0f} latents: {tokens:.0f} tokens cannot span {directions:.0f} "
-        "directions, so the smallest eigenvalues are 0 only for lack of data, and there is no forecast. About "
-        "{enough_latents:,.0f} latents give errors of {goal:.0%}."
-    ),
-    "large_errors": (
-        "Patch size {patch_size:.0f}, {latents:.0f} latents: an eigenvalue is known to about {error:.0%}, and the "
-        "smallest are about {smallest_bias:.0%} too small. About {enough_latents:,.0f} latents give {goal:.0%}."
-    ),
-    "constant_directions": (
-        "Patch size {patch_size:.0f}: {constant:.0f} of {directions:.0f} directions have no variance at all, as grey "
-        "images have none in colour. Velocity prediction has to output noise there."
-    ),
-    "few_for_frequencies": (
-        "{latents:.0f} latents cannot span {channels:.0f} channels at each spatial frequency, so the smallest "
-        "eigenvalues of the stationary spectrum are 0 only for lack of data: it needs more than {channels:.0f}."
-    ),
+    "few_for_classes": "{latents:.0f} latents of {classes:.0f} classes are too few for a covariance within classes: it "
+    "needs twice as many latents as classes.",
+    "few_latents": "there are too few for a forecast. It needs {fewest:.0f}, and a good one thousands.",
+    "few_tokens": "{tokens:.0f} tokens cannot span {directions:.0f} directions, so the smallest eigenvalues are 0 only "
+    "for lack of data, and there is no forecast. About {enough_latents:,.0f} latents give errors of {goal:.0%}.",
+    "large_errors": "an eigenvalue is known to about {error:.0%}, and the smallest are about {smallest_bias:.0%} too "
+    "small. About {enough_latents:,.0f} latents give {goal:.0%}.",
+    "constant_directions": "{constant:.0f} of {directions:.0f} directions have no variance at all, as grey images have "
+    "none in colour. Velocity prediction has to output noise there.",
+    "few_for_frequencies": "{latents:.0f} latents cannot span {channels:.0f} channels at each spatial frequency, so "
+    "the smallest eigenvalues of the stationary spectrum are 0 only for lack of data. It needs more latents.",
 }
 BANDS = {
     0.0: "with less than a hundredth of the noise's variance",
@@ -65,8 +60,9 @@ def caution_sentences(geometry: Geometry) -> list[str]:
 
 
 def _caution(caution: Caution) -> str:
-    named = {"channels": ", ".join(map(str, caution.channels))} if caution.channels else {}
-    return CAUTIONS[caution.kind].format(**caution.numbers, **named)
+    numbers, named = caution.numbers, {"channels": listed([*map(str, caution.channels)])} if caution.channels else {}
+    where = "Patch size {patch_size:.0f}, {latents:.0f} latents: ".format(**numbers) if "patch_size" in numbers else ""
+    return where + CAUTIONS[caution.kind].format(**numbers, **named)
 
 
 def geometry_verdict(geometry: Geometry) -> str:

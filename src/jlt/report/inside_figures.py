@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,7 +11,7 @@ from jlt.report import palette
 from jlt.report.figures import THIRD, Figure, LegendEntry, Panel, draw, drawn_only, plain_log, without_rounding
 from jlt.report.palette import INK, MUTED, PREDICTION, swatch
 from jlt.report.wording import listed, number
-from jlt.results.geometry import ErrorByDirection, NetworkError
+from jlt.results.geometry import ErrorByDirection
 
 SHOWN_TIMES = (0.05, 0.4, 0.8)
 WHOLE = {
@@ -27,7 +26,8 @@ def inside_figures(inside: ErrorByDirection) -> list[Figure]:
     """Draw the error of every network and the optima, a panel for each of some times."""
     places = [index for index, t in enumerate(inside.times) if t in SHOWN_TIMES]
     networks = inside.networks
-    repeats = _repeats(networks)
+    kinds = [network.prediction for network in networks]
+    repeats = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
     styles: list[dict[str, Any]] = [
         {
             "color": PREDICTION[network.prediction].light,
@@ -75,9 +75,3 @@ def inside_figures(inside: ErrorByDirection) -> list[Figure]:
         "and is not linear. Values below a billionth of the largest are not drawn."
     )
     return [Figure("Where the networks err", tuple(map(panel, places)), caption, legend)]
-
-
-def _repeats(networks: Sequence[NetworkError]) -> list[int]:
-    """Return for each network how many of the same prediction come before it."""
-    kinds = [network.prediction for network in networks]
-    return [kinds[:place].count(kind) for place, kind in enumerate(kinds)]

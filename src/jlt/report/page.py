@@ -71,7 +71,7 @@ def render(study: Study) -> str:
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
         "checks": check_rows(compared),
         "check_texts": [*check_sentences(compared), *floor_sentences(study)],
-        "said_before": all(check.before_training for check in compared),
+        "said_before": all(check.forecast.before_training for check in compared),
         "expected": expected_figure(compared),
         "inside": inside_figures(study.inside) if study.inside else [],
         "inside_texts": inside_sentences(study.inside) if study.inside else [],

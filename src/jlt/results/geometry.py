@@ -24,18 +24,9 @@ Outcome = Literal["x", "eps", "v", "even", "undecided"]
 """The prediction that is expected to win; even where x and v need about as much; undecided where the model is not sure.
 """
 CautionKind = Literal[
-    "constant_channels",
-    "one_class",
-    "few_for_classes",
-    "few_latents",
-    "few_tokens",
-    "large_errors",
-    "constant_directions",
-    "few_for_frequencies",
-]
-
-
-# ---- the forecast of eq. 13 ----
+    "constant_channels", "one_class", "few_for_classes", "few_latents", "few_tokens", "large_errors",
+    "constant_directions", "few_for_frequencies",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class TrainingModel:
     def __post_init__(self) -> None:
         if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution == "uniform"):
             raise UsageError(
-                "t_eps must lie in [0, 0.5), and above 0 for uniform times: without a clamp the risk of a clean "
+                "t_eps must be in [0, 0.5), and above 0 for uniform times: without a clamp the risk of a clean "
                 "prediction has no mean there."
             )
         if not 0 < self.noise_scale < math.inf:
@@ -88,7 +79,7 @@ class Forecast:
     """Directions that velocity needs more than the clean latent, as a share of d."""
     call: Outcome
     outcome: Outcome
-    """What the numbers say, before `call` weighs how sure they are."""
+    """The outcome by the numbers alone, without regard to the confidence."""
     confidence: float
     """Share of the variations of the model with this outcome."""
     sphericity: float
@@ -139,9 +130,6 @@ class SettingForecast(Forecast):
     def of(cls, forecast: Forecast, **setting: Any) -> SettingForecast:
         """Return the part of a forecast that an ablation keeps, with the fields of its setting."""
         return cls(**{entry.name: getattr(forecast, entry.name) for entry in fields(Forecast)}, **setting)
-
-
-# ---- geometry.json ----
 
 
 @dataclass(frozen=True)
@@ -267,9 +255,6 @@ class Geometry(ResultFile):
     cautions: tuple[Caution, ...] = ()
     warnings: tuple[str, ...] = ()
     """The cautions as text, in files of earlier versions only."""
-
-
-# ---- inside.json ----
 
 
 @dataclass(frozen=True)

@@ -111,12 +111,12 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
         images = load_autoencoder("tiny").decode(plain)
         assert (decoder.decode(changed) - images).abs().max() < 1e-3
         again = decoder.encode(images)
-    # The codec is not perfect; what its latents are seen in is.
+    # The codec is not exact, but the change of coordinates is.
     assert (decoder.coordinates.undo(again) - load_autoencoder("tiny").encode(images)).abs().max() < 1e-3
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_finished_store_is_kept_and_a_half_written_one_is_made_anew(digits, tmp_path, monkeypatch):
+def test_a_finished_store_is_kept_and_a_partial_one_is_written_again(digits, tmp_path, monkeypatch):
     (tmp_path / ".whitened.partial").mkdir()
     (tmp_path / ".whitened.partial" / "shard-00000.safetensors").write_bytes(b"half")
     first = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256()
@@ -127,9 +127,9 @@ def test_a_finished_store_is_kept_and_a_half_written_one_is_made_anew(digits, tm
 def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
     whitened = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0)
     identity = whitened.manifest.autoencoder
-    words = identity["normalisation"]["coordinates"]
-    assert (words["anisotropy"], words["patch_size"]) == (0.0, 1)
-    assert words["source"] == str(tmp_path / "whitened" / NAME)
+    coordinates = identity["normalisation"]["coordinates"]
+    assert (coordinates["anisotropy"], coordinates["patch_size"]) == (0.0, 1)
+    assert coordinates["source"] == str(tmp_path / "whitened" / NAME)
     measure_coordinates(digits, 1, 0.5).save(tmp_path / "whitened" / NAME)
     with pytest.raises(JLTError, match="normalisation"):
         matching_autoencoder(identity, None, "cpu")

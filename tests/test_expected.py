@@ -1,4 +1,4 @@
-"""What the page says of an expectation follows from the numbers, whichever way they fall."""
+"""The sentences about a forecast follow from the numbers, also where the forecast failed."""
 
 import dataclasses
 from pathlib import Path
@@ -11,6 +11,8 @@ from jlt.report.expected_figures import expected_figure
 from jlt.report.figures import cells_figure
 from jlt.report.results import ABLATION_SCHEMA, Evaluation, Run, Spread, Study, System
 from jlt.report.run_log import Log, LoggedStep, read_log
+from jlt.results.geometry import Advice, SettingForecast
+from jlt.storage.codec import to_json
 
 
 def run(seed, distance):
@@ -27,18 +29,27 @@ def study(distances, forecasts):
     facts = {
         "schema": ABLATION_SCHEMA,
         "forecasts": [
-            {
-                "variant": variant,
-                "loss_space": "v",
-                "dimension": 16,
-                "anisotropy": power,
-                "patch_size": 1,
-                "width": 64,
-                "clean_over_velocity": expected,
-                "call": "even" if abs(expected) < 0.1 else "x" if expected > 0 else "v",
-                "before_training": True,
-                "advice": [{"loss_floor": {"x": 0.0, "eps": 1.0, "v": 0.5}}],
-            }
+            to_json(
+                SettingForecast(
+                    order=("x", "v", "eps"),
+                    margin=abs(expected),
+                    clean_over_velocity=expected,
+                    call="even" if abs(expected) < 0.1 else "x" if expected > 0 else "v",
+                    outcome="even" if abs(expected) < 0.1 else "x" if expected > 0 else "v",
+                    confidence=1.0,
+                    sphericity=0.5,
+                    stated_share=0.05,
+                    needed={"0.05": {"x": 4.0, "eps": 16.0, "v": 8.0}},
+                    advice=(Advice(64, {"x": 0.1, "eps": 0.3, "v": 0.2}, {"x": 0.0, "eps": 1.0, "v": 0.5}),),
+                    variant=variant,
+                    anisotropy=power,
+                    patch_size=1,
+                    loss_space="v",
+                    width=64,
+                    dimension=16,
+                    before_training=True,
+                )
+            )
             for variant, power, expected in forecasts
         ],
     }
@@ -65,12 +76,12 @@ def test_pairs_of_seeds_are_compared():
     assert (found["patch 1 (turned)"].expected_first, found["patch 1 (turned)"].measured_first) == ("x", "v")
 
 
-def test_what_did_not_come_true_is_said():
+def test_forecasts_that_failed_are_listed():
     found = checks(study(DISTANCES, FORECASTS))
     first, even, correlation = check_sentences(found)
     assert "In 1 of 2 settings" in first
     assert first.endswith("; not at patch 1 (turned).")
-    assert "Called even" in even
+    assert "Expected to be even" in even
     assert "0.950 at patch 1 (white)" in even
     # Expected white < steep < turned, measured turned < white < steep.
     assert "is -0.50 over 3 settings" in correlation
@@ -80,26 +91,26 @@ def test_what_did_not_come_true_is_said():
 
 def test_widths_are_what_needs_are_compared_with():
     narrow = {("x", "width 32"): [2.0], ("v", "width 32"): [8.0], ("x", "width 64"): [2.0], ("v", "width 64"): [3.0]}
-    told = study(narrow, [("width 32", None, 0.5), ("width 64", None, 0.5)])
-    next(iter(told.facts["forecasts"]))["width"] = 32
-    found = checks(told)
+    varied = study(narrow, [("width 32", None, 0.5), ("width 64", None, 0.5)])
+    next(iter(varied.facts["forecasts"]))["width"] = 32
+    found = checks(varied)
     assert [check.load for check in found] == [0.25, 0.125]
     along, against = expected_figure(found).panels
     assert along.alt.endswith("against the width: 4.00 at patch 1 (width 32) and 1.50 at patch 1 (width 64).")
     assert "expected 25.0%, measured 4.00" in against.alt
 
 
-def test_what_no_narrow_network_can_reach_is_set_against_the_loss():
+def test_the_loss_floor_of_narrow_networks_is_compared_with_the_loss():
     steps = tuple(LoggedStep(step, loss) for step, loss in [(10, 3.0), (20, 0.625)])
     logged = dataclasses.replace(run(0, 2.0), log=Log(steps))
     system = System("name", "v", "v", 1, (logged,), "steep")
-    told = Study(Path("study"), "title", (system,), study({}, [("steep", 1.0, 0.5)]).facts, None)
-    assert floor_sentences(told) == []
-    next(iter(told.facts["forecasts"]))["width"] = 8
-    (text,) = floor_sentences(told)
-    assert "cannot put out 16 directions. The v-space loss ended at v 0.625, of which 80% had been said" in text
-    next(iter(told.facts["forecasts"]))["before_training"] = False
-    assert "of which 80% is, by the latents alone, out of reach" in floor_sentences(told)[0]
+    narrow = Study(Path("study"), "title", (system,), study({}, [("steep", 1.0, 0.5)]).facts, None)
+    assert floor_sentences(narrow) == []
+    next(iter(narrow.facts["forecasts"]))["width"] = 8
+    (text,) = floor_sentences(narrow)
+    assert "cannot output 16 directions. The v-space loss ended at v 0.625, of which 80% was forecast to be" in text
+    next(iter(narrow.facts["forecasts"]))["before_training"] = False
+    assert "of which 80% is, by the latents alone, out of reach" in floor_sentences(narrow)[0]
 
 
 def cell(prediction, space, values):
@@ -143,7 +154,7 @@ def test_single_seeds_and_seeds_that_disagree_decide_nothing():
     found = checks(study(distances, [("near", None, 0.5), ("split", None, 0.6)]))
     assert [check.measured_first for check in found] == [None, None]
     (text,) = check_sentences(found)
-    assert text.startswith("Called for one of them, but not decided by what was measured")
+    assert text.startswith("Expected to differ, but not decided by the measurements")
     assert "1.01 at patch 1 (near) and 1.25 at patch 1 (split)" in text
 
 

@@ -30,7 +30,7 @@ from jlt.experiments.ablation import (
 )
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
-from jlt.geometry.forecast import TrainingModel, needed_ranks
+from jlt.geometry.forecast import needed_ranks
 from jlt.geometry.tokens import token_estimates
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig
@@ -38,6 +38,7 @@ from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
+from jlt.results.geometry import TrainingModel
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.runtime.worker_pool import run_jobs
 from jlt.storage.codec import to_json

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fake_results import (
     GaussianStore,
     analyze,
     config,
+    geometry,
     log_by_time,
     write_ablation,
     write_run,
@@ -32,6 +34,7 @@ from PIL import Image
 from jlt.errors import JLTError
 from jlt.report import findings, sample_grids
 from jlt.report.figures import training_figure
+from jlt.report.geometry_sentences import advice_sentences, spectrum_sentence
 from jlt.report.metrics_table import metrics_table
 from jlt.report.page import command, matched_statements, page_facts, set_aside_rows, settings, write_report
 from jlt.report.result_rows import result_rows
@@ -40,7 +43,8 @@ from jlt.report.run_figures import run_figures, thinned
 from jlt.report.run_log import read_log
 from jlt.report.terminal import results_table
 from jlt.report.wording import number
-from jlt.storage.files import read_json, sealed_text, write_json
+from jlt.results.files import write_result
+from jlt.storage.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +158,12 @@ def test_a_perfect_score_divides_nothing_by_zero(tmp_path: Path) -> None:
     assert said[0].startswith("At patch 1, clean prediction (x) reaches a Fréchet distance of 0")
 
 
-def test_geometry_is_put_in_words() -> None:
-    entry: dict[str, Any] = {"patch_size": 2, "dimension": 3, "effective_rank": 1.5, "sphericity": 0.1}
-    said = findings.geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
+def test_a_spectrum_has_a_sentence() -> None:
+    entry = geometry().tokens[2]
+    said = spectrum_sentence(replace(entry, eigenvalues=(1.9, 0.05, 0.05)))
     assert "2 directions vary less than a tenth as much as the noise" in said
     assert "5.0% of the variance of x but 42.0% of that of v" in said  # 0.1 / 2 and 2.1 / 5
-    flat = findings.geometry_sentence({**entry, "eigenvalues": [1.0, 1.0, 0.9], "sphericity": 0.99})
+    flat = spectrum_sentence(replace(entry, eigenvalues=(1.0, 1.0, 0.9)))
     assert "None of them varies less than a tenth as much as the noise" in flat
 
 
@@ -244,13 +248,13 @@ def test_a_second_way_of_evaluating_a_step_is_set_aside_and_named(tmp_path: Path
 
 def test_an_analysis_of_latents_has_a_page(tmp_path: Path) -> None:
     geometry = analyze(GaussianStore(), [1, 2], [64])
-    needed = geometry["tokens"]["1"]["forecast"]["needed"]["0.05"]
-    (tmp_path / "geometry.json").write_text(sealed_text(geometry))
+    needed = geometry.tokens[1].forecast.needed_directions
+    write_result(tmp_path / "geometry.json", geometry)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "7 directions vary less than a tenth as much as the noise." in page
     expected = f"it needs {number(needed['x'])} of 16 directions where velocity prediction (v) needs {needed['v']:.1f}."
     assert f"At patch 1 clean prediction (x) is expected to win: {expected}" in page
-    assert geometry["tokens"]["2"]["forecast"]["advice"][0]["words"] in page
+    assert all(text in page for text in advice_sentences(geometry))
     assert re.findall(r'<section id="(\w+)"', page) == ["geometry", "limits", "protocol", "reproduce"]
 
 
@@ -287,12 +291,12 @@ def test_spectra_of_few_and_of_dead_directions_are_drawn(tmp_path: Path) -> None
         * torch.tensor([1.0, 0.5, 0.0])[:, None, None]
     )
     geometry = analyze(GaussianStore(dead), [1])
-    assert geometry["tokens"]["1"]["anisotropy"] is None
+    assert geometry.tokens[1].anisotropy is None
     write_ablation(tmp_path, ["x", "v"], [1])
-    (tmp_path / "geometry.json").write_text(sealed_text(geometry))
+    write_result(tmp_path / "geometry.json", geometry)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "infinite" in page
-    (tmp_path / "geometry.json").write_text(sealed_text(analyze(GaussianStore(dead[:, :1]), [1])))
+    write_result(tmp_path / "geometry.json", analyze(GaussianStore(dead[:, :1]), [1]))
     write_report(tmp_path)
 
 

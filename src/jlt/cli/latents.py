@@ -130,11 +130,12 @@ class Analyze(Command):
     """Latents that the networks are shown."""
 
     def run(self) -> Result:
-        from jlt.experiments.analysis import Question, analyze_into
+        from jlt.experiments.analysis import AnalysisConfig, analyze_into
         from jlt.experiments.error_by_direction import Networks
-        from jlt.geometry.forecast import TrainingModel
         from jlt.latents.store import LatentStore
         from jlt.report.terminal import geometry_table
+        from jlt.results.files import result_json
+        from jlt.results.geometry import TrainingModel
         from jlt.runtime.environment import default_device
         from jlt.runtime.processes import join_group
         from jlt.training.checkpoint import open_checkpoint
@@ -146,8 +147,9 @@ class Analyze(Command):
         if not self.patch_size or min((*widths, *self.patch_size)) < 1:
             raise UsageError("--patch-size and --width need numbers of 1 or more.")
         model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale)
-        question = Question(self.patch_size, widths, model)
+        config = AnalysisConfig(self.patch_size, widths, model)
         store, device = LatentStore.open(self.latents), default_device()
         with join_group(device) as group:
-            geometry = analyze_into(store, self.out, question, networks, device, group)
-        return Result(geometry, f"{geometry_table(geometry)}\n\nOpen {self.out / 'report.html'}")
+            geometry, inside = analyze_into(store, self.out, config, networks, device, group)
+        data = result_json(geometry) | ({"inside": result_json(inside)} if inside else {})
+        return Result(data, f"{geometry_table(geometry, inside)}\n\nOpen {self.out / 'report.html'}")

@@ -22,10 +22,11 @@ from jlt.experiments.ablation_run import AblationRun
 from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of, save_reference
 from jlt.experiments.coordinate_stores import store_in_coordinates
 from jlt.experiments.recipes import vary
-from jlt.geometry.forecast import Estimate, TrainingModel, forecast
+from jlt.geometry.forecast import Estimate, forecast
 from jlt.geometry.tokens import token_estimates
 from jlt.latents.store import LatentStore
 from jlt.report.results import ABLATION, ABLATION_SCHEMA
+from jlt.results.geometry import SettingForecast, TrainingModel
 from jlt.runtime.environment import default_device, machine
 from jlt.runtime.worker_pool import run_jobs
 from jlt.storage.codec import to_json
@@ -42,18 +43,6 @@ PREPARED = {"quickstart.json", "latents", "geometry.json"}
 AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
 """Settings in which the systems of an ablation may differ."""
 MOST_ANISOTROPY = 3.0
-FORECAST_FIELDS = (
-    "order",
-    "margin",
-    "clean_over_velocity",
-    "call",
-    "outcome",
-    "confidence",
-    "sphericity",
-    "stated_share",
-    "needed",
-    "advice",
-)
 AXES_OF_WIDTH = {"network.hidden_size", "network.num_heads"}
 AXES_OF_ANISOTROPY = ("latents.autoencoder.normalisation.coordinates", "latents.manifest_sha256")
 """What differs besides where width or anisotropy are axes; of the latter all that begins so."""
@@ -252,8 +241,8 @@ def forecasts(
         sizes = list(dict.fromkeys(system.config.network.patch_size for system in there))
         estimates = token_estimates(LatentStore.open(latents), sizes, device)
         for system in there:
-            told = _forecast(system, estimates[system.config.network.patch_size])
-            found.setdefault(system.setting, {**told, "before_training": system.setting not in trained})
+            estimate = estimates[system.config.network.patch_size]
+            found.setdefault(system.setting, to_json(_forecast(system, estimate, system.setting not in trained)))
     return [found[setting] for setting in dict.fromkeys(system.setting for system in systems)]
 
 
@@ -263,18 +252,19 @@ def _known_forecasts(out: Path) -> list[dict[str, Any]]:
     return stored.get("forecasts", []) if stored.get("schema") == ABLATION_SCHEMA else []
 
 
-def _forecast(system: AblationRun, estimate: Estimate) -> dict[str, Any]:
+def _forecast(system: AblationRun, estimate: Estimate, before_training: bool) -> SettingForecast:
     network, train = system.config.network, system.config
-    told = forecast([estimate.in_units_of(train.noise_scale**2)], TrainingModel.of(train), [network.hidden_size])
-    return {
-        "variant": system.variant,
-        "anisotropy": system.anisotropy,
-        "patch_size": network.patch_size,
-        "loss_space": train.loss.space,
-        "width": network.hidden_size,
-        "dimension": network.channels * network.patch_size**2,
-        **{name: told[name] for name in FORECAST_FIELDS},
-    }
+    found = forecast([estimate.in_units_of(train.noise_scale**2)], TrainingModel.of(train), [network.hidden_size])
+    return SettingForecast.of(
+        found,
+        variant=system.variant,
+        anisotropy=system.anisotropy,
+        patch_size=network.patch_size,
+        loss_space=train.loss.space,
+        width=network.hidden_size,
+        dimension=network.channels * network.patch_size**2,
+        before_training=before_training,
+    )
 
 
 def prove_matched(systems: Sequence[AblationRun], config: AblationConfig) -> dict[str, Any]:

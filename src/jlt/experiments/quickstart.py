@@ -8,13 +8,13 @@ from typing import Any
 
 from jlt.config import PREDICTIONS
 from jlt.experiments.ablation import AblationConfig, ablate
-from jlt.experiments.analysis import Question, measure_geometry
+from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
-from jlt.geometry.forecast import TrainingModel
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.report.page import write_report
+from jlt.results.geometry import TrainingModel
 from jlt.runtime.progress import inform
 from jlt.storage.files import claim_folder
 
@@ -38,7 +38,7 @@ def quickstart(
     inform("2/4 measuring the geometry of their latents")
     config = quickstart_ablation(store, seeds, steps)
     model = TrainingModel.of(config.train)
-    measure_geometry(store, out, Question(PATCH_SIZES, (config.train.network.hidden_size,), model))
+    measure_geometry(store, out, AnalysisConfig(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
     inform(f"3/4 training {runs} systems for {config.train.steps} steps each")

@@ -15,6 +15,7 @@ from jlt.report import findings, palette
 from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
 from jlt.report.geometry_rows import advised_training, analyze_command, slider_spectra, spectrum_rows, whole_rows
+from jlt.report.geometry_sentences import caution_sentences, channels_sentence, inside_sentences
 from jlt.report.result_rows import result_rows
 from jlt.report.results import Study, flatten, protocol_differences, read_study
 from jlt.report.run_log import Log
@@ -70,15 +71,16 @@ def render(study: Study) -> str:
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
         "checks": check_rows(compared),
         "check_texts": [*check_sentences(compared), *floor_sentences(study)],
-        "said_before": all(check.before_training for check in compared),
+        "said_before": all(check.forecast.before_training for check in compared),
         "expected": expected_figure(compared),
         "inside": inside_figures(study.inside) if study.inside else [],
-        "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],
-        "spectra": spectrum_rows(study),
+        "inside_texts": inside_sentences(study.inside) if study.inside else [],
+        "spectra": spectrum_rows(study.geometry) if study.geometry else {},
         "whole_rows": whole_rows(study.geometry) if study.geometry else [],
-        "advised_training": advised_training(study),
-        "slider_spectra": slider_spectra(study.geometry),
-        "channels_hide": findings.channels_sentence(study),
+        "advised_training": advised_training(study.geometry) if study.geometry else "",
+        "slider_spectra": slider_spectra(study.geometry) if study.geometry else [],
+        "channels_hide": channels_sentence(study.geometry) if study.geometry else "",
+        "cautions": caution_sentences(study.geometry) if study.geometry else [],
         "matched": matched_statements(study),
         "shared_settings": settings(study)[0],
         "differing_settings": settings(study)[1],

@@ -11,17 +11,15 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.report.run_log import Log, read_log
-from jlt.storage.files import path_inside, read_json, read_sealed_json
+from jlt.results.files import read_result
+from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry
+from jlt.storage.files import path_inside, read_json
 
 Protocol = Mapping[str, Any]
 
 MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
 """The metrics that tables and curves show, in their order."""
 
-GEOMETRY = "geometry.json"
-GEOMETRY_SCHEMA = 3
-INSIDE = "inside.json"
-INSIDE_SCHEMA = 1
 ABLATION = "ablation.json"
 ABLATION_SCHEMA = 2
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
@@ -130,9 +128,9 @@ class Study:
     systems: tuple[System, ...]
     facts: Mapping[str, Any]
     """ablation.json as it stands; empty otherwise."""
-    geometry: Mapping[str, Any] | None
-    inside: Mapping[str, Any] | None = None
-    """inside.json: where trained networks err, of an analysis that names some."""
+    geometry: Geometry | None
+    inside: ErrorByDirection | None = None
+    """The errors of trained networks, of an analysis that names some."""
     set_aside: tuple[Evaluation, ...] = ()
     """Further evaluations of steps that have one already, made in another way; in no table or curve."""
 
@@ -147,7 +145,7 @@ class Study:
         told = [
             self.facts.get("latents"),
             *(run.config.get("latents") for run in self.runs),
-            (self.geometry or {}).get("latents"),
+            self.geometry.latents if self.geometry else None,
         ]
         return next((latents for latents in told if latents), {})
 
@@ -183,9 +181,9 @@ def read_study(folder: Path) -> Study:
     elif (folder / "config.json").exists():
         study = _read_single(folder)
     elif (folder / GEOMETRY).exists():
-        inside = _read_sealed(folder / INSIDE, INSIDE_SCHEMA)
-        geometry = _read_sealed(folder / GEOMETRY, GEOMETRY_SCHEMA)
-        if inside and geometry and inside["latents"] != geometry["latents"]:
+        geometry = read_result(Geometry, folder / GEOMETRY)
+        inside = read_result(ErrorByDirection, folder / INSIDE) if (folder / INSIDE).exists() else None
+        if inside and inside.latents != geometry.latents:
             raise JLTError(f"{folder / INSIDE} is of other latents than {folder / GEOMETRY}.")
         study = Study(folder, "Target geometry", systems=(), facts={}, geometry=geometry, inside=inside)
     else:
@@ -194,16 +192,6 @@ def read_study(folder: Path) -> Study:
             "(geometry.json) nor a finished sweep (sweep.json)."
         )
     return keep_one_protocol(study)
-
-
-def _read_sealed(path: Path, schema: int) -> dict[str, Any] | None:
-    """Return what an analysis has written, None where it has not; JLTError for damage and another version's files."""
-    if not path.exists():
-        return None
-    content = read_sealed_json(path)
-    if content.get("schema") != schema:
-        raise JLTError(f"{path} was written by another version of jlt: the command that made it makes it anew.")
-    return content
 
 
 def keep_one_protocol(study: Study) -> Study:
@@ -284,7 +272,7 @@ def _read_ablation(folder: Path) -> Study:
         title=str(facts.get("title", folder.name)),
         systems=systems,
         facts=facts,
-        geometry=_read_sealed(folder / GEOMETRY, GEOMETRY_SCHEMA),
+        geometry=read_result(Geometry, folder / GEOMETRY) if (folder / GEOMETRY).exists() else None,
     )
 
 

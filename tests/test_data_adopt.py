@@ -178,9 +178,7 @@ def test_adopting_again_reads_no_latents(tmp_path: Path, monkeypatch: pytest.Mon
     manifest = adopt(tmp_path)
     monkeypatch.setattr(adopting, "_read", None)
     assert adopt(tmp_path) == manifest
-    with pytest.raises(
-        JLTError, match=r"with different arguments.*resolution: 32 -> 64.*remove its manifest\.json"
-    ):
+    with pytest.raises(JLTError, match=r"with different arguments.*resolution: 32 -> 64.*remove its manifest\.json"):
         adopt(tmp_path, autoencoder_path="elsewhere/vae", resolution=64)
     with pytest.raises(JLTError, match=r"class_names: \['0', .*\] -> 11 values"):
         adopt(tmp_path, class_names=("cat", *"abcdefghij"))

@@ -1,4 +1,4 @@
-"""Other coordinates of a latent space: what they do to the spectrum, that they are undone, and a store in them."""
+"""Other coordinates of a latent space: the spectrum, the inverse, and a store in them."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def spectrum(data, patch_size):
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_tokens_are_put_together_again(patch_size):
+def test_tokens_are_joined_again(patch_size):
     data = latents(3)
     assert torch.equal(join_tokens(patch_tokens(data, patch_size), patch_size, (4, 4, 4)), data)
 
@@ -66,10 +66,10 @@ def test_directions_without_variance_stay_as_they_are(power):
     torch.testing.assert_close(coordinates.undo(changed), data, rtol=1e-4, atol=1e-3)
 
 
-def test_coordinates_that_float32_cannot_undo_are_refused():
+def test_coordinates_that_float32_cannot_invert_are_refused():
     covariance = torch.diag(torch.logspace(0, -7, 8, dtype=torch.float64))
     mean = torch.zeros(8, dtype=torch.float64)
-    with pytest.raises(JLTError, match="which float32 cannot undo: choose a power nearer to 1"):
+    with pytest.raises(JLTError, match="which float32 cannot invert: choose a power nearer to 1"):
         Coordinates.raised(covariance, mean, 1, 3.0)
     Coordinates.raised(covariance, mean, 1, 2.0)
 
@@ -111,7 +111,7 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
         images = load_autoencoder("tiny").decode(plain)
         assert (decoder.decode(changed) - images).abs().max() < 1e-3
         again = decoder.encode(images)
-    # The codec is not exact, but the change of coordinates is.
+    # The codec is lossy; the coordinates are not.
     assert (decoder.coordinates.undo(again) - load_autoencoder("tiny").encode(images)).abs().max() < 1e-3
     assert not list(tmp_path.glob(".*"))
 

@@ -118,7 +118,7 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="no file in any"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "one.parquet").write_bytes(b"")
-    with pytest.raises(JLTError, match=r"one\.parquet does not read"):
+    with pytest.raises(JLTError, match=r"one\.parquet cannot be read"):
         open_source(str(tmp_path / "one.parquet"))
     (tmp_path / "notes.txt").write_text("images")
     with pytest.raises(JLTError, match="neither .parquet nor .tar"):
@@ -149,7 +149,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path: Path, option: str, valu
     save(tmp_path / "a" / "1.png")
     words = option.replace("_", "-")
     for spec in ("digits", str(tmp_path)):
-        with pytest.raises(UsageError, match=f"--{words} has no meaning"):
+        with pytest.raises(UsageError, match=f"--{words} does not apply"):
             open_source(spec, **{option: value})
 
 
@@ -179,7 +179,7 @@ def test_splits_are_told_apart_by_what_precedes_the_number(tmp_path: Path) -> No
 
 def test_missing_and_stale_files_of_a_numbered_set_are_named(tmp_path: Path) -> None:
     files = touch(tmp_path, *(f"train-{n:05d}-of-00009.parquet" for n in (0, 1, 3, 4, 5, 6, 8)))
-    with pytest.raises(JLTError, match="lacks 2 of the 9 files of train: fetch train-00002, train-00007"):
+    with pytest.raises(JLTError, match="lacks 2 of the 9 files of train: download train-00002, train-00007"):
         choose_split(files, None)
     for stale in ("train-00001-of-00009-0123abcd.parquet", "train-00000-of-00010.parquet", "train-7.parquet"):
         with pytest.raises(JLTError, match="several versions of train"):
@@ -227,7 +227,7 @@ def test_a_source_is_opened_again_from_its_identity(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a" / "2.png", 5)
     with pytest.raises(JLTError, match="changed since they were encoded"):
         reopen_source(identity)
-    with pytest.raises(JLTError, match="not at hand.*'adopted'"):
+    with pytest.raises(JLTError, match="not available.*'adopted'"):
         reopen_source({"kind": "adopted", "count": 5})
 
 

@@ -159,7 +159,7 @@ def test_names_as_labels_are_sorted_over_all_files(tmp_path: Path, labels: pa.Ar
     assert source.class_names == ("apple", "fig", "pear")
     assert [source[i][1] for i in range(6)] == [2, 1, 2, 0, 2, 0]
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
-    with pytest.raises(UsageError, match="--class-names has no meaning"):
+    with pytest.raises(UsageError, match="--class-names does not apply"):
         open_source(str(tmp_path), class_names=str(tmp_path / "names.txt"))
 
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_a_collection_is_refused_at_opening(tmp_path: Path) -> No
         (write(tmp_path / "none.parquet", [], pa.array([], pa.int64())), "without a single row"),
     ]
     pq.write_table(pa.table({"img": [b""], "label": [0]}), tmp_path / "img.parquet")
-    cases.append((tmp_path / "img.parquet", "no column image, but img, label"))
+    cases.append((tmp_path / "img.parquet", "no column image, only img, label"))
     for file, reason in cases:
         with pytest.raises(JLTError, match=reason):
             Parquet(file, [file])
@@ -243,7 +243,7 @@ def test_damage_names_the_file(tmp_path: Path) -> None:
     damaged = tmp_path / "b.parquet"
     for wrong in (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", content[:-500], content[:5000], b""):
         damaged.write_bytes(wrong)
-        with pytest.raises(JLTError, match="b.parquet does not read as a parquet file"):
+        with pytest.raises(JLTError, match="b.parquet cannot be read as a parquet file"):
             Parquet(tmp_path, [damaged])
     # A page in the middle: opening does not see it. Every image is read as it was written, or an error names the file,
     # whatever was read before.
@@ -260,7 +260,7 @@ def reads_as_written(source: ImageSource, index: int) -> bool:
     try:
         image, _ = source[index]
     except JLTError as error:
-        if isinstance(error, BadImageError) or "b.parquet does not read as a parquet file" not in str(error):
+        if isinstance(error, BadImageError) or "b.parquet cannot be read as a parquet file" not in str(error):
             raise
         return False
     np.testing.assert_array_equal(np.asarray(image), noise(index))

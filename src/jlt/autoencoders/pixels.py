@@ -13,7 +13,7 @@ from jlt.autoencoders.contract import Autoencoder
 
 
 class PixelAutoencoder(Autoencoder):
-    """No codec at all: a latent is the image in [-1, 1], one position per pixel, not normalised."""
+    """The identity map: a latent is the image in [-1, 1], one position per pixel, not normalised."""
 
     name = "pixels"
     channels = 3
@@ -49,6 +49,6 @@ class PixelAutoencoder(Autoencoder):
         }
 
     def to(self, device: torch.device | str) -> PixelAutoencoder:
-        """Let encode and decode return their results on `device`."""
+        """Make encode and decode return their results on `device`."""
         self.device = torch.device(device)
         return self

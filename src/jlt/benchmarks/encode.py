@@ -23,8 +23,8 @@ from jlt.images.selected import Selected
 from jlt.images.source import ImageSource
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
-from jlt.latents.encoding_batch import exact_arithmetic
 from jlt.latents.encoding_job import EncodingJob
+from jlt.runtime.arithmetic import exact_arithmetic
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.processes import spawn_context
 from jlt.runtime.timing import peak_memory

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
-from jlt.latents.encoding_batch import exact_arithmetic
+from jlt.runtime.arithmetic import exact_arithmetic
 from jlt.storage.hub import require_reachable
 from jlt.storage.weights import weights_sha256
 

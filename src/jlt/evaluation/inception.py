@@ -27,7 +27,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
 from jlt.evaluation.fetch import INCEPTION, cache_folder
-from jlt.latents.encoding_batch import exact_arithmetic
+from jlt.runtime.arithmetic import exact_arithmetic
 from jlt.runtime.progress import inform
 from jlt.storage.files import sha256_file
 from jlt.storage.weights import weights_sha256

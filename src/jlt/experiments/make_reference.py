@@ -13,7 +13,7 @@ from jlt.evaluation.reference import Reference, require_npz
 from jlt.images.source import ImageSource
 from jlt.runtime.processes import join_group
 from jlt.runtime.progress import inform
-from jlt.storage.files import describe, difference, read_json
+from jlt.storage.files import difference, format_difference, read_json
 from jlt.storage.rows import require_space
 
 
@@ -42,7 +42,7 @@ def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExt
     if out.exists():
         reference = Reference.load(out)
         if differences := difference(reference.protocol, protocol):
-            raise JLTError(f"{out} holds other statistics ({describe(differences)}): name another file.")
+            raise JLTError(f"{out} holds other statistics ({format_difference(differences)}): name another file.")
         inform(f"{out} is finished already.")
         return reference.identity()
     # A process that was killed between the two files leaves the first one.

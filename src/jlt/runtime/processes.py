@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jlt.errors import JLTError
 from jlt.runtime.signals import Stopped, stop_on_signal, until
 from jlt.runtime.watchdog import Pulse, Watchdog
-from jlt.storage.files import describe, difference
+from jlt.storage.files import difference, format_difference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -239,7 +239,7 @@ def require_same_arguments(group: Group, arguments: Mapping[str, Any], action: s
     for rank, theirs in enumerate(everywhere):
         if differences := difference(everywhere[0], theirs):
             raise JLTError(
-                f"Process {rank} would {action} something else than process 0: {describe(differences)}. "
+                f"Process {rank} would {action} something else than process 0: {format_difference(differences)}. "
                 "Start all processes with the same arguments."
             )
 

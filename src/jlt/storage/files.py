@@ -179,7 +179,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") 
     return found
 
 
-def describe(differences: Iterable[Difference]) -> str:
+def format_difference(differences: Iterable[Difference]) -> str:
     """Return differences as a part of a sentence: `seed: 0 -> 1; steps: 10 -> 20`."""
     return "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, old, new in differences)
 
@@ -209,7 +209,7 @@ def claim_folder(
         before, now = ({key: side[key] for key in side if key not in free} for side in (stored, identity))
         if differences := difference(before, now):
             raise JLTError(
-                f"{folder} holds other work, which differs in: {describe(differences)}. Choose another folder."
+                f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
             )
     elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
         raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")

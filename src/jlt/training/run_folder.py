@@ -10,7 +10,7 @@ from typing import Any
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, describe, difference
+from jlt.storage.files import claim_folder, difference, format_difference
 from jlt.training.checkpoint import Checkpoint
 
 FREE_TO_CHANGE = {
@@ -44,4 +44,4 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, latents: Mappi
         for side in (resolved(checkpoint.config, checkpoint.latents), resolved(config, latents))
     )
     if differences := difference(old, new):
-        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {describe(differences)}.")
+        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(differences)}.")

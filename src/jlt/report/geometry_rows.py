@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 from jlt.report.palette import SYMBOL
 from jlt.report.wording import number, percent
@@ -15,15 +15,23 @@ SLIDER_POINTS = 96
 """Directions of the spectrum that the slider moves, at equal distances in rank."""
 
 
-def slider_spectra(geometry: Geometry) -> list[dict[str, Any]]:
-    """Return, for every patch size, eigenvalues at equal distances in rank, and each rank as a share of all."""
+class SliderSpectrum(NamedTuple):
+    """Eigenvalues of one patch size at equal distances in rank, and each rank as a share of all."""
+
+    patch_size: int
+    eigenvalues: list[float]
+    shares: list[float]
+
+
+def slider_spectra(geometry: Geometry) -> list[SliderSpectrum]:
+    """Return the spectrum that the slider moves, for every patch size."""
     found = []
     for entry in geometry.tokens.values():
         last = len(entry.eigenvalues) - 1
         ranks = sorted({round(place * last / SLIDER_POINTS) for place in range(SLIDER_POINTS + 1)})
         eigenvalues = [float(f"{entry.eigenvalues[rank]:.6g}") for rank in ranks]
         shares = [round(rank / max(1, last), 5) for rank in ranks]
-        found.append({"patch_size": entry.patch_size, "eigenvalues": eigenvalues, "shares": shares})
+        found.append(SliderSpectrum(entry.patch_size, eigenvalues, shares))
     return found
 
 

@@ -64,7 +64,7 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
     seconds = {name: statistics.median(round_[name] for round_ in rounds) for name in ways}
     dtype = torch.bfloat16 if sample.precision == "bfloat16" else torch.float32
     eager = "eager" if sample.compile else "jlt"
-    rows = rows_evaluated(sampling_grid(sample), sample)
+    rows = rows_evaluated(sample)
     rate, product = sample.batch_size / seconds["jlt"], matmul_rate(dtype, device)
     return {
         "name": config.name,

@@ -23,7 +23,7 @@ from jlt.prediction import velocity_from_output
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.progress import inform, track
 from jlt.runtime.timing import matmul_rate, peak_memory, reset_peak_memory, seconds_of
-from jlt.sampling.generate import decode_to_uint8, flow, noise_of
+from jlt.sampling.generate import LatentSampler, Start, decode_to_uint8
 from jlt.sampling.guidance import Denoiser, rows_evaluated
 from jlt.sampling.solvers import network_evaluations
 from jlt.timesteps import sampling_grid

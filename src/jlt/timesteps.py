@@ -17,7 +17,7 @@ def shift_time(t: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shap
 
 
 def half_log_snr(t: float) -> float:
-    """Return log t/(1-t) for a time in [0, 1], infinite at both ends; half the logarithm of the signal-to-noise ratio."""
+    """Return half the logarithm of the signal-to-noise ratio, log t/(1-t), infinite at t = 0 and t = 1."""
     if t <= 0:
         return -math.inf
     return math.log(t / (1 - t)) if t < 1 else math.inf

@@ -1,4 +1,4 @@
-"""What a run will need before anybody pays for it: arithmetic, memory, disk and hours, each with its source.
+"""What a run will need: arithmetic, memory, disk and hours, each with its source.
 
 Units are bytes, seconds and floating-point operations. A figure is counted, read off a data sheet, measured, or an
 assumption that says so.
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from jlt.benchmarks.hardware import find_gpu
-from jlt.benchmarks.memory import PassMemory, PassModel, measure_passes
+from jlt.benchmarks.memory import PassMemory, pass_memory
 from jlt.config import NetworkConfig, Parallel, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH
@@ -26,7 +26,7 @@ from jlt.runtime.timing import affordable_size, machine_memory, matmul_rate, pea
 from jlt.training.batch_split import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
-"""An assumption until it is measured on the GPU in question: `jlt benchmark train` prints it."""
+"""An assumption until `jlt benchmark train` measures it on the GPU in question."""
 FLOAT32 = 4
 MOMENTS = 2
 COMPILED_SHARE = 0.8
@@ -42,7 +42,7 @@ GPU_SLACK = 0.1
 CPU_SLACK = 0.25
 """The same for the C library's allocator: 23 and 27% in runs of `jlt benchmark train` with a GiB of activations."""
 LABEL_BYTES = 16
-"""A label and a position in the source, beside each latent of a store."""
+"""A label and a position in the source, stored with each latent."""
 
 Unit = Literal["count", "bytes", "seconds", "hours", "FLOP", "FLOP/s", "per second", "share"]
 
@@ -61,7 +61,7 @@ Figures = Mapping[str, Figure]
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is planned for; rate and memory are those of one process."""
+    """The machine that a run is planned for; rate and memory are those of one process."""
 
     name: str
     processes: int
@@ -101,7 +101,7 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class Way:
-    """Settings under which a run fits, the memory that they leave it with, and how long it then takes."""
+    """Settings under which a run fits, the memory that it then needs, and how long it takes."""
 
     settings: Mapping[str, Any]
     bytes: int
@@ -119,13 +119,15 @@ class Plan:
     memory: Figures
     disk: Figures
     time: Figures
+    measured: Figures
+    """An update on this machine, where it was requested."""
     fits: bool
     largest_micro_batch_size: int
     """The largest that fits and divides the batch; 0 where none does."""
     ways_to_fit: tuple[Way, ...]
 
 
-# ---- what it is planned for ----
+# ---- what is planned ----
 
 
 def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware:
@@ -186,7 +188,9 @@ def count_network(config: NetworkConfig) -> NetworkSize:
 # ---- the plan ----
 
 
-def make_plan(config: TrainConfig, latents: Latents, hardware: Hardware, mfu: float) -> Plan:
+def make_plan(
+    config: TrainConfig, latents: Latents, hardware: Hardware, mfu: float, measured: Figures | None = None
+) -> Plan:
     """Return the forecast of a run at a share `mfu` in (0, 1] of the peak rate; JLTError for an impossible batch."""
     if not 0 < mfu <= 1:
         raise JLTError(f"mfu is a share of the peak rate and lies in (0, 1], not {mfu}.")
@@ -202,6 +206,7 @@ def make_plan(config: TrainConfig, latents: Latents, hardware: Hardware, mfu: fl
         memory=memory,
         disk=disk_figures(config, size.parameters, latents),
         time=time_figures(config, split, size.parameters, hardware, mfu),
+        measured=measured or {},
         fits=fits,
         largest_micro_batch_size=largest_micro_batch(config, size, hardware, latents),
         ways_to_fit=() if fits else tuple(_ways_to_fit(config, size, hardware, latents, mfu)),
@@ -228,7 +233,7 @@ def time_figures(config: TrainConfig, split: BatchSplit, parameters: int, hardwa
     """Return how long the run takes, and what its processes send each other."""
     rate = img_per_second(config, hardware, mfu)
     seconds = config.steps * config.batch_size / rate
-    assumed = "assumption until measured: jlt benchmark train" if mfu == DEFAULT_MFU else "as asked for with --mfu"
+    assumed = "assumption until measured: jlt benchmark train" if mfu == DEFAULT_MFU else "given with --mfu"
     recomputed = ", x 3/4 for recomputed blocks" if config.gradient_checkpointing else ""
     return {
         "peak_rate": Figure(hardware.peak, "FLOP/s", hardware.peak_source),
@@ -263,15 +268,24 @@ def memory_figures(
     config: TrainConfig, split: BatchSplit, size: NetworkSize, hardware: Hardware, latents: Latents
 ) -> Figures:
     """Return the bytes of one process at the peak of an update, by part, with their total and what there is."""
-    passes = run_passes(config, hardware.is_gpu)
-    state = _state_figures(config, split, size, passes.at(split.micro_batch_size), hardware.processes)
-    passing = {
-        **_pass_figures(config, split.micro_batch_size, passes, hardware),
+    passes = run_passes(config, split.micro_batch_size, hardware.is_gpu)
+    saving = f"what autograd saves, {'GPU' if hardware.is_gpu else 'CPU'} normalisation"
+    if config.gradient_checkpointing:
+        saving = "what autograd saves: the blocks' inputs"
+    elif config.compile:
+        saving = f"what autograd saves eagerly x {COMPILED_SHARE:g}, compiled"
+    batch = {
+        "activations": Figure(passes.activations, "bytes", saving),
+        "weight_copies_and_tables": Figure(
+            passes.copies_and_tables, "bytes", "saved for any batch: autocast, rotary tables"
+        ),
+        "working_memory": Figure(passes.working, "bytes", "formula: peak of the passes above what is saved"),
         "latents_and_noise": _batch_figure(config, split, latents),
     }
-    lost = hardware.slack * sum(part.value for part in passing.values())
+    lost = hardware.slack * sum(part.value for part in batch.values())
     outside = Figure(int(hardware.outside + lost), "bytes", hardware.outside_source)
-    parts = {**state, **passing, "outside_the_network": outside}
+    state = _state_figures(config, split, size, passes, hardware.processes)
+    parts = {**state, **batch, "outside_the_network": outside}
     total = Figure(sum(part.value for part in parts.values()), "bytes", "sum of the above")
     return {**parts, "total": total, "available": Figure(hardware.memory, "bytes", hardware.memory_source)}
 
@@ -284,10 +298,14 @@ def _state_figures(
     whole = size.parameters * FLOAT32
     share = -(-whole // processes) if sharded else whole
     how = f"parameters x 4 bytes / {processes} processes" if sharded else "parameters x 4 bytes"
+    gradients = Figure(share, "bytes", how)
+    if processes == 1 and split.accumulation == 1:
+        # They appear as activations are freed: the peak grows where they are more than those.
+        gradients = Figure(max(0, share - passes.saved), "bytes", "what of them exceeds the activations they replace")
     averages = [f"ema_{decay:g}" for decay in config.ema] + [f"power_ema_{width:g}" for width in config.power_ema]
     figures = {
         "weights": Figure(share, "bytes", how),
-        "gradients": _gradients(share, how, passes, held=processes > 1 or split.accumulation > 1),
+        "gradients": gradients,
         "adamw_moments": Figure(MOMENTS * share, "bytes", f"2 x {how}"),
         **{name: Figure(share, "bytes", how) for name in averages},
     }
@@ -299,61 +317,22 @@ def _state_figures(
     return figures
 
 
-def _gradients(share: int, how: str, passes: PassMemory, held: bool) -> Figure:
-    """Return the gradients that add to the peak of the passes."""
-    if held:
-        return Figure(share, "bytes", how)
-    # They come as activations go: either the passes' peak counts or, at the end, the gradients and one block's work.
-    peak = max(passes.forward_peak, passes.backward_peak)
-    end = share + passes.backward_peak - passes.saved
-    return Figure(max(0, end - peak), "bytes", "what of them exceeds the activations they replace")
-
-
-def _pass_figures(config: TrainConfig, images: int, passes: PassModel, hardware: Hardware) -> dict[str, Figure]:
-    """Return what the forward and backward pass of a micro-batch takes beside weights and gradients."""
-    memory = passes.at(images)
-    peak = max(memory.forward_peak, memory.backward_peak)
-    source = f"what autograd saves, {'GPU' if hardware.is_gpu else 'CPU'} normalisation"
-    if config.gradient_checkpointing:
-        source = "what autograd saves: the blocks' inputs"
-    elif config.compile:
-        source = f"what autograd saves eagerly x {COMPILED_SHARE:g}, compiled"
-    return {
-        "activations": Figure(images * passes.saved_per_image, "bytes", source),
-        "weight_copies_and_tables": Figure(
-            passes.saved_per_pass, "bytes", "saved whatever the batch: autocast, rotary"
-        ),
-        "working_memory": Figure(peak - memory.saved, "bytes", "peak of a simulated pass, above what it saves"),
-    }
-
-
 def _batch_figure(config: TrainConfig, split: BatchSplit, latents: Latents) -> Figure:
     network = config.network
     values = network.channels * network.height * network.width * split.micro_batch_size
-    stored = DEPTH * split.accumulation * values * latents.value_bytes
-    return Figure(
-        stored + BATCH_TENSORS * FLOAT32 * values, "bytes", "two stored batches; x, eps, z, target in float32"
-    )
+    total = DEPTH * split.accumulation * values * latents.value_bytes + BATCH_TENSORS * FLOAT32 * values
+    return Figure(total, "bytes", "two stored batches; x, eps, z, target in float32")
 
 
-def run_passes(config: TrainConfig, gpu: bool) -> PassModel:
-    """Return the memory of the network's passes as a run makes them, with a GPU's normalisation or a CPU's."""
-    bfloat16, recomputes = config.precision == "bfloat16", config.gradient_checkpointing
+def run_passes(config: TrainConfig, images: int, gpu: bool) -> PassMemory:
+    """Return the memory of the network's passes for a micro-batch, with a GPU's normalisation or a CPU's."""
+    recomputes, bfloat16 = config.gradient_checkpointing, config.precision == "bfloat16"
     # What the compiler saves of recomputed blocks is still their inputs.
-    if config.compile and not recomputes:
-        return compiled_passes(measure_passes(config.network, bfloat16, recomputes, gpu=False))
-    return measure_passes(config.network, bfloat16, recomputes, gpu)
-
-
-def compiled_passes(eager: PassModel) -> PassModel:
-    """Return the memory of compiled passes: the partitioner recomputes what is cheap instead of saving it."""
-    spared = round((1 - COMPILED_SHARE) * eager.saved_per_image)
-    less = PassMemory(spared, spared, spared)
-    few, many = (
-        dataclasses.replace(line, per_image=line.per_image.combine(less, lambda each, saved: each - saved))
-        for line in (eager.few, eager.many)
-    )
-    return PassModel(few, many)
+    compiled = config.compile and not recomputes
+    passes = pass_memory(config.network, images, bfloat16, recomputes, fused_norm=gpu and not compiled)
+    if compiled:
+        passes = dataclasses.replace(passes, activations=round(COMPILED_SHARE * passes.activations))
+    return passes
 
 
 def largest_micro_batch(config: TrainConfig, size: NetworkSize, hardware: Hardware, latents: Latents) -> int:
@@ -388,7 +367,7 @@ def _ways_to_fit(
 
 
 def _settings_to_change(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
-    """Return what has to be set for a run to become another; what follows from the rest is left to follow."""
+    """Return the settings that turn one run into another, without those that follow from the others."""
     names = ["parallel", "gradient_checkpointing"]
     if (before.micro_batch_size, before.accumulation) != (0, 0) or after.accumulation > 1:
         names += ["micro_batch_size"]
@@ -417,7 +396,7 @@ def disk_figures(config: TrainConfig, parameters: int, latents: Latents) -> Figu
 
 
 def checkpoints_at_once(config: TrainConfig) -> int:
-    """Return how many checkpoints lie on the disk at most: a new one is whole before an old one goes."""
+    """Return how many checkpoints are on the disk at most: a new one is complete before an old one is removed."""
     saved = sorted({*range(config.checkpoint_every, config.steps + 1, config.checkpoint_every), config.steps})
     if not config.keep_last:
         return len(saved)

@@ -47,7 +47,9 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     with lock_folder(out):
         ranges = batches_of(first.config.num, first.config.batch_size)
         work = [(numbers, sampler) for numbers in ranges for sampler in samplers]
-        rows = [DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in track(until_stopped(work), "drawing", len(work))]
+        rows = [
+            DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in track(until_stopped(work), "drawing", len(work))
+        ]
         drawn = [np.concatenate(rows[index :: len(samplers)]) for index in range(len(samplers))]
         return _save(out / f"{kind}.png", first, drawn, kind, names)
 

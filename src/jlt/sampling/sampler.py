@@ -216,7 +216,9 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
-        inform(f"The latents record no weights of their autoencoder: those from {found['source']} decode them unchecked.")
+        inform(
+            f"The latents record no weights of their autoencoder: those from {found['source']} decode them unchecked."
+        )
     else:
         decisive = ["weights_sha256", "normalisation", *decisive]
     for key in decisive:

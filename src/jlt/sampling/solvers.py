@@ -32,7 +32,7 @@ Noise = Callable[[int], Float[Tensor, "b *rest"]]
 
 @dataclass(frozen=True)
 class RungeKutta:
-    """An explicit method by its tableau: stage i is evaluated at t + nodes[i] h, after the moves matrix[i] of the others.
+    """An explicit method by its tableau: stage i is evaluated at t + nodes[i] h, moved by matrix[i] of the stages.
 
     The last step is Euler where a stage is at the end of the step (eq. 8).
     """

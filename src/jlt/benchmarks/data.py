@@ -8,10 +8,9 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,6 @@ def benchmark_data(latents: Path | None, count: int, batch_size: int, seconds: f
         "seconds": seconds,
         "latents_per_second": {way: batch_size / rounds.seconds(way) for way in rounds.by_way},
         "loader_ratio": {way: rounds.ratio("loader", way) for way in rounds.by_way},
-        "hidden": _hidden(rounds),
         "rounds": {way: [batch_size / spent for spent in times] for way, times in rounds.by_way.items()},
         "threads": torch.get_num_threads(),
         "machine": machine(default_device()),
@@ -115,7 +113,6 @@ def _measure(store: LatentStore, count: int, batch_size: int, seconds: float) ->
         for flipped in {False, store.manifest.flips}:
             store.gather(chunk, np.full(len(chunk), flipped))
     batches = functools.partial(batches_in_order, store, count, batch_size)
-    compute = _computing(store, next(batches()))
     device = default_device()
     ways: dict[str, Way] = {
         "loader": _loader(store, batches(), batch_size, device),
@@ -123,9 +120,6 @@ def _measure(store: LatentStore, count: int, batch_size: int, seconds: float) ->
         "memory_copy": _memory_copy(store, batch_size),
         "per_sample_alone": _per_sample(store, batches(), 0),
         "per_sample_workers": _per_sample(store, batches(), min(2, cores())),
-        "computing": (compute() for _ in itertools.count()),
-        "computing_gather": (compute() for rows in batches() if store.gather(rows.indices, rows.flips)),
-        "computing_loader": (compute() for _ in _loader(store, batches(), batch_size, "cpu")),
     }
     with contextlib.ExitStack() as stack:
         for way in ways.values():
@@ -191,28 +185,3 @@ def _per_sample(store: LatentStore, batches: Iterator[Rows], workers: int) -> Wa
         timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
     )
     yield from loader
-
-
-def _computing(store: LatentStore, rows: Rows) -> Callable[[], None]:
-    """Return products on one thread that take about twice as long as reading a batch takes."""
-    matrix = torch.rand(512, 512)
-
-    def product(repeats: int = 1) -> None:
-        # On more threads the products would take the core that the reader needs.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        for _ in range(repeats):
-            torch.mm(matrix, matrix)
-        torch.set_num_threads(threads)
-
-    def least_seconds(work: Callable[[], Any]) -> float:
-        return min(seconds_of(work, "cpu") for _ in range(9))
-
-    reading = least_seconds(lambda: store.gather(rows.indices, rows.flips))
-    return functools.partial(product, math.ceil(2 * reading / least_seconds(product)))
-
-
-def _hidden(rounds: Rounds) -> float:
-    """Return the share of the reading time that the loader hides behind computing: 1 where a step costs no more."""
-    times = zip(*(rounds.by_way[way] for way in ("computing", "computing_gather", "computing_loader")), strict=True)
-    return median((turn - loader) / (turn - alone) for alone, turn, loader in times)

@@ -141,9 +141,6 @@ WAYS = {
     "memory_copy": "copy of batches in memory",
     "per_sample_alone": "per sample through safetensors",
     "per_sample_workers": "... in worker processes",
-    "computing": "matrix products, nothing read",
-    "computing_gather": "... and gather in turn",
-    "computing_loader": "... and the loader at the same time",
 }
 
 
@@ -151,7 +148,6 @@ def data_benchmark_table(measured: Mapping[str, Any]) -> str:
     """Return the figures of a benchmark of reading."""
     rates, ratios = measured["latents_per_second"], measured["loader_ratio"]
     rows = [[label, f"{rates[way]:,.0f}", number(ratios[way])] for way, label in WAYS.items()]
-    rows.append(["reading hidden behind computing", f"{measured['hidden']:.0%}", ""])
     latents = f"{measured['latents']['count']} latents, {_size(measured)} {measured['dtype']}"
     return text_table([f"{latents}, batch {measured['batch_size']}", "latents/s", "loader's ratio"], rows)
 

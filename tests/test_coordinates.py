@@ -13,7 +13,7 @@ from jlt.geometry.tokens import token_estimates
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore, verify_store
-from jlt.patches import join_tokens, patch_tokens
+from jlt.patches import patch_tokens, unpatchify
 from jlt.sampling.sampler import matching_autoencoder
 
 
@@ -33,7 +33,7 @@ def spectrum(data, patch_size):
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_tokens_are_joined_again(patch_size):
     data = latents(3)
-    assert torch.equal(join_tokens(patch_tokens(data, patch_size), patch_size, (4, 4, 4)), data)
+    assert torch.equal(unpatchify(patch_tokens(data, patch_size), patch_size, 4, 4), data)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

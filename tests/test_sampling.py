@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 
-from jlt.config import PREDICTIONS, SampleConfig
+from jlt.config import PREDICTIONS, LatentShape, SampleConfig
 from jlt.errors import JLTError
 from jlt.path import expand_time
-from jlt.sampling.generate import labels_for, noise_of, sample_latents
+from jlt.sampling.generate import LatentSampler, labels_for
 from jlt.sampling.guidance import Denoiser, guided, in_interval, rows_evaluated
 from jlt.sampling.solvers import SOLVERS, network_evaluations, solve
 from jlt.timesteps import sampling_grid, uniform_grid
 
+SHAPE = LatentShape(2, 2, 2, num_classes=10)
 MEAN = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([4.0, 0.25, 0.01], dtype=torch.float64)
 
@@ -274,7 +275,7 @@ def test_what_an_image_costs_is_known_before_it_is_drawn(settings, rows):
     config, network = SampleConfig(**settings), LabelNetwork()
     velocity = guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), config.cfg_scale, config.cfg_interval)
     solve(config.solver, velocity, torch.zeros(1, 1), sampling_grid(config))
-    assert sum(network.rows) == rows == rows_evaluated(sampling_grid(config), config)
+    assert sum(network.rows) == rows == rows_evaluated(config)
 
 
 def test_grids():
@@ -293,12 +294,12 @@ def test_fresh_noise_belongs_to_image_and_step():
     """A stochastic solver's image i is the same in any batch, and each step's noise is another."""
     config = SampleConfig(num=9, batch_size=9, steps=4, solver="ancestral")
     denoiser = Denoiser(LabelNetwork(), "x", null_label=10)
-    (whole,) = sample_latents(denoiser, (2, 2, 2), 10, config)
-    parts = sample_latents(denoiser, (2, 2, 2), 10, dataclasses.replace(config, batch_size=2))
+    (whole,) = LatentSampler(denoiser, SHAPE, config).batches()
+    parts = LatentSampler(denoiser, SHAPE, dataclasses.replace(config, batch_size=2)).batches()
     assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
-    (few,) = sample_latents(denoiser, (2, 2, 2), 10, config, numbers=[range(4, 6)])
+    (few,) = LatentSampler(denoiser, SHAPE, config).batches([range(4, 6)])
     assert torch.equal(few.latents, whole.latents[4:6])
-    _, fresh = noise_of(0, range(3), (2, 2, 2), "cpu", 2.0)
+    fresh = LatentSampler(denoiser, SHAPE, config, noise_scale=2.0).start(range(3)).fresh
     draws = torch.stack([fresh(0), fresh(1), fresh(0)])
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
@@ -307,7 +308,7 @@ def test_fresh_noise_belongs_to_image_and_step():
 def images(num, batch_size, **settings):
     config = SampleConfig(num=num, batch_size=batch_size, steps=3, solver="euler", **settings)
     denoiser = Denoiser(LabelNetwork(), "v", null_label=10)
-    batches = list(sample_latents(denoiser, (2, 2, 2), 10, config))
+    batches = list(LatentSampler(denoiser, SHAPE, config).batches())
     return torch.cat([batch.latents for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
@@ -350,4 +351,4 @@ def test_images_that_are_not_finite_are_refused():
 
     config = SampleConfig(num=4, batch_size=2, steps=3)
     with pytest.raises(JLTError, match="images 0 to 1 are not finite"):
-        next(sample_latents(Denoiser(Diverged(), "v", null_label=1), (1, 1, 1), 1, config))
+        next(LatentSampler(Denoiser(Diverged(), "v", null_label=1), LatentShape(1, 1, 1, 1), config).batches())

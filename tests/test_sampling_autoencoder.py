@@ -95,7 +95,7 @@ def test_adopted_latents_are_decoded_unchecked_with_a_notice(kl_folder, capsys):
     adopted = recorded("kl", str(kl_folder), weights_sha256=None, normalisation={"kind": "as adopted"})
     assert matching_autoencoder(adopted, None, "cpu").channels == 4
     assert capsys.readouterr().err == (
-        f"The latents name no weights of their autoencoder: those from {kl_folder} decode them unchecked.\n"
+        f"The latents record no weights of their autoencoder: those from {kl_folder} decode them unchecked.\n"
     )
     with pytest.raises(JLTError, match="with channels 16, .* has 4: name the right one"):
         matching_autoencoder({**adopted, "channels": 16}, None, "cpu")

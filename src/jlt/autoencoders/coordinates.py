@@ -22,7 +22,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
-from jlt.patches import join_tokens, patch_tokens
+from jlt.patches import patch_tokens, unpatchify
 from jlt.storage.files import atomic_path, sha256_file
 
 SMALLEST = 1e-8
@@ -78,7 +78,7 @@ class Coordinates:
         mean, matrix = self.mean.to(tokens.device), matrix.to(tokens.device)
         # In float64, since the inverse of a steep spectrum magnifies rounding errors.
         mapped = mean + (tokens.double() - mean) @ matrix.T
-        return join_tokens(mapped.float(), self.patch_size, (latents.shape[1], latents.shape[2], latents.shape[3]))
+        return unpatchify(mapped.float(), self.patch_size, *latents.shape[2:])
 
     def save(self, path: Path) -> None:
         """Write the map as safetensors."""

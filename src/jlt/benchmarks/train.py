@@ -1,4 +1,4 @@
-"""Speed of training on the machine at hand: the trainer's own update, against a matrix product in the same run."""
+"""Speed of training on this machine: the trainer's own update, against a matrix product in the same run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from jlt.benchmarks.plan import Figure, Figures, count_network
 from jlt.benchmarks.profiling import profile_steps
 from jlt.benchmarks.train_loop import benchmark_loop, require_room
 from jlt.config import Precision, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.latents.order import SampleOrder
 from jlt.networks.flops import training_flops
-from jlt.networks.transformer import Transformer, count_parameters
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
@@ -51,9 +51,9 @@ def benchmark_train(
     """Measure the update of each training at each batch size; and at the fastest one, on request, what surrounds it.
 
     `measured` has an entry per pair, `best` the fastest batch size by name. Each of the rest is by name and empty where
-    it was not asked for: `loop` (`loop_steps` steps of the training loop, against the bare update), `profile` (where
-    the time of a step goes), `compare` (what compiling, recomputing and precisions give). Times are medians over
-    `steps` updates. What fails beside the update, for want of memory say, has an `error` in place of its figures.
+    it was not requested: `loop` (`loop_steps` steps of the training loop, against the bare update), `profile` (where
+    the time of a step goes), `compare` (compiling, recomputing and other precisions). Times are medians over `steps`
+    updates. A loop or profile that fails, for lack of memory for example, has an `error` in place of its figures.
     """
     if steps < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise UsageError("A benchmark needs at least one measured step and a positive batch size.")
@@ -97,7 +97,7 @@ def measure_or_skip(config: TrainConfig, steps: int, device: str) -> dict[str, A
         entry = {**describe(config), "out_of_memory": False, **measure_update(config, steps, device)}
     except torch.OutOfMemoryError:
         entry = {**describe(config), "out_of_memory": True}
-    # Only here has everything gone that the failed update held.
+    # Only here is everything released that the failed update held.
     free_memory(device)
     return entry
 
@@ -131,11 +131,9 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
         memory = peak_memory(device)
         rate = max(rate, matmul_rate(dtype, device, size=size))
     flops = training_flops(config.network)
-    with torch.device("meta"):
-        parameters = count_parameters(Transformer(config.network))
     return {
         "steps": steps,
-        "parameters": parameters,
+        "parameters": count_network(config.network).parameters,
         "network": dataclasses.asdict(config.network),
         "img_per_second": config.batch_size / seconds,
         "seconds_per_step": seconds,
@@ -145,6 +143,25 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
         "mfu": flops * config.batch_size / seconds / rate,
         "peak_memory_gib": memory / 2**30,
         "warmup_seconds": warmup,
+    }
+
+
+def measure_share(config: TrainConfig, processes: int) -> Figures:
+    """Return the peak memory and the time of real updates on this machine, of the share of one of some processes.
+
+    The process works alone: nothing is sent, and nothing is sharded. JLTError where the share does not fit.
+    """
+    inform("measuring an update")
+    share = dataclasses.replace(config, batch_size=config.batch_size // processes, parallel="ddp")
+    try:
+        found = measure_update(share, 1, default_device())
+    except torch.OutOfMemoryError:
+        raise JLTError("An update does not fit on this machine: leave --measure out.") from None
+    source = "measured here: the update of one process alone"
+    return {
+        "peak_memory": Figure(found["peak_memory_gib"] * 2**30, "bytes", source),
+        "seconds_per_step": Figure(found["seconds_per_step"], "seconds", source),
+        "mfu": Figure(found["mfu"], "share", "of a matrix product in the same run"),
     }
 
 
@@ -204,7 +221,7 @@ def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:
 
 
 def free_memory(device: str) -> None:
-    """Give back the memory of what is used no more, compiled code included, which would know the last batch size."""
+    """Free the memory of what is no longer used, and compiled code, which is specialised to the last batch size."""
     torch.compiler.reset()
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -217,7 +234,7 @@ def _fastest(measured: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, A
 
 
 def _or_error(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Return figures, or why there are none: what was measured before is not lost for it."""
+    """Return figures, or the error in their place: what was measured before is kept."""
     try:
         found = measure(*arguments)
     except (JLTError, torch.OutOfMemoryError) as error:

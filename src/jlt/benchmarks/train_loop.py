@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from jlt.benchmarks.data import SHARD_ROWS, random_shards, require_space
+from jlt.benchmarks.data import SHARD_ROWS, random_shards
+from jlt.benchmarks.plan import count_network
 from jlt.config import TrainConfig, in_steps
 from jlt.errors import UsageError
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
-from jlt.networks.transformer import Transformer, count_parameters
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
+from jlt.storage.rows import require_space
 from jlt.training.loop import Watcher, train
 
 WINDOWS = 4
@@ -107,18 +106,16 @@ def random_store(folder: Path, config: TrainConfig) -> LatentStore:
 
 
 def require_room(configs: Sequence[TrainConfig], batch_sizes: Sequence[int], steps: int) -> None:
-    """Raise a JLTError unless the disk has room for the largest store with two checkpoints, and steps suffice."""
+    """Raise a JLTError unless the disk has space for the largest store with two checkpoints, and steps suffice."""
     needed = 0
     for config in configs:
         network = loop_config(config, steps).network
-        with torch.device("meta"):
-            parameters = count_parameters(Transformer(network))
-        # Weights, two moments and the averages, twice: an old checkpoint goes when the new one is whole.
-        checkpoints = 2 * 4 * parameters * (3 + len(config.ema) + len(config.power_ema))
+        # Weights, two moments and the averages, twice: an old checkpoint is removed when the new one is complete.
+        checkpoints = 2 * 4 * count_network(network).parameters * (3 + len(config.ema) + len(config.power_ema))
         latents = 2 * 2 * math.prod((network.channels, network.height, network.width))
         needed = max(needed, checkpoints + latents * _latents(max(batch_sizes), steps))
-    with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
-        require_space(Path(temporary), needed, "leave the training loop out with --loop-steps 0")
+    what = "The files of the training loop (none with --loop-steps 0)"
+    require_space(Path(tempfile.gettempdir()), needed, what)
 
 
 def _latents(batch_size: int, steps: int) -> int:

@@ -62,6 +62,8 @@ class Plan(RecipeCommand):
     """Its name, as A100-80, H200 or RTX-4090; cpu is this machine."""
     mfu: float | None = None
     """Share of the peak rate that training reaches (default: an assumption; jlt benchmark train measures it)."""
+    measure: bool = False
+    """Also make one process's update on this machine, and report its peak memory and time."""
     latents: Path | None = None
     """A latent store whose shape and count to take (default: the recipe's)."""
 
@@ -75,5 +77,10 @@ class Plan(RecipeCommand):
         latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
         hardware = describe_hardware(self.gpu, self.gpus, config)
         mfu = DEFAULT_MFU if self.mfu is None else self.mfu
-        plan = to_json(make_plan(config, latents, hardware, mfu))
+        measured = None
+        if self.measure:
+            from jlt.benchmarks.train import measure_share
+
+            measured = measure_share(config, self.gpus)
+        plan = to_json(make_plan(config, latents, hardware, mfu, measured))
         return Result(plan, plan_table(plan))

@@ -36,7 +36,7 @@ from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, 
 from jlt.runtime.progress import inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, open_sampler
-from jlt.sampling.save import ARRAY, PROTOCOL, class_name
+from jlt.sampling.save import ARRAY, PROTOCOL
 from jlt.storage.files import LOCK, atomic_path, lock_folder, read_json, require_unlinked, write_json
 from jlt.storage.rows import RowTable
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
@@ -259,6 +259,6 @@ def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: P
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
     sampler = open_sampler(checkpoint, settings, device)
     images = np.concatenate([batch.images.numpy() for batch in sampler.batches()])
-    words = SheetText(rows=[class_name(sampler, label) for label in range(num_classes)])
+    words = SheetText(rows=[sampler.class_name(label) for label in range(num_classes)])
     with atomic_path(path) as temporary:
         draw_sheet(images, GRID_COLUMNS, words).save(temporary)

@@ -25,7 +25,7 @@ from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
 from jlt.geometry.tokens import eigenbasis
-from jlt.patches import join_tokens, patch_tokens
+from jlt.patches import patch_tokens, unpatchify
 from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, NetworkError
 from jlt.runtime.processes import Group, rank0_value, stop_together
 from jlt.runtime.progress import bar
@@ -167,7 +167,7 @@ def stationary_optimum(
     height, width = stationary.shape[1:]
     tokens = torch.zeros(len(vectors), height * width // patch_size**2, len(vectors), dtype=torch.float64)
     tokens[:, 0] = vectors.T
-    placed = frequencies(join_tokens(tokens.flatten(0, 1), patch_size, stationary.shape)).to(stationary.device)
+    placed = frequencies(unpatchify(tokens, patch_size, height, width)).to(stationary.device)
     lam, w = torch.linalg.eigh(stationary.scatter / (stationary.images - 1))
     share = (placed.conj() @ w).abs().square()
     share *= torch.as_tensor(multiplicity(height, width), device=share.device)[:, None, None]

@@ -9,7 +9,13 @@ from jlt.report.text_table import text_table
 from jlt.report.wording import number, percent
 from jlt.runtime.progress import format_seconds
 
-SECTIONS = {"work": "work", "memory": "memory of one process", "disk": "disk", "time": "time"}
+SECTIONS = {
+    "work": "work",
+    "memory": "memory of one process",
+    "disk": "disk",
+    "time": "time",
+    "measured": "measured on this machine",
+}
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -20,7 +26,7 @@ def plan_table(plan: Mapping[str, Any]) -> str:
     title = f"{config['name']} on {plan['processes']} x {where}, {config['precision']}, {config['parallel']}"
     title += ", compiled" if config["compile"] else ", eager"
     title += ", gradient checkpointing" if config["gradient_checkpointing"] else ""
-    tables = [_section(heading, plan[name]) for name, heading in SECTIONS.items()]
+    tables = [_section(heading, plan[name]) for name, heading in SECTIONS.items() if plan[name]]
     return "\n\n".join([title, *tables, _verdict(plan)])
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import file_bytes
+from worker_jobs import begin_job, die_or_wait
 
 from jlt.config import LossConfig, OptimizerConfig, SampleConfig
 from jlt.errors import JLTError, UsageError
@@ -39,7 +38,6 @@ from jlt.latents.store import LatentStore
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
 from jlt.results.geometry import TrainingModel
-from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.runtime.worker_pool import run_jobs
 from jlt.storage.codec import to_json
 from jlt.training import loop, state
@@ -91,8 +89,21 @@ def ablation_config(latents: Path, **changes) -> AblationConfig:
 def finished(latents, tmp_path_factory) -> Path:
     """A finished ablation of four systems; tests must not change it."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    ablate(ablation_config(latents), latents, out, workers=2, command="jlt ablate digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jlt.experiments.ablation.run_jobs", one_after_another)
+        ablate(ablation_config(latents), latents, out, workers=2, command="jlt ablate digits")
     return out
+
+
+def one_after_another(job, systems, workers, on_poll) -> None:
+    """Stand for `run_jobs` where its processes are not the point: each would import everything again."""
+    for system in systems:
+        job(system)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    monkeypatch.setattr("jlt.experiments.ablation.run_jobs", one_after_another)
 
 
 def modified(folder: Path) -> dict[str, int]:
@@ -145,6 +156,7 @@ def test_the_quickstart_measures_five_points_of_each_curve(latents, tmp_path):
     assert [system.evaluated_steps for system in systems] == [[6, 12, 18, 24, 30]] * 6
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_exists_is_kept(finished, latents, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -264,8 +276,10 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
 # ---- intervening in the geometry ----
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch):
-    config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64))
+    monkeypatch.setattr("jlt.experiments.checkpoint_evaluation.GRID_COLUMNS", 2)
+    config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64), evaluations=1)
     summary = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
     assert len(summary["systems"]) == 2 * 2 * 2
     assert {system["variant"] for system in summary["systems"]} == {
@@ -316,34 +330,12 @@ def test_powers_that_make_no_sense_are_wrong_words(latents, powers):
 # ---- processes ----
 
 
-def begin_job(argument: tuple[Path, bool]) -> None:
-    path, fails = argument
-    path.touch()
-    if fails:
-        raise JLTError(f"{path.name} failed")
-    time.sleep(0.3)
-
-
 def test_a_failing_job_fails_the_whole_and_the_rest_does_not_begin(tmp_path):
     jobs = [(tmp_path / f"job{index}", index == 0) for index in range(6)]
     with pytest.raises(JLTError, match="job0 failed"):
         run_jobs(begin_job, jobs, 1, lambda: None)
     # The worker may have taken the next one up before anybody could hear of the failure.
     assert {path.name for path in tmp_path.iterdir()} <= {"job0", "job1"}
-
-
-def die_or_wait(argument: tuple[Path, bool]) -> None:
-    path, dies = argument
-    path.touch()
-    while dies and len(list(path.parent.iterdir())) < 2:
-        time.sleep(0.05)
-    if dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    with stop_on_signal() as stop:
-        end = time.monotonic() + 30
-        while not stop and time.monotonic() < end:
-            time.sleep(0.05)
-    raise Stopped("Saved.")
 
 
 def test_a_worker_that_is_killed_ends_the_others_soon(tmp_path):
@@ -376,7 +368,7 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
 
 
 PREDICTIONS = ["x", "v", "eps"]
-LONG = {"--steps": 400, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
+LONG = {"--steps": 200, "--batch-size": 8, "--log-every": 4, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
 
 
 def long_words(latents: Path, out: Path) -> list[str]:
@@ -385,33 +377,33 @@ def long_words(latents: Path, out: Path) -> list[str]:
     return list(map(str, words))
 
 
-def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jlt.cli.main", *long_words(latents, out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+ATTENTIVE = """
+from jlt.runtime import worker_pool
+worker_pool.POLL_SECONDS = 0.05
+"""
+"""A parent that looks for a signal so often that the workers have not finished when it passes the signal on."""
+ONE_AFTER_ANOTHER = """
+from jlt.experiments import ablation
+ablation.run_jobs = lambda job, systems, *_: list(map(job, systems))
+"""
+"""As `one_after_another`, in a process of its own."""
 
 
 @contextlib.contextmanager
 def running_ablation(latents: Path, out: Path):
     """Yield an ablation whose two workers are in the middle of training; nothing of it outlives the block."""
-    process = start_ablation(latents, out)
+    process = forked.start(long_words(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"}, ATTENTIVE)
     try:
         deadline = time.monotonic() + 120
         while len([log for log in out.glob("runs/*/log.jsonl") if log.read_text().count("\n") > 2]) < 2:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.02)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stderr.close()
 
 
 def alive_in_session(session: int) -> list[int]:
@@ -464,8 +456,8 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         assert int(saved[-1].name[-7:]) % (LONG["--steps"] // 2)
         assert verify_checkpoints(parts / "runs" / name) == []
     assert not claims_to_be_matched(parts)
-    for out in (whole, parts):
-        process = forked.start(long_words(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"})
+    for out, plant in ((whole, ONE_AFTER_ANOTHER), (parts, "")):
+        process = forked.start(long_words(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"}, plant)
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     ours, theirs = final_tensors(parts), final_tensors(whole)

@@ -229,7 +229,7 @@ def test_one_process_that_is_asked_to_stop_stops_all_at_one_step(store, tmp_path
     started[1].send_signal(number)
     codes, said = ends_of(started, timeout=60)
     assert codes == [os.EX_TEMPFAIL] * 2, said
-    assert all("The same words continue it." in text for text in said)
+    assert all("Run the same command again to resume." in text for text in said)
     stopped = open_checkpoint(tmp_path / "run")
     assert verify_checkpoints(tmp_path / "run") == []
     assert events(tmp_path / "run", "stopped")[0]["step"] == stopped.step

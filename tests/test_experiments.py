@@ -446,7 +446,7 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         seconds_until_gone(process.pid, 30)
         assert process.wait(timeout=5) == os.EX_TEMPFAIL
         said = process.stderr.read()
-    assert "The same words continue it." in said
+    assert "Run the same command again to resume." in said
     assert "Traceback" not in said
     # Both saved where they were, and the third did not begin.
     assert {run.name for run in (parts / "runs").iterdir()} == begun

@@ -19,9 +19,8 @@ from jlt.config import TimestepConfig
 from jlt.errors import JLTError
 from jlt.report.geometry_sentences import advice_sentences, caution_sentences, inside_sentences
 from jlt.report.terminal import geometry_table
-from jlt.results import ErrorByDirection, Geometry, read_result, write_result
-from jlt.results.files import result_json
-from jlt.results.geometry import Band, ErrorDifference, NetworkError, TrainingModel
+from jlt.results.files import read_result, result_json, write_result
+from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, Geometry, NetworkError, TrainingModel
 from jlt.storage.codec import from_json, to_json
 from jlt.storage.files import sealed_text
 

@@ -211,7 +211,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_command_resumes(
         assert run.returncode == -signal.SIGKILL
     else:
         assert run.returncode == os.EX_TEMPFAIL
-        assert "The same words continue it" in outputs
+        assert "Run the same command again to resume." in outputs
         assert not list(out.glob(".shard-*"))
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:

@@ -11,8 +11,8 @@ import forked
 import pytest
 from data_helpers import file_bytes
 
+from jlt.cli.evaluation import parse_interval
 from jlt.cli.main import main
-from jlt.cli.sweep import parse_interval
 from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor

@@ -245,7 +245,7 @@ def test_one_process_that_receives_a_signal_stops_all_at_one_step(store, tmp_pat
     started[1].send_signal(number)
     codes, outputs = ends_of(started, timeout=60)
     assert codes == [os.EX_TEMPFAIL] * 2, outputs
-    assert all("The same words continue it." in text for text in outputs)
+    assert all("Run the same command again to resume." in text for text in outputs)
     stopped = open_checkpoint(tmp_path / "run")
     assert verify_checkpoints(tmp_path / "run") == []
     assert events(tmp_path / "run", "stopped")[0]["step"] == stopped.step

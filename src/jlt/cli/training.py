@@ -1,4 +1,4 @@
-"""Commands that train or forecast a training: train, plan."""
+"""Commands that plan and train: plan, train."""
 
 from __future__ import annotations
 
@@ -10,68 +10,35 @@ from jlt.cli.command import Result
 from jlt.cli.recipe import RecipeCommand
 from jlt.errors import UsageError
 from jlt.experiments.recipes import images_of_recipe
+from jlt.report.plan_table import plan_table
 from jlt.storage.codec import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(RecipeCommand):
-    """Train a recipe on a latent store; the same words continue an interrupted run.
-
-    Any setting of the recipe can be overridden, and --print-config lists them all. RUN/config.json is a recipe too.
-
-    For example:
-
-      jlt train digits --latents latents --out run --prediction v --network.depth 4
-    """
-
-    latents: Path | None = None
-    """Folder of the latent store."""
-    out: Path | None = None
-    """Folder of the run."""
-    verify_latents: bool = False
-    """Read the whole store first, and compare it with its hashes."""
-    print_config: bool = False
-    """Print the resolved run and leave."""
-
-    def run(self) -> Result:
-        config = self.resolve(self.latents)
-        if self.print_config:
-            return Result(to_json(config), json.dumps(to_json(config), indent=2))
-        if self.latents is None or self.out is None:
-            raise UsageError("Training needs --latents DIR and --out RUN.")
-        from jlt.experiments.run_training import train_and_watch
-
-        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
-        return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan(RecipeCommand):
-    """Forecast memory, disk and hours of a recipe before it is paid for, each figure with where it comes from.
+    """Estimate memory, disk space and hours of a training.
 
-    Any setting of the recipe can be overridden, as in jlt train.
+    Each figure states where it comes from. Any setting of the recipe can be overridden, as in jlt train.
 
     For example:
-
       jlt plan imagenet256-jlt-b1 --gpus 8 --gpu H200 --micro-batch-size 64
     """
 
     gpus: int = 1
-    """How many, one process each."""
+    """Number of GPUs, with one process each."""
     gpu: str = "H100"
-    """Its name, as A100-80, H200 or RTX-4090; cpu is this machine."""
+    """Name of the GPU, such as A100-80, H200 or RTX-4090; cpu is this machine."""
     mfu: float | None = None
-    """Share of the peak rate that training reaches (default: an assumption; jlt benchmark train measures it)."""
+    """Share of the peak rate that training reaches; jlt benchmark train measures it. Default: an assumption."""
     measure: bool = False
-    """Also make one process's update on this machine, and report its peak memory and time."""
+    """Also make one update of one process on this machine, and report its peak memory and time."""
     latents: Path | None = None
-    """A latent store whose shape and count to take (default: the recipe's)."""
+    """Latent store that the run trains on. Default: shape and number of latents of the recipe."""
 
     def run(self) -> Result:
         config = self.resolve(self.latents)
         from jlt.benchmarks.plan import DEFAULT_MFU, describe_hardware, describe_latents, make_plan
         from jlt.latents.manifest import read_manifest
-        from jlt.report.plan_table import plan_table
 
         manifest = read_manifest(self.latents) if self.latents else None
         latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
@@ -84,3 +51,35 @@ class Plan(RecipeCommand):
             measured = measure_share(config, self.gpus)
         plan = to_json(make_plan(config, latents, hardware, mfu, measured))
         return Result(plan, plan_table(plan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RecipeCommand):
+    """Train a recipe on a latent store.
+
+    Run the same command again to resume. Any setting of the recipe can be overridden; to list them:
+      jlt train RECIPE --help
+
+    For example:
+      jlt train digits --latents latents --out run --prediction v --network.depth 4
+    """
+
+    latents: Path | None = None
+    """Folder of the latent store."""
+    out: Path | None = None
+    """Folder of the run."""
+    verify_latents: bool = False
+    """First read the whole latent store and compare it with its hashes."""
+    print_config: bool = False
+    """Print the settings of the run and exit."""
+
+    def run(self) -> Result:
+        config = self.resolve(self.latents)
+        if self.print_config:
+            return Result(to_json(config), json.dumps(to_json(config), indent=2))
+        if self.latents is None or self.out is None:
+            raise UsageError("Training needs --latents DIR and --out RUN.")
+        from jlt.experiments.run_training import train_and_watch
+
+        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
+        return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")

@@ -132,6 +132,23 @@ def test_links_and_images_exist(path):
 
 
 @documents
+def test_files_in_the_text_exist(path):
+    """`training/step.py` is a module of the package, `tests/golden` a path of the repository."""
+    prose = "\n".join(line for _, line in split_lines(path.read_text())[0])
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)*/[\w]+\.(?:py|md)|(?:docs|src|tests|scripts)/[\w/]+)`", prose)
+    assert [name for name in named if not ((ROOT / name).exists() or (ROOT / "src/jlt" / name).exists())] == []
+
+
+@documents
+def test_modules_in_the_text_exist(path):
+    """`jlt.path` is a module, or a name in one."""
+    prose = "\n".join(line for _, line in split_lines(path.read_text())[0])
+    for name in set(re.findall(r"`(jlt(?:\.\w+)+)`", prose)) | set(re.findall(r"^::: (\S+)", prose, re.MULTILINE)):
+        file = ROOT / "src" / name.replace(".", "/")
+        assert file.is_dir() or file.with_suffix(".py").exists(), name
+
+
+@documents
 def test_commands_parse(path):
     for line in commands(path.read_text()):
         if is_synopsis(line):

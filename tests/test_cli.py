@@ -165,6 +165,8 @@ def test_the_help_of_a_recipe_lists_its_settings():
     helps = option_helps("train", "digits")
     assert {"--out", "--steps", "--network.depth", "--loss.space", "--evaluation.sample.solver"} <= set(helps)
     assert helps["--steps"].endswith("(default: 1500)")
+    assert "--steps" not in option_helps("train")
+    assert jlt("--help", "train").code == 0
 
 
 def test_no_text_of_the_command_line_uses_the_old_dialect():

@@ -76,7 +76,8 @@ def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: st
         command, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
     except SystemExit as leave:
         recipe = arguments[1] if len(arguments) > 1 else "-"
-        if not leave.code and not recipe.startswith("-") and issubclass(commands[name], RecipeCommand):
+        overrides = issubclass(commands.get(name, Command), RecipeCommand)
+        if overrides and not leave.code and not recipe.startswith("-"):
             print_settings(name, recipe)
         raise
     if isinstance(command, RecipeCommand):

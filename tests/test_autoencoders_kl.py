@@ -372,5 +372,5 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", unreachable)
-    with pytest.raises(JLTError, match=r"nobody/nothing is no folder here, and the Hub at \S+ cannot be reached"):
+    with pytest.raises(JLTError, match=r"nobody/nothing is not a local folder, and the Hub at \S+ cannot be reached"):
         load_autoencoder("kl", "nobody/nothing")

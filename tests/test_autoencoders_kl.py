@@ -372,5 +372,5 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", unreachable)
-    with pytest.raises(JLTError, match=r"unknown/nothing is no folder here, and the Hub at \S+ cannot be reached"):
+    with pytest.raises(JLTError, match=r"unknown/nothing is not a local folder, and the Hub at \S+ cannot be reached"):
         load_autoencoder("kl", "unknown/nothing")

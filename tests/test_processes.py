@@ -136,7 +136,7 @@ class Pair(SingleProcess):
 
 
 def test_processes_that_found_different_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = EncodingJob(NoiseSource(36), PatchAutoencoder(), CONFIG, tmp_path).arguments()
+    other = EncodingJob(NoiseSource(36), PatchAutoencoder(), CONFIG, tmp_path).words()
 
     @contextlib.contextmanager
     def join_group() -> object:

@@ -27,5 +27,5 @@ def require_reachable(repository: str, files: Sequence[str], remedy: str) -> Non
         socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise JLTError(
-            f"{repository} is no folder here, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
+            f"{repository} is not a local folder, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
         ) from error

@@ -15,9 +15,9 @@ EXTRACTORS = ("digits", "inception", "dinov2")
 def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | str | None = None) -> FeatureExtractor:
     """Load `digits`, the bundled classifier, `inception`, on which FID is defined, or `dinov2`.
 
-    `path` says where weights are that are not bundled: a file for inception, a folder or Hub id for dinov2; without it
-    they are looked for where they are fetched to. JLTError for weights that cannot be had or read, and for an unknown
-    name, with the nearest ones.
+    `path` names weights: a file for inception, a folder or Hub id for dinov2; the default is the place to which they
+    are downloaded. JLTError for weights that are missing or cannot be read; UsageError for an unknown name, with the
+    nearest ones.
     """
     if name == "digits":
         from jlt.evaluation.digit_classifier import DigitClassifier

@@ -2,7 +2,7 @@
 
 In the formulas n is the number of tokens, d the hidden size, m that of the perceptron, b the bytes of a value and r
 those of a value between blocks. Attention saves what a flash kernel does: queries, keys, values, result and log-sums.
-What a kernel takes for itself while it runs is not counted.
+What a kernel allocates for itself while it runs is not counted.
 """
 
 from __future__ import annotations

@@ -23,10 +23,12 @@ from jlt.images.digits import Digits
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.store import LatentStore
+from jlt.sampling import pictures
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import save_samples
 from jlt.storage import rows
 from jlt.storage.files import lock_folder
+from jlt.timesteps import sampling_grid
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
@@ -328,6 +330,31 @@ def test_what_a_kill_leaves_half_written_is_no_image(sampler, whole, tmp_path):
     (out / ".000010.4242.partial.png").write_bytes((whole / "000010.png").read_bytes()[:100])
     save_samples(sampler(), out, "png")
     assert np.array_equal(stack(out), stack(whole))
+
+
+# ---- pictures ----
+
+
+def test_a_strip_ends_with_the_image_and_an_interpolation_begins_with_it(sampler, whole):
+    drawing, images = sampler(num=5, batch_size=5), stack(whole).astype(int)
+    strip = pictures._strip(drawing, range(4))
+    assert strip.shape[:2] == (4, len(sampling_grid(drawing.config)))
+    assert abs(strip[:, -1] - images[:4]).max() <= 1
+    between = pictures._interpolation(drawing, range(4))
+    assert between.shape[:2] == (2, pictures.COLUMNS)
+    assert abs(between[:, 0] - images[:4:2]).max() <= 1
+
+
+def test_a_picture_is_drawn_of_two_checkpoints(checkpoint, sampler, tmp_path):
+    config = dataclasses.replace(CONFIG, num=4, batch_size=2)
+    checkpoints = checkpoint, open_checkpoint(checkpoint.folder.with_name("step_0000030"))
+    samplers = [open_sampler(one, config) for one in checkpoints]
+    for kind in pictures.TITLES:
+        written = pictures.save_picture(samplers, tmp_path / kind, kind, ["later", "earlier"])
+        with Image.open(written) as picture:
+            assert picture.size[0] > 4 * 96
+    with pytest.raises(JLTError, match="must be even"):
+        pictures.save_picture([sampler(num=3)], tmp_path / "odd", "interpolation")
 
 
 # ---- the sheet ----

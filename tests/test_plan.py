@@ -189,8 +189,8 @@ sys.exit()
 @pytest.mark.slow
 def test_a_compiled_network_saves_the_stated_share():
     process = forked.start([], plant=COMPILED)
-    printed, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
     two, three, compiled_two, compiled_three = json.loads(printed)
     assert compiled_three - compiled_two == pytest.approx(COMPILED_SHARE * (three - two), rel=0.05)
 
@@ -330,9 +330,9 @@ def test_published_recipe_on_one_node():
 # ---- refusals and the table ----
 
 
-@pytest.mark.parametrize(("changes", "mfu", "said"), [({"batch_size": 25}, 0.5, "24 or 26"), ({}, 40.0, "(0, 1]")])
-def test_what_is_impossible_is_refused(changes, mfu, said):
-    with pytest.raises(JLTError, match=re.escape(said)):
+@pytest.mark.parametrize(("changes", "mfu", "message"), [({"batch_size": 25}, 0.5, "24 or 26"), ({}, 40.0, "(0, 1]")])
+def test_what_is_impossible_is_refused(changes, mfu, message):
+    with pytest.raises(JLTError, match=re.escape(message)):
         planned(run_config(**changes), hardware(processes=2), mfu)
 
 
@@ -366,13 +366,13 @@ def test_quantities_are_written_as_a_person_would(value, unit, text):
 
 
 def test_the_command_prints_one_json_object(capsys):
-    words = ["plan", "digits", "--gpus", "2", "--gpu", "L40S", "--network.depth", "2", "--mfu", "0.3"]
-    assert main([*words, "--json"]) == 0
+    arguments = ["plan", "digits", "--gpus", "2", "--gpu", "L40S", "--network.depth", "2", "--mfu", "0.3"]
+    assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan == json.loads(json.dumps(plan, allow_nan=False))
     assert (plan["gpu"], plan["processes"], plan["config"]["network"]["depth"]) == ("L40S", 2, 2)
     assert (plan["time"]["mfu"]["value"], plan["work"]["micro_batch_size"]["value"]) == (0.3, 32)
-    assert main(words) == 0
+    assert main(arguments) == 0
     assert "It fits" in capsys.readouterr().out
 
 
@@ -389,10 +389,10 @@ def test_an_update_is_measured_on_request(capsys):
 MEASURED_BATCH = 48
 
 
-def jlt_process(*words) -> dict:
+def jlt_process(*arguments) -> dict:
     """Run a command in a process of its own: a peak of memory is a process's, and includes all that it did before."""
     done = subprocess.run(
-        [sys.executable, "-m", "jlt", *map(str, words), "--json"],
+        [sys.executable, "-m", "jlt", *map(str, arguments), "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -406,8 +406,8 @@ def jlt_process(*words) -> dict:
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is read from /proc")
 def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
     shape = FLUX2_IMAGENET256
-    words = ["--preset", "JLT-XS/1", "--batch-size", MEASURED_BATCH, "--steps", 3, "--precision", "float32"]
-    (measured,) = jlt_process("benchmark", "train", *words, "--loop-steps", 0)["measured"]
+    arguments = ["--preset", "JLT-XS/1", "--batch-size", MEASURED_BATCH, "--steps", 3, "--precision", "float32"]
+    (measured,) = jlt_process("benchmark", "train", *arguments, "--loop-steps", 0)["measured"]
     settings = [f"--network.{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(shape).items()]
     settings += ["--batch-size", MEASURED_BATCH, "--ema", 0.9999, 0.9996, "--power-ema", 0.05, 0.1]
     plan = jlt_process("plan", "digits", "--gpu", "cpu", "--mfu", min(1, measured["mfu"]), *settings)
@@ -417,5 +417,5 @@ def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
     # and what the mathematics library takes for them are no part of a run.
     peak = measured["peak_memory_gib"] * GIB
     assert plan["memory"]["total"]["value"] == pytest.approx(peak, abs=0.1 * peak + 0.1 * GIB)
-    # The rate of a matrix product is measured anew, on a machine that others may use.
+    # The rate of a matrix product is measured again, on a machine that others may use.
     assert 0.4 < plan["time"]["img_per_second"]["value"] / measured["img_per_second"] < 2.5

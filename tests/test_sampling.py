@@ -162,7 +162,7 @@ def test_the_multistep_solver_is_that_of_diffusers():
     z = begun = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for timestep, t in zip(scheduler.timesteps, grid, strict=False):
         z = scheduler.step(-exact_velocity(z, t), timestep, z).prev_sample
-    # Theirs starts just beside t = 0; with no more than 14 steps it takes the last one at first order, as ours does.
+    # Theirs starts close to t = 0; with no more than 14 steps it takes the last one at first order, as ours does.
     torch.testing.assert_close(solve("dpmpp_2m", exact_velocity, begun, grid), z, rtol=1e-4, atol=1e-4)
 
 
@@ -193,19 +193,19 @@ def test_number_of_evaluations():
         ("dpmpp_2m", 20, 20),
         ("ancestral", 20, 20),
     ]:
-        asked = []
+        times = []
 
-        def velocity(z, t, asked=asked):
-            asked.append(t)
+        def velocity(z, t, times=times):
+            times.append(t)
             return z
 
         solve(solver, velocity, torch.ones(1, 1), uniform_grid(steps).tolist(), fresh=lambda _: torch.ones(1, 1))
-        assert len(asked) == expected == network_evaluations(solver, steps)
-        assert max(asked) < 1
+        assert len(times) == expected == network_evaluations(solver, steps)
+        assert max(times) < 1
 
 
 class LabelNetwork(torch.nn.Module):
-    """A network whose velocity is its label, and which counts the rows that it is asked for."""
+    """A network whose velocity is its label, and which counts the rows that it evaluates."""
 
     def __init__(self):
         super().__init__()
@@ -235,13 +235,13 @@ def test_guidance_is_eq_7_and_costs_nothing_without_effect(t, interval, inside):
     assert network.rows == [4 if inside else 2]
 
 
-def test_scale_one_asks_no_null_branch():
+def test_scale_one_evaluates_no_null_branch():
     network = LabelNetwork()
     guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), 1.0, (0.0, 1.0))(torch.zeros(1, 1), 0.5)
     assert network.rows == [1]
 
 
-def test_scale_zero_asks_the_null_branch_alone():
+def test_scale_zero_evaluates_the_null_branch_alone():
     network = LabelNetwork()
     v = guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), 0.0, (0.0, 1.0))(torch.zeros(1, 1), 0.5)
     assert (v.item(), network.rows) == (7, [1])
@@ -249,7 +249,7 @@ def test_scale_zero_asks_the_null_branch_alone():
 
 def test_a_guide_takes_the_place_of_the_null_class():
     network, weaker, labels = LabelNetwork(), LabelNetwork(), torch.tensor([2, 3])
-    # The guide reads the same labels and, as an x-predictor asked for z = 0 at t = 1/2, doubles them.
+    # The guide reads the same labels and, as an x-predictor evaluated at z = 0 and t = 1/2, doubles them.
     guide = Denoiser(weaker, "x", null_label=9)
     velocity = guided(Denoiser(network, "v", null_label=7), labels, 3.0, (0.1, 1.0), guide)
     v = velocity(torch.zeros(2, 1), 0.5)

@@ -58,16 +58,13 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
     return {
         "autoencoder": autoencoder.identity(),
         "images": num,
-        "resolution": config.resolution,
-        "batch_size": config.batch_size,
-        "precision": config.precision,
+        **{name: getattr(config, name) for name in ("resolution", "batch_size", "precision", "threads")},
         "orientations": 1 + config.flips,
         "img_per_second": rate,
         "bare_img_per_second": bare_rate,
         "ratio": rate / bare_rate,
         "ratio_by_round": rounds.ratios("encoding", "bare"),
         "peak_memory_mib": peak_memory(autoencoder.device.type) / 2**20,
-        "threads": config.threads,
         "machine": machine(autoencoder.device),
         "versions": versions(),
     }

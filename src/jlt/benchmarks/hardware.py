@@ -1,6 +1,6 @@
 """Memory and peak rates of GPUs by their data sheets, for forecasts.
 
-Rates are dense, without structured sparsity, and with float32 accumulation where a sheet tells it apart. Sources,
+Rates are dense, without structured sparsity, and with float32 accumulation where a sheet distinguishes it. Sources,
 all NVIDIA's: data sheets of A100, A10, A40, RTX A6000, L4, L40, L40S, H100, H200 and HGX B200; the white papers of the
 GA102 (RTX 3090), Ada (RTX 4090, RTX 6000 Ada) and Blackwell RTX (RTX 5090) architectures, H100-PCIe's float32 rate
 from the white paper of Hopper. Sheets that give rates with sparsity alone were halved. Memory is the sheet's, a GB
@@ -62,7 +62,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """Return the GPU of a name, whatever its case, blanks for dashes; UsageError with the nearest if unknown."""
+    """Return the GPU of a name, in any case, with blanks or dashes; UsageError with the nearest if unknown."""
     folded = {known.lower(): gpu for known, gpu in GPUS.items()}
     wanted = name.lower().replace(" ", "-").replace("_", "-")
     if wanted not in folded:

@@ -2,7 +2,7 @@
 
 In the formulas n is the number of tokens, d the hidden size, m that of the perceptron, b the bytes of a value and r
 those of a value between blocks. Attention saves what a flash kernel does: queries, keys, values, result and log-sums.
-What a kernel takes for itself while it runs is not counted.
+What a kernel allocates for itself while it runs is not counted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jlt.config import NetworkConfig
+from jlt.networks.flops import tokens_in_block
 from jlt.networks.layers import FREQUENCIES
 
 FLOAT32, BFLOAT16 = 4, 2
@@ -42,9 +43,9 @@ def pass_memory(
     """
     b, d, m = BFLOAT16 if bfloat16 else FLOAT32, config.hidden_size, config.mlp_hidden_size
     blocks = [_saved_by_block(config, index, b, fused_norm) for index in range(config.depth)]
-    inputs = [_tokens(config, index) * d * _residual_bytes(config, index, b) for index in range(config.depth)]
-    copies = [_copied(config, count) if bfloat16 else 0 for count in (0, 1, config.depth)]
-    n, r = _tokens(config, config.depth - 1), _residual_bytes(config, config.depth - 1, b)
+    inputs = [tokens_in_block(config, index) * d * _residual_bytes(config, index, b) for index in range(config.depth)]
+    ends, one_block, all_blocks = (_copied(config, count) if bfloat16 else 0 for count in (0, 1, config.depth))
+    n, r = tokens_in_block(config, config.depth - 1), _residual_bytes(config, config.depth - 1, b)
     # The difference to the target, its square, and the gradients of both, in float32.
     loss = images * 5 * FLOAT32 * config.tokens * _patch_values(config)
     # In a block: gradients within the perceptron, or one of its weights.
@@ -52,22 +53,18 @@ def pass_memory(
     gradients = max(images * n * within, images * (1 if fused_norm else 2) * n * d * r + d * m * FLOAT32)
     if checkpoint_blocks:
         recomputed = images * (max(blocks) - (max(inputs) if fused_norm else 0))
-        forward = copies[2] - copies[0] + images * n * max(10 * d, 4 * m + d) * b
-        backward = copies[1] - copies[0] + recomputed + gradients
+        forward = all_blocks - ends + images * n * max(10 * d, 4 * m + d) * b
+        backward = one_block - ends + recomputed + gradients
         saved = _saved_by_ends(config, b, fused_norm) + sum(inputs)
-        return PassMemory(images * saved, copies[0], max(loss, forward, backward))
+        return PassMemory(images * saved, ends, max(loss, forward, backward))
     saved = _saved_by_ends(config, b, fused_norm) + sum(blocks)
     tables = sum(_rotary_tables(config, index, b) for index in range(config.depth))
-    return PassMemory(images * saved, copies[2] + tables, max(loss, gradients, images * 3 * n * d * r))
-
-
-def _tokens(config: NetworkConfig, index: int) -> int:
-    return config.tokens + (config.context_tokens if index >= config.context_start else 0)
+    return PassMemory(images * saved, all_blocks + tables, max(loss, gradients, images * 3 * n * d * r))
 
 
 def _residual_bytes(config: NetworkConfig, index: int, b: int) -> int:
     """Return the bytes of a value that enters a block: fixed positions and context tokens are float32."""
-    return FLOAT32 if config.fixed_positions or _tokens(config, index) > config.tokens else b
+    return FLOAT32 if config.fixed_positions or tokens_in_block(config, index) > config.tokens else b
 
 
 def _patch_values(config: NetworkConfig) -> int:
@@ -76,7 +73,7 @@ def _patch_values(config: NetworkConfig) -> int:
 
 def _saved_by_block(config: NetworkConfig, index: int, b: int, fused_norm: bool) -> int:
     """Return the bytes that autograd saves in a block for an image."""
-    n, r = _tokens(config, index), _residual_bytes(config, index, b)
+    n, r = tokens_in_block(config, index), _residual_bytes(config, index, b)
     d, m, heads = config.hidden_size, config.mlp_hidden_size, config.num_heads
     # Results of both normalisations, and where they are fused their inputs.
     norms = n * d * r * (4 if fused_norm else 2)
@@ -97,7 +94,7 @@ def _saved_by_ends(config: NetworkConfig, b: int, fused_norm: bool) -> int:
     embedding = n * (patch + config.bottleneck_size) * b
     # Sinusoids, the perceptron's values before and after SiLU, their sum with the class, and the condition.
     condition = (FREQUENCIES + 3 * d) * b + d * FLOAT32
-    normalised = n * (d * r + FLOAT32) + (_tokens(config, config.depth - 1) * d * r if fused_norm else 0)
+    normalised = n * (d * r + FLOAT32) + (tokens_in_block(config, config.depth - 1) * d * r if fused_norm else 0)
     final = normalised + n * d * b + d * (b + r)
     return embedding + condition + final + n * patch * b
 
@@ -111,6 +108,6 @@ def _copied(config: NetworkConfig, blocks: int) -> int:
 
 def _rotary_tables(config: NetworkConfig, index: int, b: int) -> int:
     """Return the bytes of a block's cosines and sines times learnt scales, and of tables padded for context tokens."""
-    n, head_size = _tokens(config, index), config.hidden_size // config.num_heads
+    n, head_size = tokens_in_block(config, index), config.hidden_size // config.num_heads
     padded = 2 * n * head_size * FLOAT32 if n > config.tokens else 0
     return 4 * n * head_size * b + padded

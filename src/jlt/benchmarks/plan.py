@@ -1,7 +1,7 @@
 """What a run will need: arithmetic, memory, disk and hours, each with its source.
 
-Units are bytes, seconds and floating-point operations. A figure is counted, read off a data sheet, measured, or an
-assumption that says so.
+Units are bytes, seconds and floating-point operations. Each figure names its source: a count, a data sheet, a
+measurement, a formula or an assumption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_MFU = 0.4
 MOMENTS = 2
 COMPILED_SHARE = 0.8
 """What torch.compile's partitioner saves of the bytes that eager passes with a CPU's normalisation save per image: 0.78
-to 0.81 over widths, grids and precisions. It decomposes the normalisation, whatever the device."""
+to 0.81 over widths, grids and precisions. It decomposes the normalisation on every device."""
 RECOMPUTE_TIME = 4 / 3
 """Four forwards instead of three."""
 BATCH_TENSORS = 4
@@ -210,14 +210,14 @@ class _Run:
     def work(self) -> Figures:
         """Return how much there is to compute."""
         config, images = self.config, self.latents.count
-        flops, seen = training_flops(config.network), config.steps * config.batch_size
+        flops, processed = training_flops(config.network), config.steps * config.batch_size
         return {
             "parameters": Figure(self.size.parameters, "count", "counted on the network"),
             "operations_per_image": Figure(flops, "FLOP", "products of the network, three forwards"),
-            "operations_of_the_run": Figure(flops * seen, "FLOP", "per image x images seen"),
+            "operations_of_the_run": Figure(flops * processed, "FLOP", "per image x images seen"),
             "steps": Figure(config.steps, "count", "the run's settings"),
-            "images_seen": Figure(seen, "count", "steps x batch size"),
-            "epochs": Figure(seen / images, "count", f"images seen / {images:,} latents"),
+            "images_seen": Figure(processed, "count", "steps x batch size"),
+            "epochs": Figure(processed / images, "count", f"images seen / {images:,} latents"),
             "batch_size": Figure(config.batch_size, "count", "the run's settings"),
             "micro_batch_size": Figure(self.split.micro_batch_size, "count", "batch size / accumulation / processes"),
             "accumulation": Figure(self.split.accumulation, "count", "micro-batches per update"),

@@ -58,14 +58,10 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
     dtype = torch.bfloat16 if sample.precision == "bfloat16" else torch.float32
     rows, seconds, product = rows_evaluated(sample), rounds.seconds("jlt"), matmul_rate(dtype, device)
     rate = sample.batch_size / seconds
+    settings = ("batch_size", "precision", "compile", "solver", "steps", "cfg_scale")
     return {
         "name": config.name,
-        "batch_size": sample.batch_size,
-        "precision": sample.precision,
-        "compile": sample.compile,
-        "solver": sample.solver,
-        "steps": sample.steps,
-        "cfg_scale": sample.cfg_scale,
+        **{name: getattr(sample, name) for name in settings},
         "cfg_interval": list(sample.cfg_interval),
         "nfe": network_evaluations(sample.solver, sample.steps),
         "rows_per_image": rows,

@@ -28,7 +28,7 @@ MOST_LATENTS = 4000
 
 
 class SavesOnce(Watcher):
-    """Has a checkpoint saved at one step, and written before training goes on, so that the next one need not wait."""
+    """Requests a checkpoint at one step: training waits until it is written, so that the next one need not."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -37,9 +37,8 @@ class SavesOnce(Watcher):
         """Whether this is the step."""
         return step == self.step
 
-    def look(self, checkpoint: Path, group: Group) -> None:  # noqa: ARG002
-        """Look at nothing."""
-        return
+    def look(self, checkpoint: Path, group: Group) -> None:
+        """Do nothing."""
 
 
 def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -98,9 +97,8 @@ def loop_config(config: TrainConfig, steps: int) -> TrainConfig:
 
 def random_store(folder: Path, config: TrainConfig) -> LatentStore:
     """Write random latents for a network, no more than its training reads, and open them."""
-    network = config.network
+    network, count = config.network, _latents(config.batch_size, config.steps)
     shape = (network.channels, network.height, network.width)
-    count = _latents(config.batch_size, config.steps)
     write_store(folder, random_shards(count, shape, SHARD_ROWS, network.num_classes), network.num_classes)
     return LatentStore.open(folder)
 

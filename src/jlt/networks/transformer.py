@@ -1,4 +1,4 @@
-"""The one network of the project: JLT and DiT are this transformer, told apart only by what its output means."""
+"""The one network of the project: JLT and DiT are this transformer and differ only in what its output means."""
 
 from __future__ import annotations
 

@@ -9,45 +9,33 @@ from jlt.report.text_table import text_table
 from jlt.report.wording import number, percent
 from jlt.runtime.progress import format_seconds
 
-NO_ROOM = "does not fit"
+DOES_NOT_FIT = "does not fit"
 
 
 def benchmark_table(result: Mapping[str, Any]) -> str:
     """Return all that a training benchmark found, the fastest batch size of each network starred."""
-    parts = [_measured(result)]
+    first = result["measured"][0]
+    how = f"{first['precision']}, {'compiled' if first['compile'] else 'eager'}"
+    title = [f"the update, {how}", "img/s", "s/step", "GFLOP/s", "product's", "MFU", "peak GiB", "warm-up"]
+    parts = [text_table(title, [_update(entry, result["best"]) for entry in result["measured"]])]
     for name, loop in result["loop"].items():
         parts.append(text_table([f"{name}, the training loop", ""], _loop(loop)))
     for name, profile in result["profile"].items():
         parts.append(text_table([f"{name}, where a step goes", "share"], _profile(profile)))
     for name, compared in result["compare"].items():
-        batch_size = compared[0]["batch_size"]
-        title = [f"{name}, batch {batch_size}", "img/s", "against eager", "peak GiB"]
+        title = [f"{name}, batch {compared[0]['batch_size']}", "img/s", "against eager", "peak GiB"]
         parts.append(text_table(title, [_variant(entry) for entry in compared]))
     return "\n\n".join([*parts, *filter(None, [result["warning"]])])
-
-
-def _measured(result: Mapping[str, Any]) -> str:
-    first = result["measured"][0]
-    how = f"{first['precision']}, {'compiled' if first['compile'] else 'eager'}"
-    title = [f"the update, {how}", "img/s", "s/step", "GFLOP/s", "product's", "MFU", "peak GiB", "warm-up"]
-    return text_table(title, [_update(entry, result["best"]) for entry in result["measured"]])
 
 
 def _update(entry: Mapping[str, Any], best: Mapping[str, int]) -> list[str]:
     name = f"{entry['preset']}, batch {entry['batch_size']}"
     if entry["out_of_memory"]:
-        return [f"{name}: {NO_ROOM}", *[""] * 7]
+        return [f"{name}: {DOES_NOT_FIT}", *[""] * 7]
     star = " *" if best[entry["preset"]] == entry["batch_size"] else "  "
-    return [
-        name,
-        number(entry["img_per_second"]) + star,
-        number(entry["seconds_per_step"]),
-        number(entry["gflops"]),
-        number(entry["matmul_gflops"]),
-        f"{entry['mfu']:.1%}",
-        number(entry["peak_memory_gib"]),
-        format_seconds(entry["warmup_seconds"]),
-    ]
+    rates = [number(entry[key]) for key in ("seconds_per_step", "gflops", "matmul_gflops")]
+    memory, warmup = number(entry["peak_memory_gib"]), format_seconds(entry["warmup_seconds"])
+    return [name, number(entry["img_per_second"]) + star, *rates, f"{entry['mfu']:.1%}", memory, warmup]
 
 
 def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
@@ -75,7 +63,7 @@ def _profile(profile: Mapping[str, Any]) -> list[list[str]]:
 
 def _variant(entry: Mapping[str, Any]) -> list[str]:
     if entry["out_of_memory"]:
-        return [f"{entry['variant']}: {NO_ROOM}", "", "", ""]
+        return [f"{entry['variant']}: {DOES_NOT_FIT}", "", "", ""]
     ratio = number(entry.get("ratio"))
     return [entry["variant"], number(entry["img_per_second"]), ratio, number(entry["peak_memory_gib"])]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from jlt.config import Prediction, SampleConfig
 from jlt.prediction import velocity_from_output
-from jlt.sampling.solvers import Velocity, evaluated_times
+from jlt.sampling.solvers import State, Velocity, evaluated_times
 from jlt.timesteps import sampling_grid
 
 NOISE_END = 0.02
@@ -30,7 +30,7 @@ class Denoiser:
     null_label: int
     t_eps: float = 0.0
 
-    def velocity(self, z: Float[Tensor, "b *rest"], t: float, labels: Int[Tensor, "b"]) -> Float[Tensor, "b *rest"]:
+    def velocity(self, z: State, t: float, labels: Int[Tensor, "b"]) -> State:
         """Return v^ at one time t for the whole batch (eq. 3), in z's precision."""
         times = z.new_full((len(z),), max(t, NOISE_END) if self.prediction == "eps" else t)
         output = self.network(z, times, labels).to(z.dtype)
@@ -56,13 +56,13 @@ def guided(
     """
     null = torch.full_like(labels, denoiser.null_label)
 
-    def branches(z: Float[Tensor, "b *rest"], t: float) -> tuple[Float[Tensor, "b *rest"], Float[Tensor, "b *rest"]]:
+    def branches(z: State, t: float) -> tuple[State, State]:
         if guide is not None:
             return denoiser.velocity(z, t, labels), guide.velocity(z, t, labels)
         v_class, v_null = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null))).chunk(2)
         return v_class, v_null
 
-    def velocity(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
+    def velocity(z: State, t: float) -> State:
         if cfg_scale == 1 or not in_interval(t, *cfg_interval):
             return denoiser.velocity(z, t, labels)
         if cfg_scale == 0:

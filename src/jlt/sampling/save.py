@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +51,16 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
             return place
         missing = group.on_rank0(lambda: _missing(sampler, place))
         with stop_together(group) as until_stopped:
-            keep = _keep_png(sampler, out) if form == "png" else _keep_row(_open_table(sampler, out))
+            write = partial(_write_pngs, sampler, out)
+            if form != "png":
+                write = partial(_write_rows, _open_table(sampler, out))
             share = missing[group.rank :: group.size]
-            for batch in track(until_stopped(sampler.batches(share)), _what(sampler), total=len(share)):
-                keep(batch)
+            nfe = network_evaluations(sampler.config.solver, sampler.config.steps)
+            title = f"sampling {sampler.config.num} images, {nfe} NFE each"
+            for batch in track(until_stopped(sampler.batches(share)), title, total=len(share)):
+                write(batch)
         group.on_rank0(lambda: _finish(sampler, place))
         return place
-
-
-def _what(sampler: ImageSampler) -> str:
-    nfe = network_evaluations(sampler.config.solver, sampler.config.steps)
-    return f"sampling {sampler.config.num} images, {nfe} NFE each"
 
 
 def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
@@ -115,28 +114,20 @@ def _missing(sampler: ImageSampler, place: Path) -> list[range]:
     return unwritten(ranges, written)
 
 
-Keep = Callable[[ImageBatch], None]
+def _write_pngs(sampler: ImageSampler, out: Path, batch: ImageBatch) -> None:
+    """Write the images of a batch that do not exist."""
+    for offset, (image, label) in enumerate(zip(batch.images.numpy(), batch.labels.tolist(), strict=True)):
+        path = _png_path(out, batch.start + offset)
+        if not path.exists():
+            info = PngInfo()
+            info.add_text("label", str(label))
+            info.add_text("classes", sampler.classes)
+            with atomic_path(path) as temporary:
+                Image.fromarray(image).save(temporary, pnginfo=info)
 
 
-def _keep_png(sampler: ImageSampler, out: Path) -> Keep:
-    """Return what writes the images of a batch that do not exist."""
-
-    def keep(batch: ImageBatch) -> None:
-        for offset, (image, label) in enumerate(zip(batch.images.numpy(), batch.labels.tolist(), strict=True)):
-            path = _png_path(out, batch.start + offset)
-            if not path.exists():
-                info = PngInfo()
-                info.add_text("label", str(label))
-                info.add_text("classes", sampler.classes)
-                with atomic_path(path) as temporary:
-                    Image.fromarray(image).save(temporary, pnginfo=info)
-
-    return keep
-
-
-def _keep_row(table: RowTable) -> Keep:
-    """Return what writes a batch into a table."""
-    return lambda batch: table.write(batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()})
+def _write_rows(table: RowTable, batch: ImageBatch) -> None:
+    table.write(batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()})
 
 
 def _png_path(out: Path, number: int) -> Path:

@@ -25,8 +25,10 @@ from jlt.errors import unknown_name
 from jlt.prediction import clean_from_velocity
 from jlt.timesteps import half_log_snr, uniform_grid
 
-Velocity = Callable[[Float[Tensor, "b *rest"], float], Float[Tensor, "b *rest"]]
-Noise = Callable[[int], Float[Tensor, "b *rest"]]
+State = Float[Tensor, "b *rest"]
+"""A batch of points z of the path, or of velocities there."""
+Velocity = Callable[[State, float], State]
+Noise = Callable[[int], State]
 """Fresh noise, of the scale of the first, for each step of a stochastic solver."""
 
 
@@ -42,9 +44,7 @@ class RungeKutta:
     matrix: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
-    def solve(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
-    ) -> Float[Tensor, "b *rest"]:
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
         """Walk the grid; no noise is added."""
         del fresh
         *intervals, last = pairwise(grid)
@@ -52,9 +52,7 @@ class RungeKutta:
             z = self.step(velocity, z, t, t_next)
         return (EULER if 1.0 in self.nodes else self).step(velocity, z, *last)
 
-    def step(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], t: float, t_next: float
-    ) -> Float[Tensor, "b *rest"]:
+    def step(self, velocity: Velocity, z: State, t: float, t_next: float) -> State:
         """Move z from t to t_next."""
         h = t_next - t
         slopes: list[Tensor] = []
@@ -64,9 +62,7 @@ class RungeKutta:
         return _moved(z, h, self.weights, slopes)
 
 
-def _moved(
-    z: Float[Tensor, "b *rest"], h: float, weights: Sequence[float], slopes: Sequence[Float[Tensor, "b *rest"]]
-) -> Float[Tensor, "b *rest"]:
+def _moved(z: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
     for weight, slope in zip(weights, slopes, strict=True):
         z = z + (h * weight) * slope if weight else z
     return z
@@ -80,9 +76,7 @@ class Multistep:
 
     order = 2
 
-    def solve(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
-    ) -> Float[Tensor, "b *rest"]:
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
         """Walk the grid; no noise is added."""
         del fresh
         before: Tensor | None = None
@@ -108,9 +102,7 @@ class Ancestral:
 
     order = 1
 
-    def solve(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
-    ) -> Float[Tensor, "b *rest"]:
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
         """Walk the grid; every step but the last adds noise."""
         for number, (t, t_next) in enumerate(pairwise(grid)):
             clean = clean_from_velocity(velocity(z, t), z, t)
@@ -121,10 +113,8 @@ class Ancestral:
         return z
 
 
-def _mixed(
-    z: Float[Tensor, "b *rest"], clean: Float[Tensor, "b *rest"], t: float, t_next: float, keep: float
-) -> Float[Tensor, "b *rest"]:
-    """Return the point at t_next that keeps a share of z and has x^ in the amount that eq. 1 asks for."""
+def _mixed(z: State, clean: State, t: float, t_next: float, keep: float) -> State:
+    """Return the point at t_next that keeps a share of z and has x^ in the amount of eq. 1."""
     return keep * z + (t_next - keep * t) * clean
 
 
@@ -148,10 +138,10 @@ def no_noise(step: int) -> Tensor:
 def solve(
     solver: Solver,
     velocity: Velocity,
-    noise: Float[Tensor, "b *rest"],
+    noise: State,
     grid: Sequence[float],
     fresh: Noise = no_noise,
-) -> Float[Tensor, "b *rest"]:
+) -> State:
     """Walk a grid of increasing times from noise, at its first, to its last; JLTError for an unknown solver."""
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
@@ -162,7 +152,7 @@ def evaluated_times(solver: Solver, grid: Sequence[float]) -> list[float]:
     """Return the times at which `solve` evaluates the velocity, in order."""
     times: list[float] = []
 
-    def velocity(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
+    def velocity(z: State, t: float) -> State:
         times.append(t)
         return z
 

@@ -192,7 +192,7 @@ def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig
     """Return the settings in which runs differ; JLTError if any is not an axis of the ablation."""
     differs = set()
     for config in configs[1:]:
-        differs |= {line.partition(":")[0] for line in difference(configs[0], config)}
+        differs |= {key for key, _, _ in difference(configs[0], config)}
     axes = AXES | (AXES_OF_WIDTH if ablation.width else set())
     axes |= {name for name in differs if ablation.anisotropy and name.startswith(AXES_OF_ANISOTROPY)}
     if not differs <= axes:

@@ -31,7 +31,7 @@ from jlt.runtime.progress import bar
 from jlt.runtime.random_numbers import derive_seed, normal_per_sample, random_subset
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.sampler import open_weights
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 from jlt.training.checkpoint import Checkpoint
 
 TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -260,4 +260,4 @@ def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> Non
         wanted = {key: store.identity()[key] for key in ("autoencoder", "source", "resolution")}
         lines = difference({key: checkpoint.latents[key] for key in wanted}, wanted)
         if lines:
-            raise JLTError(f"{checkpoint.folder} was not trained on these latents: {'; '.join(lines)}.")
+            raise JLTError(f"{checkpoint.folder} was not trained on these latents: {format_difference(lines)}.")

@@ -13,7 +13,7 @@ from jlt.evaluation.reference import Reference, require_npz
 from jlt.images.source import ImageSource
 from jlt.runtime.processes import join_group
 from jlt.runtime.progress import inform
-from jlt.storage.files import difference, read_json
+from jlt.storage.files import difference, format_difference, read_json
 from jlt.storage.rows import require_space
 
 
@@ -43,7 +43,7 @@ def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExt
         reference = Reference.load(out)
         lines = difference(reference.protocol, protocol)
         if lines:
-            raise JLTError(f"{out} holds other statistics ({'; '.join(lines)}): name another file.")
+            raise JLTError(f"{out} holds other statistics ({format_difference(lines)}): name another file.")
         inform(f"{out} is finished already.")
         return reference.identity()
     # A process that was killed between the two files leaves the first one.

@@ -29,7 +29,7 @@ from jlt.latents.shards import ShardFile, TensorEntry
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import VERIFY_THREADS, LatentStore
 from jlt.runtime.progress import inform, track
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 DTYPES = {"F16": "float16", "F32": "float32"}
@@ -257,8 +257,8 @@ def _adopted_before(folder: Path, words: dict[str, Any]) -> StoreManifest:
     lines = difference(*(json.loads(json.dumps(side)) for side in (before, words)))
     if lines:
         raise JLTError(
-            f"{folder} was adopted with other words ({'; '.join(lines)}): use those, or remove its {MANIFEST_NAME} to "
-            "adopt it anew."
+            f"{folder} was adopted with other words ({format_difference(lines)}): use those, or remove its "
+            f"{MANIFEST_NAME} to adopt it anew."
         )
     return manifest
 

@@ -39,6 +39,7 @@ from jlt.runtime.signals import until_stopped
 from jlt.storage.files import (
     atomic_path,
     difference,
+    format_difference,
     lock_folder,
     read_sealed_json,
     sealed_text,
@@ -286,4 +287,6 @@ def _remove(files: Iterable[Path]) -> None:
 def _require_same_words(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     lines = difference(before, now)
     if lines:
-        raise JLTError(f"{out} was encoded with other words ({'; '.join(lines)}): use those, or name another folder.")
+        raise JLTError(
+            f"{out} was encoded with other words ({format_difference(lines)}): use those, or name another folder."
+        )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jlt.errors import JLTError
 from jlt.runtime.signals import Stopped, stop_on_signal, until
 from jlt.runtime.watchdog import Pulse, Watchdog
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -259,7 +259,7 @@ def require_same_arguments(group: Group, words: Mapping[str, Any], verb: str) ->
     all_words = group.gather(words)
     for rank, theirs in enumerate(all_words):
         if lines := difference(all_words[0], theirs):
-            raise JLTError(f"Process {rank} would {verb} something else than process 0: {'; '.join(lines)}.")
+            raise JLTError(f"Process {rank} would {verb} something else than process 0: {format_difference(lines)}.")
 
 
 def _said(error: Exception | None) -> str | None:

@@ -32,7 +32,7 @@ from jlt.sampling.generate import (
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.solvers import Noise, network_evaluations
 from jlt.storage.codec import to_json
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
@@ -200,7 +200,7 @@ def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
     guide = open_checkpoint(Path(config.autoguide)) if config.autoguide else checkpoint
     mine, theirs = (_sampled_space(side) for side in (checkpoint, guide))
     if lines := difference(mine, theirs):
-        raise JLTError(f"{guide.folder} cannot guide, it draws something else: {'; '.join(lines)}.")
+        raise JLTError(f"{guide.folder} cannot guide, it draws something else: {format_difference(lines)}.")
     require_ema(guide, config.autoguide_ema)
     mine_ema = choose_name(checkpoint, config.ema)
     if guide.sha256 == checkpoint.sha256 and choose_name(guide, config.autoguide_ema) == mine_ema:

@@ -13,7 +13,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +119,30 @@ def _indented(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Return one line per value in which two nested mappings differ, by dotted name."""
-    lines = []
+Difference = tuple[str, Any, Any]
+"""The dotted name of a value, the old value and the new one; None where there is none."""
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[Difference]:
+    """Return every value in which two nested mappings differ."""
+    found: list[Difference] = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += difference(a, b, f"{where}{key}.")
+            found += difference(a, b, f"{where}{key}.")
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) > LONG_LIST:
-            # One line for all: a thousand class names may differ.
+            # One entry for all: a thousand class names may differ.
             first = next((place for place in range(len(a)) if a[place] != b[place]), None)
             if first is not None:
-                lines.append(f"{where}{key}[{first}]: {_short(a[first])} -> {_short(b[first])}")
+                found.append((f"{where}{key}[{first}]", a[first], b[first]))
         elif a != b:
-            lines.append(f"{where}{key}: {_short(a)} -> {_short(b)}")
-    return lines
+            found.append((f"{where}{key}", a, b))
+    return found
+
+
+def format_difference(differences: Sequence[Difference]) -> str:
+    """Return differences as text: steps: 10 -> 20; seed: 0 -> 1."""
+    return "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, old, new in differences)
 
 
 def _short(value: Any) -> str:
@@ -159,9 +168,10 @@ def claim_folder(
     if path.is_file():
         stored = read_json(path)
         before, now = ({key: side[key] for key in side if key not in free} for side in (stored, words))
-        lines = difference(before, now)
-        if lines:
-            raise JLTError(f"{folder} holds other work, which differs in: {'; '.join(lines)}. Choose another folder.")
+        if differences := difference(before, now):
+            raise JLTError(
+                f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
+            )
     elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
         raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
     write_json(path, words)

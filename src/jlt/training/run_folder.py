@@ -10,7 +10,7 @@ from typing import Any
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, difference
+from jlt.storage.files import claim_folder, difference, format_difference
 from jlt.training.checkpoint import Checkpoint
 
 FREE_TO_CHANGE = {
@@ -40,6 +40,6 @@ def require_same_run(checkpoint: Checkpoint, config: TrainConfig, latents: Mappi
     """Raise a JLTError if a checkpoint's configuration or latents are not those of the run that wants to continue."""
     lines = difference(resolved(checkpoint.config, checkpoint.latents), resolved(config, latents))
     free = free_to_change(config)
-    bound = [line for line in lines if line.partition(":")[0].partition(".")[0] not in free]
+    bound = [line for line in lines if line[0].partition(".")[0] not in free]
     if bound:
-        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {'; '.join(bound)}.")
+        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(bound)}.")

@@ -20,7 +20,7 @@ from jlt.experiments.analysis import Question
 from jlt.geometry.accumulate import measure_moments
 from jlt.geometry.analyze import describe
 from jlt.geometry.forecast import TrainingModel
-from jlt.report.results import ABLATION_SCHEMA
+from jlt.results import Ablation
 from jlt.runtime.processes import SingleProcess, rank0_value
 from jlt.storage.files import sealed_text, write_json
 
@@ -232,7 +232,7 @@ def write_ablation(
         weights[run.removeprefix("runs/")] = hashlib.sha256(f"weights {patch_size} {seed}".encode()).hexdigest()
         draws[run.removeprefix("runs/")] = hashlib.sha256(f"draws {seed}".encode()).hexdigest()
     ablation = {
-        "schema": ABLATION_SCHEMA,
+        "schema": Ablation.SCHEMA,
         "title": "Handwritten digits: matched targets",
         "recipe": "digits",
         "created": "2026-11-23T18:00:00+00:00",

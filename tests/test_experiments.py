@@ -100,7 +100,7 @@ def modified(folder: Path) -> dict[str, int]:
 
 def claims_to_be_matched(out: Path) -> bool:
     path = out / "ablation.json"
-    return path.exists() and "matched" in json.loads(path.read_text())
+    return path.exists() and json.loads(path.read_text())["matched"] is not None
 
 
 # ---- a whole ablation ----
@@ -242,10 +242,7 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     systems = systems_of(ablation_config(latents), latents, out, "cpu")
-    assert prove_matched(systems, ablation_config(latents))["matched"]["differs"] == [
-        "network.patch_size",
-        "prediction",
-    ]
+    assert prove_matched(systems, ablation_config(latents))[1].differs == ("network.patch_size", "prediction")
     odd = next(system for system in systems if system.run.name == "v-v-p1-s0")
     config = odd.config
     if planted == "another order":
@@ -265,45 +262,43 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
 
 def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch):
     config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64))
-    summary = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
-    assert len(summary["systems"]) == 2 * 2 * 2
-    assert {system["variant"] for system in summary["systems"]} == {
+    ablation = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
+    assert len(ablation.systems) == 2 * 2 * 2
+    assert {system.variant for system in ablation.systems} == {
         f"anisotropy {power}, width {width}" for power in (0, 1) for width in (32, 64)
     }
-    differs = {name.rpartition(".")[2] for name in summary["matched"]["differs"]}
+    differs = {name.rpartition(".")[2] for name in ablation.matched.differs}
     assert {"prediction", "hidden_size", "num_heads", "anisotropy", "manifest_sha256"} <= differs
-    assert len(set(summary["matched"]["draws"].values())) == 1
-    assert len(set(summary["matched"]["initial_weights"].values())) == 2
-    for told in summary["forecasts"]:
-        store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{told['anisotropy']:g}-p1")
+    assert len(set(ablation.matched.draws.values())) == 1
+    assert len(set(ablation.matched.initial_weights.values())) == 2
+    for forecast in ablation.forecasts:
+        store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{forecast.anisotropy:g}-p1")
         model = TrainingModel.of(config.train)
-        assert told["needed"]["0.05"] == pytest.approx(
+        assert forecast.needed["0.05"] == pytest.approx(
             needed_ranks(token_estimates(store, [1], "cpu")[1].eigenvalues, model, 0.05)
         )
-    white, as_it_is = (
-        next(told for told in summary["forecasts"] if told["anisotropy"] == power) for power in (0.0, 1.0)
-    )
-    assert white["sphericity"] > 0.99 > as_it_is["sphericity"]
-    assert as_it_is["clean_over_velocity"] > 0.3 > white["clean_over_velocity"]
+    white, as_it_is = (next(found for found in ablation.forecasts if found.anisotropy == power) for power in (0.0, 1.0))
+    assert white.sphericity > 0.99 > as_it_is.sphericity
+    assert as_it_is.clean_over_velocity > 0.3 > white.clean_over_velocity
     page = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert "anisotropy 0, width 32" in page
     before = file_bytes(tmp_path / "out" / "runs")
-    # What was expected before the training stays as it was said.
+    # A forecast made before the training is kept.
     monkeypatch.delattr("jlt.experiments.ablation.token_estimates")
     again = ablate(config, latents, tmp_path / "out", workers=2, command="again")
-    assert again["forecasts"] == summary["forecasts"]
+    assert again.forecasts == ablation.forecasts
     assert file_bytes(tmp_path / "out" / "runs") == before
 
 
 def test_something_is_expected_of_every_loss_space(latents, tmp_path):
     config = ablation_config(latents, patch_size=(1,), loss_space=("x", "v"))
-    told = forecasts(systems_of(config, latents, tmp_path, "cpu"))
-    assert [entry["loss_space"] for entry in told] == ["x", "v"]
+    found = forecasts(systems_of(config, latents, tmp_path, "cpu"))
+    assert [forecast.loss_space for forecast in found] == ["x", "v"]
     spectrum = token_estimates(LatentStore.open(latents), [1], "cpu")[1].eigenvalues
-    for entry in told:
-        model = TrainingModel(config.train.timesteps, config.train.loss.t_eps, entry["loss_space"])
-        assert entry["needed"]["0.05"] == pytest.approx(needed_ranks(spectrum, model, 0.05))
-    assert told[0]["needed"]["0.05"] != told[1]["needed"]["0.05"]
+    for forecast in found:
+        model = TrainingModel(config.train.timesteps, config.train.loss.t_eps, forecast.loss_space)
+        assert forecast.needed["0.05"] == pytest.approx(needed_ranks(spectrum, model, 0.05))
+    assert found[0].needed["0.05"] != found[1].needed["0.05"]
 
 
 @pytest.mark.parametrize("powers", [(-1.0,), (9.0,), (1.0, 1.0)])
@@ -366,7 +361,7 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not (out / "runs").exists()
     # What is expected of the systems needs the latents too; without it they are met in the training alone.
-    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda *_: [])
+    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda *_: ())
     with pytest.raises(JLTError, match=r"Step 10: the loss is nan.* 10 in a row"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not claims_to_be_matched(out)

@@ -20,13 +20,14 @@ from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.real_images import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
-from jlt.experiments.search import Measured, Setting, SweepConfig, default_coarse_num, keep, search, to_confirm
+from jlt.experiments.search import Measured, SweepConfig, default_coarse_num, keep, search, to_confirm
 from jlt.images.digits import Digits
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.store import LatentStore
 from jlt.report import palette
 from jlt.report.page import write_report
+from jlt.results import Setting
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
@@ -81,7 +82,7 @@ def test_the_search_finds_the_bottom_and_refines_it(sign):
     assert stages[0].measured[0].setting == Setting(2.0, (0.25, 1.0), "0.999")
     best = stages[-1].measured[0]
     assert best.setting == Setting(1.75, (0.25, 1.0), "0.999")
-    assert [stage.name for stage in stages][-2:] == ["refinement", "refinement"]
+    assert [stage.round.kind for stage in stages][-2:] == ["refinement", "refinement"]
     for stage in stages:
         assert len({point.num for point in stage.measured}) == 1
         costs = [point.cost for point in stage.measured]
@@ -166,7 +167,7 @@ def test_networks_are_opened_once_a_stage():
         ({"ema": ("none", "none")}, "each of them once"),
         ({"coarse_num": 9}, "between 10 and"),
         ({"coarse_num": 900}, "between 10 and"),
-        ({"confirm_seed": 3}, "another than the one that chooses"),
+        ({"confirm_seed": 3}, "must differ from the seed of the search"),
         ({"confirm": 0}, "1 or more"),
         ({"cfg_interval": ((0.5, 0.2),)}, "low < high"),
     ],
@@ -368,13 +369,13 @@ def test_no_image_is_drawn_twice_and_features_go_early(words, tmp_path, monkeypa
 PLANT = """
 import os, signal
 from jlt.experiments import sweep
-write, left = sweep.write_json, [{count}]
+write, left = sweep.write_result, [{count}]
 def writing(path, value):
     left[0] -= path.parent.name == "points"
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, value)
-sweep.write_json = writing
+sweep.write_result = writing
 """
 
 
@@ -452,4 +453,4 @@ def test_a_checkpoint_outside_of_a_run_needs_a_place(place, words, tmp_path, cap
     copy = tmp_path / "copied" / "here"
     shutil.copytree(open_checkpoint(place / "run").folder, copy)
     assert main([*words, "--checkpoint", str(copy)]) == 2
-    assert "say with --out" in capsys.readouterr().err
+    assert "name a folder for the sweep with --out" in capsys.readouterr().err

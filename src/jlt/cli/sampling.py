@@ -102,7 +102,8 @@ class Evaluate(Command):
     def run(self) -> Result:
         from jlt.evaluation.extractors import load_extractor
         from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint, evaluate_files
-        from jlt.report.metrics_table import metrics_table
+        from jlt.report.terminal import metrics_table
+        from jlt.results import result_json
         from jlt.runtime.environment import default_device
         from jlt.runtime.processes import join_group
 
@@ -119,7 +120,7 @@ class Evaluate(Command):
                 )
         else:
             raise UsageError("Evaluation needs either --checkpoint or --samples.")
-        return Result(result, metrics_table(result["metrics"]))
+        return Result(result_json(result), metrics_table(result.metrics))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,7 @@ class Sweep(Command):
         from jlt.experiments.sweep import resolve_ema, sweep
         from jlt.report.page import write_report
         from jlt.report.sweep_page import sweep_table
+        from jlt.results import result_json
         from jlt.runtime.environment import default_device
         from jlt.runtime.processes import join_group
         from jlt.training.checkpoint import open_checkpoint
@@ -109,7 +110,7 @@ class Sweep(Command):
                 self.features_path,
             )
             report = group.on_rank0(lambda: write_report(out))
-        data = {**result, "folder": str(out), "report": str(report)}
+        data = {**result_json(result), "folder": str(out), "report": str(report)}
         return Result(data, f"{sweep_table(result)}\n\nOpen {report}")
 
 

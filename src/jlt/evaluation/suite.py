@@ -24,6 +24,7 @@ from jlt.evaluation.metrics import (
 )
 from jlt.evaluation.real_images import KEPT
 from jlt.evaluation.reference import Reference, check_reference
+from jlt.results.evaluation import Metrics
 from jlt.runtime.random_numbers import random_subset
 from jlt.storage.blocks import blocks, take
 
@@ -47,31 +48,6 @@ class Columns:
     logits: Float[np.ndarray, "n k"] | None = None
     spatial: Float32[np.ndarray, "n s"] | None = None
     labels: Int64[np.ndarray, " n"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """What was measured on `count` images; None is what the extractor, the reference or the images do not allow.
-
-    `frechet_distance_error` is its standard error, `frechet_distance_bias` by how much it is too large for want of
-    samples; both are estimates. Precision and the like and the kernel distance are of at most 10,000 images.
-    """
-
-    frechet_distance: float
-    frechet_distance_error: float | None = None
-    frechet_distance_bias: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    inception_score_whole: float | None = None
-    spatial_frechet_distance: float | None = None
-    kernel_distance: float | None = None
-    kernel_distance_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    density: float | None = None
-    coverage: float | None = None
-    label_agreement: float | None = None
-    count: int
 
 
 @dataclass(frozen=True)

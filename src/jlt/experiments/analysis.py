@@ -14,7 +14,7 @@ from jlt.geometry.forecast import TrainingModel
 from jlt.latents.store import LatentStore
 from jlt.patches import require_divisor
 from jlt.report.page import write_report
-from jlt.report.results import GEOMETRY, GEOMETRY_SCHEMA, INSIDE
+from jlt.report.study import GEOMETRY, GEOMETRY_SCHEMA, INSIDE
 from jlt.runtime.processes import Group, SingleProcess, rank0_value
 from jlt.runtime.progress import inform
 from jlt.storage.codec import to_json

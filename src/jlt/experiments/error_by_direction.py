@@ -25,7 +25,7 @@ from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
 from jlt.geometry.tokens import eigenbasis
 from jlt.patches import join_tokens, patch_tokens
-from jlt.report.results import INSIDE_SCHEMA
+from jlt.report.study import INSIDE_SCHEMA
 from jlt.runtime.processes import Group, rank0_value, stop_together
 from jlt.runtime.progress import bar
 from jlt.runtime.random_numbers import derive_seed, normal_per_sample, random_subset

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
+from jlt.config import Prediction
 from jlt.report.findings import CLOSE_RATIO
 from jlt.report.palette import SYMBOL
-from jlt.report.results import ABLATION_SCHEMA, Spread, Study, System, spread
+from jlt.report.study import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
+from jlt.results import SettingForecast
 
 NOTHING = 1e-3
 """Of a loss: what is less is not told as a number."""
@@ -53,33 +54,28 @@ class Check:
         return "x" if self.expected > 0 else "v"
 
 
-def forecasts_of(study: Study) -> list[Mapping[str, Any]]:
-    """Return what was expected of the systems of a study; nothing where an earlier version has said it otherwise."""
-    return study.facts.get("forecasts", []) if study.facts.get("schema") == ABLATION_SCHEMA else []
-
-
 def checks(study: Study) -> list[Check]:
     """Return every setting of which something was expected and in which both predictions were measured."""
     several = len({system.loss_space for system in study.systems}) > 1
     found = []
-    for forecast in forecasts_of(study):
+    for forecast in study.forecasts:
         ratio = spread(_ratios(study, forecast))
         if ratio is None:
             continue
-        space, beyond = forecast["loss_space"], forecast["clean_over_velocity"]
-        told = ", ".join(filter(None, [forecast["variant"], f"{SYMBOL[space]}-space loss" * several]))
+        space, beyond = forecast.loss_space, forecast.clean_over_velocity
+        told = ", ".join(filter(None, [forecast.variant, f"{SYMBOL[space]}-space loss" * several]))
         found.append(
             Check(
-                setting=f"patch {forecast['patch_size']}{f' ({told})' if told else ''}",
-                anisotropy=forecast["anisotropy"],
-                patch_size=forecast["patch_size"],
-                width=forecast["width"],
+                setting=f"patch {forecast.patch_size}{f' ({told})' if told else ''}",
+                anisotropy=forecast.anisotropy,
+                patch_size=forecast.patch_size,
+                width=forecast.width,
                 loss_space=space,
                 expected=beyond,
-                load=beyond * forecast["dimension"] / forecast["width"],
-                call=forecast["call"],
+                load=beyond * forecast.dimension / forecast.width,
+                call=forecast.call,
                 ratio=ratio,
-                before_training=forecast["before_training"],
+                before_training=forecast.before_training,
             )
         )
     return found
@@ -90,7 +86,7 @@ def widths_differ(found: Sequence[Check]) -> bool:
     return len({check.width for check in found}) > 1
 
 
-def _ratios(study: Study, forecast: Mapping[str, Any]) -> list[float]:
+def _ratios(study: Study, forecast: SettingForecast) -> list[float]:
     """Return the distance of velocity over that of clean prediction at the final step, for every seed of both."""
     of = {system.prediction: _by_seed(system, study.final_step) for system in _systems_of(study, forecast)}
     clean, velocity = of.get("x", {}), of.get("v", {})
@@ -100,10 +96,8 @@ def _ratios(study: Study, forecast: Mapping[str, Any]) -> list[float]:
 def _by_seed(system: System, step: int | None) -> dict[int, float]:
     found = {}
     for run in system.runs:
-        evaluation = run.at(step) if step is not None else None
-        value = evaluation.metrics.get("frechet_distance") if evaluation else None
-        if value is not None:
-            found[run.seed] = value
+        if evaluation := run.at(step):
+            found[run.seed] = evaluation.metrics.frechet_distance
     return found
 
 
@@ -148,19 +142,19 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
 def floor_sentences(study: Study) -> list[str]:
     """Say what the loss could not fall below where a network is narrower than its tokens, and to where it fell."""
     texts = []
-    for forecast in forecasts_of(study):
-        floor, measured = forecast["advice"][0]["loss_floor"], _final_losses(study, forecast)
-        if forecast["width"] >= forecast["dimension"] or not measured:
+    for forecast in study.forecasts:
+        floor, measured = forecast.advice[0].loss_floor, _final_losses(study, forecast)
+        if forecast.width >= forecast.dimension or not measured:
             continue
         told = [
             f"{SYMBOL[name]} {spread_text(loss)}, of which {_share_out_of_reach(floor[name] / loss.mean)}"
             for name, loss in measured.items()
         ]
-        said = "had been said to be" if forecast["before_training"] else "is, by the latents alone,"
-        where = f"patch {forecast['patch_size']}" + f" ({forecast['variant']})" * bool(forecast["variant"])
+        said = "had been said to be" if forecast.before_training else "is, by the latents alone,"
+        where = f"patch {forecast.patch_size}" + f" ({forecast.variant})" * bool(forecast.variant)
         texts.append(
-            f"At {where} a width of {forecast['width']} cannot put out {forecast['dimension']} directions. The "
-            f"{SYMBOL[forecast['loss_space']]}-space loss ended at {listed(told)} {said} out of reach for any such "
+            f"At {where} a width of {forecast.width} cannot put out {forecast.dimension} directions. The "
+            f"{SYMBOL[forecast.loss_space]}-space loss ended at {listed(told)} {said} out of reach for any such "
             "network."
         )
     return texts
@@ -170,9 +164,9 @@ def _share_out_of_reach(share: float) -> str:
     return "nothing" if share < NOTHING else f"{number(100 * share, 2)}%"
 
 
-def _final_losses(study: Study, forecast: Mapping[str, Any]) -> dict[str, Spread]:
+def _final_losses(study: Study, forecast: SettingForecast) -> dict[Prediction, Spread]:
     """Return the training loss of every prediction, over the last tenth of the steps, by seeds."""
-    found = {}
+    found: dict[Prediction, Spread] = {}
     for system in _systems_of(study, forecast):
         last = [run.log.steps[-max(1, len(run.log.steps) // 10) :] for run in system.runs if run.log.steps]
         loss = spread(fmean(logged.loss for logged in steps) for steps in last)
@@ -181,9 +175,8 @@ def _final_losses(study: Study, forecast: Mapping[str, Any]) -> dict[str, Spread
     return found
 
 
-def _systems_of(study: Study, forecast: Mapping[str, Any]) -> list[System]:
-    setting = tuple(forecast[name] for name in ("patch_size", "variant", "loss_space"))
-    return [s for s in study.systems if (s.patch_size, s.variant, s.loss_space) == setting]
+def _systems_of(study: Study, forecast: SettingForecast) -> list[System]:
+    return [s for s in study.systems if (s.variant, s.patch_size, s.loss_space) == forecast.setting]
 
 
 def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from jlt.report.palette import SYMBOL
-from jlt.report.results import Study
+from jlt.report.study import Study
 from jlt.report.wording import number, percent
 
 SLIDER_POINTS = 96

@@ -27,12 +27,14 @@ from jlt.latents.encoding import encode_source
 from jlt.latents.store import LatentStore
 from jlt.report import palette
 from jlt.report.page import write_report
-from jlt.results import Setting
+from jlt.results import Evaluation, Metrics, Setting
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
 WHOLE = (0.0, 1.0)
+NOTHING = Evaluation(0, Metrics(frechet_distance=0.0, count=0), {})
+"""The search reads no evaluation."""
 
 # ---- the search, on functions whose optimum is known ----
 
@@ -66,7 +68,7 @@ class Landscape:
         # Too large for want of images, as a Frechet distance is.
         values = [self.sign * (self.cost(setting) + 40 / num) for setting in settings]
         return [
-            Measured(setting, num, 3, value, error, self.sign > 0, {})
+            Measured(setting, num, 3, value, error, self.sign > 0, NOTHING)
             for setting, value in zip(settings, values, strict=True)
         ]
 
@@ -97,7 +99,7 @@ def test_unguided_settings_are_measured_once_whatever_the_interval():
 
 def test_a_stage_drops_only_what_is_in_the_worse_half_and_worse_by_more_than_the_errors():
     def point(value, error):
-        return Measured(Setting(value, WHOLE, "none"), 10, 0, value, error, True, {})
+        return Measured(Setting(value, WHOLE, "none"), 10, 0, value, error, True, NOTHING)
 
     # 2 errors of the difference are 2 * hypot(0.1, 0.1) = 0.283.
     ranked = [point(value, 0.1) for value in (1.0, 1.9, 2.0, 2.5)]
@@ -114,7 +116,7 @@ def test_what_becomes_better_and_worse_together_is_told_apart():
     def point(scale, values, common):
         parts = tuple(value + wave for value, wave in zip(values, common, strict=True))
         whole = sum(parts) / len(parts)
-        return Measured(Setting(scale, WHOLE, "none"), 100, 0, whole, 1.0, True, {}, parts, (10,) * 10)
+        return Measured(Setting(scale, WHOLE, "none"), 100, 0, whole, 1.0, True, NOTHING, parts, (10,) * 10)
 
     wave = [0.3 * (-1) ** part for part in range(10)]
     best = point(2.0, [1.0 + 0.001 * part for part in range(10)], wave)
@@ -259,7 +261,7 @@ def swept(whole, words):
 
 def results(folder):
     told = json.loads((folder / "sweep.json").read_text())
-    return {key: value for key, value in told.items() if key not in ("created", "command")}
+    return {key: value for key, value in told.items() if key not in ("created", "command", "sha256")}
 
 
 def parts_of(stored):
@@ -332,7 +334,12 @@ def test_numbers_can_be_read_in_every_cell_of_a_map(mode):
 
 
 def test_a_damaged_result_is_said(whole, swept, tmp_path):
-    (tmp_path / "sweep.json").write_text(json.dumps({**swept, "stages": []}))
+    edited = {**swept, "stages": []}
+    (tmp_path / "sweep.json").write_text(json.dumps(edited))
+    with pytest.raises(JLTError, match="edited or damaged"):
+        write_report(tmp_path)
+    del edited["sha256"]
+    (tmp_path / "sweep.json").write_text(json.dumps(edited))
     with pytest.raises(JLTError, match="damaged or was written by another version"):
         write_report(tmp_path)
 

@@ -220,7 +220,7 @@ def step_panel(
             paint(axes)
 
     ends = [f"{line.name} ends at {write(line.y[-1])}" for line in lines if line.name]
-    return draw(paint_all, f"{title} against training step: {listed(ends)}.", size)
+    return draw(paint_all, f"{title}. Against the training step, {listed(ends)}.", size)
 
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:

@@ -213,7 +213,9 @@ def step_panel(
             line.draw(axes)
         if zero:
             axes.set_ylim(0, 1.12 * max(values) or 1)
-        if zero or linear or not log_if_wide(axes, values) or write is percent:
+        elif not linear:
+            log_if_wide(axes, values)
+        if zero or write is percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, write)))
         label_steps(axes, title)
         if paint:

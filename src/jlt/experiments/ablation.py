@@ -17,8 +17,9 @@ from typing import Any
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.real_images import open_reference
 from jlt.experiments.ablation_run import AblationProgress, AblationRun
-from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of, save_reference
+from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of
 from jlt.experiments.coordinate_stores import store_in_coordinates
 from jlt.experiments.recipes import vary
 from jlt.geometry.forecast import Estimate, TrainingModel, forecast
@@ -154,9 +155,10 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     claim(out, config, store)
     with lock_folder(out):
         images = config.reference or images_of(store)
-        exif = (store.manifest.encoding or {}).get("exif", "ignore")
-        extractor = load_extractor(config.extractor, device, config.features_path or None)
-        save_reference(reference_path(config, out), images, extractor, store.manifest.resolution, exif)
+        if not reference_path(config, out).exists():
+            extractor = load_extractor(config.extractor, device, config.features_path or None)
+            exif = (store.manifest.encoding or {}).get("exif", "ignore")
+            open_reference(images, extractor, store.manifest.resolution, exif).save(reference_path(config, out))
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
         expected = forecasts(systems, _known_forecasts(out), device)

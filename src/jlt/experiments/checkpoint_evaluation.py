@@ -25,7 +25,6 @@ from jlt.evaluation.reference import Reference, check_reference
 from jlt.evaluation.suite import measure, require_enough
 from jlt.experiments.drawn_features import drawn_features
 from jlt.images.contact_sheet import SheetText, draw_sheet
-from jlt.images.crop import Exif
 from jlt.images.registry import reopen_source
 from jlt.images.selected import Selected
 from jlt.images.source import ImageSource
@@ -47,14 +46,6 @@ IMAGES_PER_DIMENSION = 10
 """Fewer images than this per dimension of the features give a warning."""
 GRID_COLUMNS = 8
 """Samples of each class in a grid."""
-
-
-def save_reference(
-    path: Path, images: str | ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
-) -> None:
-    """Write the statistics of a source of images once."""
-    if not path.exists():
-        open_reference(images, extractor, resolution, exif).save(path)
 
 
 def images_of(store: LatentStore) -> ImageSource:

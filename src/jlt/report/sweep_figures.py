@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Rectangle
 
 from jlt.report.figures import HALF, LOG_RATIO, Figure, LegendEntry, Panel, draw, log_if_wide
@@ -58,16 +58,20 @@ def _grid_figure(result: Sweep) -> Figure | None:
 
 def _map_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[float], interval: Interval) -> Panel:
     emas = result.axes.ema
-    shade = _shades(result, points)
-    cells = [point for point in points if point.setting.on_line(interval, point.ema)]
+    values = [point.value for point in points]
+    wide = min(values) > 0 and max(values) / min(values) > LOG_RATIO
+    norm = (LogNorm if wide else Normalize)(min(values), max(values))
 
     def paint(axes: Axes) -> None:
-        for point in cells:
-            column, row, level = scales.index(point.cfg_scale), emas.index(point.ema), shade(point.value)
-            _cell(axes, column, row, facecolor=SCALE[level].light, edgecolor=PAPER.light, linewidth=2)
-            ink = PAPER.light if level < DEEP else INK.light
-            text = metric_text(result.metric, point.value)
-            axes.text(column, row, text, ha="center", va="center", fontsize=9.5, color=ink)
+        for point in points:
+            if point.setting.on_line(interval, point.ema):
+                column, row = scales.index(point.cfg_scale), emas.index(point.ema)
+                share = float(norm(point.value)) if result.lower_is_better else 1 - float(norm(point.value))
+                level = min(len(SCALE) - 1, int(share * len(SCALE)))
+                _cell(axes, column, row, facecolor=SCALE[level].light, edgecolor=PAPER.light, linewidth=2)
+                ink = PAPER.light if level < DEEP else INK.light
+                text = metric_text(result.metric, point.value)
+                axes.text(column, row, text, ha="center", va="center", fontsize=9.5, color=ink)
         _mark(axes, scales, emas, result.choice.setting, interval)
         axes.set_xlim(-0.5, len(scales) - 0.5)
         axes.set_ylim(len(emas) - 0.5, -0.5)
@@ -105,20 +109,6 @@ def _mark(axes: Axes, scales: Sequence[float], emas: Sequence[str], chosen: Sett
         [below + 0.5], [row], marker="o", zorder=5, markersize=10, markerfacecolor=PAPER.light,
         markeredgecolor=INK.light, markeredgewidth=2.4,
     )  # fmt: skip
-
-
-def _shades(result: Sweep, points: Sequence[SweepPoint]) -> Callable[[float], int]:
-    """Return a function from a value to its place in the scale of colours, 0 the best."""
-    values = [point.value for point in points]
-    scale = math.log if min(values) > 0 and max(values) / min(values) > LOG_RATIO else float
-    low, high = scale(min(values)), scale(max(values))
-
-    def shade(value: float) -> int:
-        part = (scale(value) - low) / (high - low or 1)
-        part = part if result.lower_is_better else 1 - part
-        return min(len(SCALE) - 1, int(part * len(SCALE)))
-
-    return shade
 
 
 def _best_of(result: Sweep, points: Sequence[SweepPoint]) -> str:

@@ -26,11 +26,6 @@ class SystemRun:
     run: str
     """Relative to the folder of the ablation."""
 
-    @property
-    def setting(self) -> tuple[str, int, LossSpace]:
-        """Variant, patch size and loss space: systems that share them share a forecast."""
-        return self.variant, self.patch_size, self.loss_space
-
 
 @dataclass(frozen=True)
 class SettingAdvice:

@@ -15,6 +15,8 @@ from jlt.results.files import read_result
 from jlt.storage.files import read_json
 
 Event = Mapping[str, Any]
+OPTIONAL_NUMBERS = ("learning_rate", "grad_norm", "img_per_second", "mfu", "memory_gib", "waiting", "seconds")
+"""Fields of a logged step that are numbers or None."""
 
 
 @dataclass(frozen=True)
@@ -187,19 +189,12 @@ def _events(path: Path) -> Iterator[Event]:
 
 
 def _logged_step(event: Event) -> LoggedStep:
-    distances = {name: _number(value) for name, value in (event.get("ema_distance") or {}).items()}
     return LoggedStep(
         step=event["step"],
         loss=float(event["loss"]),
         loss_by_time=tuple(_number(value) for value in event.get("loss_by_time") or ()),
-        learning_rate=_number(event.get("learning_rate")),
-        grad_norm=_number(event.get("grad_norm")),
-        ema_distance={name: value for name, value in distances.items() if value is not None},
-        img_per_second=_number(event.get("img_per_second")),
-        mfu=_number(event.get("mfu")),
-        memory_gib=_number(event.get("memory_gib")),
-        waiting=_number(event.get("waiting")),
-        seconds=_number(event.get("seconds")),
+        ema_distance={name: value for name, value in (event.get("ema_distance") or {}).items() if _finite(value)},
+        **{name: _number(event.get(name)) for name in OPTIONAL_NUMBERS},
     )
 
 

@@ -152,7 +152,7 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     ablate(ablation_config(latents), latents, out, workers=2, command="again")
     seconds = time.monotonic() - begun
     after = modified(out / "runs")
-    # Only what says whose a run is and its grid may be written anew.
+    # Only config.json, the grid and the lock may be written again.
     changed = {Path(path).name for path in after if before.get(path) != after[path]}
     assert set(after) == set(before)
     assert changed <= {"config.json", "grid.png", ".lock"}
@@ -230,15 +230,15 @@ def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("planted", "said"),
+    ("planted", "message"),
     [
         ("another order", "their random draws differ"),
         ("other weights", "their initial weights differ"),
         ("another setting", "they also differ in optimizer.weight_decay"),
     ],
 )
-def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, monkeypatch, planted, said):
-    """One run is replaced by one that was trained otherwise than the ablation says."""
+def test_runs_that_were_not_matched_are_detected(finished, latents, tmp_path, monkeypatch, planted, message):
+    """One run is replaced by one that was trained with other settings."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     systems = systems_of(ablation_config(latents), latents, out, "cpu")
@@ -253,7 +253,7 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
         monkeypatch.setattr(state, "build_network", lambda network, seed: build_network(network, seed + 1))
     shutil.rmtree(odd.run)
     loop.train(config, LatentStore.open(latents), odd.run)
-    with pytest.raises(JLTError, match=f"not matched: {said}"):
+    with pytest.raises(JLTError, match=f"not matched: {message}"):
         prove_matched(systems, ablation_config(latents))
 
 
@@ -290,7 +290,7 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch
     assert file_bytes(tmp_path / "out" / "runs") == before
 
 
-def test_something_is_expected_of_every_loss_space(latents, tmp_path):
+def test_every_loss_space_has_a_forecast(latents, tmp_path):
     config = ablation_config(latents, patch_size=(1,), loss_space=("x", "v"))
     found = forecasts(systems_of(config, latents, tmp_path, "cpu"))
     assert [forecast.loss_space for forecast in found] == ["x", "v"]
@@ -302,7 +302,7 @@ def test_something_is_expected_of_every_loss_space(latents, tmp_path):
 
 
 @pytest.mark.parametrize("powers", [(-1.0,), (9.0,), (1.0, 1.0)])
-def test_powers_that_make_no_sense_are_wrong_words(latents, powers):
+def test_impossible_powers_are_usage_errors(latents, powers):
     with pytest.raises(UsageError, match=r"anisotropy"):
         ablation_config(latents, anisotropy=powers)
 
@@ -373,15 +373,15 @@ PREDICTIONS = ["x", "v", "eps"]
 LONG = {"--steps": 400, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
 
 
-def long_words(latents: Path, out: Path) -> list[str]:
-    words = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
-    words += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
-    return list(map(str, words))
+def long_arguments(latents: Path, out: Path) -> list[str]:
+    arguments = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
+    arguments += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
+    return list(map(str, arguments))
 
 
 def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "jlt.cli.main", *long_words(latents, out)],
+        [sys.executable, "-m", "jlt.cli.main", *long_arguments(latents, out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -438,7 +438,7 @@ def final_tensors(out: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latents, tmp_path):
+def test_sigterm_ends_every_process_and_the_same_command_finishes_bit_for_bit(latents, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with running_ablation(latents, parts) as process:
         begun = {run.name for run in (parts / "runs").iterdir()}
@@ -447,9 +447,9 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         process.send_signal(signal.SIGTERM)
         seconds_until_gone(process.pid, 30)
         assert process.wait(timeout=5) == os.EX_TEMPFAIL
-        said = process.stderr.read()
-    assert "The same words continue it." in said
-    assert "Traceback" not in said
+        message = process.stderr.read()
+    assert "The same words continue it." in message
+    assert "Traceback" not in message
     # Both saved where they were, and the third did not begin.
     assert {run.name for run in (parts / "runs").iterdir()} == begun
     for name in begun:
@@ -459,9 +459,9 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         assert verify_checkpoints(parts / "runs" / name) == []
     assert not claims_to_be_matched(parts)
     for out in (whole, parts):
-        process = forked.start(long_words(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"})
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+        process = forked.start(long_arguments(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"})
+        _, message = process.communicate(timeout=200)
+        assert process.returncode == 0, message
     ours, theirs = final_tensors(parts), final_tensors(whole)
     assert set(ours) == set(theirs)
     assert len(ours) == 15

@@ -323,7 +323,7 @@ def test_a_bad_image_is_named():
         reference_statistics(NoiseSource(100, bad={70}), Corners(), 8)
 
 
-# ---- the verb ----
+# ---- the command ----
 
 
 def test_a_reference_is_made_once_and_kept(tmp_path, capsys):
@@ -377,7 +377,7 @@ def test_a_request_to_stop_ends_without_a_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_verb_makes_what_evaluation_takes(tmp_path, capsys):
+def test_the_command_makes_what_evaluation_takes(tmp_path, capsys):
     out = tmp_path / "digits.npz"
     assert main(["reference", "--images", "digits", "--resolution", "32", "--out", str(out), "--json"]) == 0
     identity = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""The report: what it reads and refuses, what it says whichever way the numbers fall, and that one file is enough."""
+"""The report: what it reads and refuses, its sentences for every outcome, and that one file is enough."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def study_of(folder: Path, seeds: tuple[int, ...] = (0,), **final: float) -> Stu
     return read_study(write_ablation(folder, predictions, patch_sizes, seeds, chosen))
 
 
-# What is said
+# Sentences
 
 
 def test_a_clear_order_is_named_with_its_numbers(folder: Path) -> None:
     study = read_study(folder)
     assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1 and patch 2."
-    said = findings.details(study)
-    assert said[0] == (
+    sentences = findings.details(study)
+    assert sentences[0] == (
         "At patch 1, clean prediction (x) reaches a Fréchet distance of 20.1, velocity prediction (v) 37.2 and noise "
         "prediction (ε) 310. Relative to x, v is 1.9 times as high and ε is 15 times as high."
     )
-    assert "single seed: the spread between seeds was not measured" in said[2]
-    assert said[3].endswith("This measurement agrees at patch 1 and patch 2.")
+    assert "single seed: the spread between seeds was not measured" in sentences[2]
+    assert sentences[3].endswith("This measurement agrees at patch 1 and patch 2.")
 
 
 def test_the_other_order_is_said_as_plainly(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_a_near_tie_of_single_seeds_has_no_winner(tmp_path: Path) -> None:
     assert findings.verdict(study) == (
         "Clean prediction (x) reaches the lowest Fréchet distance at patch 2; at patch 1 it is too close to call."
     )
-    said = findings.details(study)
-    assert "Velocity prediction (v) is only 8% higher: one seed cannot settle that." in said[0]
-    assert any("is undecided at patch 1 and agrees at patch 2" in text for text in said)
+    sentences = findings.details(study)
+    assert "Velocity prediction (v) is only 8% higher: one seed cannot settle that." in sentences[0]
+    assert any("is undecided at patch 1 and agrees at patch 2" in text for text in sentences)
 
 
 def test_ranges_over_seeds_decide_where_there_are_seeds(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_ranges_over_seeds_decide_where_there_are_seeds(tmp_path: Path) -> None:
 def test_systems_that_draw_noise_are_not_ranked(tmp_path: Path) -> None:
     study = study_of(tmp_path, x1=9000.0, v1=6000.0)  # label agreement of 9% and 13% among ten classes
     assert findings.verdict(study) == "Too early to tell: no system draws recognisable samples yet."
-    said = findings.details(study)
-    assert said[0].startswith("At most 13.0% of any system's samples show the label")
-    assert not any("paper claims" in text for text in said)
+    sentences = findings.details(study)
+    assert sentences[0].startswith("At most 13.0% of any system's samples show the label")
+    assert not any("paper claims" in text for text in sentences)
 
 
 def test_winners_that_differ_by_patch_size_are_both_named(tmp_path: Path) -> None:
@@ -150,15 +150,15 @@ def test_the_nine_cells_are_compared_within_each_loss_space(tmp_path: Path) -> N
 
 
 def test_a_perfect_score_divides_nothing_by_zero(tmp_path: Path) -> None:
-    said = findings.details(study_of(tmp_path, x1=0.0, v1=30.0, eps1=0.0))
-    assert said[0].startswith("At patch 1, clean prediction (x) reaches a Fréchet distance of 0")
+    sentences = findings.details(study_of(tmp_path, x1=0.0, v1=30.0, eps1=0.0))
+    assert sentences[0].startswith("At patch 1, clean prediction (x) reaches a Fréchet distance of 0")
 
 
 def test_geometry_is_put_in_words() -> None:
     entry: dict[str, Any] = {"patch_size": 2, "dimension": 3, "effective_rank": 1.5, "sphericity": 0.1}
-    said = findings.geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
-    assert "2 directions vary less than a tenth as much as the noise" in said
-    assert "5.0% of the variance of x but 42.0% of that of v" in said  # 0.1 / 2 and 2.1 / 5
+    sentences = findings.geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
+    assert "2 directions vary less than a tenth as much as the noise" in sentences
+    assert "5.0% of the variance of x but 42.0% of that of v" in sentences  # 0.1 / 2 and 2.1 / 5
     flat = findings.geometry_sentence({**entry, "eigenvalues": [1.0, 1.0, 0.9], "sphericity": 0.99})
     assert "None of them varies less than a tenth as much as the noise" in flat
 
@@ -194,11 +194,14 @@ def test_settings_that_differ_are_read_back_from_the_runs(folder: Path) -> None:
 
 def test_shared_hashes_become_sentences(tmp_path: Path) -> None:
     study = study_of(tmp_path, seeds=(0, 1), x1=20.0, v1=30.0, x2=20.0, v2=30.0)
-    said = matched_statements(study)
+    texts = matched_statements(study)
     assert any(
-        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (") for text in said
+        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (")
+        for text in texts
     )
-    assert any("label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in said)
+    assert any(
+        "label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in texts
+    )
     facts = read_json(tmp_path / "ablation.json")
     facts["matched"]["draws"]["x-v-p1-s0"] = "0" * 64
     write_json(tmp_path / "ablation.json", facts)
@@ -416,7 +419,7 @@ def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("bins", "told"),
+    ("bins", "text"),
     [
         ([1.0, None, 0.5], "It is 1.00 at t 0.17 and 0.500 at t 0.83."),
         ([None] * 10, "No sample was drawn."),
@@ -424,10 +427,10 @@ def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: P
         ([1.0], "It is 1.00 at t 0.5 and 1.00 at t 0.5."),
     ],
 )
-def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None], told: str) -> None:
+def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None], text: str) -> None:
     write_json(tmp_path / "config.json", config("x", 1, 0))
     write_log(tmp_path, *({"event": "step", "step": step, "loss": 1.0, "loss_by_time": bins} for step in (1, 2)))
-    assert told in write_report(tmp_path).read_text(encoding="utf-8")
+    assert text in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_an_ablation_shows_the_loss_against_time_and_nothing_else_of_its_logs(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sweeps: the search finds a known optimum, chooses and reports by different images, and goes on after any end."""
+"""Sweeps: the search finds a known optimum, chooses and confirms by different images, and resumes."""
 
 import dataclasses
 import itertools
@@ -53,17 +53,17 @@ def config_of(**changes):
 
 
 class Landscape:
-    """Measures a bowl whose bottom is guidance 1.8 for t from 0.25 with the average, and notes what was asked of it."""
+    """Measures a bowl whose bottom is guidance 1.8 for t from 0.25 with the average, and records its measurements."""
 
     def __init__(self, error=0.05, sign=1):
-        self.error, self.sign, self.asked, self.dropped = error, sign, [], []
+        self.error, self.sign, self.measured, self.dropped = error, sign, [], []
 
     def cost(self, setting):
         away = 0.0 if setting.cfg_interval == (0.25, 1.0) else 0.3
         return 2 + (setting.cfg_scale - 1.8) ** 2 + away + (0.7 if setting.ema == "none" else 0)
 
     def measure(self, stage, settings, num):
-        self.asked += [(stage, setting, num) for setting in settings]
+        self.measured += [(stage, setting, num) for setting in settings]
         error = self.error * (100 / num) ** 0.5
         # Too large for want of images, as a Frechet distance is.
         values = [self.sign * (self.cost(setting) + 40 / num) for setting in settings]
@@ -80,7 +80,7 @@ class Landscape:
 def test_the_search_finds_the_bottom_and_refines_it(sign):
     land, config = Landscape(sign=sign), config_of(refine=2)
     stages = search(config, land.measure, land.drop)
-    # The grid has 2.0 as its best; between 1.5 and 2 lies 1.75, and then 1.625 and 1.875.
+    # The grid has 2.0 as its best; 1.75 is between 1.5 and 2, and then 1.625 and 1.875.
     assert stages[0].measured[0].setting == Setting(2.0, (0.25, 1.0), "0.999")
     best = stages[-1].measured[0]
     assert best.setting == Setting(1.75, (0.25, 1.0), "0.999")
@@ -110,7 +110,7 @@ def test_a_stage_drops_only_what_is_in_the_worse_half_and_worse_by_more_than_the
     assert keep(exact) == exact[:3]
 
 
-def test_what_becomes_better_and_worse_together_is_told_apart():
+def test_settings_that_become_better_and_worse_together_are_distinguished():
     """The error of a difference is that of the differences, not of the two numbers."""
 
     def point(scale, values, common):
@@ -130,7 +130,7 @@ def test_what_becomes_better_and_worse_together_is_told_apart():
     assert not near.clearly_worse(near)
 
 
-def test_dropped_settings_are_asked_for_no_more_and_the_rest_with_more_images():
+def test_dropped_settings_are_not_measured_again_and_others_with_more_images():
     land, config = Landscape(error=0.02), config_of(refine=0)
     stages = search(config, land.measure, land.drop)
     for stage, following in itertools.pairwise(stages):
@@ -140,7 +140,7 @@ def test_dropped_settings_are_asked_for_no_more_and_the_rest_with_more_images():
     assert len(land.dropped) == len(set(land.dropped)) == len(config.settings()) - len(stages[-1].measured)
 
 
-def test_where_nothing_can_be_told_apart_everything_is_measured_in_full():
+def test_indistinguishable_settings_are_all_measured_in_full():
     land, config = Landscape(error=100.0), config_of(refine=0)
     stages = search(config, land.measure, land.drop)
     assert [stage.measured[0].num for stage in stages] == [100, 200, 400, 800]
@@ -148,7 +148,7 @@ def test_where_nothing_can_be_told_apart_everything_is_measured_in_full():
     assert len(to_confirm(config, stages[-1])) == config.confirm == 2
 
 
-def test_only_what_cannot_be_told_from_the_best_is_confirmed_beside_it():
+def test_only_settings_indistinguishable_from_the_best_are_confirmed_too():
     land, config = Landscape(error=0.0), config_of(refine=1)
     stages = search(config, land.measure, land.drop)
     assert [point.setting.cfg_scale for point in to_confirm(config, stages[-1])] == [1.75]
@@ -157,13 +157,13 @@ def test_only_what_cannot_be_told_from_the_best_is_confirmed_beside_it():
 def test_networks_are_opened_once_a_stage():
     land = Landscape(error=100.0)
     search(config_of(refine=0), land.measure, land.drop)
-    for stage in {stage for stage, _, _ in land.asked}:
-        emas = [setting.ema for name, setting, _ in land.asked if name == stage]
+    for stage in {stage for stage, _, _ in land.measured}:
+        emas = [setting.ema for name, setting, _ in land.measured if name == stage]
         assert emas == sorted(emas)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"cfg_scale": ()}, "cfg-scale needs one"),
         ({"ema": ("none", "none")}, "each of them once"),
@@ -174,16 +174,16 @@ def test_networks_are_opened_once_a_stage():
         ({"cfg_interval": ((0.5, 0.2),)}, "low < high"),
     ],
 )
-def test_impossible_words_are_refused(changes, said):
-    with pytest.raises(JLTError, match=said):
+def test_impossible_arguments_are_refused(changes, message):
+    with pytest.raises(JLTError, match=message):
         config_of(**changes)
 
 
 def test_intervals_are_pairs():
     assert parse_interval("0.1,1") == (0.1, 1.0)
-    for words in ("0.1", "a,b", "0,0.5,1"):
+    for arguments in ("0.1", "a,b", "0,0.5,1"):
         with pytest.raises(UsageError, match="pairs low,high"):
-            parse_interval(words)
+            parse_interval(arguments)
 
 
 def test_the_first_stage_has_whole_batches():
@@ -220,7 +220,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def words(place):
+def arguments(place):
     run, reference = str(place / "run"), str(place / "reference.npz")
     axes = ["--cfg-scale", "1", "2", "4", "--cfg-interval", "0,1", "0.2,0.9", "--ema", "0.99", "sigma_rel=0.07"]
     sampling = ["--num", "40", "--coarse-num", "20", "--batch-size", "10", "--solver", "euler", "--steps", "2"]
@@ -228,9 +228,9 @@ def words(place):
 
 
 @pytest.fixture
-def few(words):
+def few(arguments):
     """A sweep of three settings."""
-    return [*words, "--cfg-interval", "0,1", "--ema", "0.99", "--refine", "1"]
+    return [*arguments, "--cfg-interval", "0,1", "--ema", "0.99", "--refine", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +253,15 @@ def whole(place, tmp_path_factory):
 
 
 @pytest.fixture
-def swept(whole, words):
+def swept(whole, arguments):
     if not whole.exists():
-        assert main([*words, "--out", str(whole)]) == 0
+        assert main([*arguments, "--out", str(whole)]) == 0
     return json.loads((whole / "sweep.json").read_text())
 
 
 def results(folder):
-    told = json.loads((folder / "sweep.json").read_text())
-    return {key: value for key, value in told.items() if key not in ("created", "command", "sha256")}
+    content = json.loads((folder / "sweep.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("created", "command", "sha256")}
 
 
 def parts_of(stored):
@@ -333,7 +333,7 @@ def test_numbers_can_be_read_in_every_cell_of_a_map(mode):
     assert len({colour.light for colour in palette.SCALE}) == len(palette.SCALE)
 
 
-def test_a_damaged_result_is_said(whole, swept, tmp_path):
+def test_a_damaged_result_is_named(whole, swept, tmp_path):
     edited = {**swept, "stages": []}
     (tmp_path / "sweep.json").write_text(json.dumps(edited))
     with pytest.raises(JLTError, match="edited or damaged"):
@@ -344,7 +344,7 @@ def test_a_damaged_result_is_said(whole, swept, tmp_path):
         write_report(tmp_path)
 
 
-def test_no_image_is_drawn_twice_and_features_go_early(words, tmp_path, monkeypatch):
+def test_no_image_is_drawn_twice_and_features_go_early(arguments, tmp_path, monkeypatch):
     drawn, draw, drop = [], ImageSampler.batches, sweeping.Sweeper.drop
 
     def batches(self, numbers=None):
@@ -362,15 +362,15 @@ def test_no_image_is_drawn_twice_and_features_go_early(words, tmp_path, monkeypa
 
     monkeypatch.setattr(ImageSampler, "batches", batches)
     monkeypatch.setattr(sweeping.Sweeper, "drop", dropping)
-    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert dropped
     assert len(drawn) == len(set(drawn))
-    told = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
     sizes = {}
-    for stage in told["stages"]:
+    for stage in content["stages"]:
         for point in stage["points"]:
             sizes[(point["cfg_scale"], tuple(point["cfg_interval"]), point["ema"])] = point["num"]
-    assert len(drawn) == sum(sizes.values()) + 40 * len(told["confirmed"])
+    assert len(drawn) == sum(sizes.values()) + 40 * len(content["confirmed"])
 
 
 PLANT = """
@@ -386,11 +386,11 @@ sweep.write_result = writing
 """
 
 
-def test_a_killed_sweep_goes_on_and_ends_the_same(few, few_results, tmp_path):
+def test_a_killed_sweep_resumes_and_ends_the_same(few, few_results, tmp_path):
     out = tmp_path / "out"
     killed = forked.start([*few, "--out", str(out)], plant=PLANT.format(count=4))
-    _, said = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, said
+    _, message = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, message
     assert len(list((out / "points").iterdir())) == 4
     before = {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
     assert main([*few, "--out", str(out)]) == 0
@@ -398,7 +398,7 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(few, few_results, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_stopped_sweep_leaves_with_75_and_goes_on(few, few_results, tmp_path, monkeypatch):
+def test_a_stopped_sweep_exits_with_75_and_resumes(few, few_results, tmp_path, monkeypatch):
     evaluate, calls = sweeping.evaluate_sampler, []
 
     def stopping(*arguments, **options):
@@ -416,16 +416,16 @@ def test_a_stopped_sweep_leaves_with_75_and_goes_on(few, few_results, tmp_path, 
     assert len(calls) == len(list((out / "points").iterdir()))
 
 
-def test_a_changed_word_is_refused(words, whole, swept, capsys):
+def test_a_changed_argument_is_refused(arguments, whole, swept, capsys):
     before = file_bytes(whole)
     for changed in (["--seed", "6"], ["--num", "50"], ["--refine", "0"], ["--steps", "3"]):
-        assert main([*words, "--out", str(whole), *changed]) == 1
+        assert main([*arguments, "--out", str(whole), *changed]) == 1
         assert "holds other work" in capsys.readouterr().err
     assert file_bytes(whole) == before
 
 
 @pytest.mark.parametrize(
-    ("changed", "said", "code"),
+    ("changed", "message", "code"),
     [
         (["--ema", "0.77"], "no EMA in this checkpoint", 2),
         (["--ema", "sigma_rel=7"], "does not name a length", 2),
@@ -434,9 +434,9 @@ def test_a_changed_word_is_refused(words, whole, swept, capsys):
         (["--metric", "spatial_frechet_distance"], "cannot be measured", 1),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(words, tmp_path, capsys, changed, said, code):
-    assert main([*words, "--out", str(tmp_path / "out"), *changed]) == code
-    assert said in capsys.readouterr().err
+def test_what_cannot_be_drawn_is_refused(arguments, tmp_path, capsys, changed, message, code):
+    assert main([*arguments, "--out", str(tmp_path / "out"), *changed]) == code
+    assert message in capsys.readouterr().err
     if "metric" not in changed[0]:
         assert not (tmp_path / "out").exists()
 
@@ -456,8 +456,8 @@ def test_other_settings_of_an_open_sampler_are_those_of_one_that_is_opened_for_t
         sampler = ours
 
 
-def test_a_checkpoint_outside_of_a_run_needs_a_place(place, words, tmp_path, capsys):
+def test_a_checkpoint_outside_of_a_run_needs_a_place(place, arguments, tmp_path, capsys):
     copy = tmp_path / "copied" / "here"
     shutil.copytree(open_checkpoint(place / "run").folder, copy)
-    assert main([*words, "--checkpoint", str(copy)]) == 2
+    assert main([*arguments, "--checkpoint", str(copy)]) == 2
     assert "name a folder for the sweep with --out" in capsys.readouterr().err

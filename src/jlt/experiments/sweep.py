@@ -14,8 +14,8 @@ import datetime
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,30 +51,21 @@ from jlt.training.averages import choose_name, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
 
+@dataclass
 class Sweeper:
     """Measures settings, each measurement once: those that the folder holds are read, others are drawn and kept."""
 
-    def __init__(
-        self,
-        config: SweepConfig,
-        out: Path,
-        sampler: ImageSampler,
-        reference: Reference,
-        extractor: FeatureExtractor,
-        group: Group,
-    ) -> None:
-        self.config, self.out, self.group = config, out, group
-        self._sampler, self._reference, self._extractor = sampler, reference, extractor
-        self._stop: Any = False
-        self._images, self._seconds = 0, 0.0
-
-    def __enter__(self) -> Sweeper:
-        self._held = contextlib.ExitStack()
-        self._stop = self._held.enter_context(stop_on_signal())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._held.close()
+    config: SweepConfig
+    out: Path
+    sampler: ImageSampler
+    reference: Reference
+    extractor: FeatureExtractor
+    group: Group
+    stop: Any
+    """True after a request to stop."""
+    images: int = 0
+    """Images drawn by this process, in so many `seconds`."""
+    seconds: float = 0.0
 
     def measure(self, round_: Round, settings: Sequence[Setting], num: int) -> list[Measured]:
         """Measure settings by the images of the search, adding to those of the stage before."""
@@ -95,22 +86,23 @@ class Sweeper:
             found.append(self.one(point.setting, num, self.config.confirm_seed, num))
             self._show(f"confirmation, {place + 1} of {len(points)}", found[-1], (len(points) - place - 1) * num)
         if self.group.rank == 0:
-            warn_if_few(found[0].result.metrics, self._extractor)
+            warn_if_few(found[0].result.metrics, self.extractor)
         return found
 
     def one(self, setting: Setting, num: int, seed: int, fresh: int) -> Measured:
         """Return a measurement, from its file if there is one; Stopped if any process is to stop."""
-        if any(self.group.gather(bool(self._stop))):
+        if any(self.group.gather(bool(self.stop))):
             raise Stopped("Stopped on request.")
         path = self.out / "points" / f"{setting.name}-seed{seed}-num{num}.json"
         result = self.group.on_rank0(lambda: read_result(Evaluation, path) if path.exists() else None)
         if result is None:
             began = time.monotonic()
-            self._sampler = with_config(self._sampler, self.config.sample_config(setting, num, seed))
+            self.sampler = with_config(self.sampler, self.config.sample_config(setting, num, seed))
             place = self._drawn(setting, seed)
-            result = evaluate_sampler(self._sampler, self._reference, self._extractor, place, self.group, keep=True)
+            result = evaluate_sampler(self.sampler, self.reference, self.extractor, place, self.group, keep=True)
             self.group.on_rank0(lambda: write_result(path, result))
-            self._images, self._seconds = self._images + fresh, self._seconds + time.monotonic() - began
+            self.images += fresh
+            self.seconds += time.monotonic() - began
         return self._measured(setting, num, seed, result)
 
     def _measured(self, setting: Setting, num: int, seed: int, result: Evaluation) -> Measured:
@@ -136,8 +128,8 @@ class Sweeper:
             return
         error = f" ± {point.error:.2g}" if point.error else ""
         left = ""
-        if self._images and images_left:
-            left = f"; {format_seconds(images_left * self._seconds / self._images)} left"
+        if self.images and images_left:
+            left = f"; {format_seconds(images_left * self.seconds / self.images)} left"
         value = f"{self.config.metric} {point.value:.4g}{error} ({point.num} images{left})"
         inform(f"{where}: {point.setting.name}: {value}")
 
@@ -186,7 +178,7 @@ def sweep(
     with contextlib.ExitStack() as held:
         group.on_rank0(lambda: held.enter_context(lock_folder(out)))
         group.on_rank0(lambda: _require_room(config, extractor, out))
-        sweeper = held.enter_context(Sweeper(config, out, sampler, reference, extractor, group))
+        sweeper = Sweeper(config, out, sampler, reference, extractor, group, held.enter_context(stop_on_signal()))
         stages = search(config, sweeper.measure, sweeper.drop)
         confirmed = sweeper.confirm(to_confirm(config, stages[-1]))
         reproduce = evaluate_command(
@@ -226,25 +218,25 @@ def evaluate_command(
     features_path: Path | None = None,
 ) -> str:
     """Return the command that measures one setting."""
-    arguments: list[Any] = ["jlt", "evaluate", "--checkpoint", checkpoint.folder, "--reference", reference]
-    arguments += ["--features", features]
-    if features_path:
-        arguments += ["--features-path", features_path]
-    if autoencoder_path:
-        arguments += ["--autoencoder-path", autoencoder_path]
-    for option, value in _options(sample):
+    options = {
+        "checkpoint": checkpoint.folder,
+        "reference": reference,
+        "features": features,
+        "features_path": features_path,
+        "autoencoder_path": autoencoder_path,
+        **vars(sample),
+    }
+    if sample.grid:
+        # It replaces them.
+        del options["steps"], options["shift"]
+    arguments: list[Any] = ["jlt", "evaluate"]
+    for option, value in options.items():
+        if value is None or value is False or value in ("", ()):
+            continue
         # A switch has no value.
         values = value if isinstance(value, tuple) else () if value is True else (value,)
         arguments += [f"--{option.replace('_', '-')}", *values]
     return shlex.join(map(str, arguments))
-
-
-def _options(sample: SampleConfig) -> Iterator[tuple[str, Any]]:
-    """Yield the options of a sampling that are not empty; a grid replaces steps and shift."""
-    for entry in fields(SampleConfig):
-        value = getattr(sample, entry.name)
-        if value is not False and value not in ("", ()) and not (sample.grid and entry.name in ("steps", "shift")):
-            yield entry.name, value
 
 
 def describe(

@@ -197,7 +197,7 @@ def _optimisation_figure(run: Run) -> Figure | None:
     ]
     caption = (
         "The gradient norm before clipping is pale, its moving average is not. The relative distance between the "
-        "weights and an average shows how far the average lags: a shorter average lies closer."
+        "weights and an average shows how far the average lags: a shorter average is closer."
     )
     if log.skipped:
         updates = "one update" if len(log.skipped) == 1 else f"{len(log.skipped):,} updates"

@@ -52,7 +52,7 @@ def verdict(result: Sweep) -> str:
 
 
 def details(result: Sweep) -> list[str]:
-    """State the seeds of the choice, its rivals, and whether it lies at the edge of the grid."""
+    """State the seeds of the choice, its rivals, and whether it is at the edge of the grid."""
     choice = result.choice
     texts = [
         f"Seed {result.search.seed} chose, seed {result.confirmation.seed} confirmed. In the search the same setting "

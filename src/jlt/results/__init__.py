@@ -1,31 +1,9 @@
 """The result files: frozen data classes with their schema numbers, one reader and one writer. Numbers, no sentences."""
 
+# ruff: noqa: F401 (the names that other packages import)
+
 from jlt.results.ablation import Ablation, Matched, SettingAdvice, SettingForecast, SystemRun
 from jlt.results.evaluation import Evaluation, Jackknife, Metrics
 from jlt.results.files import ResultFile, read_result, result_json, write_result
 from jlt.results.run import Log, LoggedStep, Run, read_log, read_run
 from jlt.results.sweep import Setting, Sweep, SweepPoint, SweepStage
-
-__all__ = [
-    "Ablation",
-    "Evaluation",
-    "Jackknife",
-    "Log",
-    "LoggedStep",
-    "Matched",
-    "Metrics",
-    "ResultFile",
-    "Run",
-    "Setting",
-    "SettingAdvice",
-    "SettingForecast",
-    "Sweep",
-    "SweepPoint",
-    "SweepStage",
-    "SystemRun",
-    "read_log",
-    "read_result",
-    "read_run",
-    "result_json",
-    "write_result",
-]

@@ -53,7 +53,7 @@ class Log:
     samples: tuple[tuple[int, str], ...] = ()
     """Steps of the sample grids, with their files relative to the run folder."""
     session: Mapping[str, Any] = field(default_factory=dict)
-    """The start event of the latest session: processes, device and the like."""
+    """The start event of the latest session: processes, device and more."""
     ended: bool = False
     """Whether the run has reached its last step."""
     stopped: bool = False

@@ -196,8 +196,7 @@ def test_shared_hashes_become_sentences(tmp_path: Path) -> None:
     study = study_of(tmp_path, seeds=(0, 1), x1=20.0, v1=30.0, x2=20.0, v2=30.0)
     texts = matched_statements(study)
     assert any(
-        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (")
-        for text in texts
+        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (") for text in texts
     )
     assert any(
         "label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in texts

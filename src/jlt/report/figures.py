@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib as mpl
@@ -217,7 +218,10 @@ def step_panel(
             log_if_wide(axes, values)
         if zero or write is percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, write)))
-        label_steps(axes, title)
+        axes.set(title=title, xlabel="training step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.margins(x=0.03)
         if paint:
             paint(axes)
 
@@ -239,19 +243,16 @@ def _tick(value: float, write: Callable[[float], str]) -> str:
     return f"{100 * value:.4g}%" if write is percent else f"{value:,.9f}".rstrip("0").rstrip(".")
 
 
-def label_steps(axes: Axes, title: str) -> None:
-    """Set the title of an axes, and training steps along its horizontal axis."""
-    axes.set_title(title)
-    axes.set_xlabel("training step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.margins(x=0.03)
-
-
 def moving_average(values: Sequence[float | None]) -> list[float | None]:
     """Return the trailing mean over a twentieth of the values, None where all of them are None."""
     window = max(1, len(values) // 20)
-    return [mean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+    totals = [0.0, *accumulate(value or 0.0 for value in values)]
+    counts = [0, *accumulate(int(value is not None) for value in values)]
+    spans = [(max(0, end - window), end) for end in range(1, len(totals))]
+    return [
+        (totals[end] - totals[start]) / (counts[end] - counts[start]) if counts[end] > counts[start] else None
+        for start, end in spans
+    ]
 
 
 def mean(values: Iterable[float | None]) -> float | None:

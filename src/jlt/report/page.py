@@ -86,15 +86,7 @@ def render(study: Study) -> str:
         ),
         "whole": Table(
             "Whole latents",
-            [
-                "Whole latents",
-                "Directions",
-                "Effective rank",
-                "Participation",
-                "Below 0.1",
-                "their share",
-                "Known to",
-            ],
+            ["Whole latents", "Directions", "Effective rank", "Participation", "Below 0.1", "their share", "Known to"],
             whole_rows(study.geometry) if study.geometry else [],
         ),
         "advised_training": advised_training(study),

@@ -18,7 +18,7 @@ from torch import Tensor
 from jlt.config import LatentShape, TimestepConfig
 from jlt.experiments.analysis import AnalysisConfig
 from jlt.geometry.accumulate import measure_moments
-from jlt.report.results import ABLATION_SCHEMA
+from jlt.results.ablation import Ablation
 from jlt.results.files import write_result
 from jlt.results.geometry import GEOMETRY, Geometry, TrainingModel
 from jlt.runtime.processes import SingleProcess, rank0_value
@@ -231,7 +231,7 @@ def write_ablation(
         weights[run.removeprefix("runs/")] = hashlib.sha256(f"weights {patch_size} {seed}".encode()).hexdigest()
         draws[run.removeprefix("runs/")] = hashlib.sha256(f"draws {seed}".encode()).hexdigest()
     ablation = {
-        "schema": ABLATION_SCHEMA,
+        "schema": Ablation.SCHEMA,
         "title": "Handwritten digits: matched targets",
         "recipe": "digits",
         "created": "2026-11-23T18:00:00+00:00",

@@ -41,7 +41,7 @@ sys.exit(main())
 """
 
 PRELOADED = """
-jlt.cli.main jlt.latents.encoding jlt.experiments.ablation jlt.experiments.run_training jlt.experiments.watchers
+jlt.cli.main jlt.latents.encoding jlt.experiments.ablation jlt.experiments.run_training
 jlt.training.loop jlt.report.page sklearn.datasets torch._dynamo torch._inductor.test_operators torch.distributed
 torch.distributed.fsdp torch.nn.parallel torch.onnx torch.profiler
 """

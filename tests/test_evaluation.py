@@ -18,9 +18,10 @@ from jlt.evaluation.feature_statistics import FeatureStatistics
 from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
 from jlt.evaluation.real_images import reference_statistics
 from jlt.evaluation.reference import Reference
-from jlt.evaluation.suite import Columns, Metrics, frechet_without_groups, group_of, measure
+from jlt.evaluation.suite import Columns, frechet_without_groups, group_of, measure
 from jlt.images.digit_split import digit_split
 from jlt.images.registry import open_source
+from jlt.results.evaluation import Metrics
 from jlt.storage.weights import read_metadata
 
 

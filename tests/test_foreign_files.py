@@ -23,7 +23,7 @@ from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
 from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
-from jlt.report.results import read_study
+from jlt.report.study import read_study
 from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text
 from jlt.storage.rows import RowTable
 from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves

@@ -211,7 +211,7 @@ def test_one_process_that_is_asked_to_stop_stops_the_evaluation_in_all_and_it_go
     # The number is that of the images that one process draws at once, but for single levels.
     (result,) = results(place)
     whole = evaluate_files(place / "alone", str(place / "digits.npz"), load_extractor("digits"))
-    assert result["metrics"]["frechet_distance"] == pytest.approx(whole["metrics"]["frechet_distance"], rel=1e-3)
+    assert result["metrics"]["frechet_distance"] == pytest.approx(whole.metrics.frechet_distance, rel=1e-3)
 
 
 FAILING = """

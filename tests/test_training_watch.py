@@ -18,6 +18,7 @@ from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.runtime.processes import stop_together
 from jlt.runtime.signals import Stopped
+from jlt.storage.codec import to_json
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
 from jlt.training.loop import Watcher, train
 
@@ -114,8 +115,8 @@ def test_grids_and_evaluations_along_a_run(digits, tmp_path):
     assert list(found) == [3, 4]
     # The same number as afterwards, from the command for one checkpoint.
     later = evaluate_checkpoint(step_folder(run, 4), "digits", load_extractor("digits"), SAMPLE, None)
-    assert later["metrics"] == found[4]["metrics"]
-    assert later["protocol"] == json.loads((run / found[4]["file"]).read_text())["protocol"]
+    assert to_json(later.metrics) == found[4]["metrics"]
+    assert later.protocol == json.loads((run / found[4]["file"]).read_text())["protocol"]
 
 
 def test_what_exists_is_not_drawn_again(digits, tmp_path):
@@ -185,7 +186,7 @@ def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsy
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     warn_ignored_settings()
-    assert "say --precision" in capsys.readouterr().err
+    assert "use --precision instead" in capsys.readouterr().err
 
 
 class FailingOnce(Watcher):

@@ -12,9 +12,10 @@ from jlt.cli.command import Command, Flat, Positional, Result, command_line
 from jlt.cli.options import AutoencoderPath, CheckpointPath, FeatureOptions, MetricOptions
 from jlt.config import Metric, SampleConfig
 from jlt.errors import UsageError
-from jlt.report.metrics_table import metrics_table
 from jlt.report.page import write_report
 from jlt.report.sweep_page import sweep_table
+from jlt.report.terminal import metrics_table
+from jlt.results.files import result_json
 from jlt.runtime.processes import join_group
 
 
@@ -107,7 +108,7 @@ class Evaluate(Command):
                 result = evaluate_checkpoint(
                     self.checkpoint, reference, extractor, self.sample, self.autoencoder_path, group
                 )
-        return Result(result, metrics_table(result["metrics"]))
+        return Result(result_json(result), metrics_table(result.metrics))
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,10 @@ class Sweep(Command):
                 self.metrics.features_path,
             )
             report = group.on_rank0(lambda: write_report(out))
-        return Result({**result, "folder": str(out), "report": str(report)}, f"{sweep_table(result)}\n\nOpen {report}")
+        return Result(
+            {**result_json(result), "folder": str(out), "report": str(report)},
+            f"{sweep_table(result)}\n\nOpen {report}",
+        )
 
 
 def parse_interval(text: str) -> tuple[float, float]:

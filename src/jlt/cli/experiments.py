@@ -36,9 +36,11 @@ class Quickstart(Command):
 
     def run(self) -> Result:
         from jlt.experiments.quickstart import quickstart
+        from jlt.results.files import result_json
 
-        summary = quickstart(self.out, self.seeds, self.workers, self.steps, command_line())
-        return Result(summary, f"{results_table(self.out)}\n\nOpen {summary['report']}")
+        ablation, report = quickstart(self.out, self.seeds, self.workers, self.steps, command_line())
+        data = {**result_json(ablation), "report": str(report)}
+        return Result(data, f"{results_table(self.out)}\n\nOpen {report}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class Ablate(RecipeCommand):
 
     def run(self) -> Result:
         from jlt.experiments.ablation import AblationConfig, ablate
+        from jlt.results.files import result_json
 
         config = AblationConfig(
             train=self.resolve(self.latents),
@@ -95,9 +98,9 @@ class Ablate(RecipeCommand):
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,
         )
-        summary = ablate(config, self.latents, self.out, self.workers, command_line())
+        ablation = ablate(config, self.latents, self.out, self.workers, command_line())
         report = write_report(self.out)
-        return Result({**summary, "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
+        return Result({**result_json(ablation), "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
 
 
 @dataclass(frozen=True, kw_only=True)

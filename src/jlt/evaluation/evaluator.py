@@ -16,7 +16,8 @@ from jlt.evaluation.feature_table import arrays_of, columns_of, open_table
 from jlt.evaluation.image_files import LabelledBatch
 from jlt.evaluation.real_images import CHUNK
 from jlt.evaluation.reference import Reference, check_reference
-from jlt.evaluation.suite import Metrics, measure, require_enough
+from jlt.evaluation.suite import measure, require_enough
+from jlt.results.evaluation import Metrics
 
 
 def evaluate_images(

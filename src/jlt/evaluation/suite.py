@@ -23,6 +23,7 @@ from jlt.evaluation.metrics import (
 )
 from jlt.evaluation.real_images import KEPT
 from jlt.evaluation.reference import Reference, check_reference
+from jlt.results.evaluation import Metrics
 from jlt.runtime.random_numbers import random_subset
 from jlt.storage.blocks import blocks, take
 
@@ -46,31 +47,6 @@ class Columns:
     logits: Float[np.ndarray, "n k"] | None = None
     spatial: Float32[np.ndarray, "n s"] | None = None
     labels: Int64[np.ndarray, " n"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """The measurements of `count` images; None where the extractor, the reference or the images do not allow one.
-
-    `frechet_distance_error` estimates the standard error, and `frechet_distance_bias` the excess that a finite count
-    causes. Precision, recall, density, coverage and the kernel distance use at most 10,000 images.
-    """
-
-    frechet_distance: float
-    frechet_distance_error: float | None = None
-    frechet_distance_bias: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    inception_score_whole: float | None = None
-    spatial_frechet_distance: float | None = None
-    kernel_distance: float | None = None
-    kernel_distance_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    density: float | None = None
-    coverage: float | None = None
-    label_agreement: float | None = None
-    count: int
 
 
 @dataclass(frozen=True)

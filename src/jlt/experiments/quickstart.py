@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from jlt.config import PREDICTIONS
 from jlt.experiments.ablation import AblationConfig, ablate
@@ -14,6 +13,7 @@ from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.report.page import write_report
+from jlt.results.ablation import Ablation
 from jlt.results.geometry import TrainingModel
 from jlt.runtime.progress import inform
 from jlt.storage.files import claim_folder
@@ -27,8 +27,8 @@ EVALUATIONS = 5
 
 def quickstart(
     out: Path, seeds: tuple[int, ...], workers: int | None, steps: int | None, command: str
-) -> dict[str, Any]:
-    """Encode, analyse, train, sample, evaluate and report; return the summary. What exists in `out` is continued."""
+) -> tuple[Ablation, Path]:
+    """Encode, analyse, train, sample, evaluate and report, or resume; return the ablation and its page."""
     claim_folder(out, "quickstart.json", {"schema": 1})
     inform("1/4 encoding the digits")
     latents = out / "latents"
@@ -42,10 +42,10 @@ def quickstart(
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
     inform(f"3/4 training {runs} systems for {config.train.steps} steps each")
-    summary = ablate(config, latents, out, workers, command)
+    ablation = ablate(config, latents, out, workers, command)
 
     inform("4/4 writing the report")
-    return {**summary, "report": str(write_report(out))}
+    return ablation, write_report(out)
 
 
 def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int | None = None) -> AblationConfig:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import correlation, fmean
 
+from jlt.config import Prediction
 from jlt.report.findings import CLOSE_RATIO
 from jlt.report.palette import SYMBOL
-from jlt.report.results import ABLATION_SCHEMA, Spread, Study, System, spread
+from jlt.report.study import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
 from jlt.results.geometry import SettingForecast
-from jlt.storage.codec import from_json
 
 NOTHING = 1e-3
 """Share of a loss below which the text has no number."""
@@ -46,17 +46,11 @@ class Check:
         return "x" if self.forecast.clean_over_velocity > 0 else "v"
 
 
-def forecasts_of(study: Study) -> list[SettingForecast]:
-    """Return the forecasts of a study's settings; none where an earlier schema has others."""
-    stored = study.facts.get("forecasts", []) if study.facts.get("schema") == ABLATION_SCHEMA else []
-    return [from_json(SettingForecast, forecast) for forecast in stored]
-
-
 def checks(study: Study) -> list[Check]:
     """Return every setting that has a forecast and measurements of both predictions."""
     several = len({system.loss_space for system in study.systems}) > 1
     found = []
-    for forecast in forecasts_of(study):
+    for forecast in study.forecasts:
         loss = f"{SYMBOL[forecast.loss_space]}-space loss" if several else ""
         more = ", ".join(filter(None, [forecast.variant, loss]))
         setting = f"patch {forecast.patch_size}{f' ({more})' if more else ''}"
@@ -80,10 +74,8 @@ def _ratios(study: Study, forecast: SettingForecast) -> list[float]:
 def _by_seed(system: System, step: int | None) -> dict[int, float]:
     found = {}
     for run in system.runs:
-        evaluation = run.at(step) if step is not None else None
-        value = evaluation.metrics.get("frechet_distance") if evaluation else None
-        if value is not None:
-            found[run.seed] = value
+        if evaluation := run.at(step):
+            found[run.seed] = evaluation.metrics.frechet_distance
     return found
 
 
@@ -128,7 +120,7 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
 def floor_sentences(study: Study) -> list[str]:
     """Compare the final loss with its floor where a network is narrower than its tokens."""
     texts = []
-    for forecast in forecasts_of(study):
+    for forecast in study.forecasts:
         floor, measured = forecast.advice[0].loss_floor, _final_losses(study, forecast)
         if forecast.width >= forecast.dimension or not measured:
             continue
@@ -151,9 +143,9 @@ def _share_out_of_reach(share: float) -> str:
     return "nothing" if share < NOTHING else f"{number(100 * share, 2)}%"
 
 
-def _final_losses(study: Study, forecast: SettingForecast) -> dict[str, Spread]:
+def _final_losses(study: Study, forecast: SettingForecast) -> dict[Prediction, Spread]:
     """Return the training loss of every prediction, over the last tenth of the steps, by seeds."""
-    found = {}
+    found: dict[Prediction, Spread] = {}
     for system in _systems_of(study, forecast):
         last = [run.log.steps[-max(1, len(run.log.steps) // 10) :] for run in system.runs if run.log.steps]
         loss = spread(fmean(logged.loss for logged in steps) for steps in last)
@@ -163,8 +155,7 @@ def _final_losses(study: Study, forecast: SettingForecast) -> dict[str, Spread]:
 
 
 def _systems_of(study: Study, forecast: SettingForecast) -> list[System]:
-    setting = (forecast.patch_size, forecast.variant, forecast.loss_space)
-    return [s for s in study.systems if (s.patch_size, s.variant, s.loss_space) == setting]
+    return [s for s in study.systems if (s.variant, s.patch_size, s.loss_space) == forecast.setting]
 
 
 def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:

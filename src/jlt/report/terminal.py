@@ -9,14 +9,15 @@ from jlt.report.findings import verdict
 from jlt.report.geometry_rows import whole_rows
 from jlt.report.geometry_sentences import advice_sentences, inside_sentences
 from jlt.report.result_rows import result_rows
-from jlt.report.results import read_study
+from jlt.report.study import read_study
 from jlt.report.text_table import TEXT_WIDTH, text_table
-from jlt.report.wording import number
+from jlt.report.wording import metric_text, number, with_error
+from jlt.results.evaluation import SPREAD_OF, Metrics
 from jlt.results.geometry import ErrorByDirection, Geometry
 
 
 def results_table(folder: Path) -> str:
-    """Return the results of an ablation or a run, a row per system, the best of columns starred, and the verdict."""
+    """Return the results of an ablation or a run: a row per system, stars at the best numbers, and the verdict."""
     study = read_study(folder)
     rows = [
         [row.title, *(f"{cell.text}{' *' if cell.best else '  '}" for cell in row.cells), row.seconds]
@@ -24,6 +25,19 @@ def results_table(folder: Path) -> str:
     ]
     header = ["system", "Frechet distance  ", "inception score  ", "label agreement  ", "training"]
     return f"{text_table(header, rows)}\n\n{textwrap.fill(verdict(study), TEXT_WIDTH)}"
+
+
+def metrics_table(metrics: Metrics) -> str:
+    """Return the numbers of one evaluation, a row per metric, with its error; a dash is what could not be measured."""
+    rows = []
+    for name, value in vars(metrics).items():
+        if name in SPREAD_OF.values():
+            continue
+        error = metrics[SPREAD_OF[name]] if name in SPREAD_OF else None
+        text = f"{value:,}" if name == "count" else metric_text(name, value, 4)
+        cells = (text, "") if error is None else with_error(value, error)
+        rows.append([name.replace("_", " "), *cells])
+    return text_table(["metric", "value", ""], rows, left=(0, 2))
 
 
 def geometry_table(geometry: Geometry, inside: ErrorByDirection | None = None) -> str:

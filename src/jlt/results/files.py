@@ -23,13 +23,15 @@ class ResultFile:
     """Raised whenever the meaning of a field changes, or a field without a default is added or removed."""
     ALWAYS_SEALED: ClassVar[bool] = False
     """Whether all versions have sealed this file, so that one without a seal is damaged."""
+    UNREAD: ClassVar[frozenset[str]] = frozenset()
+    """Keys of older files of this schema that are ignored."""
 
 
 R = TypeVar("R", bound=ResultFile)
 
 
 def result_json(result: ResultFile) -> dict[str, Any]:
-    """Return a result as its file holds it, without the seal."""
+    """Return a result as JSON values with the number of its schema, as its file holds it."""
     return {"schema": result.SCHEMA, **to_json(result)}
 
 
@@ -51,6 +53,6 @@ def read_result(kind: type[R], path: Path) -> R:
             "run the command that wrote it again."
         )
     try:
-        return from_json(kind, content)
+        return from_json(kind, {key: value for key, value in content.items() if key not in kind.UNREAD})
     except JLTError as error:
         raise JLTError(f"{path} is damaged or was written by another version: {error}") from error

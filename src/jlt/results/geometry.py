@@ -131,6 +131,11 @@ class SettingForecast(Forecast):
         """Return the part of a forecast that an ablation keeps, with the fields of its setting."""
         return cls(**{entry.name: getattr(forecast, entry.name) for entry in fields(Forecast)}, **setting)
 
+    @property
+    def setting(self) -> tuple[str, int, LossSpace]:
+        """Variant, patch size and loss space of the systems that it is for."""
+        return self.variant, self.patch_size, self.loss_space
+
 
 @dataclass(frozen=True)
 class ShareBelow:

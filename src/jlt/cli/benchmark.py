@@ -175,7 +175,7 @@ class GeometryBenchmark(Command):
 
     patch_size: tuple[int, ...] = (1, 2)
     count: int = 2000
-    """Latents of the first of two passes; the second has four times as many."""
+    """Latents of the measured pass."""
 
     def run(self) -> Result:
         from jlt.benchmarks.geometry import benchmark_geometry

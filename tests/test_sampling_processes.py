@@ -131,13 +131,13 @@ def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tm
 
 NEWER = """
 import os, pathlib
-from jlt.experiments import checkpoint_evaluation as evaluate
+from jlt.experiments import checkpoint_evaluation
 from jlt.training import checkpoint
 opened = checkpoint.open_checkpoint
 def newer(path):
     found = opened(path)
     return found if os.environ["RANK"] == "0" else opened(path / "checkpoints" / "step_0000015")
-checkpoint.open_checkpoint = evaluate.open_checkpoint = newer
+checkpoint.open_checkpoint = checkpoint_evaluation.open_checkpoint = newer
 """
 
 

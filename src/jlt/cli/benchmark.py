@@ -182,7 +182,7 @@ class GeometryBenchmark(Command):
     patch_size: tuple[int, ...] = (1, 2)
     """Patch sizes: sides of a token in latent positions."""
     count: int = 2000
-    """Latents (128x16x16) of the first of two passes; the second has four times as many."""
+    """Latents of the measured pass."""
 
     def run(self) -> Result:
         if self.count < 2:

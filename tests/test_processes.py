@@ -220,7 +220,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
     assert not (out / "manifest.json").exists()
     codes, (said,) = ends_of(start_processes(1, words))
     assert codes == [0]
-    assert "10 shards are there already" in said
+    assert "10 shards are already complete" in said
     assert file_bytes(out) == uninterrupted
 
 

@@ -121,8 +121,8 @@ def test_shards_follow_their_numbers_and_not_their_names(tmp_path: Path) -> None
             tensors["labels"][:] = 12 * rank + shard
             save(tmp_path, (rank, shard), tensors, "latents_rank{}_shard{}")
     adopt(tmp_path)
-    wanted = [12 * rank + shard for rank in range(11) for shard in range(12 if rank == 10 else 2)]
-    np.testing.assert_array_equal(LatentStore.open(tmp_path).labels, wanted)
+    expected = [12 * rank + shard for rank in range(11) for shard in range(12 if rank == 10 else 2)]
+    np.testing.assert_array_equal(LatentStore.open(tmp_path).labels, expected)
 
 
 @settings(deadline=None, max_examples=20)

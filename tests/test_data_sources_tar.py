@@ -1,4 +1,4 @@
-"""Tar files as webdataset, Python, GNU tar and a careful hand write them: samples, labels, offsets, and damage."""
+"""Tar files as webdataset, Python, GNU tar and test code by hand write them: samples, labels, offsets, and damage."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def test_all_formats_of_the_tar_program_are_read(tmp_path: Path, form: str) -> N
     (tmp_path / "files" / long).mkdir(parents=True)
     for name, data in samples(("a", 10, 0), (f"{long}/b", 20, 1)):
         (tmp_path / "files" / name).write_bytes(data)
-    words = ["tar", f"--format={form}", "--sort=name", "-C", str(tmp_path / "files"), "-cf", str(tmp_path / "x.tar")]
-    subprocess.run([*words, "."], check=True)
+    command = ["tar", f"--format={form}", "--sort=name", "-C", str(tmp_path / "files"), "-cf", str(tmp_path / "x.tar")]
+    subprocess.run([*command, "."], check=True)
     source = opened(tmp_path / "x.tar")
     assert sorted(content(source)) == [(10, "0"), (20, "1")]
     assert {source.describe(0), source.describe(1)} == {"x.tar member ./a.png", f"x.tar member ./{long}/b.png"}
@@ -188,7 +188,7 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
         ([], "without a single image"),
     ],
 )
-def test_what_is_no_sample_is_refused_by_name(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
+def test_invalid_samples_are_refused_by_name(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
     with pytest.raises(JLTError, match=reason):
         opened(write(tmp_path / "x.tar", members))
 

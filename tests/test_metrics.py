@@ -14,7 +14,6 @@ import torch
 from jlt.errors import JLTError
 from jlt.evaluation.metrics import (
     Gaussian,
-    frechet_distance,
     inception_score,
     jackknife,
     kernel_distance,
@@ -31,6 +30,10 @@ def generator(seed=0):
 def random_covariance(dimension, rank=None, seed=0):
     factor = torch.randn(dimension, rank or 2 * dimension, generator=generator(seed), dtype=torch.float64)
     return factor @ factor.T / factor.shape[1]
+
+
+def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
+    return Gaussian(mean_a, covariance_a).distance(Gaussian(mean_b, covariance_b))
 
 
 def zeros(dimension):

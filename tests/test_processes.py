@@ -220,7 +220,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_command_resumes(
     assert not (out / "manifest.json").exists()
     codes, (outputs,) = ends_of(start_processes(1, arguments))
     assert codes == [0]
-    assert "10 shards are there already" in outputs
+    assert "10 shards are already complete" in outputs
     assert file_bytes(out) == uninterrupted
 
 

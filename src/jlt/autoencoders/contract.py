@@ -18,12 +18,14 @@ Posterior = Literal["mode", "sample"]
 class Autoencoder(abc.ABC):
     """A frozen codec between images and latents of mean 0 and variance 1 in every channel.
 
-    `channels` is the channel count of a latent, `downsampling` the image pixels per latent position along one side,
-    `device` the place of the weights, and `held_out_psnr` the PSNR in dB on held-out images that the weights' file
-    states, or None. `posterior` selects the latent of an image: the `mode` of the codec's distribution, or a `sample`.
+    `source` is the origin of the weights, `device` their place, `channels` the channel count of a latent,
+    `downsampling` the image pixels per latent position along one side. `held_out_psnr` is the PSNR in dB on held-out
+    images that the weights' file states, or None. `posterior` selects the latent of an image: the `mode` of the codec's
+    distribution, or a `sample`.
     """
 
     name: str
+    source: str
     channels: int
     downsampling: int
     device: torch.device
@@ -44,13 +46,21 @@ class Autoencoder(abc.ABC):
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
         """Return float32 images clamped to [-1, 1], on the autoencoder's device; JLTError for a wrong channel count."""
 
-    @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return JSON values that identify the codec; equal identities give equal latents.
 
-        Keys: name, source, class, weights_sha256 (None without weights), normalisation (its `kind` is `none` if latents
-        are not normalised), posterior, channels, downsampling; held_out_psnr where it is known.
+        The defaults are those of a codec without weights and without normalisation (`kind` is `none`).
         """
+        return {
+            "name": self.name,
+            "source": self.source,
+            "class": type(self).__name__,
+            "weights_sha256": None,
+            "normalisation": {"kind": "none"},
+            "posterior": self.posterior,
+            "channels": self.channels,
+            "downsampling": self.downsampling,
+        }
 
     @abc.abstractmethod
     def to(self, device: torch.device | str) -> Autoencoder:

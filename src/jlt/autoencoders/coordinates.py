@@ -50,9 +50,9 @@ class Coordinates:
         """
         lam, vectors = torch.linalg.eigh(covariance)
         varying = lam > SMALLEST * lam[-1]
-        wanted = lam[varying] ** anisotropy
+        raised = lam[varying] ** anisotropy
         factors = torch.ones_like(lam)
-        factors[varying] = (wanted * (lam[varying].sum() / wanted.sum()) / lam[varying]).sqrt()
+        factors[varying] = (raised * (lam[varying].sum() / raised.sum()) / lam[varying]).sqrt()
         ratio = float(factors.max() / factors.min())
         if ratio > STEEPEST:
             raise JLTError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ class PixelAutoencoder(Autoencoder):
     """The identity map: a latent is the image in [-1, 1], one position per pixel, not normalised."""
 
     name = "pixels"
+    source = "built in"
     channels = 3
     downsampling = 1
 
@@ -34,19 +34,6 @@ class PixelAutoencoder(Autoencoder):
         """Return the latents clamped to [-1, 1]; JLTError unless they have 3 channels."""
         self.check_latents(latents)
         return latents.to(self.device, torch.float32).clamp(-1, 1)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the name and sizes; there are no weights and no normalisation."""
-        return {
-            "name": self.name,
-            "source": "built in",
-            "class": type(self).__name__,
-            "weights_sha256": None,
-            "normalisation": {"kind": "none"},
-            "posterior": self.posterior,
-            "channels": self.channels,
-            "downsampling": self.downsampling,
-        }
 
     def to(self, device: torch.device | str) -> PixelAutoencoder:
         """Make encode and decode return their results on `device`."""

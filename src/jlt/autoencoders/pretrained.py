@@ -90,14 +90,10 @@ class PretrainedAutoencoder(Autoencoder):
     def identity(self) -> dict[str, Any]:
         """Return names, sizes, normalisation and the hash of all weights, batch-norm statistics included."""
         return {
-            "name": self.name,
-            "source": self.source,
+            **super().identity(),
             "class": type(self._vae).__name__,
             "weights_sha256": self._weights_sha256,
             "normalisation": self.normalisation(),
-            "posterior": self.posterior,
-            "channels": self.channels,
-            "downsampling": self.downsampling,
             "held_out_psnr": self.held_out_psnr,
         }
 

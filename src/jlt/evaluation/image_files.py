@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import math
 import zipfile
 from collections.abc import Iterator
@@ -24,33 +23,12 @@ IMAGES = "arr_0.npy"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class StoredImages(abc.ABC):
-    """Square RGB images of one size; `resolution` is their side in pixels.
+class ImageFolder:
+    """Square image files of one size in the order of their names, with the labels in their metadata.
 
-    `classes` is the kind of image source that defines their labels, None where it is not recorded.
+    `resolution` is the side in pixels. There are labels if the first file has one, and `classes` is the kind of image
+    source that defines them, None where it is not recorded.
     """
-
-    resolution: int
-    classes: str | None = None
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    @abc.abstractmethod
-    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield all images in order, with the labels they were drawn for if these are stored."""
-
-
-def open_images(path: Path) -> StoredImages:
-    """Open a folder or an .npz of images; JLTError if it is missing or holds no valid images."""
-    if not path.exists():
-        raise JLTError(f"{path} does not exist.")
-    return ImageFolder(path) if path.is_dir() else ImageArray(path)
-
-
-class ImageFolder(StoredImages):
-    """Image files in the order of their names, with the labels in their metadata if the first file has one."""
 
     def __init__(self, folder: Path) -> None:
         visible = (path for path in folder.iterdir() if not path.name.startswith("."))
@@ -90,8 +68,11 @@ def _label(path: Path, image: Image.Image) -> int:
         raise JLTError(f"{path} has no label, unlike images before it: keep images of one command here.") from error
 
 
-class ImageArray(StoredImages):
-    """`arr_0`, uint8 (N, H, W, 3), read batch by batch, and the labels `arr_1` if the file has them."""
+class ImageArray:
+    """`arr_0`, uint8 (N, H, H, 3), read batch by batch, and the labels `arr_1` if the file has them.
+
+    `resolution` and `classes` are as in `ImageFolder`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -140,3 +121,10 @@ def _header(array: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(array)
     return np.lib.format.read_array_header_2_0(array)
+
+
+def open_images(path: Path) -> ImageFolder | ImageArray:
+    """Open a folder or an .npz of images; JLTError if it is missing or holds no valid images."""
+    if not path.exists():
+        raise JLTError(f"{path} does not exist.")
+    return ImageFolder(path) if path.is_dir() else ImageArray(path)

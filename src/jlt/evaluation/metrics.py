@@ -71,13 +71,6 @@ class Gaussian:
         return max(0.0, (moved + spread - 2 * overlap).item())
 
 
-def frechet_distance(
-    mean_a: Float[Tensor, " d"], cov_a: Float[Tensor, "d d"], mean_b: Float[Tensor, " d"], cov_b: Float[Tensor, "d d"]
-) -> float:
-    """Return the distance of two Gaussians; for several comparisons keep the `Gaussian`, which is factored once."""
-    return Gaussian(mean_a, cov_a).distance(Gaussian(mean_b, cov_b))
-
-
 def jackknife(whole: float, without: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
     """Return standard error and bias of an estimate, from estimates that each leave out one group of images.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 
 from jlt.errors import JLTError
 
@@ -54,47 +54,30 @@ class LatentSums:
             max(self.maximum, other.maximum),
         )
 
-    @property
-    def channel_mean(self) -> Float64[np.ndarray, " c"]:
-        """Mean of each channel."""
-        return np.array(self.total) / self.values
-
-    @property
-    def channel_std(self) -> Float64[np.ndarray, " c"]:
-        """Standard deviation of each channel."""
-        return np.sqrt(np.maximum(np.array(self.squares) / self.values - self.channel_mean**2, 0))
-
-    @property
-    def mean(self) -> float:
-        """Mean of all values."""
-        return float(self.channel_mean.mean())
-
-    @property
-    def std(self) -> float:
-        """Standard deviation of all values, about the mean of all."""
-        return math.sqrt(max(float(np.mean(self.squares)) / self.values - self.mean**2, 0.0))
-
     def moments(self) -> dict[str, Any]:
-        """Return moments and extremes as fields of a store's manifest."""
+        """Return moments and extremes as fields of a store's manifest; `mean` and `std` are over all values."""
+        channel_mean = np.array(self.total) / self.values
+        channel_std = np.sqrt(np.maximum(np.array(self.squares) / self.values - channel_mean**2, 0))
+        mean = float(channel_mean.mean())
         return {
-            "mean": self.mean,
-            "std": self.std,
+            "mean": mean,
+            "std": math.sqrt(max(float(np.mean(self.squares)) / self.values - mean**2, 0.0)),
             "minimum": self.minimum,
             "maximum": self.maximum,
-            "channel_mean": tuple(self.channel_mean.tolist()),
-            "channel_std": tuple(self.channel_std.tolist()),
+            "channel_mean": tuple(channel_mean.tolist()),
+            "channel_std": tuple(channel_std.tolist()),
         }
 
     def require_normalised(self, autoencoder: str) -> None:
         """Raise a JLTError with the measured values if noise of unit variance does not suit the latents' scale."""
         low, high = STD_RANGE
-        largest = max(-self.minimum, self.maximum)
-        if low <= self.std <= high and abs(self.mean) <= MAX_MEAN and largest <= MAX_VALUE:
+        largest, moments = max(-self.minimum, self.maximum), self.moments()
+        mean, std, stds = moments["mean"], moments["std"], moments["channel_std"]
+        if low <= std <= high and abs(mean) <= MAX_MEAN and largest <= MAX_VALUE:
             return
-        stds = self.channel_std
         raise JLTError(
-            f"The latents of {autoencoder!r} are not normalised. Their standard deviation is {self.std:.3g} "
-            f"(per channel {stds.min():.3g} to {stds.max():.3g}; expected {low} to {high}), their mean {self.mean:.3g} "
+            f"The latents of {autoencoder!r} are not normalised. Their standard deviation is {std:.3g} "
+            f"(per channel {min(stds):.3g} to {max(stds):.3g}; expected {low} to {high}), their mean {mean:.3g} "
             f"(expected within {MAX_MEAN:g}), their values go from {self.minimum:.3g} to {self.maximum:.3g} "
             f"(expected within {MAX_VALUE:g}). Check the autoencoder's weights, statistics and scaling factor."
         )

@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from jlt.config import LatentShape
 from jlt.errors import JLTError
 from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, read_manifest
 from jlt.latents.shards import ShardFile, TensorEntry
@@ -39,23 +38,28 @@ class LatentStore:
     """A finished store, opened for reading; several threads may read from it at once.
 
     `open` checks the manifest, the presence and size of every shard, every shard's header and every label;
-    `open_verified` and `verify_store` also read everything and check the hashes.
+    `open_verified` and `verify_store` also read everything and check the hashes. `shape` is the latents' shape and
+    number of classes, `class_names` are the names that labels index, and `labels` those of all latents in store order.
+    Do not write to `labels`.
     """
+
+    labels: Int64[np.ndarray, " n"]
 
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.shape, self.class_names = manifest.shape, manifest.class_names
         # The least recently used file is closed when no thread reads from it any more.
         self._file = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: ShardFile(folder / name))
         self._starts = np.cumsum([0, *(record.count for record in manifest.shards)])
-        self._labels = np.empty(manifest.count, dtype=np.int64)
+        self.labels = np.empty(manifest.count, dtype=np.int64)
         # The offset of each orientation's latents in each shard's file.
         self._offsets = np.empty((len(manifest.orientations), len(manifest.shards)), dtype=np.int64)
         for shard, record in enumerate(manifest.shards):
             file = self._file(record.file)
             header = _checked_header(file, record, manifest)
             self._offsets[:, shard] = [header[name].offset for name in manifest.orientations]
-            self._labels[self._starts[shard] : self._starts[shard + 1]] = _checked_labels(file, header, manifest)
+            self.labels[self._starts[shard] : self._starts[shard + 1]] = _checked_labels(file, header, manifest)
         self._row_bytes = header["latents"].row_bytes
         self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="jlt-store")
 
@@ -78,21 +82,6 @@ class LatentStore:
 
     def __len__(self) -> int:
         return self.manifest.count
-
-    @property
-    def shape(self) -> LatentShape:
-        """The latents' shape and number of classes."""
-        return self.manifest.shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes that labels index."""
-        return self.manifest.class_names
-
-    @property
-    def labels(self) -> Int64[np.ndarray, " n"]:
-        """The labels of all latents in store order; do not write to it."""
-        return self._labels
 
     def identity(self) -> dict[str, Any]:
         """Return the fields by which result files identify the latents."""
@@ -137,7 +126,7 @@ class LatentStore:
         orientation = 0 if flips is None else flips.astype(np.int64)
         offsets = self._offsets[orientation, shards] + (indices - self._starts[shards]) * self._row_bytes
         self._read_rows(latents, shards, offsets)
-        return latents, torch.from_numpy(self._labels[indices])
+        return latents, torch.from_numpy(self.labels[indices])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]]:
         """Yield all latents, unflipped, with their labels in store order; the last batch may be smaller."""
@@ -146,10 +135,10 @@ class LatentStore:
 
     def _require_like_empty(self, out: Tensor, count: int) -> None:
         manifest = self.manifest
-        wanted = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
-        if (tuple(out.shape), out.dtype) != wanted or out.device.type != "cpu" or not out.is_contiguous():
+        expected = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
+        if (tuple(out.shape), out.dtype) != expected or out.device.type != "cpu" or not out.is_contiguous():
             raise ValueError(
-                f"out has to be contiguous {wanted[1]} of {wanted[0]} in host memory, got {out.dtype} of "
+                f"out has to be contiguous {expected[1]} of {expected[0]} in host memory, got {out.dtype} of "
                 f"{tuple(out.shape)} on {out.device}"
             )
 

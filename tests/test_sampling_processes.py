@@ -131,13 +131,13 @@ def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tm
 
 NEWER = """
 import os, pathlib
-from jlt.experiments import evaluate
+from jlt.experiments import checkpoint_evaluation as evaluation
 from jlt.training import checkpoint
 opened = checkpoint.open_checkpoint
 def newer(path):
     found = opened(path)
     return found if os.environ["RANK"] == "0" else opened(path / "checkpoints" / "step_0000015")
-checkpoint.open_checkpoint = evaluate.open_checkpoint = newer
+checkpoint.open_checkpoint = evaluation.open_checkpoint = newer
 """
 
 
@@ -285,5 +285,5 @@ def test_features_of_checkpoints_that_are_gone_go(place):
 def test_an_unfinished_folder_is_not_measured(place, alone, tmp_path):
     shutil.copytree(place / "alone", tmp_path / "part")
     (tmp_path / "part" / "000199.png").unlink()
-    with pytest.raises(JLTError, match="199 images of 200 that were to be drawn"):
+    with pytest.raises(JLTError, match="holds 199 of 200 images"):
         evaluate_files(tmp_path / "part", str(place / "digits.npz"), load_extractor("digits"))

@@ -44,8 +44,6 @@ def write_report(folder: Path) -> Path:
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
     from jlt.report.expected_figures import expected_figure
-    from jlt.report.geometry_figures import geometry_figures
-    from jlt.report.inside_figures import inside_figures
     from jlt.report.run_figures import run_figures
     from jlt.report.training_figures import cells_figure, training_figure
 
@@ -53,7 +51,6 @@ def render(study: Study) -> str:
     compared = [] if findings.at_chance(study) else checks(study)
     by_loss_space = cells(study)
     shared, differing = settings(study)
-    sizes = [f"patch {size}" for size in study.geometry["tokens"]] if study.geometry else []
     context = {
         "study": study,
         "title": study.title,
@@ -80,6 +77,25 @@ def render(study: Study) -> str:
         "check_texts": [*check_sentences(compared), *floor_sentences(study)],
         "before_training": all(check.before_training for check in compared),
         "expected": expected_figure(compared),
+        "matched": matched_statements(study),
+        "shared_settings": shared,
+        "differing_settings": differing,
+        "protocol": flatten(study.protocol),
+        "command": command(study),
+        "machine_and_latents": flatten(
+            {"machine": study.ablation.machine if study.ablation else None, "latents": study.latents}
+        ),
+    }
+    return render_template("report.html", {**context, **_geometry_context(study)})
+
+
+def _geometry_context(study: Study) -> dict[str, Any]:
+    """Return what the template shows of the geometry and of the networks' errors, empty values if there is none."""
+    from jlt.report.geometry_figures import geometry_figures
+    from jlt.report.inside_figures import inside_figures
+
+    sizes = [f"patch {size}" for size in study.geometry["tokens"]] if study.geometry else []
+    return {
         "geometry": geometry_figures(study.geometry) if study.geometry else [],
         "spectra": Table(
             "Spectrum summary", ["", *sizes], [[name, *texts] for name, texts in spectrum_rows(study).items()]
@@ -94,16 +110,7 @@ def render(study: Study) -> str:
         "channels_hide": findings.channels_sentence(study),
         "inside": inside_figures(study.inside) if study.inside else [],
         "inside_texts": findings.inside_sentences(study.inside) if study.inside else [],
-        "matched": matched_statements(study),
-        "shared_settings": shared,
-        "differing_settings": differing,
-        "protocol": flatten(study.protocol),
-        "command": command(study),
-        "machine_and_latents": flatten(
-            {"machine": study.ablation.machine if study.ablation else None, "latents": study.latents}
-        ),
     }
-    return render_template("report.html", context)
 
 
 def render_template(name: str, context: Mapping[str, Any]) -> str:

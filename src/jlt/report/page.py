@@ -45,8 +45,6 @@ def write_report(folder: Path) -> Path:
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
     from jlt.report.expected_figures import expected_figure
-    from jlt.report.geometry_figures import geometry_figures
-    from jlt.report.inside_figures import inside_figures
     from jlt.report.run_figures import run_figures
     from jlt.report.training_figures import cells_figure, training_figure
 
@@ -54,7 +52,6 @@ def render(study: Study) -> str:
     compared = [] if findings.at_chance(study) else checks(study)
     by_loss_space = cells(study)
     shared, differing = settings(study)
-    sizes = [f"patch {size}" for size in study.geometry.tokens] if study.geometry else []
     context = {
         "study": study,
         "title": study.title,
@@ -81,23 +78,6 @@ def render(study: Study) -> str:
         "check_texts": [*check_sentences(compared), *floor_sentences(study)],
         "before_training": all(check.forecast.before_training for check in compared),
         "expected": expected_figure(compared),
-        "geometry": geometry_figures(study.geometry) if study.geometry else [],
-        "spectra": Table(
-            "Spectrum summary",
-            ["", *sizes],
-            [[name, *texts] for name, texts in (spectrum_rows(study.geometry) if study.geometry else {}).items()],
-        ),
-        "whole": Table(
-            "Whole latents",
-            ["Whole latents", "Directions", "Effective rank", "Participation", "Below 0.1", "their share", "Known to"],
-            whole_rows(study.geometry) if study.geometry else [],
-        ),
-        "advised_training": advised_training(study.geometry) if study.geometry else "",
-        "slider_spectra": slider_spectra(study.geometry) if study.geometry else [],
-        "channels_hide": channels_sentence(study.geometry) if study.geometry else "",
-        "cautions": caution_sentences(study.geometry) if study.geometry else [],
-        "inside": inside_figures(study.inside) if study.inside else [],
-        "inside_texts": inside_sentences(study.inside) if study.inside else [],
         "matched": matched_statements(study),
         "shared_settings": shared,
         "differing_settings": differing,
@@ -107,7 +87,35 @@ def render(study: Study) -> str:
             {"machine": study.ablation.machine if study.ablation else None, "latents": study.latents}
         ),
     }
-    return render_template("report.html", context)
+    return render_template("report.html", {**context, **_geometry_context(study)})
+
+
+def _geometry_context(study: Study) -> dict[str, Any]:
+    """Return what the template shows of the geometry and of the networks' errors, None or empty without them."""
+    from jlt.report.geometry_figures import geometry_figures
+    from jlt.report.inside_figures import inside_figures
+
+    geometry, inside = study.geometry, study.inside
+    errors = {
+        "inside": inside_figures(inside) if inside else [],
+        "inside_texts": inside_sentences(inside) if inside else [],
+    }
+    if geometry is None:
+        keys = ("geometry", "spectra", "whole", "advised_training", "slider_spectra", "channels_hide", "cautions")
+        return {**errors, **dict.fromkeys(keys)}
+    sizes = [f"patch {size}" for size in geometry.tokens]
+    summaries = [[name, *texts] for name, texts in spectrum_rows(geometry).items()]
+    heads = ["Whole latents", "Directions", "Effective rank", "Participation", "Below 0.1", "their share", "Known to"]
+    return {
+        **errors,
+        "geometry": geometry_figures(geometry),
+        "spectra": Table("Spectrum summary", ["", *sizes], summaries),
+        "whole": Table("Whole latents", heads, whole_rows(geometry)),
+        "advised_training": advised_training(geometry),
+        "slider_spectra": slider_spectra(geometry),
+        "channels_hide": channels_sentence(geometry),
+        "cautions": caution_sentences(geometry),
+    }
 
 
 def render_template(name: str, context: Mapping[str, Any]) -> str:

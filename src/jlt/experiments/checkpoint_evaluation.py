@@ -241,6 +241,8 @@ def evaluate_run(
 ) -> None:
     """Measure the checkpoints of a run at the given steps, except those already measured by this protocol."""
     reference: Reference | None = None
+    # A linked folder is refused before anything is read.
+    drawn_folder(run)
     for step in steps:
         sampler = open_sampler(open_checkpoint(step_folder(run, step)), config, device)
         reference = reference or open_reference(real_images, extractor, sampler.resolution)

@@ -1,9 +1,9 @@
-"""Train the bundled digit classifier, in whose features the digits are evaluated.
+"""Train the bundled digit classifier, whose features evaluate samples of the digits.
 
     python scripts/train_digit_classifier.py
 
-writes `src/jlt/assets/digit_classifier.safetensors` in about a minute on one core. It sees small rotations, changes
-of size, shear and shifts of the training digits; the accuracy that it states is on digits held out of the training.
+writes `src/jlt/assets/digit_classifier.safetensors` in about a minute on one core. The training digits are augmented
+by small rotations, scalings, shears and shifts. The accuracy in the file's metadata is that on held-out digits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     save_weights(options.out, network.state_dict(), metadata)
-    # Measured on what was written, rounded as it is, and then written down beside it.
+    # Measured with the written, rounded weights, and then added to their metadata.
     logits = DigitClassifier.load(options.out)(held_out.images).logits
     assert logits is not None
     accuracy = label_agreement(logits, held_out.labels)
@@ -77,7 +77,7 @@ def train(network: DigitNetwork, digits: LabelledImages, steps: int, seed: int) 
 
 
 def augment(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
-    """Turn by up to 12 degrees, scale and shear by up to a tenth, shift by up to 2 pixels of 32."""
+    """Rotate by up to 12 degrees, scale and shear by up to a tenth, shift by up to 2 pixels of 32."""
     count = len(images)
 
     def spread(limit: float) -> Float[Tensor, " b"]:
@@ -87,7 +87,7 @@ def augment(images: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Flo
     across = torch.stack([scale * angle.cos(), shear - angle.sin(), spread(0.125)], dim=1)
     down = torch.stack([angle.sin(), scale * angle.cos(), spread(0.125)], dim=1)
     grid = functional.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
-    # What lies outside is background, which is -1 while grid_sample fills with 0.
+    # Outside the image is background, which is -1, while grid_sample fills with 0.
     return functional.grid_sample(images + 1, grid, align_corners=False) - 1
 
 

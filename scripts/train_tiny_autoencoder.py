@@ -1,10 +1,10 @@
-"""Train the bundled `tiny` autoencoder: FLUX.2's class in small, on scikit-learn's digits at 32x32.
+"""Train the bundled `tiny` autoencoder: FLUX.2's class at a small size, on scikit-learn's digits at 32x32.
 
     python scripts/train_tiny_autoencoder.py
 
 writes `src/jlt/assets/tiny/` in about five minutes on one core. The loss is the squared error of the reconstruction
-with a little noise on the normalised latents: it makes decoding forgive the small errors that a diffusion model leaves,
-and it fixes what a unit of latent is worth, for which a KL term is usually there. The latents are not whitened.
+with a little noise on the normalised latents. The noise makes the decoder robust to the small errors of a diffusion
+model, and it fixes the scale of the latents, which is usually the task of a KL term. The latents are not whitened.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ LEARNING_RATE = 8e-3
 LATENT_NOISE = 0.1
 PATCH_SIZE = 2
 
-# 32x32 pixels -> 8x8 positions of 4 channels -> a 4x4 grid of 16. Without residual blocks at the high resolutions and
-# with few channels there, which is where the time goes, a core decodes well over a thousand images a second.
+# 32x32 pixels -> 8x8 positions of 4 channels -> a 4x4 grid of 16. High resolutions take most of the time; with few
+# channels and no residual blocks there, a core decodes well over a thousand images a second.
 CONFIGURATION = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -74,7 +74,7 @@ def main() -> None:
     }
     vae.save_config(options.out)
     save_weights(options.out / WEIGHTS_FILE, vae.state_dict(), metadata)
-    # Measured on what was written, through the way that it will be used, and then written down beside it.
+    # Measured with the written weights, through the public loader, and then added to their metadata.
     measured = measure(options.out, to_float(held_out.images))
     save_weights(options.out / WEIGHTS_FILE, vae.state_dict(), {**metadata, **measured})
     size = (options.out / WEIGHTS_FILE).stat().st_size
@@ -109,7 +109,7 @@ def train(vae: AutoencoderKLFlux2, images: Float[Tensor, "n 3 h w"], steps: int,
 def augmented_batches(
     images: Float[Tensor, "n 3 h w"], steps: int, generator: torch.Generator
 ) -> Iterator[Float[Tensor, "b 3 h w"]]:
-    """Yield shuffled batches of the images in all eight orientations, moved around the torus by up to 4 pixels."""
+    """Yield shuffled batches of the images in all eight orientations, shifted cyclically by up to 4 pixels."""
     quarters = [torch.rot90(images, turn, (2, 3)) for turn in range(4)]
     everything = torch.cat([*quarters, *(quarter.flip(3) for quarter in quarters)])
     per_epoch = len(everything) // BATCH_SIZE
@@ -123,7 +123,7 @@ def augmented_batches(
 
 
 def round_to_float16(vae: AutoencoderKLFlux2) -> None:
-    """Give the weights the values that they will have after storage, so that what follows is measured on these."""
+    """Round the weights as their file will, so that the following measurements use the stored values."""
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.copy_(parameter.half())
@@ -131,12 +131,12 @@ def round_to_float16(vae: AutoencoderKLFlux2) -> None:
 
 @torch.no_grad()
 def estimate_normalisation(vae: AutoencoderKLFlux2, images: Float[Tensor, "n 3 h w"]) -> None:
-    """Set the batch-norm statistics to the moments of the latents of all training images, none of them altered."""
+    """Set the batch-norm statistics to the moments of the latents of all training images, without augmentation."""
     vae.eval()
     modes = [vae.encode(batch).latent_dist.mode() for batch in images.split(128)]
     latents = functional.pixel_unshuffle(torch.cat(modes), PATCH_SIZE).double()
     variance, mean = torch.var_mean(latents, dim=(0, 2, 3), correction=0)
-    # The wrapper adds eps to the variance it divides by; without it here the result would fall short of 1.
+    # The autoencoder adds eps to the variance; it is subtracted here, so that the latents' variance is 1.
     vae.bn.running_mean.copy_(mean)
     vae.bn.running_var.copy_(variance - vae.bn.eps)
 

@@ -1,6 +1,9 @@
 """Shapes and types of every annotated function in the package are checked while the tests run."""
 
+import gc
 import os
+import sys
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -13,6 +16,55 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from forked import assume_rates  # noqa: E402
+
+LONGEST = [
+    "test_experiments",
+    "test_sampling_processes",
+    "test_plan",
+    "test_processes",
+    "test_training_processes",
+    "test_training_step",
+    "test_wheel",
+    "test_data_encode",
+    "test_report",
+    "test_inside",
+    "test_benchmark",
+    "test_training_saving",
+]
+"""The files that take longest, the longest first: with one file after another for each worker, they begin the run."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    if "jlt.training.meter" in sys.modules:
+        assume_rates()
+    # What was imported stays: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def digit_latents(tmp_path_factory) -> Path:
+    """The latents of all digits by the bundled autoencoder, in float16 without flips: no test may change them.
+
+    They are encoded once, also where several workers share the tests.
+    """
+    from jlt.latents.encode_config import EncodeConfig
+    from jlt.latents.encoding import encode
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "digit-latents"
+    with FileLock(root / "digit-latents.lock"):
+        encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What tests of encoding and of the latent store share: a small source, a small autoencoder, a store of both."""
+"""Shared by tests of encoding and of the latent store: a small source, a small autoencoder, a store of both."""
 
 from __future__ import annotations
 

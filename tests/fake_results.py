@@ -16,13 +16,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from jlt.config import LatentShape, TimestepConfig
-from jlt.experiments.analysis import Question
+from jlt.experiments.analysis import AnalysisConfig
 from jlt.geometry.accumulate import measure_moments
-from jlt.geometry.analyze import describe
-from jlt.geometry.forecast import TrainingModel
-from jlt.report.results import ABLATION_SCHEMA
+from jlt.results.ablation import Ablation
+from jlt.results.files import write_result
+from jlt.results.geometry import GEOMETRY, Geometry, TrainingModel
 from jlt.runtime.processes import SingleProcess, rank0_value
-from jlt.storage.files import sealed_text, write_json
+from jlt.storage.files import write_json
 
 NAMES = {"x": "JLT-XS", "v": "DiT-XS", "eps": "DiT-eps-XS"}
 FINAL = {("x", 1): 20.1, ("v", 1): 37.2, ("eps", 1): 310.0, ("x", 2): 18.3, ("v", 2): 126.0, ("eps", 2): 820.0}
@@ -65,18 +65,17 @@ class GaussianStore:
         return LATENTS
 
 
-def analyze(store: Any, patch_sizes: Sequence[int], widths: Sequence[int] = (768,), batch_size: int = 0) -> dict:
-    """Measure a store in this process, and return what geometry.json would hold."""
-    question = Question(tuple(patch_sizes), tuple(widths), TrainingModel(TimestepConfig(), 0.05))
+def analyze(store: Any, patch_sizes: Sequence[int], widths: Sequence[int] = (768,), batch_size: int = 0) -> Geometry:
+    """Measure the geometry of a store in this process."""
+    config = AnalysisConfig(tuple(patch_sizes), tuple(widths), TrainingModel(TimestepConfig(), 0.05))
     moments = rank0_value(measure_moments(store, patch_sizes, "cpu", SingleProcess(), batch_size))
-    found = describe(moments, store.identity(), patch_sizes, widths, question.model)
-    return {**question.words(store), **found}
+    return config.geometry_of(moments, store)
 
 
 @cache
-def geometry() -> str:
-    """Return a geometry.json as text."""
-    return sealed_text(analyze(GaussianStore(), [1, 2], [64]))
+def geometry() -> Geometry:
+    """Return the geometry of smooth latents."""
+    return analyze(GaussianStore(), [1, 2], [64])
 
 
 def protocol(checkpoint: str) -> dict[str, Any]:
@@ -232,7 +231,7 @@ def write_ablation(
         weights[run.removeprefix("runs/")] = hashlib.sha256(f"weights {patch_size} {seed}".encode()).hexdigest()
         draws[run.removeprefix("runs/")] = hashlib.sha256(f"draws {seed}".encode()).hexdigest()
     ablation = {
-        "schema": ABLATION_SCHEMA,
+        "schema": Ablation.SCHEMA,
         "title": "Handwritten digits: matched targets",
         "recipe": "digits",
         "created": "2026-11-23T18:00:00+00:00",
@@ -250,5 +249,5 @@ def write_ablation(
         "classifier_accuracy": 0.985,
     }
     write_json(folder / "ablation.json", ablation)
-    (folder / "geometry.json").write_text(geometry())
+    write_result(folder / GEOMETRY, geometry())
     return folder

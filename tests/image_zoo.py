@@ -1,4 +1,4 @@
-"""Every kind of image that real collections hold, good and bad, and what each has to become."""
+"""Every kind of image in real collections, good and bad, and the expected pixels or error."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LEFT, RIGHT = (200, 60, 40), (20, 120, 220)
 
 @dataclass(frozen=True)
 class Expectation:
-    """What an image of the zoo becomes: pixels up to a tolerance (of lossy formats), or an error."""
+    """The expected result for an image: pixels up to a tolerance (of lossy formats), or an error."""
 
     pixels: np.ndarray | None = None
-    """As they lie in the file, (SIZE, 2 * SIZE, 3)."""
+    """As stored in the file, (SIZE, 2 * SIZE, 3)."""
     tolerance: int = 0
     upright: np.ndarray | None = None
     """Turned by EXIF, where that makes a difference."""
     reason: str = ""
-    """What the error says, if there are no pixels."""
+    """A part of the error, if there are no pixels."""
 
     def crop(self, exif: str = "ignore") -> np.ndarray:
         """The centre crop of SIZE: no resizing is needed, so it is a slice."""
@@ -66,7 +66,7 @@ def palette(first: int = 0, **info: object) -> Image.Image:
 
 
 def zoo() -> dict[str, tuple[bytes, Expectation]]:
-    """The content of each file, by class/file (files differ before the first dot too), and what becomes of it."""
+    """The content of each file, by class/file (files differ before the first dot too), and the expected result."""
     colour, grey = halves(LEFT, RIGHT), halves(50, 180)
     rgb, exact, near = Image.fromarray(colour), Expectation(colour), Expectation(colour, 4)
     grey_exact = Expectation(grey_rgb(50, 180))
@@ -105,7 +105,7 @@ def zoo() -> dict[str, tuple[bytes, Expectation]]:
 
 
 def write_zoo(folder: Path) -> dict[str, Expectation]:
-    """Write class folders of all kinds, bad ones included, and return what each file becomes, by class/file."""
+    """Write class folders of all kinds, bad ones included, and return the expected result of each, by class/file."""
     for name, (content, _) in zoo().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def test_damaged_weights_and_pickles_are_refused(small_folder, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_places_where_there_is_no_autoencoder(tmp_path):
+def test_paths_without_an_autoencoder(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (str(tmp_path / "empty"), str(tmp_path / "missing"), "missing"):
         with pytest.raises(JLTError, match=r"no config\.json"):
@@ -231,7 +231,7 @@ def test_tiny_reconstructs_held_out_digits_as_well_as_it_states(tiny, digits):
     measured = psnr(held_out, decode(tiny, latents))
     assert measured >= 40
     assert measured == pytest.approx(tiny.held_out_psnr, abs=0.1)
-    # What a diffusion model hands to the decoder is not exactly a latent.
+    # The output of a diffusion model is not exactly a latent.
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
     assert psnr(held_out, decode(tiny, latents + 0.1 * noise)) >= 36
 
@@ -285,7 +285,7 @@ def test_weights_are_rounded_but_statistics_are_not(tmp_path):
 
 @pytest.fixture(scope="module")
 def full_size():
-    """FLUX.2's own configuration with random weights and statistics: the model, and what is loaded from its file."""
+    """FLUX.2's own configuration with random weights and statistics: the model, and the autoencoder from its file."""
     from diffusers import AutoencoderKLFlux2
 
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ SMALL = {
     "latent_channels": 4,
     "norm_num_groups": 4,
 }
-# What is in the configurations of Stable Diffusion 1, SDXL-like models with statistics of their own, and FLUX.1.
+# The configurations of Stable Diffusion 1, SDXL-like models with their own statistics, and FLUX.1.
 STABLE_DIFFUSION = {"scaling_factor": 0.18215}
 STATISTICS = {
     "scaling_factor": 0.5,
@@ -30,7 +30,7 @@ STATISTICS = {
     "latents_std": (8.4, 5.9, 5.2, 3.7),
 }
 FLUX1 = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
-# A shift is not used where there are statistics: diffusers' SDXL pipelines look at nothing else.
+# The shift is not used where there are statistics, as in diffusers' SDXL pipelines.
 BOTH = {**STATISTICS, "shift_factor": 0.7}
 
 
@@ -91,7 +91,7 @@ def test_decoding_inverts_the_scaling(config, tmp_path):
     assert load_autoencoder("kl", str(tmp_path)).decode(z).eq(1).all(), "images are clamped"
 
 
-def test_identity_says_what_decides_the_latents(tmp_path):
+def test_identity_contains_everything_that_decides_the_latents(tmp_path):
     def identity(posterior="mode", **config):
         save_model(tmp_path / "model", **config)
         return load_autoencoder("kl", str(tmp_path / "model"), posterior=posterior).identity()
@@ -130,10 +130,10 @@ def test_weights_under_the_attention_names_of_older_files_are_read(tmp_path):
     assert load_autoencoder("kl", str(tmp_path)).identity()["weights_sha256"] == before
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
-def test_words_that_do_not_go_together(folder):
+def test_arguments_that_do_not_fit_the_name(folder):
     with pytest.raises(UsageError, match="--autoencoder-path.*stabilityai/sd-vae-ft-mse"):
         load_autoencoder("kl")
     for name in ("flux2", "tiny", "pixels"):
@@ -149,7 +149,7 @@ def test_another_class_is_refused_in_both_directions(folder, tmp_path):
         load_autoencoder("kl", str(tmp_path / "flux2"))
     with pytest.raises(JLTError, match="class AutoencoderKL, not AutoencoderKLFlux2:"):
         load_autoencoder("flux2", str(folder))
-    # A configuration that lies about its class, or is silent, still has the other one's weights beside it.
+    # With a wrong class in its configuration, or none, the folder still has the other class's weights.
     edit_config(tmp_path / "flux2", _class_name="AutoencoderKL")
     with pytest.raises(JLTError, match="not an AutoencoderKL: 3 weights do not match, 'bn"):
         load_autoencoder("kl", str(tmp_path / "flux2"))
@@ -210,7 +210,7 @@ def test_an_autoencoder_of_other_images_is_refused(tmp_path):
 
 
 class Trap:
-    """A pickle that leaves a file where it was opened."""
+    """A pickle that creates a file when it is opened."""
 
     def __init__(self, sprung: Path) -> None:
         self.sprung = sprung
@@ -224,7 +224,7 @@ def test_a_pickle_is_refused_without_running_it(folder, name):
     sprung = folder / "sprung"
     (folder / WEIGHTS_FILE).unlink()
     if name == "index":
-        # The list of a model's files can name any file at all.
+        # The list of a model's files can name any file.
         index = {"metadata": {"total_size": 1}, "weight_map": {"encoder.conv_in.weight": "weights.bin"}}
         (folder / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
         name = "weights.bin"
@@ -244,7 +244,7 @@ def test_weights_in_a_pickle_are_not_read_even_if_they_are_right(folder):
         load_autoencoder("kl", str(folder))
 
 
-# ---- the Hub, as it lies in its cache: the tests are offline ----
+# ---- the Hub, from its cache: the tests are offline ----
 
 
 @pytest.mark.parametrize("subfolder", ["", "vae"])
@@ -365,12 +365,12 @@ def test_autocast_ends_before_the_normalisation(tmp_path):
     torch.testing.assert_close(latents.double(), (z - 1000) / 0.25, rtol=0, atol=1e-3)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(address: tuple[str, int], timeout: float) -> None:
         raise OSError(f"no way to {address[0]}")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", unreachable)
-    with pytest.raises(JLTError, match=r"nobody/nothing is no folder here, and the Hub at \S+ cannot be reached"):
-        load_autoencoder("kl", "nobody/nothing")
+    with pytest.raises(JLTError, match=r"unknown/nothing is not a local folder, and the Hub at \S+ cannot be reached"):
+        load_autoencoder("kl", "unknown/nothing")

@@ -1,4 +1,4 @@
-"""Working behind: order, bounds, and every way in which either side can fail."""
+"""Background work: order, bounds, and every way in which either side can fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jlt.runtime.background import Abandoned, BackgroundWorker
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("jlt-behind")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("jlt-background")]
 
 
 def test_all_is_used_in_order_before_the_block_is_left() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jlt.benchmarks import train
-from jlt.benchmarks.profiling import Work, covered, device_work, group_of, profile_steps, shares, unrecognised
+from jlt.benchmarks.profiling import profile_steps
 from jlt.benchmarks.train import benchmark_train
 from jlt.benchmarks.train_loop import loop_figures
 from jlt.config import NetworkConfig, TrainConfig
@@ -45,10 +44,10 @@ def measured(result):
     return entry
 
 
-def test_the_benchmark_says_what_it_measured(result, measured):
+def test_the_benchmark_reports_what_it_measured(result, measured):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    asked = {"preset": PRESET, "batch_size": 2, "steps": 1, "precision": "float32", "compile": False}
-    assert asked.items() <= measured.items()
+    settings = {"preset": PRESET, "batch_size": 2, "steps": 1, "precision": "float32", "compile": False}
+    assert settings.items() <= measured.items()
     network = preset(PRESET)[1]
     assert measured["network"] == dataclasses.asdict(network)
     assert measured["parameters"] == count_parameters(build_network(network, seed=0))
@@ -128,7 +127,7 @@ def test_loop_and_profile_are_measured_at_the_fastest():
     assert profile["idle"] is None
     table = benchmark_table(found)
     assert "waiting for data" in table
-    assert "matrix products" in table
+    assert "aten::addmm" in table
 
 
 def test_a_loop_that_fails_loses_nothing(monkeypatch):
@@ -165,7 +164,7 @@ def test_figures_of_a_log():
 # ---- precisions ----
 
 
-def test_the_slower_bfloat16_is_said():
+def test_a_slower_bfloat16_is_reported():
     assert ProductRates(float32=1e11, bfloat16=2e11).warning == ""
     assert ProductRates(float32=1e11, bfloat16=9.5e10).warning == ""
     assert "20 times as fast" in ProductRates(float32=1e11, bfloat16=5e9).warning
@@ -183,80 +182,11 @@ def test_a_slow_device_is_measured_with_small_matrices(monkeypatch):
 @pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False), ("tf32", False)])
 def test_the_trainer_warns_of_a_slow_bfloat16_only_where_it_is_used(precision, warned, monkeypatch):
     monkeypatch.setattr(meter, "compare_precisions", lambda *_: ProductRates(1e11, 1e9))
-    warning = meter.precision_warning(small_config(precision=precision), torch.device("cpu"))
+    warning = meter.precision_warning(precision, torch.device("cpu"))
     assert bool(warning) == warned
 
 
 # ---- profiles ----
-
-NAMES = {
-    "aten::addmm": "matrix products",
-    "mkl::_mkl_linear": "matrix products",
-    "nvjet_hsh_192x192_64x3_1x2_h_bz_coopB_NNT": "matrix products",
-    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute": "matrix products",
-    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x64_nn_align8>": "matrix products",
-    "triton_tem_fused_addmm_3": "matrix products",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention, forward",
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention, backward",
-    "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64>>": "attention, forward",
-    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>": "attention, backward",
-    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(AttentionKernel)": "attention, forward",
-    "fmha_cutlassB_bf16_aligned_64x64_k64_sm80(AttentionKernel)": "attention, backward",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention, forward",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention, backward",
-    "triton_poi_fused_add_mul_silu_7": "fused",
-    "## Call CompiledFxGraph fabc ##": "fused",
-    "aten::addcmul": "normalisation and elementwise",
-    "aten::mul": "normalisation and elementwise",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor<float>>": "normalisation and elementwise",
-    "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>": "conversions and copies",
-    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>": "normalisation and elementwise",
-    "void at::native::vectorized_layer_norm_kernel<rms_norm>": "normalisation and elementwise",
-    "void at::native::CatArrayBatchedCopy<float>": "conversions and copies",
-    "Memcpy HtoD (Pinned -> Device)": "conversions and copies",
-    "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimiser, averages, clipping",
-    "aten::_fused_adamw_": "optimiser, averages, clipping",
-    "aten::normal_": "noise",
-    "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",
-    "aten::view": "other",
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_find_their_group(name):
-    assert group_of(name) == NAMES[name]
-
-
-def test_a_range_decides_before_the_name():
-    assert group_of("aten::mul", ["jlt::noise"]) == "noise"
-    assert group_of("aten::linalg_vector_norm", ["aten::norm", "jlt::clipping"]) == "optimiser, averages, clipping"
-    assert group_of("aten::sqrt", ["Optimizer.step#AdamW.step"]) == "optimiser, averages, clipping"
-
-
-def test_shares_add_up_and_what_is_unknown_is_told():
-    work = [Work("aten::mm", (), 6.0), Work("aten::mul", (), 2.0), Work("one", (), 1.5), Work("two", (), 0.5)]
-    found = shares(work)
-    assert found["matrix products"] == pytest.approx(0.6)
-    assert found["other"] == pytest.approx(0.2)
-    assert sum(found.values()) == pytest.approx(1)
-    assert unrecognised(work, 1) == {"one": pytest.approx(0.15)}
-    with pytest.raises(ValueError, match="nothing"):
-        shares([])
-
-
-def test_kernels_side_by_side_are_counted_once():
-    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75)]) == 5.0
-    assert covered([]) == 0
-
-
-def test_kernels_belong_to_the_ranges_that_they_begin_in():
-    def kernel(name, start, end):
-        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
-
-    kernels = [kernel("elementwise_kernel", 1e6, 2e6), kernel("elementwise_kernel", 3e6, 6e6)]
-    found = device_work(kernels, [(0.0, 2.5e6, "jlt::noise")])
-    assert [(item.ranges, item.seconds) for item in found] == [(("jlt::noise",), 1.0), ((), 3.0)]
-    assert shares(found)["noise"] == pytest.approx(0.25)
 
 
 @pytest.fixture
@@ -273,12 +203,14 @@ def _one_thread():
 def test_matrix_products_lead_a_real_profile():
     step = train.trainer_step(preset_config("JLT-S/1", precision="float32", batch_size=2), "cpu")
     step()
-    found = profile_steps(step, 1, 1.0, "cpu")["shares"]
-    assert sum(found.values()) == pytest.approx(1)
-    assert max(found, key=found.get) == "matrix products"
-    assert found["other"] < 0.2
-    assert all(found[group] > 0 for group in ("noise", "attention, forward", "optimiser, averages, clipping"))
-    assert found["communication"] == found["fused"] == 0
+    found = profile_steps(step, 1, 1.0, "cpu")
+    shares = list(found["shares"].values())
+    assert sum(shares) == pytest.approx(1)
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
+    assert next(iter(found["shares"])) in ("aten::addmm", "aten::mm", "mkl::_mkl_linear")
+    assert any("attention" in name for name in found["shares"])
+    assert any("adam" in name for name in found["shares"])
+    assert found["idle"] is None
 
 
 # ---- the arithmetic ----
@@ -329,7 +261,7 @@ def test_forward_flops_are_those_of_a_real_pass(name):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_training_flops_are_near_those_of_a_real_update(name):
-    # The usual count of three forwards also counts the gradient of the input, which nobody needs.
+    # The usual count of three forwards also counts the gradient of the input, which is not needed.
     config = CONFIGURATIONS[name]
     assert training_flops(config) == 3 * forward_flops(config)
     assert training_flops(config) == pytest.approx(counted(config, backward=True), rel=0.05)

@@ -1,10 +1,12 @@
-"""The benchmark of reading: that every way reads what was asked for, and what its report says."""
+"""The benchmark of reading: that every way reads the requested latents, and what its report says."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,25 +34,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(folder: Path) -> dict:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "ROUNDS", 2)
-        patched.setattr(module, "LARGE_COUNT", 1600)
         return benchmark_data(folder, 40, BATCH, 0.02)
 
 
-def test_every_way_reads_what_was_asked_for(folder: Path) -> None:
+def test_every_way_reads_the_requested_latents(folder: Path) -> None:
     store = LatentStore.open(folder)
-    asked = [*itertools.islice(module._requests(store, 50, BATCH), 12)]
-    assert any(request.flips.any() for request in asked)
+    batches = [*itertools.islice(module.batches_in_order(store, 50, BATCH), 12)]
+    assert any(rows.flips.any() for rows in batches)
     shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     stored = [np.concatenate([shard[name] for shard in shards]) for name in ("latents", "latents_flip")]
     expected = [
-        np.stack([stored[int(flip)][i] for i, flip in zip(request.indices, request.flips, strict=True)])
-        for request in asked
+        np.stack([stored[int(flip)][i] for i, flip in zip(rows.indices, rows.flips, strict=True)]) for rows in batches
     ]
-    for batch, loaded in zip(expected, module._loader(store, iter(asked), BATCH, "cpu"), strict=True):
+    for batch, loaded in zip(expected, module._loader(store, iter(batches), BATCH, "cpu"), strict=True):
         np.testing.assert_array_equal(loaded.numpy(), batch)
-    for batch, mapped in zip(expected, module._memory_map(store, iter(asked), BATCH), strict=True):
-        np.testing.assert_array_equal(mapped, batch)
-    for batch, (latents, _) in zip(expected, module._per_sample(store, iter(asked), 0), strict=True):
+    for batch, (latents, _) in zip(expected, module._per_sample(store, iter(batches), 0), strict=True):
         np.testing.assert_array_equal(latents.numpy(), batch)
 
 
@@ -60,16 +58,34 @@ def test_report(measured: dict) -> None:
     assert (measured["shape"], measured["dtype"], measured["batch_size"]) == ([4, 3, 2], "float16", BATCH)
     assert all(len(rates) == 2 and min(rates) > 0 for rates in measured["rounds"].values())
     for way, rates in measured["rounds"].items():
-        assert measured["latents_per_second"][way] == pytest.approx(sum(rates) / 2)
+        # The median of two rounds is that of their times.
+        assert measured["latents_per_second"][way] == pytest.approx(2 / sum(1 / rate for rate in rates))
     assert measured["loader_ratio"]["loader"] == 1
-    assert 0 < measured["opening"]["seconds"] < 5
 
 
-def test_memory_of_an_epoch_does_not_grow_with_the_store(measured: dict) -> None:
-    memory = measured["epoch_memory"]
-    assert (memory["small_count"], memory["large_count"]) == (1_000, 100_000)
-    assert 50 * 2**20 < memory["small_bytes"] < 2**30
-    assert memory["ratio"] < 1.2
+READ_EPOCH = """
+import itertools, math, sys
+from pathlib import Path
+from jlt.benchmarks.data import batches_in_order
+from jlt.latents.loader import read_ahead
+from jlt.latents.store import LatentStore
+from jlt.runtime.timing import peak_memory
+store = LatentStore.open(Path(sys.argv[1]))
+batches = itertools.islice(batches_in_order(store, len(store), 256), math.ceil(len(store) / 256))
+assert sum(len(latents) for _, latents, _ in read_ahead(store, batches, 256)) >= len(store)
+print(peak_memory("cpu"))
+"""
+
+
+def test_memory_of_an_epoch_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    peaks = []
+    for count in (1_000, 100_000):
+        write_store(tmp_path / str(count), random_shards(count, (4, 4, 4), 10_000), CLASSES)
+        command = [sys.executable, "-c", READ_EPOCH, str(tmp_path / str(count))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert 50 * 2**20 < peaks[0] < 2**30
+    assert peaks[1] / peaks[0] < 1.2
 
 
 def test_table_names_every_way(measured: dict) -> None:
@@ -77,16 +93,16 @@ def test_table_names_every_way(measured: dict) -> None:
     assert "40 latents, 4x3x2 float16, batch 8" in table
     assert f"{measured['latents_per_second']['loader']:,.0f}" in table
     assert measured["rounds"].keys() == measured["latents_per_second"].keys()
-    assert len(table.splitlines()) >= len(measured["rounds"]) + 6
+    assert len(table.splitlines()) >= len(measured["rounds"]) + 2
 
 
 def test_no_room_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(JLTError, match=r"take 1 GB.*0\.001 GB free.*--count"):
+    with pytest.raises(JLTError, match=r"--count.* take 1,048\.6 MB.*1\.0 MB are free"):
         benchmark_data(None, 8000, 256, 1.0)
 
 
-@pytest.mark.parametrize("words", [(0, 1, 1.0), (1, 0, 1.0), (1, 1, 0.0)])
-def test_impossible_words(words: tuple[int, int, float]) -> None:
+@pytest.mark.parametrize("arguments", [(0, 1, 1.0), (1, 0, 1.0), (1, 1, 0.0)])
+def test_impossible_arguments(arguments: tuple[int, int, float]) -> None:
     with pytest.raises(UsageError):
-        benchmark_data(None, *words)
+        benchmark_data(None, *arguments)

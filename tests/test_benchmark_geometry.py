@@ -19,7 +19,7 @@ from jlt.runtime.processes import SingleProcess
 SHAPE = LatentShape(channels=3, height=4, width=4, num_classes=5)
 
 
-def test_latents_are_as_many_as_one_likes(monkeypatch):
+def test_a_store_has_any_number_of_latents(monkeypatch):
     monkeypatch.setattr(module, "DISTINCT", 7)
     store = RandomLatents(SHAPE, 20)
     latents, labels = store.gather(np.arange(20))
@@ -31,18 +31,18 @@ def test_latents_are_as_many_as_one_likes(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_store():
-    """In one process, since what an allocator does not give back adds up; both stores are larger than what is kept."""
-    words = """
+    """In one process, where what an allocator does not return adds up; both stores are larger than what is kept."""
+    script = """
 from jlt.benchmarks.geometry import *
 for count in (2_100, 6_300):
     reset_peak_memory("cpu")
-    measure_moments(RandomLatents(LatentShape(128, 16, 16, 10), count), [1], "cpu", SingleProcess())
+    measure_moments(RandomLatents(LatentShape(32, 16, 16, 10), count), [1], "cpu", SingleProcess())
     print(peak_memory("cpu"))
 """
-    run = subprocess.run([sys.executable, "-c", words], capture_output=True, check=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     smaller, larger = map(int, run.stdout.split())
-    # Of 275 MB by which the larger store is larger in float16.
-    assert larger - smaller < 137e6
+    # Half of the 69 MB by which the larger store is larger in float16.
+    assert larger - smaller < 34e6
 
 
 def test_report():
@@ -53,12 +53,12 @@ def test_report():
         assert entry["dimension"] == 3 * int(size) ** 2
         assert min(entry["ratio_by_round"]) <= entry["ratio"] <= max(entry["ratio_by_round"])
     assert measured["imagenet_minutes"] == pytest.approx(IMAGENET / measured["latents_per_second"] / 60)
-    assert list(measured["peak_memory_mib_by_count"]) == ["40", "160"]
+    assert (measured["count"], measured["peak_memory_mib"] > 50) == (40, True)
     table = geometry_benchmark_table(measured)
     assert "patch 2: covariance of tokens" in table
-    assert "160 latents" in table
+    assert "a pass over 40 latents" in table
 
 
-def test_too_few_latents_are_wrong_words(capsys):
+def test_too_few_latents_are_refused(capsys):
     assert main(["benchmark", "geometry", "--count", "1"]) == 2
     assert "--count must be 2 or more" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: its words, its manners towards files and streams, and the whole chain from images to a report."""
+"""The command line: its help, arguments, streams, exit codes and files, and the whole chain from images to a report."""
 
 import contextlib
 import io
@@ -16,6 +16,7 @@ import pytest
 from data_helpers import file_bytes
 from PIL import Image
 
+import jlt as jlt_package
 from jlt.cli.main import COMMANDS, main
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import open_source
@@ -29,20 +30,33 @@ NAMES = [
     "plan",
     "train",
     "sample",
-    "evaluate",
-    "reference",
     "fetch",
+    "reference",
+    "evaluate",
     "sweep",
     "ablate",
     "report",
     "benchmark",
 ]
+MORE_HELP = [
+    "encode --adopt DIR",
+    "train digits",
+    "benchmark train",
+    "benchmark sample",
+    "benchmark data",
+    "benchmark encode",
+    "benchmark geometry",
+]
+OLD_DIALECT = re.compile(
+    r"\b(words?|told|said|ask(s|ed)?|heard|nobody|whoever|somebody|beside|lies?|at hand|anew|put out|sound|verbs?"
+    r"|of one mind|DESIGN)\b"
+)
 SAMPLES = ["--num", 23, "--steps", 3, "--cfg-scale", 1.5]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a command gave back."""
+class Outcome:
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -50,116 +64,153 @@ class Answer:
 
     @property
     def data(self):
-        """The one JSON object on stdout; anything beside it, or a NaN in it, is an error."""
+        """The one JSON object on stdout; further output, or a NaN in it, is an error."""
         value = json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         assert isinstance(value, dict)
         assert self.out.count("\n") == 1
         return value
 
 
-def jlt(*words) -> Answer:
+def jlt(*arguments) -> Outcome:
     """Run a command in this process."""
-    # With an encoding, as a terminal has one: the help draws its boxes by it.
+    # The help draws boxes only where the stream has an encoding, as a terminal has.
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(word) for word in words])
-    return Answer(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
+        code = main([str(word) for word in arguments])
+    return Outcome(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
 
 
-def jlt_process(*words) -> Answer:
+def jlt_process(*arguments) -> Outcome:
     """Run a command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "jlt.cli.main", *map(str, words)],
+        [sys.executable, "-m", "jlt.cli.main", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
-    return Answer(done.returncode, done.stdout, done.stderr)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def done(*words) -> dict:
+def done(*arguments) -> dict:
     """Run a command that has to succeed and return its JSON."""
-    answer = jlt(*words, "--json")
-    assert answer.code == 0, answer.err
-    return answer.data
+    outcome = jlt(*arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    return outcome.data
 
 
 # ---- help ----
 
 
-def listed_verbs() -> dict[str, str]:
-    """Return the verbs of `jlt --help` with their one-line descriptions."""
-    answer = jlt("--help")
-    assert answer.code == 0
-    words = " ".join(line.strip("│ ") for line in answer.out.splitlines())
-    entries = words.partition("(required)")[2].split("•")[1:]
+def listed_commands() -> dict[str, str]:
+    """Return the commands of `jlt --help` with their one-line descriptions."""
+    outcome = jlt("--help")
+    assert outcome.code == 0
+    text = " ".join(line.strip("│ ") for line in outcome.out.splitlines())
+    entries = text.partition("(required)")[2].split("•")[1:]
     pairs = [entry.strip("╰─╯ ").split(maxsplit=1) for entry in entries]
     return {name: " ".join(summary.split()) for name, summary in pairs}
 
 
-def test_the_verbs_listed_are_those_that_exist():
-    assert list(listed_verbs()) == NAMES == [verb.__name__.lower() for verb in COMMANDS]
+def test_the_commands_listed_are_those_that_exist():
+    assert list(listed_commands()) == NAMES == [command.__name__.lower() for command in COMMANDS]
 
 
 def test_help_of_the_program_is_short():
-    answer = jlt("--help")
-    assert len(answer.out.splitlines()) < 60
-    assert answer.err == ""
+    outcome = jlt("--help")
+    assert len(outcome.out.splitlines()) < 60
+    assert outcome.err == ""
 
 
-@pytest.mark.parametrize("verb", NAMES)
-def test_help_of_a_verb_is_short_and_has_an_example(verb):
-    answer = jlt(verb, "--help")
-    assert answer.code == 0
-    assert answer.err == ""
-    # What draws images has the sampler's settings besides its own.
-    assert len(answer.out.splitlines()) < 90
-    example = re.search(r"For example:\s+(jlt .*)", answer.out)
-    assert example, answer.out
-    assert example[1].split()[1] == verb
+@pytest.mark.parametrize("command", NAMES)
+def test_help_of_a_command_is_short_and_has_an_example(command):
+    outcome = jlt(command, "--help")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    # Commands that generate images have the settings of the sampler too.
+    assert len(outcome.out.splitlines()) < 90
+    example = re.search(r"For example:\s+(jlt .*)", outcome.out)
+    assert example, outcome.out
+    assert example[1].split()[1] == command
 
 
-@pytest.mark.parametrize("verb", NAMES)
-def test_the_line_for_a_verb_is_its_first_clause_whole(verb):
-    clause = listed_verbs()[verb].removesuffix(".")
-    described = " ".join(jlt(verb, "--help").out.split())
-    _, found, rest = described.partition(clause)
-    assert found, f"{verb} describes itself otherwise than {clause!r}"
-    assert re.match(r"[.;:]( |$)", rest), f"{clause!r} breaks off before {rest[:20]!r}"
+@pytest.mark.parametrize("command", NAMES)
+def test_the_line_of_a_command_is_the_first_line_of_its_help(command):
+    paragraphs = jlt(command, "--help").out.split("\n\n")
+    assert listed_commands()[command] == paragraphs[1]
 
 
-@pytest.mark.parametrize("verb", NAMES)
-def test_the_example_of_a_verb_can_be_parsed(verb):
+def option_helps(*arguments) -> dict[str, str]:
+    """Return the options and positional arguments in a help output, each with all text that follows it."""
+    entries: list[list[str]] = []
+    for line in jlt(*arguments, "--help").out.splitlines():
+        if re.match(r"│ (-|[A-Z]+ {2,})", line):
+            entries.append([])
+        if entries and line.startswith("│  " if entries[-1] else "│"):
+            entries[-1] += line.strip("│ ").split()
+    return {name: " ".join(text) for name, *text in entries if name != "-h,"}
+
+
+@pytest.mark.parametrize("arguments", [name for name in NAMES if name != "benchmark"] + MORE_HELP)
+def test_every_option_has_a_help_text(arguments):
+    helps = option_helps(*arguments.split())
+    assert len(helps) > 2
+    # A sentence, then its default or whether it is required. An option without a text shows its type and default only.
+    bare = [name for name, text in helps.items() if not re.search(r"\.( \((default: [^()]*|required)\))?$", text)]
+    assert bare == []
+
+
+def test_the_help_of_a_recipe_lists_its_settings():
+    helps = option_helps("train", "digits")
+    assert {"--out", "--steps", "--network.depth", "--loss.space", "--evaluation.sample.solver"} <= set(helps)
+    assert helps["--steps"].endswith("(default: 1500)")
+    assert "--steps" not in option_helps("train")
+    assert jlt("--help", "train").code == 0
+
+
+def test_no_text_of_the_command_line_uses_the_old_dialect():
+    package = Path(jlt_package.__file__).parent
+    files = [*(package / "cli").glob("*.py"), package / "config.py", package / "errors.py"]
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in [*files, package / "latents" / "encode_config.py"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if OLD_DIALECT.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_the_example_of_a_command_can_be_parsed(command):
     from jlt.cli.main import parse
 
-    example = re.search(r"For example:\s+jlt (.*)", jlt(verb, "--help").out)[1]
+    example = re.search(r"For example:\s+jlt (.*)", jlt(command, "--help").out)[1]
     parsed = parse(example.split())
-    assert type(parsed).__name__.lower() in (verb, f"train{verb}")
+    assert type(parsed).__name__.lower() in (command, f"train{command}")
 
 
 @pytest.mark.parametrize("what", ["train", "data", "encode"])
 def test_every_benchmark_explains_itself(what):
     from jlt.cli.main import parse
 
-    answer = jlt("benchmark", what, "--help")
-    assert (answer.code, answer.err) == (0, "")
-    example = re.search(r"For example:\s+jlt (.*)", answer.out)[1]
+    outcome = jlt("benchmark", what, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    example = re.search(r"For example:\s+jlt (.*)", outcome.out)[1]
     assert type(parse(example.split())).__name__.lower() == f"{what}benchmark"
 
 
 def test_adoption_explains_itself():
-    answer = jlt("encode", "--adopt", "somewhere", "--help")
-    assert (answer.code, answer.err) == (0, "")
-    assert "beside them" in answer.out
+    outcome = jlt("encode", "--adopt", "somewhere", "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Make a latent store of shards" in outcome.out
 
 
-# ---- wrong words ----
+# ---- wrong arguments ----
 
 
 @pytest.mark.parametrize(
-    ("words", "nearest"),
+    ("arguments", "nearest"),
     [
         ("trian digits", "train"),
         ("train digts", "digits"),
@@ -186,29 +237,29 @@ def test_adoption_explains_itself():
         ("benchmark trian", "train"),
     ],
 )
-def test_wrong_words_are_2_and_get_the_nearest(words, nearest, tmp_path, monkeypatch):
+def test_wrong_arguments_give_2_and_the_nearest_name(arguments, nearest, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answer = jlt(*words.split())
-    assert answer.code == 2
-    assert answer.out == ""
+    outcome = jlt(*arguments.split())
+    assert outcome.code == 2
+    assert outcome.out == ""
     # Boxes may break a line within a sentence.
-    assert nearest in " ".join(answer.err.split())
-    assert "Traceback" not in answer.err
+    assert nearest in " ".join(outcome.err.split())
+    assert "Traceback" not in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "words", ["", "train", "encode --images digits", "train digits", "evaluate", "sample --num many"]
+    "arguments", ["", "train", "encode --images digits", "train digits", "evaluate", "sample --num many"]
 )
-def test_words_that_do_not_suffice_are_2(words, tmp_path, monkeypatch):
+def test_missing_arguments_give_2(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answer = jlt(*words.split())
-    assert (answer.code, answer.out) == (2, "")
-    assert answer.err.strip()
+    outcome = jlt(*arguments.split())
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.strip()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "expected"),
     [
         ("verify nowhere", "nowhere"),
         ("report nowhere", "nowhere"),
@@ -223,16 +274,16 @@ def test_words_that_do_not_suffice_are_2(words, tmp_path, monkeypatch):
         ("train digits --network.patch-size 3 --print-config", "patch_size 3 does not divide"),
     ],
 )
-def test_a_failure_is_1_and_one_sentence(words, said, tmp_path, monkeypatch):
+def test_a_failure_gives_1_and_one_sentence(arguments, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answer = jlt(*words.split(), "--json")
-    assert answer.code == 1
-    # `verify` found a problem, and that is its result; the others have none.
-    assert said in (json.dumps(answer.data) if words.startswith("verify") else answer.err)
-    if not words.startswith("verify"):
-        assert answer.out == ""
-        assert len(answer.err.strip().splitlines()) == 1
-    assert "Traceback" not in answer.err
+    outcome = jlt(*arguments.split(), "--json")
+    assert outcome.code == 1
+    # A problem is the result of `verify`; the other commands have none.
+    assert expected in (json.dumps(outcome.data) if arguments.startswith("verify") else outcome.err)
+    if not arguments.startswith("verify"):
+        assert outcome.out == ""
+        assert len(outcome.err.strip().splitlines()) == 1
+    assert "Traceback" not in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +301,7 @@ def test_exit_codes_and_tracebacks_of_the_process():
     assert jlt_process("trian").code == 2
 
 
-def test_a_reader_that_leaves_early_gets_no_traceback():
+def test_a_closed_pipe_gives_no_traceback():
     """As in `jlt train ... --print-config | head -1`."""
     script = f"{sys.executable} -m jlt.cli.main train digits --print-config --json | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
@@ -274,8 +325,8 @@ def chain(tmp_path_factory) -> Path:
     encoding = ["--images", "digits", "--autoencoder", "tiny", "--resolution", 32, "--batch-size", 256]
     manifest = done("encode", *encoding, "--no-flips", "--dtype", "float32", "--out", latents)
     assert (manifest["count"], manifest["channels"], manifest["height"]) == (1797, 16, 4)
-    words = ["--steps", 40, "--batch-size", 16, "--checkpoint-every", 20, "--log-every", 10]
-    trained = done("train", "digits", "--latents", latents, "--out", run, *words)
+    arguments = ["--steps", 40, "--batch-size", 16, "--checkpoint-every", 20, "--log-every", 10]
+    trained = done("train", "digits", "--latents", latents, "--out", run, *arguments)
     assert Path(trained["checkpoint"]) == run / "checkpoints" / "step_0000040"
     return folder
 
@@ -320,29 +371,30 @@ def test_from_images_to_a_report(chain, tmp_path):
     other_seed = done("evaluate", "--checkpoint", run, "--reference", reference, *SAMPLES, "--seed", 1)
     assert other_seed["metrics"]["frechet_distance"] != from_array["metrics"]["frechet_distance"]
     kept = [json.loads(path.read_text()) for path in (run / "evaluations").iterdir()]
+    kept = [{key: value for key, value in result.items() if key != "sha256"} for result in kept]
     assert sorted(kept, key=lambda result: result["protocol"]["seed"]) == [from_checkpoint, other_seed]
 
     page = Path(done("report", run)["report"]).read_text(encoding="utf-8")
     assert "JLT-XS/1" in page
 
 
-def test_the_same_words_again_change_nothing(chain):
+def test_the_same_command_again_changes_nothing(chain):
     before = file_bytes(chain)
-    words = ["--steps", 40, "--batch-size", 16, "--checkpoint-every", 20, "--log-every", 10]
-    done("train", "digits", "--latents", chain / "latents", "--out", chain / "run", *words)
+    arguments = ["--steps", 40, "--batch-size", 16, "--checkpoint-every", 20, "--log-every", 10]
+    done("train", "digits", "--latents", chain / "latents", "--out", chain / "run", *arguments)
     assert file_bytes(chain) == before
 
 
-def test_a_person_reads_text_and_a_program_reads_json(chain):
+def test_output_is_text_or_json(chain):
     text, data = jlt("verify", chain / "latents"), jlt_process("verify", chain / "latents", "--json")
-    assert text.out == f"{chain / 'latents'} is sound.\n"
+    assert text.out == f"{chain / 'latents'} is valid.\n"
     assert data.data == {"folder": str(chain / "latents"), "problems": []}
     assert (text.code, data.code) == (0, 0)
 
 
 def test_overrides_reach_the_run(chain):
-    words = ["--prediction", "v", "--network.depth", 2, "--loss.weighting", "published", "--timesteps.P-mean", 0]
-    config = done("train", "digits", "--latents", chain / "latents", "--print-config", *words)
+    arguments = ["--prediction", "v", "--network.depth", 2, "--loss.weighting", "published", "--timesteps.P-mean", 0]
+    config = done("train", "digits", "--latents", chain / "latents", "--print-config", *arguments)
     assert (config["prediction"], config["network"]["depth"]) == ("v", 2)
     assert (config["loss"]["weighting"], config["timesteps"]["P_mean"]) == ("published", 0.0)
     assert config["name"] == "DiT-64x2/1"
@@ -358,9 +410,9 @@ def test_a_plan_takes_its_latents_from_the_store(chain):
 
 
 def test_an_unknown_ema_gets_the_nearest(chain, tmp_path):
-    answer = jlt("sample", "--checkpoint", chain / "run", "--out", tmp_path / "out", "--ema", "0.999")
-    assert answer.code == 2
-    assert "did you mean 0.99" in answer.err
+    outcome = jlt("sample", "--checkpoint", chain / "run", "--out", tmp_path / "out", "--ema", "0.999")
+    assert outcome.code == 2
+    assert "did you mean 0.99" in outcome.err
     assert not (tmp_path / "out").exists()
 
 
@@ -399,29 +451,29 @@ LOOKALIKES = {
 }
 
 
-@pytest.mark.parametrize("content", ["thesis.tex", "a file that looks like the verb's own", "report.html"])
-@pytest.mark.parametrize("verb", WRITERS)
-def test_a_foreign_folder_is_left_as_it_is(chain, tmp_path, verb, content):
+@pytest.mark.parametrize("content", ["thesis.tex", "a file that looks like the command's own", "report.html"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_foreign_folder_is_left_as_it_is(chain, tmp_path, command, content):
     out = tmp_path / "out"
-    path = out / (LOOKALIKES[verb] if " " in content else content)
+    path = out / (LOOKALIKES[command] if " " in content else content)
     path.parent.mkdir(parents=True)
     path.write_text('{"precious": 1}')
-    words = [str(word).replace("CHAIN", str(chain)).replace("OUT", str(out)) for word in WRITERS[verb]]
-    answer = jlt(*words)
+    arguments = [str(word).replace("CHAIN", str(chain)).replace("OUT", str(out)) for word in WRITERS[command]]
+    outcome = jlt(*arguments)
     assert file_bytes(out) == {path.relative_to(out).as_posix(): b'{"precious": 1}'}
-    assert answer.code == 1
-    assert str(out) in answer.err
-    assert "Error:" not in answer.err
+    assert outcome.code == 1
+    assert str(out) in outcome.err
+    assert "Error:" not in outcome.err
 
 
-@pytest.mark.parametrize("verb", WRITERS)
-def test_a_file_in_place_of_the_folder_is_left_and_named(chain, tmp_path, verb):
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_file_in_place_of_the_folder_is_left_and_named(chain, tmp_path, command):
     out = tmp_path / "out"
     out.write_text("precious")
-    words = [str(word).replace("CHAIN", str(chain)).replace("OUT", str(out)) for word in WRITERS[verb]]
-    answer = jlt(*words)
+    arguments = [str(word).replace("CHAIN", str(chain)).replace("OUT", str(out)) for word in WRITERS[command]]
+    outcome = jlt(*arguments)
     assert out.read_text() == "precious"
-    assert answer.code == 1
-    assert str(out) in answer.err
-    # A sentence that says what to do, and not the operating system's.
-    assert "Errno" not in answer.err
+    assert outcome.code == 1
+    assert str(out) in outcome.err
+    # The sentence states the remedy; that of the operating system does not.
+    assert "Errno" not in outcome.err

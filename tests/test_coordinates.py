@@ -1,4 +1,4 @@
-"""Other coordinates of a latent space: what they do to the spectrum, that they are undone, and a store in them."""
+"""Other coordinates of a latent space: the spectrum, the inverse, and a store in them."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from jlt.geometry.tokens import token_estimates
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore, verify_store
-from jlt.patches import join_tokens, patch_tokens
+from jlt.patches import patch_tokens, unpatchify
 from jlt.sampling.sampler import matching_autoencoder
 
 
@@ -31,9 +31,9 @@ def spectrum(data, patch_size):
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_tokens_are_put_together_again(patch_size):
+def test_tokens_are_joined_again(patch_size):
     data = latents(3)
-    assert torch.equal(join_tokens(patch_tokens(data, patch_size), patch_size, (4, 4, 4)), data)
+    assert torch.equal(unpatchify(patch_tokens(data, patch_size), patch_size, 4, 4), data)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
@@ -66,10 +66,10 @@ def test_directions_without_variance_stay_as_they_are(power):
     torch.testing.assert_close(coordinates.undo(changed), data, rtol=1e-4, atol=1e-3)
 
 
-def test_coordinates_that_float32_cannot_undo_are_refused():
+def test_coordinates_that_float32_cannot_invert_are_refused():
     covariance = torch.diag(torch.logspace(0, -7, 8, dtype=torch.float64))
     mean = torch.zeros(8, dtype=torch.float64)
-    with pytest.raises(JLTError, match="which float32 cannot undo: choose a power nearer to 1"):
+    with pytest.raises(JLTError, match="which float32 cannot invert: choose a power nearer to 1"):
         Coordinates.raised(covariance, mean, 1, 3.0)
     Coordinates.raised(covariance, mean, 1, 2.0)
 
@@ -111,12 +111,12 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
         images = load_autoencoder("tiny").decode(plain)
         assert (decoder.decode(changed) - images).abs().max() < 1e-3
         again = decoder.encode(images)
-    # The codec is not perfect; what its latents are seen in is.
+    # The codec is lossy; the coordinates are not.
     assert (decoder.coordinates.undo(again) - load_autoencoder("tiny").encode(images)).abs().max() < 1e-3
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_finished_store_is_kept_and_a_half_written_one_is_made_anew(digits, tmp_path, monkeypatch):
+def test_a_finished_store_is_kept_and_a_partial_one_is_written_again(digits, tmp_path, monkeypatch):
     (tmp_path / ".whitened.partial").mkdir()
     (tmp_path / ".whitened.partial" / "shard-00000.safetensors").write_bytes(b"half")
     first = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256()
@@ -127,9 +127,9 @@ def test_a_finished_store_is_kept_and_a_half_written_one_is_made_anew(digits, tm
 def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
     whitened = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0)
     identity = whitened.manifest.autoencoder
-    words = identity["normalisation"]["coordinates"]
-    assert (words["anisotropy"], words["patch_size"]) == (0.0, 1)
-    assert words["source"] == str(tmp_path / "whitened" / NAME)
+    coordinates = identity["normalisation"]["coordinates"]
+    assert (coordinates["anisotropy"], coordinates["patch_size"]) == (0.0, 1)
+    assert coordinates["source"] == str(tmp_path / "whitened" / NAME)
     measure_coordinates(digits, 1, 0.5).save(tmp_path / "whitened" / NAME)
     with pytest.raises(JLTError, match="normalisation"):
         matching_autoencoder(identity, None, "cpu")

@@ -121,8 +121,8 @@ def test_shards_follow_their_numbers_and_not_their_names(tmp_path: Path) -> None
             tensors["labels"][:] = 12 * rank + shard
             save(tmp_path, (rank, shard), tensors, "latents_rank{}_shard{}")
     adopt(tmp_path)
-    wanted = [12 * rank + shard for rank in range(11) for shard in range(12 if rank == 10 else 2)]
-    np.testing.assert_array_equal(LatentStore.open(tmp_path).labels, wanted)
+    expected = [12 * rank + shard for rank in range(11) for shard in range(12 if rank == 10 else 2)]
+    np.testing.assert_array_equal(LatentStore.open(tmp_path).labels, expected)
 
 
 @settings(deadline=None, max_examples=20)
@@ -131,7 +131,7 @@ def test_shards_follow_their_numbers_and_not_their_names(tmp_path: Path) -> None
     odd=st.integers(0, 9),
     wide=st.booleans(),
 )
-def test_tensors_lie_in_any_order_at_any_offset(
+def test_tensors_in_any_order_at_any_offset(
     tmp_path_factory: pytest.TempPathFactory, order: list[str], odd: int, wide: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("odd")
@@ -173,12 +173,12 @@ def test_threads_and_block_sizes_change_nothing_but_the_last_bits(
     np.testing.assert_allclose(rows.channel_std, manifests[0].channel_std, rtol=1e-12)
 
 
-def test_adopting_again_reads_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adopting_again_reads_no_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_set(tmp_path)
     manifest = adopt(tmp_path)
     monkeypatch.setattr(adopting, "_read", None)
     assert adopt(tmp_path) == manifest
-    with pytest.raises(JLTError, match=r"adopted with other words.*resolution: 32 -> 64.*remove its manifest\.json"):
+    with pytest.raises(JLTError, match=r"with different arguments.*resolution: 32 -> 64.*remove its manifest\.json"):
         adopt(tmp_path, autoencoder_path="elsewhere/vae", resolution=64)
     with pytest.raises(JLTError, match=r"class_names: \['0', .*\] -> 11 values"):
         adopt(tmp_path, class_names=("cat", *"abcdefghij"))
@@ -211,7 +211,7 @@ def test_ranks_may_end_at_different_numbers(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "manifest.json").unlink()
     save(tmp_path, (1, 1), arrays(2, 9))
     adopt(tmp_path)
-    assert "rank 0 8 and another 10" in capsys.readouterr().err
+    assert "from 8 (rank 0) to 10" in capsys.readouterr().err
 
 
 def test_repeated_latents_are_counted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +220,7 @@ def test_repeated_latents_are_counted_and_kept(tmp_path: Path, capsys: pytest.Ca
     padded["latents"][1:] = tensors[0]["latents"][:2]
     save(tmp_path, (0, 2), padded)
     assert adopt(tmp_path).count == 19
-    assert "2 of 19 latents repeat others exactly" in capsys.readouterr().err
+    assert "2 of 19 latents are exact copies of others" in capsys.readouterr().err
 
 
 def set_of(change: Callable[[Arrays], None], **options: Any) -> Arrays:
@@ -272,8 +272,8 @@ def nothing(tensors: Arrays) -> None:
         (set_of(no_labels), r"holds no labels"),
         (set_of(short_flips), r"different shapes"),
         (set_of(nothing), r"shape \(0, 128, 2, 2\)"),
-        (set_of(lambda _: None, dtype="float64"), r"in F64: float16 and float32"),
-        (set_of(lambda _: None, dtype="float32"), r"float32 latents.*shard000.* float16 latents"),
+        (set_of(lambda _: None, dtype="float64"), r"in F64: convert it first, to float16 or float32"),
+        (set_of(lambda _: None, dtype="float32"), r"float32 latents.*but .*shard000.* float16 latents"),
         (set_of(lambda _: None, flips=False), r"without flips.*with flips"),
         (set_of(lambda _: None, shape=(128, 2, 3)), r"128x2x3.*128x2x2"),
         (set_of(lambda _: None, shape=(512,)), r"shape \(3, 512\)"),
@@ -317,7 +317,7 @@ def test_folders_with_nothing_or_too_much(tmp_path: Path) -> None:
         adopt(tmp_path)
     save_set(tmp_path)
     (tmp_path / "latents_stats.pt").write_bytes(b"never opened")
-    (tmp_path / "._latents_rank09_shard000.safetensors").write_bytes(b"what another system leaves")
+    (tmp_path / "._latents_rank09_shard000.safetensors").write_bytes(b"written by another operating system")
     foreign = tmp_path / "model.safetensors"
     foreign.write_bytes(b"")
     with pytest.raises(JLTError, match=r"holds model\.safetensors, which is not a shard"):
@@ -351,7 +351,7 @@ def test_things_named_like_shards(tmp_path: Path) -> None:
     assert verify_store(tmp_path) == []
 
 
-def test_words_about_the_autoencoder(tmp_path: Path) -> None:
+def test_arguments_that_name_the_autoencoder(tmp_path: Path) -> None:
     save_set(tmp_path, shape=(32, 4, 4))
     with pytest.raises(JLTError, match=r"float16 latents of 32x4x4 with flips.*'flux2' does not make of 64 pixels"):
         adopt(tmp_path)
@@ -391,7 +391,7 @@ def test_a_wild_label_is_refused(tmp_path: Path) -> None:
     tensors = arrays(4, 0)
     tensors["labels"][2] = 2**50
     save(tmp_path, (0, 0), tensors)
-    with pytest.raises(JLTError, match="1125899906842624 is a label"):
+    with pytest.raises(JLTError, match="largest label is 1125899906842624"):
         adopt(tmp_path)
 
 

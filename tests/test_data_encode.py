@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return file_bytes(folder)
 
 
-def test_the_manifest_says_what_was_made(tmp_path: Path) -> None:
+def test_the_manifest_describes_the_store(tmp_path: Path) -> None:
     manifest = make_store(tmp_path / "store")
     assert manifest == read_manifest(tmp_path / "store")
     assert sorted(file_bytes(tmp_path / "store")) == [
@@ -95,14 +95,14 @@ def test_the_digits_as_pixels_through_the_registry(tmp_path: Path) -> None:
     assert manifest.autoencoder["normalisation"] == {"kind": "none"}
 
 
-def test_the_same_words_on_a_finished_store_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_on_a_finished_store_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_store(tmp_path / "store")
     monkeypatch.setattr(PatchAutoencoder, "encode", None)
     assert make_store(tmp_path / "store") == first
 
 
 class Stopped(Exception):
-    """Stands for anything that ends the process at a chosen point."""
+    """Any event that ends the process at a chosen point."""
 
 
 def stop(*args: object) -> None:
@@ -137,7 +137,7 @@ def test_interrupted_between_any_two_writes(
     assert file_bytes(tmp_path / "store") == whole
 
 
-def test_resuming_keeps_sound_shards_and_remakes_the_others(
+def test_resuming_keeps_intact_shards_and_makes_the_others_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
@@ -156,9 +156,9 @@ def test_resuming_keeps_sound_shards_and_remakes_the_others(
     make_store(folder)
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
     assert file_bytes(folder) == whole
-    said = capsys.readouterr().err
-    assert "1 of 4 shards are there already" in said
-    assert "shard-00001.safetensors is not what was written" in said
+    printed = capsys.readouterr().err
+    assert "1 of 4 shards are already complete" in printed
+    assert "shard-00001.safetensors or its entry in .encoding is damaged" in printed
 
 
 # As make_store, and slowly enough to be hit anywhere.
@@ -197,7 +197,7 @@ def test_killed_again_and_again_the_store_is_byte_for_byte_the_same(tmp_path: Pa
     assert file_bytes(folder) == whole
 
 
-def test_other_words_on_the_same_folder_are_refused_with_the_difference(
+def test_different_arguments_on_the_same_folder_are_refused_with_the_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for finished in (True, False):
@@ -241,13 +241,13 @@ def test_two_encodings_into_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scale", "measured"), [(1.77 * 3**0.5, "1.7"), (0.4, "0.2")])
 def test_latents_that_are_not_normalised_are_refused_with_figures(tmp_path: Path, scale: float, measured: str) -> None:
-    with pytest.raises(JLTError, match=rf"not normalised: their standard deviation is {measured}.*0.5 to 1.5"):
+    with pytest.raises(JLTError, match=rf"not normalised. Their standard deviation is {measured}.*0.5 to 1.5"):
         encode_source(NoiseSource(COUNT), PatchAutoencoder(scale), CONFIG, tmp_path / "several")
     one_shard = dataclasses.replace(CONFIG, shard_size=COUNT)
     with pytest.raises(JLTError, match="not normalised"):
         encode_source(NoiseSource(COUNT), PatchAutoencoder(scale), one_shard, tmp_path / "store")
     assert not list((tmp_path / "store").glob("*.safetensors"))
-    # Nothing was finished, so the folder takes the corrected words.
+    # No shard was finished, so the folder accepts the corrected arguments.
     make_store(tmp_path / "store")
 
 
@@ -287,7 +287,7 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert encode(config, tmp_path / "folder").count == 2
 
 
-def test_wrong_words(tmp_path: Path) -> None:
+def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="10 is not a multiple of 4"):
         make_store(tmp_path / "store", resolution=10)
     with pytest.raises(JLTError, match="at least 1"):
@@ -320,7 +320,7 @@ def test_the_first_of_many_shards_is_judged_before_the_rest_is_made(tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_skipped_and_listed_where_that_is_asked_for(tmp_path: Path, workers: int) -> None:
+def test_bad_images_are_skipped_and_listed_on_request(tmp_path: Path, workers: int) -> None:
     # A whole shard (10-19), a whole batch (20-23), the first and the last image.
     bad = [0, *range(10, 20), *range(20, 24), 31, 36]
     config = dataclasses.replace(CONFIG, on_bad_image="skip", workers=workers)
@@ -343,7 +343,7 @@ def test_bad_images_are_skipped_and_listed_where_that_is_asked_for(tmp_path: Pat
     assert manifest.std == pytest.approx(values.std(), rel=1e-6)
 
 
-def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path: Path) -> None:
+def test_an_encoding_that_stopped_at_a_bad_image_resumes_without_it(tmp_path: Path) -> None:
     source = NoiseSource(COUNT, [23])
     with pytest.raises(JLTError, match=r"noise/23.png .*floating-point.*--on-bad-image skip"):
         encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
@@ -353,7 +353,7 @@ def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path: Path) ->
     assert file_bytes(tmp_path / "store") == file_bytes(tmp_path / "whole")
 
 
-def test_what_was_skipped_is_not_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_images_are_reported_when_an_encoding_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = NoiseSource(COUNT, [3])
     skipping = dataclasses.replace(CONFIG, on_bad_image="skip")
     with monkeypatch.context() as patch:
@@ -367,7 +367,7 @@ def test_what_was_skipped_is_not_passed_over_in_silence(tmp_path: Path, monkeypa
         encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
 
 
-def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, on_bad_image="skip")
     with pytest.raises(JLTError, match="None of the 12 images"):
         encode_source(NoiseSource(12, range(12)), PatchAutoencoder(), config, tmp_path / "store")
@@ -378,12 +378,12 @@ def test_worker_processes_make_the_same_store(tmp_path: Path, whole: dict[str, b
     assert file_bytes(tmp_path / "store") == whole
 
 
-def test_a_killed_worker_process_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with pytest.raises(JLTError, match="killed for want of memory"):
+def test_a_killed_worker_process_is_a_named_error(tmp_path: Path) -> None:
+    with pytest.raises(JLTError, match="killed it for lack of memory"):
         encode_source(LethalSource(COUNT), PatchAutoencoder(), dataclasses.replace(CONFIG, workers=2), tmp_path / "s")
 
 
-def test_bfloat16_is_autocast_and_is_remembered(tmp_path: Path) -> None:
+def test_bfloat16_is_autocast_and_is_in_the_manifest(tmp_path: Path) -> None:
     config = EncodeConfig("digits", "tiny", resolution=32, batch_size=256, flips=False, dtype="float32")
     exact = encode(config, tmp_path / "float32")
     rounded = encode(dataclasses.replace(config, precision="bfloat16"), tmp_path / "bfloat16")
@@ -412,7 +412,7 @@ def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: 
     ]
     assert [column for _, column in found] == [12, 12, 12 + 7 * 164, 12 + 7 * 164]
     assert found[1][0] - found[0][0] == 164
-    assert "8 images over their reconstructions" in capsys.readouterr().err
+    assert "8 images above their reconstructions" in capsys.readouterr().err
     assert verify_store(tmp_path / "store") == []
 
 
@@ -441,14 +441,14 @@ def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path: Path) -> None
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     before = file_bytes(folder)
     config = dataclasses.replace(CONFIG, repair=True)
-    with pytest.raises(JLTError, match=r"shard-00001.safetensors was left as it is.*new folder"):
+    with pytest.raises(JLTError, match=r"shard-00001.safetensors is left as it is.*new folder"):
         encode_source(NoiseSource(COUNT), Drifted(), config, folder)
     after = file_bytes(folder)
     after.pop(".encoding/.lock")
     assert after == before
 
 
-def test_a_disk_that_is_too_small_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 37 images in two orientations of 48 x 2 x 2 float32 numbers: 57 kB.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50_000))
     with pytest.raises(JLTError, match=r"take 5.68e-05 GB, and .* has 5e-05 GB free"):
@@ -478,7 +478,7 @@ def test_a_folder_with_every_kind_of_image(tmp_path: Path, exif: str, workers: i
         assert np.abs(pixels - animal.crop(exif)).max() <= animal.tolerance + 1e-3, name
 
 
-def test_threads_are_part_of_the_words_and_nothing_else_decides_their_number(tmp_path: Path) -> None:
+def test_threads_are_part_of_the_arguments_and_nothing_else_decides_their_number(tmp_path: Path) -> None:
     config = EncodeConfig("digits", "tiny", resolution=32, shard_size=900, flips=False, dtype="float32")
     before = torch.get_num_threads()
     stores = {}
@@ -494,13 +494,13 @@ def test_threads_are_part_of_the_words_and_nothing_else_decides_their_number(tmp
     assert stores[2, 1]["manifest.json"] != stores[2, 2]["manifest.json"]
 
 
-def test_the_manifest_says_what_made_the_store(tmp_path: Path) -> None:
+def test_the_manifest_names_device_and_versions(tmp_path: Path) -> None:
     (made_with,) = make_store(tmp_path / "store").made_with
     assert made_with["torch"] == torch.__version__
     assert made_with["device"].startswith("cpu ")
 
 
-def test_a_store_continued_elsewhere_says_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_resumed_on_another_machine_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(encode_module, "write_manifest", stop)
         with pytest.raises(Stopped):
@@ -514,10 +514,10 @@ def test_a_store_continued_elsewhere_says_both(tmp_path: Path, monkeypatch: pyte
     assert elsewhere in manifest.made_with
 
 
-def test_a_shard_of_words_that_were_given_up_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process is killed between renaming a shard and noting it; then other words are tried."""
+def test_a_shard_of_abandoned_arguments_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is killed between renaming a shard and saving its facts; then the arguments change."""
     with monkeypatch.context() as patch:
-        patch.setattr(job_module.EncodingJob, "remember", stop)
+        patch.setattr(job_module.EncodingJob, "save_facts", stop)
         with pytest.raises(Stopped):
             make_store(tmp_path / "store")
     stray = tmp_path / "store" / "shard-00003.safetensors"
@@ -526,10 +526,10 @@ def test_a_shard_of_words_that_were_given_up_does_not_stay(tmp_path: Path, monke
     assert verify_store(tmp_path / "store") == []
 
 
-def test_a_repair_does_not_hide_what_it_cannot_mend(tmp_path: Path) -> None:
+def test_a_repair_reports_what_it_cannot_repair(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     make_store(folder)
-    (folder / "shard-00009.safetensors").write_bytes(b"of somebody else")
+    (folder / "shard-00009.safetensors").write_bytes(b"of another program")
     (folder / ".shard-00001.5.partial.safetensors").write_bytes(b"left by a killed repair")
     for repair in (False, True):
         with pytest.raises(JLTError, match=r"shard-00009.safetensors is not in the manifest"):
@@ -537,9 +537,9 @@ def test_a_repair_does_not_hide_what_it_cannot_mend(tmp_path: Path) -> None:
     assert not list(folder.glob(".shard-*"))
 
 
-def test_a_store_among_its_images_is_refused(tmp_path: Path) -> None:
+def test_a_store_inside_its_images_is_refused(tmp_path: Path) -> None:
     write_zoo(tmp_path / "zoo")
-    with pytest.raises(JLTError, match="lies among the images"):
+    with pytest.raises(JLTError, match="is inside the folder of images"):
         encode(EncodeConfig(str(tmp_path / "zoo"), "pixels", resolution=32), tmp_path / "zoo" / "latents")
     assert not (tmp_path / "zoo" / "latents").exists()
 
@@ -547,7 +547,7 @@ def test_a_store_among_its_images_is_refused(tmp_path: Path) -> None:
 def test_shards_without_a_manifest_are_not_other_files(tmp_path: Path) -> None:
     make_store(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").unlink()
-    with pytest.raises(JLTError, match="whose manifest is lost"):
+    with pytest.raises(JLTError, match="without its manifest"):
         make_store(tmp_path / "store")
 
 
@@ -558,8 +558,8 @@ def test_a_preview_looks_on_where_all_its_picks_are_bad(tmp_path: Path) -> None:
     assert (tmp_path / "store" / "preview.png").is_file()
 
 
-def test_a_preview_far_below_what_was_promised_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_far_below_the_stated_psnr_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_zoo(tmp_path / "zoo")
     config = EncodeConfig(str(tmp_path / "zoo"), "tiny", resolution=32, preview=True, on_bad_image="skip", workers=0)
     encode(config, tmp_path / "store")
-    assert "not the images that it was made for" in capsys.readouterr().err
+    assert "not trained for these images" in capsys.readouterr().err

@@ -30,7 +30,7 @@ COUNT, BATCH = 40, 6
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     indices: np.ndarray
     flips: np.ndarray
 
@@ -51,12 +51,12 @@ def store(arrays: list[dict[str, np.ndarray]], tmp_path: Path) -> LatentStore:
     return LatentStore.open(tmp_path / "store")
 
 
-def asked(steps: int, seed: int = 0) -> list[Asked]:
+def random_requests(steps: int, seed: int = 0) -> list[Request]:
     generator = np.random.default_rng(seed)
-    return [Asked(generator.integers(0, COUNT, BATCH), generator.random(BATCH) < 0.5) for _ in range(steps)]
+    return [Request(generator.integers(0, COUNT, BATCH), generator.random(BATCH) < 0.5) for _ in range(steps)]
 
 
-def expected(arrays: list[dict[str, np.ndarray]], request: Asked) -> np.ndarray:
+def expected(arrays: list[dict[str, np.ndarray]], request: Request) -> np.ndarray:
     plain, flipped = (np.concatenate([shard[name] for shard in arrays]) for name in ("latents", "latents_flip"))
     return np.stack([(flipped if f else plain)[i] for i, f in zip(request.indices, request.flips, strict=True)])
 
@@ -84,8 +84,8 @@ def test_a_written_store_is_what_safetensors_reads(store: LatentStore, arrays: l
     assert (store.manifest.minimum, store.manifest.maximum) == (values.min(), values.max())
 
 
-def test_batches_are_those_asked_for_in_order(store: LatentStore, arrays: list[dict[str, np.ndarray]]) -> None:
-    requests = [*asked(20), Asked(np.array([39, 0]), np.array([True, False]))]
+def test_batches_are_the_requested_ones_in_order(store: LatentStore, arrays: list[dict[str, np.ndarray]]) -> None:
+    requests = [*random_requests(20), Request(np.array([39, 0]), np.array([True, False]))]
     seen = 0
     for request, (given, latents, labels) in zip(requests, read_ahead(store, requests, BATCH), strict=True):
         assert given is request
@@ -98,8 +98,8 @@ def test_batches_are_those_asked_for_in_order(store: LatentStore, arrays: list[d
     assert seen == 21
 
 
-def test_a_batch_holds_until_the_next_is_asked_for(store: LatentStore, arrays: list[dict[str, np.ndarray]]) -> None:
-    requests = asked(5)
+def test_a_batch_is_valid_until_the_next_is_requested(store: LatentStore, arrays: list[dict[str, np.ndarray]]) -> None:
+    requests = random_requests(5)
     with contextlib.closing(read_ahead(store, requests, BATCH)) as batches:
         for request, latents, _ in batches:
             time.sleep(0.05)  # long enough for the thread to read all that it may
@@ -107,15 +107,15 @@ def test_a_batch_holds_until_the_next_is_asked_for(store: LatentStore, arrays: l
 
 
 def test_memory_is_that_of_the_ring(store: LatentStore) -> None:
-    places = {latents.data_ptr() for _, latents, _ in read_ahead(store, asked(30), BATCH)}
+    places = {latents.data_ptr() for _, latents, _ in read_ahead(store, random_requests(30), BATCH)}
     assert len(places) == DEPTH
 
 
 def test_no_more_is_read_than_there_are_buffers(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     gather = LatentStore.gather
-    monkeypatch.setattr(LatentStore, "gather", lambda *words: (calls.append(None), gather(*words))[1])
-    batches = read_ahead(store, asked(30), BATCH)
+    monkeypatch.setattr(LatentStore, "gather", lambda *arguments: (calls.append(None), gather(*arguments))[1])
+    batches = read_ahead(store, random_requests(30), BATCH)
     for taken in range(1, 4):
         next(batches)
         time.sleep(0.1)
@@ -126,9 +126,9 @@ def test_no_more_is_read_than_there_are_buffers(store: LatentStore, monkeypatch:
 
 def test_reading_goes_on_while_the_consumer_computes(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = LatentStore.gather
-    monkeypatch.setattr(LatentStore, "gather", lambda *words: (time.sleep(0.05), gather(*words))[1])
+    monkeypatch.setattr(LatentStore, "gather", lambda *arguments: (time.sleep(0.05), gather(*arguments))[1])
     begun = time.perf_counter()
-    for _ in read_ahead(store, asked(10), BATCH):
+    for _ in read_ahead(store, random_requests(10), BATCH):
         time.sleep(0.05)
     # In turn it would be a second; overlapped it is 11 times 0.05 s.
     assert time.perf_counter() - begun < 0.8
@@ -136,7 +136,7 @@ def test_reading_goes_on_while_the_consumer_computes(store: LatentStore, monkeyp
 
 def test_requests_need_not_end_and_are_drawn_no_further_than_read(store: LatentStore) -> None:
     drawn = itertools.count()
-    requests = (Asked(np.array([next(drawn) % COUNT]), np.array([False])) for _ in itertools.count())
+    requests = (Request(np.array([next(drawn) % COUNT]), np.array([False])) for _ in itertools.count())
     batches = read_ahead(store, requests, BATCH)
     for _ in range(3):
         next(batches)
@@ -145,7 +145,7 @@ def test_requests_need_not_end_and_are_drawn_no_further_than_read(store: LatentS
 
 
 def test_a_truncated_file_is_named_at_the_batch_that_needs_it(store: LatentStore) -> None:
-    good, bad = Asked(np.array([0]), np.array([False])), Asked(np.array([20]), np.array([True]))
+    good, bad = Request(np.array([0]), np.array([False])), Request(np.array([20]), np.array([True]))
     os.truncate(store.folder / "shard-00001.safetensors", 500)
     batches = read_ahead(store, [good, good, bad, good], BATCH)
     for _ in range(2):
@@ -157,8 +157,8 @@ def test_a_truncated_file_is_named_at_the_batch_that_needs_it(store: LatentStore
 
 
 def test_errors_of_the_requests_arrive(store: LatentStore) -> None:
-    def requests() -> Iterator[Asked]:
-        yield from asked(2)
+    def requests() -> Iterator[Request]:
+        yield from random_requests(2)
         raise ZeroDivisionError
 
     batches = read_ahead(store, requests(), BATCH)
@@ -169,12 +169,12 @@ def test_errors_of_the_requests_arrive(store: LatentStore) -> None:
 
 def test_a_batch_larger_than_the_buffers_is_refused(store: LatentStore) -> None:
     with pytest.raises(ValueError, match="out has to be"):
-        next(read_ahead(store, asked(1), BATCH - 1))
+        next(read_ahead(store, random_requests(1), BATCH - 1))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_leaving_early_ends_the_thread(store: LatentStore, taken: int) -> None:
-    batches = read_ahead(store, asked(100), BATCH)
+    batches = read_ahead(store, random_requests(100), BATCH)
     for _ in range(taken):
         next(batches)
     assert len(readers()) == (taken > 0)
@@ -184,7 +184,7 @@ def test_leaving_early_ends_the_thread(store: LatentStore, taken: int) -> None:
 
 def test_an_exception_of_the_consumer_ends_the_thread(store: LatentStore) -> None:
     def consume() -> None:
-        with contextlib.closing(read_ahead(store, asked(100), BATCH)) as batches:
+        with contextlib.closing(read_ahead(store, random_requests(100), BATCH)) as batches:
             for _ in batches:
                 raise KeyError
 
@@ -194,7 +194,7 @@ def test_an_exception_of_the_consumer_ends_the_thread(store: LatentStore) -> Non
 
 
 def test_gather_reads_into_the_memory_given(store: LatentStore, arrays: list[dict[str, np.ndarray]]) -> None:
-    request = asked(1)[0]
+    request = random_requests(1)[0]
     out = store.empty(BATCH)
     latents, _ = store.gather(request.indices, request.flips, out)
     assert latents is out
@@ -223,7 +223,7 @@ def config_for(store: LatentStore, **changes: int) -> TrainConfig:
 
 
 def test_digest_belongs_to_the_steps_made(store: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run stopped at step 3 had read further; it has to say what a run of three steps says."""
+    """A run stopped at step 3 has read further; its state must equal that of a run of three steps."""
     config = config_for(store)
     train(dataclasses.replace(config, steps=3), store, tmp_path / "three")
     log = tmp_path / "stopped" / "log.jsonl"

@@ -32,7 +32,7 @@ def test_any_split_gives_the_same_sequence(size: int, seed: int, start: int, cou
     whole, parts = SampleOrder(size, seed), SampleOrder(size, seed)
     starts = start + np.concatenate([[0], np.cumsum(counts, dtype=int)])
     pieces = list(zip(starts.tolist(), counts, strict=False))
-    # Asked for backwards: what was asked before must not matter.
+    # Requested backwards: earlier requests must not matter.
     indices = [parts.indices(*piece) for piece in reversed(pieces)][::-1]
     flips = [parts.flips(*piece) for piece in reversed(pieces)][::-1]
     np.testing.assert_array_equal(np.concatenate([*indices, []]), whole.indices(start, sum(counts)))

@@ -48,7 +48,7 @@ def test_class_folders_are_sorted_nested_and_stable(tmp_path: Path) -> None:
     save(tmp_path / "a" / ".hidden.png")
     save(tmp_path / ".cache" / "x.png")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "words.txt").write_text("beside the classes, not in one")
+    (tmp_path / "notes.txt").write_text("next to the classes, not in one")
     source = open_source(str(tmp_path))
     assert source.class_names == ("a", "b", "empty")
     found = [(Path(source.describe(i)).relative_to(tmp_path).as_posix(), source[i][1]) for i in range(len(source))]
@@ -118,7 +118,7 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="no file in any"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "one.parquet").write_bytes(b"")
-    with pytest.raises(JLTError, match=r"one\.parquet does not read"):
+    with pytest.raises(JLTError, match=r"one\.parquet cannot be read"):
         open_source(str(tmp_path / "one.parquet"))
     (tmp_path / "notes.txt").write_text("images")
     with pytest.raises(JLTError, match="neither .parquet nor .tar"):
@@ -145,11 +145,11 @@ def test_a_listing_is_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("split", "train"), ("class_names", "names.txt")])
-def test_options_that_mean_nothing_are_refused(tmp_path: Path, option: str, value: str) -> None:
+def test_options_that_do_not_apply_are_refused(tmp_path: Path, option: str, value: str) -> None:
     save(tmp_path / "a" / "1.png")
-    words = option.replace("_", "-")
+    flag = option.replace("_", "-")
     for spec in ("digits", str(tmp_path)):
-        with pytest.raises(UsageError, match=f"--{words} has no meaning"):
+        with pytest.raises(UsageError, match=f"--{flag} does not apply"):
             open_source(spec, **{option: value})
 
 
@@ -159,7 +159,7 @@ def touch(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def test_splits_are_told_apart_by_what_precedes_the_number(tmp_path: Path) -> None:
+def test_splits_are_distinguished_by_the_name_before_the_number(tmp_path: Path) -> None:
     files = touch(tmp_path, *(f"train-0000{n}-of-00003-a1b2c3d4e5f60789.parquet" for n in (2, 0, 1)))
     assert choose_split(files, None) == sorted(files)
     files += touch(tmp_path, "validation-00000-of-00001.parquet", "imagenet1k-test-000.tar", "imagenet1k-test-001.tar")
@@ -179,7 +179,7 @@ def test_splits_are_told_apart_by_what_precedes_the_number(tmp_path: Path) -> No
 
 def test_missing_and_stale_files_of_a_numbered_set_are_named(tmp_path: Path) -> None:
     files = touch(tmp_path, *(f"train-{n:05d}-of-00009.parquet" for n in (0, 1, 3, 4, 5, 6, 8)))
-    with pytest.raises(JLTError, match="lacks 2 of the 9 files of train: fetch train-00002, train-00007"):
+    with pytest.raises(JLTError, match="lacks 2 of the 9 files of train: download train-00002, train-00007"):
         choose_split(files, None)
     for stale in ("train-00001-of-00009-0123abcd.parquet", "train-00000-of-00010.parquet", "train-7.parquet"):
         with pytest.raises(JLTError, match="several versions of train"):
@@ -198,7 +198,7 @@ def test_folders_that_are_not_one_collection(tmp_path: Path) -> None:
             with pytest.raises(JLTError, match="decompress it first"):
                 open_source(str(spec))
         file.unlink()
-    # What class folders were unpacked from may lie beside them.
+    # The archive that class folders were unpacked from may be next to them.
     touch(packed, "train.tar.gz")
     save(packed / "a" / "1.png")
     assert len(open_source(str(packed))) == 1
@@ -227,7 +227,7 @@ def test_a_source_is_opened_again_from_its_identity(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a" / "2.png", 5)
     with pytest.raises(JLTError, match="changed since they were encoded"):
         reopen_source(identity)
-    with pytest.raises(JLTError, match="not at hand.*'adopted'"):
+    with pytest.raises(JLTError, match="not available.*'adopted'"):
         reopen_source({"kind": "adopted", "count": 5})
 
 

@@ -120,7 +120,7 @@ def test_worker_processes_read_from_a_source_that_was_read_from(tmp_path: Path, 
         assert other.get(60) == list(range(25, 45))
 
 
-def test_images_beside_the_file_and_images_that_are_nowhere(tmp_path: Path) -> None:
+def test_images_next_to_the_file_and_missing_images(tmp_path: Path) -> None:
     (tmp_path / "jpg").mkdir()
     (tmp_path / "jpg" / "9.png").write_bytes(png(9))
     images = [{"bytes": None, "path": "jpg/9.png"}, {"bytes": None, "path": "jpg/8.png"}, None]
@@ -159,7 +159,7 @@ def test_names_as_labels_are_sorted_over_all_files(tmp_path: Path, labels: pa.Ar
     assert source.class_names == ("apple", "fig", "pear")
     assert [source[i][1] for i in range(6)] == [2, 1, 2, 0, 2, 0]
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
-    with pytest.raises(UsageError, match="--class-names has no meaning"):
+    with pytest.raises(UsageError, match="--class-names does not apply"):
         open_source(str(tmp_path), class_names=str(tmp_path / "names.txt"))
 
 
@@ -182,7 +182,7 @@ def test_names_from_a_file_take_precedence(tmp_path: Path) -> None:
         open_source(str(file), class_names=str(names))
 
 
-def test_what_cannot_be_a_collection_is_refused_at_opening(tmp_path: Path) -> None:
+def test_invalid_collections_are_refused_at_opening(tmp_path: Path) -> None:
     good = write(tmp_path / "0.parquet", rows(range(2)), [0, 1])
     cases = [
         (write(tmp_path / "null.parquet", rows(range(2)), [0, None]), "null.parquet row 1 has no label"),
@@ -192,7 +192,7 @@ def test_what_cannot_be_a_collection_is_refused_at_opening(tmp_path: Path) -> No
         (write(tmp_path / "none.parquet", [], pa.array([], pa.int64())), "without a single row"),
     ]
     pq.write_table(pa.table({"img": [b""], "label": [0]}), tmp_path / "img.parquet")
-    cases.append((tmp_path / "img.parquet", "no column image, but img, label"))
+    cases.append((tmp_path / "img.parquet", "no column image, only img, label"))
     for file, reason in cases:
         with pytest.raises(JLTError, match=reason):
             Parquet(file, [file])
@@ -243,24 +243,24 @@ def test_damage_names_the_file(tmp_path: Path) -> None:
     damaged = tmp_path / "b.parquet"
     for wrong in (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", content[:-500], content[:5000], b""):
         damaged.write_bytes(wrong)
-        with pytest.raises(JLTError, match="b.parquet does not read as a parquet file"):
+        with pytest.raises(JLTError, match="b.parquet cannot be read as a parquet file"):
             Parquet(tmp_path, [damaged])
-    # A page in the middle: opening does not see it. Every image is read as it was written, or an error names the file,
-    # whatever was read before.
+    # A damaged page in the middle, which opening does not read. Every image is read as written, or an error names the
+    # file, in any order of reading.
     middle = len(content) // 2
     damaged.write_bytes(content[:middle] + b"\x00" * 64 + content[middle + 64 :])
     source = Parquet(tmp_path, [damaged])
     for order in (range(60), range(59, -1, -1), np.random.default_rng(0).integers(0, 60, 200)):
-        sound = [int(index) for index in order if reads_as_written(source, int(index))]
-        assert set(sound) >= {int(index) for index in order if index < 16}
-        assert len(sound) < len(order)
+        intact = [int(index) for index in order if reads_as_written(source, int(index))]
+        assert set(intact) >= {int(index) for index in order if index < 16}
+        assert len(intact) < len(order)
 
 
 def reads_as_written(source: ImageSource, index: int) -> bool:
     try:
         image, _ = source[index]
     except JLTError as error:
-        if isinstance(error, BadImageError) or "b.parquet does not read as a parquet file" not in str(error):
+        if isinstance(error, BadImageError) or "b.parquet cannot be read as a parquet file" not in str(error):
             raise
         return False
     np.testing.assert_array_equal(np.asarray(image), noise(index))

@@ -1,4 +1,4 @@
-"""Tar files as webdataset, Python, GNU tar and a careful hand write them: samples, labels, offsets, and damage."""
+"""Tar files as webdataset, Python, GNU tar and test code by hand write them: samples, labels, offsets, and damage."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def test_all_formats_of_the_tar_program_are_read(tmp_path: Path, form: str) -> N
     (tmp_path / "files" / long).mkdir(parents=True)
     for name, data in samples(("a", 10, 0), (f"{long}/b", 20, 1)):
         (tmp_path / "files" / name).write_bytes(data)
-    words = ["tar", f"--format={form}", "--sort=name", "-C", str(tmp_path / "files"), "-cf", str(tmp_path / "x.tar")]
-    subprocess.run([*words, "."], check=True)
+    command = ["tar", f"--format={form}", "--sort=name", "-C", str(tmp_path / "files"), "-cf", str(tmp_path / "x.tar")]
+    subprocess.run([*command, "."], check=True)
     source = opened(tmp_path / "x.tar")
     assert sorted(content(source)) == [(10, "0"), (20, "1")]
     assert {source.describe(0), source.describe(1)} == {"x.tar member ./a.png", f"x.tar member ./{long}/b.png"}
@@ -158,11 +158,11 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
     assert names(timm, {"label": 1, "filename": "bare.jpg"})[1] == ["0", "1"]
     assert names({"cls": 1, "class_name": "hen"}, {"cls": 0, "class_name": "cock"}) == ([1, 0], ["cock", "hen"])
     assert names({"label": "hen"}, {"label": "cock"}) == ([1, 0], ["cock", "hen"])
-    with pytest.raises(UsageError, match="--class-names has no meaning"):
+    with pytest.raises(UsageError, match="--class-names does not apply"):
         names({"label": "hen"}, class_names=("hen",))
-    with pytest.raises(JLTError, match="1 in x.tar has the label 3; others are names"):
+    with pytest.raises(JLTError, match="1 in x.tar has the label 3; the labels before it are names"):
         names({"label": "hen"}, {"label": 3})
-    with pytest.raises(JLTError, match="1 in x.tar has the label 'hen'; others are numbers"):
+    with pytest.raises(JLTError, match="1 in x.tar has the label 'hen'; the labels before it are numbers"):
         names({"label": 3}, {"label": "hen"})
     with pytest.raises(JLTError, match=r"x.tar member 1.png has the label 5, and labels go from 0 to 1"):
         names({"label": 0}, {"label": 5}, class_names=("a", "b"))
@@ -174,8 +174,8 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ([("k/a.png", b""), ("k/b.png", b""), ("k/b.cls", b"0")], "k/a in x.tar has no label .* but a.png"),
-        ([("a.cls", b"0"), ("a.txt", b"")], "a in x.tar has no image beside it, but a.cls, a.txt"),
+        ([("k/a.png", b""), ("k/b.png", b""), ("k/b.cls", b"0")], "k/a in x.tar has no label .* only a.png"),
+        ([("a.cls", b"0"), ("a.txt", b"")], "a in x.tar has no image, only a.cls, a.txt"),
         ([("a.png", b""), ("b.cls", b"0"), ("a.cls", b"0")], "a in x.tar has no label"),
         ([("a.png", b""), ("a.left.jpg", b""), ("a.cls", b"0")], "more than one image, a.png and a.left.jpg"),
         ([("a.png", b""), ("a.cls", b"0"), ("a.fine.cls", b"0")], "more than one .cls"),
@@ -183,12 +183,12 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
         ([("a.png", b""), ("a.cls", b"-1")], "a in x.tar has the label -1, which is no class"),
         ([("a.png", b""), ("a.cls", b"9" * 30)], "labels go from 0 to 999999"),
         ([("a.png", b""), ("a.json", b"{")], "a in x.tar has a .json that does not parse"),
-        ([("a.png", b""), ("a.json", b"[1]")], "a in x.tar has a .json that is no object"),
+        ([("a.png", b""), ("a.json", b"[1]")], "a in x.tar has a .json that is not an object"),
         ([("README.md", b"")], "README in x.tar has no image"),
         ([], "without a single image"),
     ],
 )
-def test_what_is_no_sample_is_refused_by_name(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
+def test_invalid_samples_are_refused_by_name(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
     with pytest.raises(JLTError, match=reason):
         opened(write(tmp_path / "x.tar", members))
 
@@ -218,13 +218,13 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tar", samples(("a", 1, 0), ("b", 2, 1)))
     whole = path.read_bytes()
     path.write_bytes(whole + whole)
-    with pytest.raises(JLTError, match="x.tar goes on after its end"):
+    with pytest.raises(JLTError, match="x.tar continues after its end"):
         opened(path)
     path.write_bytes(whole[:1030] + b"\xff" + whole[1031:])
-    with pytest.raises(JLTError, match="x.tar does not read as a tar file .*byte 1024"):
+    with pytest.raises(JLTError, match="x.tar cannot be read as a tar file .*byte 1024"):
         opened(path)
     path.write_bytes(b"<html>404 Not Found</html>" * 100)
-    with pytest.raises(JLTError, match="x.tar does not read as a tar file"):
+    with pytest.raises(JLTError, match="x.tar cannot be read as a tar file"):
         opened(path)
     path.write_bytes(whole)
     source = opened(path)

@@ -31,25 +31,25 @@ COUNT = 37
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sound") / "store"
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("intact") / "store"
     make_store(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def victim(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def victim(intact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose files every test puts back."""
-    return Path(shutil.copytree(sound, tmp_path_factory.mktemp("victim") / "store"))
+    return Path(shutil.copytree(intact, tmp_path_factory.mktemp("victim") / "store"))
 
 
 @pytest.fixture
-def copy(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "store"))
+def copy(intact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(intact, tmp_path / "store"))
 
 
-def test_opening_shows_what_is_stored(sound: Path) -> None:
-    store = LatentStore.open(sound)
+def test_opening_shows_what_is_stored(intact: Path) -> None:
+    store = LatentStore.open(intact)
     assert len(store) == COUNT
     assert store.shape == LatentShape(channels=48, height=2, width=2, num_classes=3)
     assert store.class_names == ("a", "b", "c")
@@ -61,35 +61,35 @@ def test_opening_shows_what_is_stored(sound: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, COUNT - 1), st.booleans()), max_size=60))
-def test_gather_gives_the_latents_of_the_images_asked_for(sound: Path, asked: list[tuple[int, bool]]) -> None:
-    store = LatentStore.open(sound)
-    indices = np.array([index for index, _ in asked], dtype=np.int64)
-    flips = np.array([flip for _, flip in asked], dtype=bool)
+def test_gather_returns_the_latents_of_the_requested_images(intact: Path, requested: list[tuple[int, bool]]) -> None:
+    store = LatentStore.open(intact)
+    indices = np.array([index for index, _ in requested], dtype=np.int64)
+    flips = np.array([flip for _, flip in requested], dtype=bool)
     latents, labels = store.gather(indices, flips)
-    assert latents.shape == (len(asked), 48, 2, 2)
+    assert latents.shape == (len(requested), 48, 2, 2)
     assert (latents.dtype, labels.dtype) == (torch.float32, torch.int64)
     np.testing.assert_array_equal(labels.numpy(), indices % 3)
-    for row, (index, flip) in enumerate(asked):
+    for row, (index, flip) in enumerate(requested):
         np.testing.assert_allclose(latents[row].numpy(), expected_latents(index, flip), atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 37, 100])
-def test_batches_are_the_store_in_order(sound: Path, batch_size: int) -> None:
-    batches = list(LatentStore.open(sound).batches(batch_size))
+def test_batches_are_the_store_in_order(intact: Path, batch_size: int) -> None:
+    batches = list(LatentStore.open(intact).batches(batch_size))
     assert [len(latents) for latents, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
     latents = torch.cat([latents for latents, _ in batches]).numpy()
     np.testing.assert_allclose(latents, [expected_latents(index) for index in range(COUNT)], atol=1e-6)
     np.testing.assert_array_equal(torch.cat([labels for _, labels in batches]).numpy(), np.arange(COUNT) % 3)
 
 
-def test_safetensors_itself_reads_the_shards(sound: Path) -> None:
-    tensors = load_file(sound / "shard-00001.safetensors")
+def test_safetensors_itself_reads_the_shards(intact: Path) -> None:
+    tensors = load_file(intact / "shard-00001.safetensors")
     assert set(tensors) == {"latents", "latents_flip", "labels", "index"}
     np.testing.assert_array_equal(tensors["index"], np.arange(10, 20))
     np.testing.assert_array_equal(tensors["labels"], np.arange(10, 20) % 3)
     np.testing.assert_allclose(tensors["latents"], [expected_latents(i) for i in range(10, 20)], atol=1e-6)
     np.testing.assert_allclose(tensors["latents_flip"], [expected_latents(i, True) for i in range(10, 20)], atol=1e-6)
-    entries = ShardFile(sound / "shard-00001.safetensors").read_entries()
+    entries = ShardFile(intact / "shard-00001.safetensors").read_entries()
     assert [entries[name].offset % 64 for name in ("latents", "latents_flip")] == [0, 0]
     assert [entries[name].offset % 8 for name in ("labels", "index")] == [0, 0]
 
@@ -105,8 +105,8 @@ def test_shards_that_safetensors_wrote_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.frombuffer(rows, dtype=np.float16), [2, 3, 4, 5])
 
 
-def test_wrong_requests(sound: Path, tmp_path: Path) -> None:
-    store = LatentStore.open(sound)
+def test_wrong_requests(intact: Path, tmp_path: Path) -> None:
+    store = LatentStore.open(intact)
     for index in (-1, COUNT):
         with pytest.raises(IndexError, match="37"):
             store.gather(np.array([index]))
@@ -117,8 +117,8 @@ def test_wrong_requests(sound: Path, tmp_path: Path) -> None:
         plain.gather(np.array([0]), np.array([True]))
 
 
-def test_a_sound_store_has_no_problems(sound: Path) -> None:
-    assert verify_store(sound) == []
+def test_an_intact_store_has_no_problems(intact: Path) -> None:
+    assert verify_store(intact) == []
 
 
 @st.composite
@@ -178,9 +178,9 @@ def test_only_reading_everything_finds_a_changed_value(copy: Path) -> None:
         LatentStore.open_verified(copy)
 
 
-def test_verifying_short_work_says_nothing(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify_store(sound) == []
-    assert len(LatentStore.open_verified(sound)) == COUNT
+def test_verifying_a_small_store_prints_nothing(intact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_store(intact) == []
+    assert len(LatentStore.open_verified(intact)) == COUNT
     assert capsys.readouterr() == ("", "")
 
 
@@ -267,7 +267,7 @@ def test_links_and_hidden_files_do_no_harm(copy: Path, tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, **changes: object) -> None:
-    """Write a manifest that is valid in itself, as a program that does not know better would."""
+    """Write a manifest that is valid in itself, as another program could."""
     content = {**vars(read_manifest(folder)), **changes}
     write_manifest(folder, StoreManifest(**content))
 
@@ -299,17 +299,17 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": 36}, "counts other than its shards"),
-        ({"shards": ()}, "counts other than its shards"),
-        ({"count": 0, "shards": ()}, "whole numbers from 1"),
-        ({"height": -2}, "whole numbers from 1"),
-        ({"channels": 47}, "another number of channels"),
-        ({"channel_std": (1.0,)}, "another number of channels"),
+        ({"count": 36}, "count differs from the sum over its shards"),
+        ({"shards": ()}, "count differs from the sum over its shards"),
+        ({"count": 0, "shards": ()}, "not all at least 1"),
+        ({"height": -2}, "not all at least 1"),
+        ({"channels": 47}, "of another number of channels"),
+        ({"channel_std": (1.0,)}, "of another number of channels"),
         ({"minimum": 9.0}, "minimum is above its maximum"),
-        ({"dtype": "bfloat16"}, "dtype is not known"),
+        ({"dtype": "bfloat16"}, "dtype is unknown"),
         ({"class_names": ()}, "names no classes"),
-        ({"class_names": 3}, "lacks fields"),
-        ({"shards": (ShardRecord("../a.safetensors", 37, 9, ""),)}, "shards lie in the folder"),
+        ({"class_names": 3}, "class_names must be"),
+        ({"shards": (ShardRecord("../a.safetensors", 37, 9, ""),)}, "which is not in the folder"),
         ({"shards": (ShardRecord("a", 20, 9, ""), ShardRecord("a", 17, 9, ""))}, "names a shard twice"),
     ],
 )
@@ -330,7 +330,7 @@ def test_a_manifest_with_a_number_that_is_none(copy: Path) -> None:
 
 
 def replace_tensors(folder: Path, shard: int, **tensors: np.ndarray | None) -> None:
-    """Save a shard anew with other tensors, and seal a manifest that has its new hash."""
+    """Save a shard again with other tensors, and seal a manifest that has its new hash."""
     manifest = read_manifest(folder)
     path = folder / manifest.shards[shard].file
     changed = {name: values for name, values in {**load_file(path), **tensors}.items() if values is not None}
@@ -342,9 +342,9 @@ def replace_tensors(folder: Path, shard: int, **tensors: np.ndarray | None) -> N
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (np.arange(10), "other images"),
-        (np.arange(19, 9, -1), "other images"),
-        (np.arange(11, 21), "other images"),
+        (np.arange(10), "wrong images"),
+        (np.arange(19, 9, -1), "wrong images"),
+        (np.arange(11, 21), "wrong images"),
         (np.arange(10, 20).astype(np.int32), "does not hold the position"),
         (None, "does not hold the position"),
     ],
@@ -430,10 +430,10 @@ def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_many_shards_do_not_exhaust_file_descriptors(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_shards_do_not_exhaust_file_descriptors(intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jlt.latents.store.MAX_OPEN_SHARDS", 2)
     before = open_files()
-    store = LatentStore.open(sound)
+    store = LatentStore.open(intact)
     latents, _ = store.gather(np.arange(COUNT - 1, -1, -1))
     assert open_files() - before == 2
     np.testing.assert_allclose(latents[7].numpy(), expected_latents(COUNT - 8), atol=1e-6)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     )
     model = transformers.Dinov2Model(config)
     for name, tensor in model.named_parameters():
-        # The model's own start is so small that layers hardly count.
+        # The model's own initial values are so small that layers hardly matter.
         torch.nn.init.normal_(tensor, std=0.2 if tensor.dim() > 1 else 0.5) if "norm" not in name else None
     path = tmp_path_factory.mktemp("dinov2")
     model.save_pretrained(path)
@@ -45,7 +45,7 @@ def noise(count: int, height: int, width: int) -> torch.Tensor:
 
 
 def cubic(distance: float) -> float:
-    """The bicubic kernel as it is defined, with a = -0.75."""
+    """The bicubic kernel by its definition, with a = -0.75."""
     d, a = abs(distance), -0.75
     if d <= 1:
         return (a + 2) * d**3 - (a + 3) * d**2 + 1
@@ -107,7 +107,7 @@ def test_an_image_is_alone_in_its_batch_and_autocast_changes_nothing(extractor):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_identity_is_of_the_weights_wherever_they_lie(folder, extractor, tmp_path):
+def test_identity_follows_the_weights_and_not_their_place(folder, extractor, tmp_path):
     from transformers import Dinov2Model
 
     Dinov2Model.from_pretrained(folder).save_pretrained(tmp_path / "copy")
@@ -118,10 +118,10 @@ def test_identity_is_of_the_weights_wherever_they_lie(folder, extractor, tmp_pat
     json.dumps(identity)
 
 
-def test_weights_that_cannot_be_had_are_said(folder, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_loaded_are_named(folder, tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
-    for path in (None, "nobody/nothing"):
+    for path in (None, "unknown/nothing"):
         with pytest.raises(JLTError, match="could not be loaded as DINOv2.*--features-path"):
             load_extractor("dinov2", path=path)
     with pytest.raises(JLTError, match="is no folder of DINOv2"):
@@ -130,7 +130,7 @@ def test_weights_that_cannot_be_had_are_said(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
     monkeypatch.setattr("jlt.storage.hub.socket.create_connection", unreachable)
     with pytest.raises(JLTError, match=r"the Hub at \S+ cannot be reached.*--features-path"):
-        load_extractor("dinov2", path="nobody/nothing")
+        load_extractor("dinov2", path="unknown/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(JLTError, match="holds vit, not dinov2"):
         load_extractor("dinov2", path=tmp_path)
@@ -146,7 +146,7 @@ def unreachable(*_args, **_options):
     raise OSError("Network is unreachable")
 
 
-def test_without_transformers_the_words_that_bring_it_are_said(monkeypatch):
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(JLTError, match=r"pip install 'jlt\[dino\]'"):
         load_extractor("dinov2")

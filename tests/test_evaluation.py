@@ -1,4 +1,4 @@
-"""Statistics against one pass over everything; the bundled classifier against what it states; the whole evaluation."""
+"""Statistics against one pass over everything; the bundled classifier against its stated accuracy; the evaluation."""
 
 import itertools
 import json
@@ -18,9 +18,10 @@ from jlt.evaluation.feature_statistics import FeatureStatistics
 from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
 from jlt.evaluation.real_images import reference_statistics
 from jlt.evaluation.reference import Reference
-from jlt.evaluation.suite import Columns, Metrics, frechet_without_groups, group_of, measure
+from jlt.evaluation.suite import Columns, frechet_without_groups, group_of, measure
 from jlt.images.digit_split import digit_split
 from jlt.images.registry import open_source
+from jlt.results.evaluation import Metrics
 from jlt.storage.weights import read_metadata
 
 
@@ -42,7 +43,7 @@ def test_statistics_agree_with_numpy():
     assert statistics.count == 200
 
 
-def test_a_large_mean_does_not_eat_the_variance():
+def test_a_large_mean_does_not_destroy_the_variance():
     features = torch.randn(5000, 3, generator=generator(), dtype=torch.float64)
     statistics = FeatureStatistics(3)
     for batch in (features + 1e7).split(100):
@@ -97,7 +98,7 @@ def test_classifier_is_as_accurate_as_it_states(classifier, held_out):
     assert {"made_by", "seed", "held_out_accuracy"} <= set(read_metadata(WEIGHTS_FILE))
 
 
-def test_classifier_features_belong_to_the_image_alone(classifier, held_out):
+def test_classifier_features_depend_on_the_image_alone(classifier, held_out):
     images = held_out.images[:30]
     together = classifier(images)
     assert together.pooled.shape == (30, classifier.dimension)
@@ -122,7 +123,7 @@ def test_an_unknown_extractor_gets_the_nearest():
         load_extractor("digit")
 
 
-# ---- all of it ----
+# ---- the whole evaluation ----
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_a_reference_of_another_extractor_is_refused_before_the_first_sample(cla
 
 
 @pytest.mark.parametrize("count", [295, 297])
-def test_images_are_as_many_as_was_said(classifier, reference, held_out, count):
+def test_another_number_of_images_is_refused(classifier, reference, held_out, count):
     with pytest.raises(ValueError, match=f"{count} images"):
         evaluate_images(batches(held_out.images, None, 100), reference, classifier, count)
 
@@ -208,7 +209,7 @@ def test_metrics_are_json(classifier, reference, tmp_path):
 # ---- columns ----
 
 
-def test_what_is_left_out_is_the_inverse_of_merging():
+def test_without_is_the_inverse_of_merging():
     features = torch.randn(60, 5, generator=generator(), dtype=torch.float64) + 100
     whole, part, rest = (FeatureStatistics(5) for _ in range(3))
     whole.update(features)
@@ -242,7 +243,7 @@ def test_error_and_bias_of_the_frechet_distance_are_what_repetition_shows(count)
     assert bias > 0
 
 
-def test_the_jackknife_leaves_out_the_groups_it_says():
+def test_the_jackknife_leaves_out_each_group():
     images = np.random.default_rng(0).standard_normal((1500, 6)).astype(np.float32)
     exact = Gaussian(torch.zeros(6, dtype=torch.float64), 2 * torch.eye(6, dtype=torch.float64))
 
@@ -266,7 +267,7 @@ def test_columns_in_a_file_give_the_numbers_of_columns_in_memory(classifier, ref
     mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in arrays}
     whole = measure(Columns(**arrays), reference, classifier)[0]
     assert measure(Columns(**mapped), reference, classifier)[0] == whole
-    # 296 digits are too few to tell the bias in 64 dimensions.
+    # 296 digits are too few to estimate the bias in 64 dimensions.
     missing = {name for name, value in asdict(whole).items() if value is None}
     assert missing == {"spatial_frechet_distance", "frechet_distance_bias"}
     np.testing.assert_array_equal(mapped["pooled"], arrays["pooled"])
@@ -297,7 +298,7 @@ def test_samples_of_another_size_are_refused(classifier, reference, held_out):
 
 
 @pytest.mark.parametrize("sizes", [(150,), (1,) * 150, (63, 1, 64, 22), (64, 64, 22), (130, 0, 20)])
-def test_chunks_are_the_same_whatever_came(sizes):
+def test_chunks_do_not_depend_on_the_batches(sizes):
     images = torch.arange(150, dtype=torch.uint8).reshape(150, 1, 1, 1).expand(150, 2, 2, 3)
     labels = torch.arange(150)
     found = list(in_chunks(zip(images.split(sizes), labels.split(sizes), strict=True), 64))

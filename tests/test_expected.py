@@ -1,4 +1,4 @@
-"""What the page says of an expectation follows from the numbers, whichever way they fall."""
+"""The sentences about a forecast follow from the numbers, also where the forecast failed."""
 
 import dataclasses
 from pathlib import Path
@@ -8,13 +8,16 @@ import pytest
 from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences, rank_correlation
 from jlt.report.expected_figures import expected_figure
-from jlt.report.figures import cells_figure
-from jlt.report.results import ABLATION_SCHEMA, Evaluation, Run, Spread, Study, System
-from jlt.report.run_log import Log, LoggedStep, read_log
+from jlt.report.study import Spread, Study, System
+from jlt.report.training_figures import cells_figure
+from jlt.results.ablation import Ablation
+from jlt.results.evaluation import Evaluation, Metrics
+from jlt.results.geometry import Advice, SettingForecast
+from jlt.results.run import Log, LoggedStep, Run, read_log
 
 
 def run(seed, distance):
-    evaluation = Evaluation(Path("evaluation.json"), 100, {"frechet_distance": distance}, {})
+    evaluation = Evaluation(100, Metrics(frechet_distance=distance, count=1000), {})
     return Run(Path("run"), seed, {}, read_log(Path("missing.jsonl")), (evaluation,), None)
 
 
@@ -24,25 +27,27 @@ def study(distances, forecasts):
         System("name", prediction, "v", 1, tuple(run(seed, value) for seed, value in enumerate(values)), variant)
         for (prediction, variant), values in distances.items()
     )
-    facts = {
-        "schema": ABLATION_SCHEMA,
-        "forecasts": [
-            {
-                "variant": variant,
-                "loss_space": "v",
-                "dimension": 16,
-                "anisotropy": power,
-                "patch_size": 1,
-                "width": 64,
-                "clean_over_velocity": expected,
-                "call": "even" if abs(expected) < 0.1 else "x" if expected > 0 else "v",
-                "before_training": True,
-                "advice": [{"loss_floor": {"x": 0.0, "eps": 1.0, "v": 0.5}}],
-            }
-            for variant, power, expected in forecasts
-        ],
-    }
-    return Study(Path("study"), "title", systems, facts, None)
+    return Study(Path("study"), "title", systems, ablation([forecast(*setting) for setting in forecasts]))
+
+
+def ablation(forecasts):
+    """An ablation of which only the forecasts are known."""
+    return Ablation(
+        title="title", recipe="digits", created="", machine={}, latents={}, autoencoder_psnr=None,
+        classifier_accuracy=None, systems=(), forecasts=tuple(forecasts),
+    )  # fmt: skip
+
+
+def forecast(variant, power, expected, **changes):
+    """A forecast for tokens of 16 values at patch 1."""
+    call = "even" if abs(expected) < 0.1 else "x" if expected > 0 else "v"
+    settings = {
+        "variant": variant, "anisotropy": power, "patch_size": 1, "loss_space": "v", "width": 64, "dimension": 16,
+        "order": ("x", "v", "eps"), "margin": expected, "clean_over_velocity": expected, "call": call, "outcome": call,
+        "confidence": 1.0, "sphericity": 0.1, "stated_share": 0.05, "needed": {},
+        "advice": (Advice(64, {}, {"x": 0.0, "eps": 1.0, "v": 0.5}),), "before_training": True, **changes,
+    }  # fmt: skip
+    return SettingForecast(**settings)
 
 
 DISTANCES = {
@@ -65,12 +70,12 @@ def test_pairs_of_seeds_are_compared():
     assert (found["patch 1 (turned)"].expected_first, found["patch 1 (turned)"].measured_first) == ("x", "v")
 
 
-def test_what_did_not_come_true_is_said():
+def test_forecasts_that_failed_are_listed():
     found = checks(study(DISTANCES, FORECASTS))
     first, even, correlation = check_sentences(found)
     assert "In 1 of 2 settings" in first
     assert first.endswith("; not at patch 1 (turned).")
-    assert "Called even" in even
+    assert "Expected to be even" in even
     assert "0.950 at patch 1 (white)" in even
     # Expected white < steep < turned, measured turned < white < steep.
     assert "is -0.50 over 3 settings" in correlation
@@ -80,26 +85,28 @@ def test_what_did_not_come_true_is_said():
 
 def test_widths_are_what_needs_are_compared_with():
     narrow = {("x", "width 32"): [2.0], ("v", "width 32"): [8.0], ("x", "width 64"): [2.0], ("v", "width 64"): [3.0]}
-    told = study(narrow, [("width 32", None, 0.5), ("width 64", None, 0.5)])
-    next(iter(told.facts["forecasts"]))["width"] = 32
-    found = checks(told)
+    expected = [forecast("width 32", None, 0.5, width=32), forecast("width 64", None, 0.5)]
+    found = checks(dataclasses.replace(study(narrow, []), ablation=ablation(expected)))
     assert [check.load for check in found] == [0.25, 0.125]
     along, against = expected_figure(found).panels
     assert along.alt.endswith("against the width: 4.00 at patch 1 (width 32) and 1.50 at patch 1 (width 64).")
     assert "expected 25.0%, measured 4.00" in against.alt
 
 
-def test_what_no_narrow_network_can_reach_is_set_against_the_loss():
+def test_the_loss_floor_of_narrow_networks_is_compared_with_the_loss():
     steps = tuple(LoggedStep(step, loss) for step, loss in [(10, 3.0), (20, 0.625)])
     logged = dataclasses.replace(run(0, 2.0), log=Log(steps))
     system = System("name", "v", "v", 1, (logged,), "steep")
-    told = Study(Path("study"), "title", (system,), study({}, [("steep", 1.0, 0.5)]).facts, None)
-    assert floor_sentences(told) == []
-    next(iter(told.facts["forecasts"]))["width"] = 8
-    (text,) = floor_sentences(told)
-    assert "cannot put out 16 directions. The v-space loss ended at v 0.625, of which 80% had been said" in text
-    next(iter(told.facts["forecasts"]))["before_training"] = False
-    assert "of which 80% is, by the latents alone, out of reach" in floor_sentences(told)[0]
+
+    def sentences(**changes):
+        return floor_sentences(
+            Study(Path("study"), "title", (system,), ablation([forecast("steep", 1.0, 0.5, **changes)]))
+        )
+
+    assert sentences() == []
+    (text,) = sentences(width=8)
+    assert "cannot output 16 directions. The v-space loss ended at v 0.625, of which 80% was forecast to be" in text
+    assert "of which 80% is, by the latents alone, out of reach" in sentences(width=8, before_training=False)[0]
 
 
 def cell(prediction, space, values):
@@ -117,7 +124,7 @@ def test_cells_of_prediction_and_loss_space():
             ("v", "v", [5.0, 7.0]),
         ]
     )
-    found = cells(Study(Path("study"), "title", systems, {}, None))
+    found = cells(Study(Path("study"), "title", systems))
     assert found == {"patch 1": {
         ("x", "x"): Spread(3.0, 2.0, 4.0, 2),
         ("x", "v"): Spread(2.0, 2.0, 2.0, 2),
@@ -134,7 +141,7 @@ def test_cells_of_prediction_and_loss_space():
         "1.50 for clean prediction (x).",
     ]
     assert "clean (x) with a loss in x-space 3.00" in cells_figure(found).panels[0].alt
-    assert cells(Study(Path("study"), "title", systems[1:2] + systems[3:], {}, None)) == {}
+    assert cells(Study(Path("study"), "title", systems[1:2] + systems[3:])) == {}
     assert cells_figure({}) is None
 
 
@@ -143,7 +150,7 @@ def test_single_seeds_and_seeds_that_disagree_decide_nothing():
     found = checks(study(distances, [("near", None, 0.5), ("split", None, 0.6)]))
     assert [check.measured_first for check in found] == [None, None]
     (text,) = check_sentences(found)
-    assert text.startswith("Called for one of them, but not decided by what was measured")
+    assert text.startswith("Expected to differ, but not decided by the measurements")
     assert "1.01 at patch 1 (near) and 1.25 at patch 1 (split)" in text
 
 
@@ -153,7 +160,7 @@ def test_seeds_without_a_partner_are_left_out():
     assert found.ratio == Spread(3.0, 3.0, 3.0, 1)
     assert checks(study({("x", "steep"): [2.0]}, FORECASTS)) == []
     assert check_sentences([]) == []
-    assert checks(dataclasses.replace(study(DISTANCES, FORECASTS), facts={"forecasts": [{"of": "another time"}]})) == []
+    assert checks(study(DISTANCES, [])) == []
     assert expected_figure([found]) is None
 
 

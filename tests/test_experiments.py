@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import file_bytes
+from worker_jobs import begin_job, die_or_wait
 
 from jlt.config import LossConfig, OptimizerConfig, SampleConfig
 from jlt.errors import JLTError, UsageError
@@ -30,7 +29,7 @@ from jlt.experiments.ablation import (
 )
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
-from jlt.geometry.forecast import TrainingModel, needed_ranks
+from jlt.geometry.forecast import needed_ranks
 from jlt.geometry.tokens import token_estimates
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig
@@ -38,7 +37,7 @@ from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
-from jlt.runtime.signals import Stopped, stop_on_signal
+from jlt.results.geometry import TrainingModel
 from jlt.runtime.worker_pool import run_jobs
 from jlt.storage.codec import to_json
 from jlt.training import loop, state
@@ -90,8 +89,21 @@ def ablation_config(latents: Path, **changes) -> AblationConfig:
 def finished(latents, tmp_path_factory) -> Path:
     """A finished ablation of four systems; tests must not change it."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    ablate(ablation_config(latents), latents, out, workers=2, command="jlt ablate digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jlt.experiments.ablation.run_jobs", one_after_another)
+        ablate(ablation_config(latents), latents, out, workers=2, command="jlt ablate digits")
     return out
+
+
+def one_after_another(job, systems, workers, on_poll) -> None:
+    """Stand for `run_jobs` where its processes are not the point: each would import everything again."""
+    for system in systems:
+        job(system)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    monkeypatch.setattr("jlt.experiments.ablation.run_jobs", one_after_another)
 
 
 def modified(folder: Path) -> dict[str, int]:
@@ -100,7 +112,7 @@ def modified(folder: Path) -> dict[str, int]:
 
 def claims_to_be_matched(out: Path) -> bool:
     path = out / "ablation.json"
-    return path.exists() and "matched" in json.loads(path.read_text())
+    return path.exists() and json.loads(path.read_text())["matched"] is not None
 
 
 # ---- a whole ablation ----
@@ -144,6 +156,7 @@ def test_the_quickstart_measures_five_points_of_each_curve(latents, tmp_path):
     assert [system.evaluated_steps for system in systems] == [[6, 12, 18, 24, 30]] * 6
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_exists_is_kept(finished, latents, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -152,7 +165,7 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     ablate(ablation_config(latents), latents, out, workers=2, command="again")
     seconds = time.monotonic() - begun
     after = modified(out / "runs")
-    # Only what says whose a run is and its grid may be written anew.
+    # Only config.json, the grid and the lock may be written again.
     changed = {Path(path).name for path in after if before.get(path) != after[path]}
     assert set(after) == set(before)
     assert changed <= {"config.json", "grid.png", ".lock"}
@@ -230,22 +243,19 @@ def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("planted", "said"),
+    ("planted", "message"),
     [
         ("another order", "their random draws differ"),
         ("other weights", "their initial weights differ"),
         ("another setting", "they also differ in optimizer.weight_decay"),
     ],
 )
-def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, monkeypatch, planted, said):
-    """One run is replaced by one that was trained otherwise than the ablation says."""
+def test_runs_that_were_not_matched_are_detected(finished, latents, tmp_path, monkeypatch, planted, message):
+    """One run is replaced by one that was trained with other settings."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     systems = systems_of(ablation_config(latents), latents, out, "cpu")
-    assert prove_matched(systems, ablation_config(latents))["matched"]["differs"] == [
-        "network.patch_size",
-        "prediction",
-    ]
+    assert prove_matched(systems, ablation_config(latents))[1].differs == ("network.patch_size", "prediction")
     odd = next(system for system in systems if system.run.name == "v-v-p1-s0")
     config = odd.config
     if planted == "another order":
@@ -256,71 +266,63 @@ def test_runs_that_were_not_matched_are_found_out(finished, latents, tmp_path, m
         monkeypatch.setattr(state, "build_network", lambda network, seed: build_network(network, seed + 1))
     shutil.rmtree(odd.run)
     loop.train(config, LatentStore.open(latents), odd.run)
-    with pytest.raises(JLTError, match=f"not matched: {said}"):
+    with pytest.raises(JLTError, match=f"not matched: {message}"):
         prove_matched(systems, ablation_config(latents))
 
 
 # ---- intervening in the geometry ----
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch):
-    config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64))
-    summary = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
-    assert len(summary["systems"]) == 2 * 2 * 2
-    assert {system["variant"] for system in summary["systems"]} == {
+    monkeypatch.setattr("jlt.experiments.checkpoint_evaluation.GRID_COLUMNS", 2)
+    config = ablation_config(latents, patch_size=(1,), anisotropy=(0.0, 1.0), width=(32, 64), evaluations=1)
+    ablation = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
+    assert len(ablation.systems) == 2 * 2 * 2
+    assert {system.variant for system in ablation.systems} == {
         f"anisotropy {power}, width {width}" for power in (0, 1) for width in (32, 64)
     }
-    differs = {name.rpartition(".")[2] for name in summary["matched"]["differs"]}
+    differs = {name.rpartition(".")[2] for name in ablation.matched.differs}
     assert {"prediction", "hidden_size", "num_heads", "anisotropy", "manifest_sha256"} <= differs
-    assert len(set(summary["matched"]["draws"].values())) == 1
-    assert len(set(summary["matched"]["initial_weights"].values())) == 2
-    for told in summary["forecasts"]:
-        store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{told['anisotropy']:g}-p1")
+    assert len(set(ablation.matched.draws.values())) == 1
+    assert len(set(ablation.matched.initial_weights.values())) == 2
+    for forecast in ablation.forecasts:
+        store = LatentStore.open(tmp_path / "out" / "coordinates" / f"a{forecast.anisotropy:g}-p1")
         model = TrainingModel.of(config.train)
-        assert told["needed"]["0.05"] == pytest.approx(
+        assert forecast.needed["0.05"] == pytest.approx(
             needed_ranks(token_estimates(store, [1], "cpu")[1].eigenvalues, model, 0.05)
         )
-    white, as_it_is = (
-        next(told for told in summary["forecasts"] if told["anisotropy"] == power) for power in (0.0, 1.0)
-    )
-    assert white["sphericity"] > 0.99 > as_it_is["sphericity"]
-    assert as_it_is["clean_over_velocity"] > 0.3 > white["clean_over_velocity"]
+    white, as_it_is = (next(found for found in ablation.forecasts if found.anisotropy == power) for power in (0.0, 1.0))
+    assert white.sphericity > 0.99 > as_it_is.sphericity
+    assert as_it_is.clean_over_velocity > 0.3 > white.clean_over_velocity
     page = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert "anisotropy 0, width 32" in page
     before = file_bytes(tmp_path / "out" / "runs")
-    # What was expected before the training stays as it was said.
+    # A forecast made before the training is kept.
     monkeypatch.delattr("jlt.experiments.ablation.token_estimates")
     again = ablate(config, latents, tmp_path / "out", workers=2, command="again")
-    assert again["forecasts"] == summary["forecasts"]
+    assert again.forecasts == ablation.forecasts
     assert file_bytes(tmp_path / "out" / "runs") == before
 
 
-def test_something_is_expected_of_every_loss_space(latents, tmp_path):
+def test_every_loss_space_has_a_forecast(latents, tmp_path):
     config = ablation_config(latents, patch_size=(1,), loss_space=("x", "v"))
-    told = forecasts(systems_of(config, latents, tmp_path, "cpu"))
-    assert [entry["loss_space"] for entry in told] == ["x", "v"]
+    found = forecasts(systems_of(config, latents, tmp_path, "cpu"))
+    assert [forecast.loss_space for forecast in found] == ["x", "v"]
     spectrum = token_estimates(LatentStore.open(latents), [1], "cpu")[1].eigenvalues
-    for entry in told:
-        model = TrainingModel(config.train.timesteps, config.train.loss.t_eps, entry["loss_space"])
-        assert entry["needed"]["0.05"] == pytest.approx(needed_ranks(spectrum, model, 0.05))
-    assert told[0]["needed"]["0.05"] != told[1]["needed"]["0.05"]
+    for forecast in found:
+        model = TrainingModel(config.train.timesteps, config.train.loss.t_eps, forecast.loss_space)
+        assert forecast.needed["0.05"] == pytest.approx(needed_ranks(spectrum, model, 0.05))
+    assert found[0].needed["0.05"] != found[1].needed["0.05"]
 
 
 @pytest.mark.parametrize("powers", [(-1.0,), (9.0,), (1.0, 1.0)])
-def test_powers_that_make_no_sense_are_wrong_words(latents, powers):
+def test_impossible_powers_are_usage_errors(latents, powers):
     with pytest.raises(UsageError, match=r"anisotropy"):
         ablation_config(latents, anisotropy=powers)
 
 
 # ---- processes ----
-
-
-def begin_job(argument: tuple[Path, bool]) -> None:
-    path, fails = argument
-    path.touch()
-    if fails:
-        raise JLTError(f"{path.name} failed")
-    time.sleep(0.3)
 
 
 def test_a_failing_job_fails_the_whole_and_the_rest_does_not_begin(tmp_path):
@@ -329,20 +331,6 @@ def test_a_failing_job_fails_the_whole_and_the_rest_does_not_begin(tmp_path):
         run_jobs(begin_job, jobs, 1, lambda: None)
     # The worker may have taken the next one up before anybody could hear of the failure.
     assert {path.name for path in tmp_path.iterdir()} <= {"job0", "job1"}
-
-
-def die_or_wait(argument: tuple[Path, bool]) -> None:
-    path, dies = argument
-    path.touch()
-    while dies and len(list(path.parent.iterdir())) < 2:
-        time.sleep(0.05)
-    if dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    with stop_on_signal() as stop:
-        end = time.monotonic() + 30
-        while not stop and time.monotonic() < end:
-            time.sleep(0.05)
-    raise Stopped("Saved.")
 
 
 def test_a_worker_that_is_killed_ends_the_others_soon(tmp_path):
@@ -366,7 +354,7 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not (out / "runs").exists()
     # What is expected of the systems needs the latents too; without it they are met in the training alone.
-    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda *_: [])
+    monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda *_: ())
     with pytest.raises(JLTError, match=r"Step 10: the loss is nan.* 10 in a row"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not claims_to_be_matched(out)
@@ -375,42 +363,42 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
 
 
 PREDICTIONS = ["x", "v", "eps"]
-LONG = {"--steps": 400, "--batch-size": 8, "--log-every": 20, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
+LONG = {"--steps": 200, "--batch-size": 8, "--log-every": 4, "--evaluations": 2, "--patch-size": 2, "--workers": 2}
 
 
-def long_words(latents: Path, out: Path) -> list[str]:
-    words = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
-    words += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
-    return list(map(str, words))
+def long_arguments(latents: Path, out: Path) -> list[str]:
+    arguments = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
+    arguments += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
+    return list(map(str, arguments))
 
 
-def start_ablation(latents: Path, out: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jlt.cli.main", *long_words(latents, out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+ATTENTIVE = """
+from jlt.runtime import worker_pool
+worker_pool.POLL_SECONDS = 0.05
+"""
+"""A parent that looks for a signal so often that the workers have not finished when it passes the signal on."""
+ONE_AFTER_ANOTHER = """
+from jlt.experiments import ablation
+ablation.run_jobs = lambda job, systems, *_: list(map(job, systems))
+"""
+"""As `one_after_another`, in a process of its own."""
 
 
 @contextlib.contextmanager
 def running_ablation(latents: Path, out: Path):
     """Yield an ablation whose two workers are in the middle of training; nothing of it outlives the block."""
-    process = start_ablation(latents, out)
+    process = forked.start(long_arguments(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"}, ATTENTIVE)
     try:
         deadline = time.monotonic() + 120
         while len([log for log in out.glob("runs/*/log.jsonl") if log.read_text().count("\n") > 2]) < 2:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.02)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stderr.close()
 
 
 def alive_in_session(session: int) -> list[int]:
@@ -443,7 +431,7 @@ def final_tensors(out: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latents, tmp_path):
+def test_sigterm_ends_every_process_and_the_same_command_finishes_bit_for_bit(latents, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with running_ablation(latents, parts) as process:
         begun = {run.name for run in (parts / "runs").iterdir()}
@@ -452,9 +440,9 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         process.send_signal(signal.SIGTERM)
         seconds_until_gone(process.pid, 30)
         assert process.wait(timeout=5) == os.EX_TEMPFAIL
-        said = process.stderr.read()
-    assert "The same words continue it." in said
-    assert "Traceback" not in said
+        message = process.stderr.read()
+    assert "Run the same command again to resume." in message
+    assert "Traceback" not in message
     # Both saved where they were, and the third did not begin.
     assert {run.name for run in (parts / "runs").iterdir()} == begun
     for name in begun:
@@ -463,10 +451,10 @@ def test_sigterm_ends_every_process_and_the_same_words_finish_bit_for_bit(latent
         assert int(saved[-1].name[-7:]) % (LONG["--steps"] // 2)
         assert verify_checkpoints(parts / "runs" / name) == []
     assert not claims_to_be_matched(parts)
-    for out in (whole, parts):
-        process = forked.start(long_words(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"})
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+    for out, plant in ((whole, ONE_AFTER_ANOTHER), (parts, "")):
+        process = forked.start(long_arguments(latents, out), {**os.environ, "OMP_NUM_THREADS": "1"}, plant)
+        _, message = process.communicate(timeout=200)
+        assert process.returncode == 0, message
     ours, theirs = final_tensors(parts), final_tensors(whole)
     assert set(ours) == set(theirs)
     assert len(ours) == 15

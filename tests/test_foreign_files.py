@@ -23,7 +23,7 @@ from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
 from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
-from jlt.report.results import read_study
+from jlt.report.study import read_study
 from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text
 from jlt.storage.rows import RowTable
 from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves
@@ -185,7 +185,7 @@ def test_a_temporary_file_and_a_log_that_are_links_change_nothing(tmp_path: Path
         temporary.write_text("{}")
     (run / "log.jsonl").symlink_to(tmp_path / "log")
     (tmp_path / "log").write_text("")
-    with Journal(run, config_for(store), 0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):
+    with Journal(run, config_for(store), 0, rank=0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):
         journal.write("start", step=0)
     assert (secret.read_text(), (tmp_path / "log").read_text()) == ("private", "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from jlt.config import PREDICTIONS, LatentShape
 from jlt.errors import JLTError
+from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.geometry import gaussian
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.spectrum import eigenvalues_descending, sampling_error, share_below, summarise
+from jlt.report.geometry_sentences import advice_sentences, caution_sentences
+from jlt.results.files import result_json
 
 EIGENVALUES = np.array([6.0, 1.0, 0.03, 0.0008])
 TIMES = [0.0, 0.1, 0.5, 0.9, 0.99]
@@ -231,7 +235,7 @@ class FakeStore:
 
 
 def test_analysis_is_json_and_its_tables_are_the_closed_forms() -> None:
-    result = json.loads(json.dumps(analyze(FakeStore(latents(300)), [1, 2]), allow_nan=False))
+    result = json.loads(json.dumps(result_json(analyze(FakeStore(latents(300)), [1, 2])), allow_nan=False))
     assert result["latents"] == {"autoencoder": "fake"}
     assert list(result["tokens"]) == ["1", "2"]
     entry = result["tokens"]["2"]
@@ -263,22 +267,21 @@ def assert_alike(one: Any, other: Any) -> None:
 
 
 def test_analysis_does_not_depend_on_the_batch_size() -> None:
-    one, other = (analyze(FakeStore(latents(50), 3), [2], batch_size=size) for size in (7, 50))
+    one, other = (result_json(analyze(FakeStore(latents(50), 3), [2], batch_size=size)) for size in (7, 50))
     assert_alike(one, other)
 
 
-def test_few_images_are_warned_about_and_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    analyze(FakeStore(latents(8)), [1, 4])
-    said = capsys.readouterr().err
-    assert "Patch size 1, 8 latents: there is no advice from so few; it needs 50" in said
-    analyze(FakeStore(latents(52)), [8])
-    assert "Patch size 8, 52 latents: 52 tokens cannot span 192 directions" in capsys.readouterr().err
-    assert "All latents are of one class" in said
+def test_few_images_have_cautions_and_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = analyze(FakeStore(latents(8)), [1, 4])
-    assert [line for line in few["warnings"] if line in said] == few["warnings"]
-    assert few["tokens"]["4"]["forecast"]["call"] == "undecided"
-    assert "too few latents" in few["tokens"]["4"]["forecast"]["advice"][0]["words"]
-    assert len(analyze(FakeStore(latents(400), 2), [1])["warnings"]) == 0
+    texts = caution_sentences(few)
+    assert "Patch size 1, 8 latents: there are too few for a forecast. It needs 50, and a good one thousands." in texts
+    assert "All latents are of one class, so the spectrum within classes is that of all." in texts
+    assert few.tokens[4].forecast.call == "undecided"
+    assert "too few latents" in advice_sentences(few)[1]
+    config = AnalysisConfig((8,), (64,), few.training)
+    measure_geometry(FakeStore(latents(52)), tmp_path, config)
+    assert "Patch size 8, 52 latents: 52 tokens cannot span 192 directions" in capsys.readouterr().err
+    assert analyze(FakeStore(latents(400), 2), [1]).cautions == ()
     with pytest.raises(JLTError, match="holds 1 latents"):
         analyze(FakeStore(latents(1)), [1])
     with pytest.raises(JLTError, match="All latents of the store are equal"):
@@ -288,12 +291,12 @@ def test_few_images_are_warned_about_and_none_are_refused(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("count", [600, 6_000])
-def test_the_told_error_holds_what_sorting_adds(count: int) -> None:
-    """Of 128 directions whose variances are known: as far off as is told, in the median and at the end."""
+def test_the_stated_error_includes_the_bias_of_sorting(count: int) -> None:
+    """Of 128 directions with known variances, the stated error is the real one, in the median and at the end."""
     known = np.logspace(1, -3, 128)
     white = torch.randn(count, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    entry = analyze(FakeStore((white * torch.from_numpy(known).sqrt())[:, :, None, None]), [1])["tokens"]["1"]
-    off = np.abs(np.array(entry["eigenvalues"]) / known - 1)
-    told = np.array(entry["relative_sampling_errors"])
-    assert 0.4 < np.median(off) / np.median(told) < 1.5
-    assert 0.5 < off[-16:].mean() / told[-16:].mean() < 2
+    entry = analyze(FakeStore((white * torch.from_numpy(known).sqrt())[:, :, None, None]), [1]).tokens[1]
+    off = np.abs(np.array(entry.eigenvalues) / known - 1)
+    stated = np.array(entry.relative_sampling_errors)
+    assert 0.4 < np.median(off) / np.median(stated) < 1.5
+    assert 0.5 < off[-16:].mean() / stated[-16:].mean() < 2

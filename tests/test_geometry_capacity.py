@@ -1,4 +1,4 @@
-"""Eq. 13 against reduced-rank regressions and Monte Carlo, and the advice that is made of it."""
+"""Eq. 13 against reduced-rank regressions and Monte Carlo, and the forecast and the advice from it."""
 
 import dataclasses
 import math
@@ -6,32 +6,47 @@ import math
 import numpy as np
 import pytest
 import torch
+from fake_results import geometry
 
-from jlt.config import PREDICTIONS, LossConfig, TimestepConfig
+from jlt.config import PREDICTIONS, TimestepConfig
 from jlt.errors import UsageError
 from jlt.geometry import gaussian
 from jlt.geometry.capacity import (
-    Times,
+    TimeQuadrature,
     capacity_curve,
-    loss_weight,
     required_rank,
     training_times,
     unavoidable_risk,
-    velocity_gain,
     width_floor,
 )
-from jlt.geometry.forecast import DECIDED, HARDLY, Estimate, TrainingModel, forecast, needed_ranks
+from jlt.geometry.forecast import EVEN_MARGIN, MIN_CONFIDENCE, Estimate, forecast, needed_ranks
 from jlt.geometry.spectrum import shrunk
-from jlt.loss import error_gain
-from jlt.prediction import readout_gain
+from jlt.report.geometry_sentences import advice_sentences
+from jlt.results.geometry import TrainingModel
 from jlt.timesteps import times_from_uniform
 
 EIGENVALUES = np.array([6.0, 1.0, 0.3, 0.03, 0.0008])
 PUBLISHED = TimestepConfig()
+MODEL = TrainingModel(PUBLISHED, 0.05)
+UNCLAMPED = TrainingModel(PUBLISHED, 0.0)
 
 
 def at(t):
-    return Times(np.array([t]), np.ones(1), np.ones(1))
+    return TimeQuadrature(np.array([t]), np.ones(1), training_times(UNCLAMPED).loss)
+
+
+# Second derivations of eq. 3 and 5.
+
+
+def velocity_gain(prediction, t):
+    """The squared factor from an error of the output to one of the velocity."""
+    return {"x": (1 - t) ** -2, "eps": t**-2.0, "v": np.ones_like(t)}[prediction]
+
+
+def loss_weight(t, t_eps, space="v"):
+    """The weight of a squared velocity error in the matched loss of a space."""
+    clamped = ((1 - t) / np.maximum(1 - t, t_eps) * t / np.maximum(t, t_eps)) ** 2
+    return clamped * {"x": (1 - t) ** 2, "eps": t**2, "v": np.ones_like(t)}[space]
 
 
 def second_moments(prediction, lam, t):
@@ -81,13 +96,13 @@ def test_a_sampled_velocity_error_is_the_curve(prediction):
     output = kept * gaussian.best_coefficient(prediction, EIGENVALUES, t) * z
     read = {"x": (output - z) / (1 - t), "eps": (z - output) / t, "v": output}[prediction]
     errors = ((read - v) ** 2 * loss_weight(t, 0.05)).sum(1)
-    times = training_times(PUBLISHED, 0.05)
-    told = unavoidable_risk(EIGENVALUES, times) + capacity_curve(prediction, EIGENVALUES, times)[rank]
-    assert errors.mean() == pytest.approx(told, abs=4 * errors.std() / math.sqrt(count))
+    times = training_times(MODEL)
+    expected = unavoidable_risk(EIGENVALUES, times) + capacity_curve(prediction, EIGENVALUES, times)[rank]
+    assert errors.mean() == pytest.approx(expected, abs=4 * errors.std() / math.sqrt(count))
 
 
-def test_one_subspace_for_all_times_costs_velocity_and_nobody_else():
-    times = training_times(PUBLISHED)
+def test_one_subspace_for_all_times_costs_velocity_alone():
+    times = training_times(UNCLAMPED)
     for prediction in PREDICTIONS:
         own, shared = (capacity_curve(prediction, EIGENVALUES, times, shared=shared) for shared in (False, True))
         assert (shared >= own * (1 - 1e-12)).all()
@@ -101,7 +116,7 @@ def test_one_subspace_for_all_times_costs_velocity_and_nobody_else():
     ids=["published", "authors' velocity", "shifted", "uniform"],
 )
 def test_the_quadrature_averages_over_training_times(config):
-    times = training_times(config, 0.05)
+    times = training_times(TrainingModel(config, 0.05))
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     draws = times_from_uniform(u, config).numpy()
     assert times.probability.sum() == pytest.approx(1, rel=1e-12)
@@ -112,24 +127,30 @@ def test_the_quadrature_averages_over_training_times(config):
 def test_the_quadrature_is_exact_where_the_answer_is_known():
     """E 1/(1-t)^2 = E (1 + e^n)^2 for n ~ N(m, s^2), without any clamp."""
     for m, s in ((-0.8, 0.8), (0.0, 1.0), (0.5, 1.5)):
-        times = training_times(TimestepConfig(P_mean=m, P_std=s))
+        times = training_times(TrainingModel(TimestepConfig(P_mean=m, P_std=s), 0.0))
         known = 1 + 2 * math.exp(m + s**2 / 2) + math.exp(2 * m + 2 * s**2)
         assert times.average((1 - times.t) ** -2) == pytest.approx(known, rel=1e-10)
-    with pytest.raises(ValueError, match="infinite at uniform times"):
-        training_times(TimestepConfig("uniform"))
+    with pytest.raises(UsageError, match="above 0 for uniform times"):
+        TrainingModel(TimestepConfig("uniform"), 0.0)
 
 
 @pytest.mark.parametrize("space", PREDICTIONS)
-def test_gains_and_weights_are_those_of_the_loss(space):
-    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    loss = LossConfig(space=space, weighting="matched", t_eps=0.05)
+@pytest.mark.parametrize("t_eps", [0.0, 0.05])
+def test_errors_are_weighed_as_by_the_loss(space, t_eps):
+    times = training_times(TrainingModel(PUBLISHED, t_eps, space))
     for prediction in PREDICTIONS:
-        gain = velocity_gain(prediction, t.numpy())
-        np.testing.assert_allclose(gain, readout_gain(prediction, t, 0.0).square().numpy(), rtol=1e-12)
-        np.testing.assert_allclose(
-            gain * loss_weight(t.numpy(), 0.05, space), error_gain(prediction, t, loss).square().numpy(), rtol=1e-12
-        )
-    assert (loss_weight(t.numpy(), 0.0) == 1).all()
+        expected = velocity_gain(prediction, times.t) * loss_weight(times.t, t_eps, space)
+        np.testing.assert_allclose(times.loss_weight(prediction)[:, 0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.05, 20.0])
+@pytest.mark.parametrize("config", [TimestepConfig("uniform"), TimestepConfig(P_std=5.0)], ids=["uniform", "wide"])
+def test_no_shift_moves_a_time_to_the_end(config, shift):
+    model = TrainingModel(dataclasses.replace(config, shift=shift), 0.05)
+    times = training_times(model)
+    assert times.t.min() > 0
+    assert times.t.max() < 1
+    assert math.isfinite(needed_ranks(np.array([1.0, 0.0]), model, 0.05)["x"])
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -141,13 +162,13 @@ def test_a_narrow_network_leaves_the_smallest_directions_of_its_target(predictio
     weight = velocity_gain(prediction, t) * loss_weight(t, 0.05)
     target = {"x": x, "eps": eps, "v": x - eps}[prediction] * np.sqrt(weight)
     kept = np.linalg.eigvalsh(target.T @ target / count)
-    times = training_times(PUBLISHED, 0.05)
+    times = training_times(MODEL)
     for width in range(5):
-        told = width_floor(prediction, EIGENVALUES, times, width)
-        assert told == pytest.approx(kept[: 5 - width].sum(), rel=0.02)
+        floor = width_floor(prediction, EIGENVALUES, times, width)
+        assert floor == pytest.approx(kept[: 5 - width].sum(), rel=0.02)
         # The best linear predictor of this rank is such a network.
         best = unavoidable_risk(EIGENVALUES, times) + capacity_curve(prediction, EIGENVALUES, times, shared=True)[width]
-        assert told <= best * (1 + 1e-12)
+        assert floor <= best * (1 + 1e-12)
     assert width_floor(prediction, EIGENVALUES, times, 5) == width_floor(prediction, EIGENVALUES, times, 9) == 0
 
 
@@ -163,9 +184,7 @@ def test_required_ranks_lie_between_whole_ones():
     assert [required_rank(curve, risk) for risk in (5.0, 4.0, 3.0, 1.0, 0.25, 0.0)] == [0, 0, 0.5, 2, 2.75, 3]
 
 
-# ---- advice ----
-
-MODEL = TrainingModel(PUBLISHED, 0.05)
+# ---- the forecast ----
 
 
 def estimate(lam, error=0.01, name="tokens"):
@@ -173,59 +192,68 @@ def estimate(lam, error=0.01, name="tokens"):
     return Estimate(name, lam, np.full(len(lam), error), independent=2 / error**2)
 
 
+def sentences(found):
+    """The advice for tokens with this forecast."""
+    entry = dataclasses.replace(geometry().tokens[1], dimension=64, forecast=found)
+    return advice_sentences(dataclasses.replace(geometry(), tokens={1: entry}))
+
+
 def test_a_steep_spectrum_favours_clean_prediction():
     steep = np.logspace(1, -4, 64)
     found = forecast([estimate(steep)], MODEL, [48, 4096])
-    assert found["order"] == ["x", "v", "eps"]
-    assert found["confidence"] == 1
-    assert found["clean_over_velocity"] == pytest.approx(found["margin"])
-    assert found["margin"] > 0.4
-    narrow, wide = found["advice"]
-    assert narrow["loss_floor"]["x"] < 0.1 * narrow["loss_floor"]["v"]
-    assert f"of width {narrow['width']} can put out 64 directions: its loss stays above" in narrow["words"]
-    assert wide["loss_floor"] == {"x": 0, "eps": 0, "v": 0}
-    assert "can put out" not in wide["words"]
-    assert found["call"] == "x"
-    assert narrow["words"].startswith("Predict x (the clean latent): 100% of")
-    assert narrow["width_share"]["x"] == pytest.approx(needed_ranks(steep, MODEL, 0.05)["x"] / 48)
-    assert "may be small" in wide["words"]
-    assert "may be small" not in narrow["words"]
+    assert found.order == ("x", "v", "eps")
+    assert found.confidence == 1
+    assert found.clean_over_velocity == pytest.approx(found.margin)
+    assert found.margin > 0.4
+    assert found.call == "x"
+    narrow, wide = found.advice
+    assert narrow.loss_floor["x"] < 0.1 * narrow.loss_floor["v"]
+    assert wide.loss_floor == {"x": 0, "eps": 0, "v": 0}
+    assert narrow.width_share["x"] == pytest.approx(needed_ranks(steep, MODEL, 0.05)["x"] / 48)
+    narrow_text, wide_text = sentences(found)
+    assert narrow_text.startswith(
+        "Patch 1, width 48: Predict x (the clean latent): it needs the fewest directions in 100%"
+    )
+    assert "of width 48 can output 64 directions: its loss stays above" in narrow_text
+    assert "can output" not in wide_text
+    assert "may be small" in wide_text
+    assert "may be small" not in narrow_text
 
 
 def test_an_isotropic_space_hardly_cares():
     """By the model velocity needs a little less there; it is the floor that makes a difference, and there is none."""
     found = forecast([estimate(np.linspace(0.8, 1.2, 64))], MODEL, [768])
-    assert -0.3 < found["clean_over_velocity"] < 0
-    assert found["call"] == "even"
-    assert "nearly isotropic" in found["advice"][0]["words"]
-    assert "should hardly matter" in found["advice"][0]["words"]
+    assert -0.3 < found.clean_over_velocity < 0
+    assert found.call == "even"
+    assert "nearly isotropic" in sentences(found)[0]
+    assert "should hardly matter" in sentences(found)[0]
 
 
 @pytest.mark.parametrize(("variance", "first"), [(0.01, "x"), (2.0, "v")])
 def test_an_isotropic_space_of_another_size_than_the_noise_does_care(variance, first):
     found = forecast([estimate(np.full(64, variance))], MODEL, [768])
-    assert found["call"] == first
-    assert f"Predict {first}" in found["advice"][0]["words"]
+    assert found.call == first
+    assert f"Predict {first}" in sentences(found)[0]
 
 
-def test_what_the_variations_do_not_agree_on_is_not_called():
+def test_variations_that_disagree_leave_the_call_undecided():
     found = forecast([estimate(np.logspace(1, -4, 32)), estimate(np.full(32, 5.0), name="within")], MODEL, [64])
-    assert found["confidence"] < DECIDED
-    assert found["call"] == "undecided"
-    assert "does not say" in found["advice"][0]["words"]
+    assert found.confidence < MIN_CONFIDENCE
+    assert found.call == "undecided"
+    assert "does not decide" in sentences(found)[0]
 
 
 def test_noise_of_another_scale_scales_the_loss_that_is_out_of_reach():
     wide = dataclasses.replace(MODEL, noise_scale=2.0)
-    floors = [forecast([estimate(EIGENVALUES)], model, [2])["advice"][0]["loss_floor"] for model in (MODEL, wide)]
+    floors = [forecast([estimate(EIGENVALUES)], model, [2]).advice[0].loss_floor for model in (MODEL, wide)]
     assert floors[1] == pytest.approx({name: 4 * floor for name, floor in floors[0].items()})
     with pytest.raises(UsageError, match="scale of noise"):
         dataclasses.replace(MODEL, noise_scale=0.0)
 
 
 def test_a_wide_spread_of_times_has_a_quadrature():
-    times = training_times(TimestepConfig(P_std=4.0), 0.05)
-    assert np.isfinite(times.average(velocity_gain("x", times.t) * times.loss_weight))
+    times = training_times(TrainingModel(TimestepConfig(P_std=4.0), 0.05))
+    assert np.isfinite(times.average(times.loss_weight("x")))
 
 
 def test_shrinkage_leaves_steep_spectra_and_flattens_few_samples_of_isotropic_ones():
@@ -241,10 +269,10 @@ def test_shrinkage_leaves_steep_spectra_and_flattens_few_samples_of_isotropic_on
 def test_close_needs_are_called_even():
     # Between a steep spectrum, which favours the clean latent, and a flat one.
     found = [forecast([estimate(np.logspace(0.3, low, 32))], MODEL, [64]) for low in np.linspace(-2, 0, 21)]
-    near = min(found, key=lambda entry: abs(entry["clean_over_velocity"]))
-    assert abs(near["clean_over_velocity"]) < HARDLY
-    assert near["call"] == "even"
-    assert "need about as much" in near["advice"][0]["words"]
+    near = min(found, key=lambda entry: abs(entry.clean_over_velocity))
+    assert abs(near.clean_over_velocity) < EVEN_MARGIN
+    assert near.call == "even"
+    assert "need about as much" in sentences(near)[0]
 
 
 def test_large_variances_in_all_directions_favour_velocity():
@@ -252,19 +280,19 @@ def test_large_variances_in_all_directions_favour_velocity():
     found = forecast(
         [estimate(np.full(64, 50.0))], dataclasses.replace(MODEL, timesteps=TimestepConfig(P_mean=0.8)), [64]
     )
-    assert found["needed"]["0.2"]["v"] < found["needed"]["0.2"]["x"]
+    assert found.needed["0.2"]["v"] < found.needed["0.2"]["x"]
 
 
 def test_confidence_falls_where_estimates_disagree():
     steep, flat = estimate(np.logspace(1, -4, 32)), estimate(np.full(32, 3.0), name="within classes")
-    assert set(forecast([flat], MODEL, [64])["order"][:1]) != {"x"}
+    assert forecast([flat], MODEL, [64]).order[0] != "x"
     both = forecast([steep, flat], MODEL, [64])
-    assert 0.3 < both["confidence"] < 0.7
-    assert list(both["needed_by_estimate"]) == ["tokens", "within classes"]
+    assert 0.3 < both.confidence < 0.7
+    assert list(both.needed_by_estimate) == ["tokens", "within classes"]
 
 
 def test_needs_grow_as_the_stated_share_falls():
-    shares = forecast([estimate(EIGENVALUES)], MODEL, [64])["needed"]
+    shares = forecast([estimate(EIGENVALUES)], MODEL, [64]).needed
     for prediction in PREDICTIONS:
         needs = [shares[key][prediction] for key in ("0.2", "0.1", "0.05", "0.02", "0.01")]
         assert needs == sorted(needs)

@@ -146,7 +146,7 @@ def test_any_merge_gives_one_estimate(kind, split):
 def test_latents_that_are_not_finite_are_named():
     data, _ = latents(9)
     data[5, 1, 2, 3] = float("nan")
-    # As seen by a process that has had none of those before.
+    # In a process without the earlier latents.
     moments = Moments(9, LatentShape(3, 4, 6, 10), [1, 2])
     with pytest.raises(JLTError, match="Latent 5 of the store is not finite"):
         moments.update(4, data[4:], torch.zeros(5, dtype=torch.int64))
@@ -189,7 +189,7 @@ def test_a_sketch_of_few_latents_is_exact():
     np.testing.assert_allclose(sketch.eigenvalues(29), gram_eigenvalues(data, 29), rtol=1e-6)
 
 
-# ---- what is asked of single latents ----
+# ---- estimates from single latents ----
 
 
 def test_the_sample_is_the_same_for_any_batches():
@@ -213,7 +213,7 @@ def scaled(raw, grid=2):
 def test_the_error_of_an_eigenvalue_is_what_repetition_shows():
     """Of tokens that are independent, and of tokens of which those of one latent are all the same."""
     for same, expected in ((False, np.sqrt(2 / (100 * 4))), (True, np.sqrt(2 / 100))):
-        found, told = [], []
+        found, stated = [], []
         for seed in range(60):
             raw = torch.randn(100, 2, 2, 2, generator=generator(seed), dtype=torch.float64)
             data = scaled(raw[:, :, :1, :1].expand(-1, -1, 2, 2).clone() if same else raw)
@@ -221,10 +221,10 @@ def test_the_error_of_an_eigenvalue_is_what_repetition_shows():
             tokens.update(data)
             found.append(eigenvalues_descending(tokens.covariance.numpy()))
             moments = direction_moments(data.float(), 1, tokens.mean, torch.eye(2, dtype=torch.float64))
-            told.append(moments.relative_spread / np.sqrt(100))
+            stated.append(moments.relative_spread / np.sqrt(100))
         scatter = np.std(found, axis=0) / np.mean(found, axis=0)
-        np.testing.assert_allclose(np.mean(told, axis=0), scatter, rtol=0.3)
-        np.testing.assert_allclose(np.mean(told, axis=0), expected, rtol=0.1)
+        np.testing.assert_allclose(np.mean(stated, axis=0), scatter, rtol=0.3)
+        np.testing.assert_allclose(np.mean(stated, axis=0), expected, rtol=0.1)
 
 
 @pytest.mark.parametrize(("shape", "kurtosis"), [("normal", 0.0), ("uniform", -1.2), ("laplace", 3.0)])

@@ -1,43 +1,21 @@
-"""The table of GPUs: names as people and as PyTorch write them, and rates that belong together."""
+"""The table of GPUs: names as people write them, and rates that belong together."""
 
 import pytest
 import torch
 
-from jlt.benchmarks.hardware import GPUS, device_peak, find_gpu
+from jlt.benchmarks.hardware import GPUS, find_gpu
 from jlt.errors import UsageError
 from jlt.runtime.timing import SMALLEST_MATMUL, matmul_rate
 
 
-@pytest.mark.parametrize(("words", "name"), [("h200", "H200"), ("RTX 4090", "RTX-4090"), ("a100_80", "A100-80")])
-def test_names_are_found_as_people_write_them(words, name):
-    assert find_gpu(words).name == name
+@pytest.mark.parametrize(("written", "name"), [("h200", "H200"), ("RTX 4090", "RTX-4090"), ("a100_80", "A100-80")])
+def test_names_are_found_as_people_write_them(written, name):
+    assert find_gpu(written).name == name
 
 
 def test_an_unknown_gpu_gets_the_nearest():
     with pytest.raises(UsageError, match="H200"):
         find_gpu("H2000")
-
-
-@pytest.mark.parametrize(
-    ("device", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA A10G", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
-        ("", None),
-    ],
-)
-def test_a_device_has_the_peak_of_its_whole_name_alone(device, peak):
-    assert device_peak(device, "bfloat16") == peak
-
-
-def test_no_device_name_is_of_two_gpus():
-    names = [name for gpu in GPUS.values() for name in gpu.device_names]
-    assert len(names) == len(set(names)) >= len(GPUS)
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)

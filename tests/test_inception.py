@@ -71,7 +71,7 @@ def extractor(file):
 
 @pytest.fixture(scope="module")
 def outsider(file):
-    """torch-fidelity's network with the same weights; its package asks for torchvision, which the network needs not."""
+    """torch-fidelity's network with the same weights; its package imports torchvision, the network does not."""
     if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed: make test installs it, without what it depends on")
     datasets = types.ModuleType("torchvision.datasets")
@@ -92,7 +92,7 @@ def test_features_and_logits_are_torch_fidelitys(extractor, outsider, height, wi
     pooled, logits = outsider(images.permute(0, 3, 1, 2))
     torch.testing.assert_close(found.pooled, pooled, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.logits, logits, rtol=0, atol=1e-4)
-    # Features that hardly differ from zero would agree whatever was computed.
+    # Features near zero would agree for any network.
     assert pooled.std() > 0.2
     assert logits.std() > 0.2
 
@@ -153,16 +153,16 @@ def test_wrong_names_and_shapes_are_named(weights, tmp_path):
     save_file(faulty, tmp_path / "faulty.safetensors")
     with pytest.raises(JLTError) as caught:
         load_extractor("inception", path=tmp_path / "faulty.safetensors")
-    for words in (
+    for part in (
         "1 missing, such as Mixed_6c.branch_pool.bn.running_var",
         "1 unexpected, such as stranger",
         "1 misshapen, such as fc.weight of (1000, 2048) instead of (1008, 2048)",
     ):
-        assert words in str(caught.value)
+        assert part in str(caught.value)
 
 
 class Malicious:
-    """Unpickled, it would create a file."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,14 +173,14 @@ class Malicious:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"fc.weight": Malicious(tmp_path / "owned")}, tmp_path / "weights.pth")
-    with pytest.raises(JLTError, match="code in it is not run"):
+    with pytest.raises(JLTError, match="its code was not run"):
         load_extractor("inception", path=tmp_path / "weights.pth")
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_file_that_is_no_weights_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(JLTError, match="holds no names with tensors"):
+    with pytest.raises(JLTError, match="holds no named tensors"):
         load_extractor("inception", path=tmp_path / "list.pth")
     for name in ("text.pth", "text.safetensors", "empty.pth"):
         (tmp_path / name).write_text("" if name == "empty.pth" else "no weights at all")
@@ -196,7 +196,7 @@ def test_a_file_must_have_the_hash_of_its_name(tmp_path):
 
 @contextlib.contextmanager
 def server(status: int = 200, content: bytes = CONTENT, length: int = len(CONTENT)):
-    """Answer every request with this on a port of this machine, and yield the address."""
+    """Answer every request with this response on a port of this machine, and yield the address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -205,7 +205,7 @@ def server(status: int = 200, content: bytes = CONTENT, length: int = len(CONTEN
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_words):
+        def log_message(self, *_arguments):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
@@ -234,26 +234,26 @@ def test_fetch_downloads_once(cache, monkeypatch, capsys):
     path = Path(json.loads(capsys.readouterr().out)["path"])
     assert path == cache / INCEPTION.file
     assert path.read_bytes() == CONTENT
-    # The server is gone: what is there is not fetched again, and what is damaged is.
+    # The server is stopped: an intact file is not downloaded again, but a damaged one is.
     assert fetch("inception") == path
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(JLTError, match="cannot be fetched"):
+    with pytest.raises(JLTError, match="cannot be downloaded"):
         fetch("inception")
 
 
 @pytest.mark.parametrize(
-    ("answer", "sha256", "words"),
+    ("answer", "sha256", "message"),
     [
         ({}, "00000000", "gave another file: its SHA-256 begins with"),
         ({"status": 404}, "00000000", "the server answers 404"),
-        ({"content": CONTENT[:-9]}, "00000000", "broke off after 2999991 of 3000000 bytes"),
+        ({"content": CONTENT[:-9]}, "00000000", "stopped after 2999991 of 3000000 bytes"),
     ],
 )
-def test_what_is_not_the_published_file_is_not_kept(cache, monkeypatch, capsys, answer, sha256, words):
+def test_a_file_that_is_not_the_published_one_is_deleted(cache, monkeypatch, capsys, answer, sha256, message):
     with server(**answer) as url:
         publish(monkeypatch, url, sha256)
         assert main(["fetch", "inception"]) == 1
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(cache.iterdir()) == []
 
 
@@ -262,13 +262,13 @@ def test_fetch_knows_what_it_can_fetch(capsys):
     assert "did you mean inception?" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_there_are_said_at_once(cache, capsys):
+def test_missing_weights_are_reported_at_once(cache, capsys):
     begun = time.perf_counter()
     with pytest.raises(JLTError, match="jlt fetch inception"):
         load_extractor("inception")
     assert time.perf_counter() - begun < 1
     assert main(["evaluate", "--samples", "nowhere", "--features", "inception"]) == 1
-    said = capsys.readouterr().err
-    assert "`jlt fetch inception`" in said
-    assert "--features-path FILE" in said
+    printed = capsys.readouterr().err
+    assert "`jlt fetch inception`" in printed
+    assert "--features-path FILE" in printed
     assert main(["evaluate", "--samples", "nowhere", "--features-path", "weights.pth"]) == 2

@@ -15,10 +15,10 @@ from jlt.errors import JLTError
 from jlt.experiments import analysis
 from jlt.experiments.error_by_direction import (
     BANDS,
-    TIMES,
+    MEASURED_TIMES,
     Basis,
-    _describe,
     measure_basis,
+    network_error,
     require_comparable,
     squared_errors,
     stationary_optimum,
@@ -76,12 +76,12 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     denoiser = Denoiser(network, prediction, null_label=1)
     squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
     error = squares.std(1) / len(store) ** 0.5
-    assert squares.shape == (len(TIMES), len(store), 2 * patch_size**2)
+    assert squares.shape == (len(MEASURED_TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
     # In units of standard errors, over all times and directions.
     assert apart.square().mean() < 2
     assert apart.abs().max() < 5
-    # A token by itself knows less.
+    # A token by itself leaves more unknown.
     assert (basis.whole_optimum < basis.optimum * (1 + 1e-9)).all()
 
 
@@ -108,8 +108,8 @@ def test_large_latents_have_an_optimum_by_spatial_frequency():
     moments = measure_moments(FakeStore(data), [4], "cpu", SingleProcess())
     basis = measure_basis(moments, 4)
     assert basis.whole_estimate == "stationary"
-    assert basis.whole_optimum.shape == (len(TIMES), 48)
-    # White noise: whoever knows more than a token knows no more than the token tells.
+    assert basis.whole_optimum.shape == (len(MEASURED_TIMES), 48)
+    # White noise: the other tokens hold no information about a token.
     np.testing.assert_allclose(basis.whole_optimum[6], basis.optimum[6], rtol=0.2)
 
 
@@ -125,18 +125,28 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_networks_are_looked_into_by_one_command(place, tmp_path):
-    words = ["analyze", "--latents", place / "latents", "--out", tmp_path / "out", "--patch-size", "1", "--width", "64"]
-    words += ["--checkpoint", place / "x", place / "v", "--num", "100"]
-    assert main([*map(str, words)]) == 0
+def test_one_command_measures_networks(place, tmp_path):
+    command = [
+        "analyze",
+        "--latents",
+        place / "latents",
+        "--out",
+        tmp_path / "out",
+        "--patch-size",
+        "1",
+        "--width",
+        "64",
+    ]
+    command += ["--checkpoint", place / "x", place / "v", "--num", "100"]
+    assert main([*map(str, command)]) == 0
     found = json.loads((tmp_path / "out" / "inside.json").read_text())
     assert (found["count"], found["patch_size"]) == (100, 1)
     assert [(network["run"], network["prediction"]) for network in found["networks"]] == [("x", "x"), ("v", "v")]
     x, v = (np.array(network["error"]) for network in found["networks"])
-    assert x.shape == v.shape == (len(TIMES), 16)
+    assert x.shape == v.shape == (len(MEASURED_TIMES), 16)
     (beyond,) = found["beyond_the_first"]
     np.testing.assert_allclose(beyond["difference"], v - x, rtol=1e-9, atol=1e-12)
-    # From the same noise: the difference is known better than the two would tell.
+    # From the same noise: the difference has a smaller error than two independent networks.
     apart = np.hypot(*(np.array(network["standard_error"]) for network in found["networks"]))
     assert np.median((np.array(beyond["error"]) / apart)[:, :4]) < 0.8
     for network in found["networks"]:
@@ -153,7 +163,7 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
     wider = dataclasses.replace(run, config=dataclasses.replace(
         run.config, network=dataclasses.replace(run.config.network, patch_size=2)
     ))  # fmt: skip
-    with pytest.raises(JLTError, match="unlike patch sizes"):
+    with pytest.raises(JLTError, match="different patch sizes"):
         require_comparable([run, wider], store)
     encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
     with pytest.raises(JLTError, match="was not trained on these latents: autoencoder"):
@@ -161,27 +171,27 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_share_the_look_inside(place, tmp_path):
-    words = ["analyze", "--latents", place / "latents", "--patch-size", "1", "--width", "64", "--num", "300"]
-    words += ["--checkpoint", place / "x", place / "v"]
+def test_processes_share_the_measurement_of_networks(place, tmp_path):
+    command = ["analyze", "--latents", place / "latents", "--patch-size", "1", "--width", "64", "--num", "300"]
+    command += ["--checkpoint", place / "x", place / "v"]
     found = []
     for count in (1, 2):
         out = tmp_path / f"by-{count}"
-        run_processes(count, [*map(str, words), "--out", str(out)])
+        run_processes(count, [*map(str, command), "--out", str(out)])
         found.append(json.loads((out / "inside.json").read_text()))
     assert_alike(*found)
 
 
 def test_networks_that_cannot_be_compared_leave_nothing(place, tmp_path, capsys):
     encode(EncodeConfig(images="digits", autoencoder="pixels", resolution=32, flips=False), tmp_path / "pixels")
-    words = ["analyze", "--latents", tmp_path / "pixels", "--out", tmp_path / "out", "--checkpoint", place / "x"]
-    assert main([*map(str, words)]) == 1
+    command = ["analyze", "--latents", tmp_path / "pixels", "--out", tmp_path / "out", "--checkpoint", place / "x"]
+    assert main([*map(str, command)]) == 1
     assert "was not trained on these latents" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("command", "message"),
     [
         (["--num", "1"], "--num must be 2 or more"),
         (["--patch-size"], "need numbers of 1 or more"),
@@ -189,25 +199,35 @@ def test_networks_that_cannot_be_compared_leave_nothing(place, tmp_path, capsys)
         (["--noise-scale", "0"], "scale of noise"),
     ],
 )
-def test_words_that_make_no_sense_are_refused_before_anything_is_read(place, tmp_path, capsys, words, said):
+def test_wrong_arguments_are_refused_before_anything_is_read(place, tmp_path, capsys, command, message):
     start = ["analyze", "--latents", str(place / "latents"), "--out", str(tmp_path / "out")]
-    assert main([*start, "--checkpoint", str(place / "x"), *words]) == 2
-    assert said in capsys.readouterr().err
+    assert main([*start, "--checkpoint", str(place / "x"), *command]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_geometry_is_named_and_measured_anew(place, tmp_path, capsys):
+def test_a_damaged_geometry_is_named_and_measured_again(place, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["analyze", "--latents", place / "latents", "--out", out, "--patch-size", "1", "--checkpoint", place / "x"]
-    words = [*map(str, words), "--num", "20"]
-    assert main(words) == 0
+    command = [
+        "analyze",
+        "--latents",
+        place / "latents",
+        "--out",
+        out,
+        "--patch-size",
+        "1",
+        "--checkpoint",
+        place / "x",
+    ]
+    command = [*map(str, command), "--num", "20"]
+    assert main(command) == 0
     before = (out / "geometry.json").read_bytes()
     assert json.loads(before)["widths"] == [64]
     (out / "geometry.json").write_bytes(before.replace(b'"dimension": 16', b'"dimension": 15', 1))
     assert main(["report", str(out)]) == 1
     assert "geometry.json was edited or damaged" in capsys.readouterr().err
-    assert main(words) == 0
-    assert "It is measured anew" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "The geometry is measured again" in capsys.readouterr().err
     assert (out / "geometry.json").read_bytes() == before
     (out / "inside.json").write_text("{}")
     assert main(["report", str(out)]) == 1
@@ -218,18 +238,29 @@ def test_bands_are_in_units_of_the_noise(place):
     checkpoint = open_checkpoint(place / "x")
     lam = np.array([4.0, 0.03, 0.01])
     basis = Basis(1, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
-    bands = _describe(checkpoint, {}, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)["bands"]
-    assert [(band["name"], band["directions"]) for band in bands] == [(BANDS[0][0], 2), (BANDS[3][0], 1)]
+    identity = {"checkpoint": "", "ema": "0.99"}
+    found = network_error(checkpoint, identity, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)
+    assert [(band.low, band.high, band.directions) for band in found.bands] == [(*BANDS[0], 2), (*BANDS[3], 1)]
 
 
 def test_a_geometry_that_is_there_is_kept(place, tmp_path, monkeypatch):
-    words = ["analyze", "--latents", place / "latents", "--out", tmp_path / "out", "--patch-size", "2", "--width", "64"]
-    assert main([*map(str, words)]) == 0
+    command = [
+        "analyze",
+        "--latents",
+        place / "latents",
+        "--out",
+        tmp_path / "out",
+        "--patch-size",
+        "2",
+        "--width",
+        "64",
+    ]
+    assert main([*map(str, command)]) == 0
     before = (tmp_path / "out" / "geometry.json").stat().st_mtime_ns
-    asked = []
+    measured = []
     measure = analysis.measure_moments
-    monkeypatch.setattr(analysis, "measure_moments", lambda *given: asked.append(given[1]) or measure(*given))
-    assert main([*map(str, words), "--checkpoint", str(place / "x"), "--num", "20"]) == 0
+    monkeypatch.setattr(analysis, "measure_moments", lambda *given: measured.append(given[1]) or measure(*given))
+    assert main([*map(str, command), "--checkpoint", str(place / "x"), "--num", "20"]) == 0
     assert (tmp_path / "out" / "geometry.json").stat().st_mtime_ns == before
-    assert asked == [(1,)]
+    assert measured == [(1,)]
     assert json.loads((tmp_path / "out" / "inside.json").read_text())["patch_size"] == 1

@@ -14,7 +14,6 @@ import torch
 from jlt.errors import JLTError
 from jlt.evaluation.metrics import (
     Gaussian,
-    frechet_distance,
     inception_score,
     jackknife,
     kernel_distance,
@@ -31,6 +30,10 @@ def generator(seed=0):
 def random_covariance(dimension, rank=None, seed=0):
     factor = torch.randn(dimension, rank or 2 * dimension, generator=generator(seed), dtype=torch.float64)
     return factor @ factor.T / factor.shape[1]
+
+
+def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
+    return Gaussian(mean_a, covariance_a).distance(Gaussian(mean_b, covariance_b))
 
 
 def zeros(dimension):
@@ -112,7 +115,7 @@ def test_inception_score_agrees_with_the_direct_formula():
     assert inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
 
 
-def test_inception_score_is_one_for_one_answer_and_the_class_count_for_sure_and_even_answers():
+def test_inception_score_is_one_for_equal_outputs_and_the_class_count_for_certain_and_even_ones():
     assert inception_score(np.zeros((50, 10), np.float32)) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
     with np.errstate(divide="ignore"):
         sure = np.log(np.eye(10))
@@ -132,7 +135,7 @@ def test_label_agreement_counts():
 
 
 def test_frechet_distance_of_a_nearly_flat_covariance_keeps_its_digits():
-    # Eigenvalues of the product reach 1e-20 of the largest: below what a float64 can hold beside it.
+    # Eigenvalues of the product reach 1e-20 of the largest: below float64's relative precision.
     basis = torch.linalg.qr(torch.randn(64, 64, generator=generator(), dtype=torch.float64)).Q
     a, b = torch.logspace(2, -8, 64, dtype=torch.float64), torch.logspace(1, -9, 64, dtype=torch.float64)
     found = frechet_distance(zeros(64), basis * a @ basis.T, zeros(64), basis * b @ basis.T)
@@ -244,8 +247,8 @@ def test_kernel_distance_and_inception_score_are_those_of_torch_fidelity(tmp_pat
         random.normal(size=(150, 9)),
     )
     np.savez(tmp_path / "features.npz", x=x, y=y, logits=logits)
-    words = [sys.executable, "-W", "ignore", "-c", FIDELITY, str(tmp_path / "features.npz")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-c", FIDELITY, str(tmp_path / "features.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
     mine = kernel_distance(torch.from_numpy(x), torch.from_numpy(y), subset_size=100)
@@ -291,10 +294,10 @@ def test_overlap_of_a_set_with_itself_with_a_part_and_with_nothing():
     assert same.density == pytest.approx(6 / 5)
     far = overlap(real + 100, real)
     assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
-    # Samples that leave one of two clusters out are as precise, and miss half.
+    # Samples of one of two clusters are as precise, and miss half.
     clusters = torch.cat([real, real + 1000])
     half = overlap(real, clusters)
     assert (half.precision, half.recall, half.coverage) == (1, 0.5, 0.5)
-    # Twice what there is: all is recalled, half of it is real.
+    # Twice the real images: all are recalled, and half of the samples are real.
     double = overlap(clusters, real)
     assert (double.precision, double.recall, double.coverage) == (0.5, 1, 1)

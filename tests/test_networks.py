@@ -6,9 +6,10 @@ import torch
 from jlt.config import NetworkConfig
 from jlt.errors import JLTError
 from jlt.experiments.systems import preset
-from jlt.networks.layers import RotaryPositions, patchify, unpatchify
+from jlt.networks.layers import RotaryPositions
 from jlt.networks.sizes import SIZES
 from jlt.networks.transformer import Transformer, build_network, count_parameters
+from jlt.patches import patchify, unpatchify
 
 TINY = {"channels": 6, "height": 4, "width": 8, "num_classes": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
 OPTIONS = [

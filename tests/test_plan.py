@@ -1,7 +1,7 @@
-"""The forecast of a run against what it forecasts: counted parameters, autograd's own saving, a measured process."""
+"""The forecast of a run against what it forecasts: counted parameters, memory of real passes, a measured process."""
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -13,13 +13,14 @@ import forked
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from jlt.benchmarks.memory import measure_passes, simulate_passes
+from jlt.benchmarks.memory import pass_memory
 from jlt.benchmarks.plan import (
     COMPILED_SHARE,
+    Figure,
     Hardware,
     checkpoints_at_once,
-    compiled_passes,
     count_network,
     describe_hardware,
     describe_latents,
@@ -30,8 +31,9 @@ from jlt.cli.main import main
 from jlt.config import FLUX2_IMAGENET256, NetworkConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.experiments.recipes import resolve_recipe
+from jlt.networks import layers
 from jlt.networks.flops import training_flops
-from jlt.networks.normalization import rms_normalise, saving_as_on_a_gpu
+from jlt.networks.normalization import NORM_EPS, rms_normalise
 from jlt.networks.sizes import sized_network
 from jlt.networks.transformer import build_network, count_parameters
 from jlt.report.plan_table import plan_table, quantity
@@ -49,8 +51,12 @@ def run_config(**changes) -> TrainConfig:
 
 
 def hardware(processes: int = 1, memory: int = GIB, **changes) -> Hardware:
-    known = Hardware("test", processes, 1e12, "said", memory, "said", outside=0, outside_source="said", slack=0.0)
-    return dataclasses.replace(known, **changes)
+    peak, total, outside = (
+        Figure(1e12, "FLOP/s", "given"),
+        Figure(memory, "bytes", "given"),
+        Figure(0, "bytes", "given"),
+    )
+    return dataclasses.replace(Hardware("test", processes, peak, total, outside, slack=0.0), **changes)
 
 
 def planned(config: TrainConfig, machine: Hardware, mfu: float = 0.5):
@@ -84,63 +90,87 @@ def autograd_bytes(config: NetworkConfig, bfloat16: bool, checkpoint_blocks: boo
     return sum(storage.nbytes() for place, storage in saved.items() if place not in known)
 
 
+class FusedNorm(torch.autograd.Function):
+    """RMS normalisation that saves what a GPU's kernel saves: its input and the inverse norms."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = (x.float().square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+        ctx.save_for_backward(x, r)
+        return (x * r).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, r = ctx.saved_tensors
+        y = x * r
+        return (r * (g - y * (g * y).mean(-1, keepdim=True))).to(x.dtype)
+
+
 @pytest.mark.parametrize(
-    ("config", "gpu"), [(NETWORK, False), (NETWORK, True), (CONTEXT, True)], ids=["cpu", "gpu", "context"]
+    ("config", "gpu"),
+    [(NETWORK, False), (NETWORK, True), (CONTEXT, False), (CONTEXT, True)],
+    ids=["cpu", "gpu", "context on a cpu", "context"],
 )
 @pytest.mark.parametrize("checkpoint_blocks", [False, True], ids=["saved", "checkpointed"])
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
-def test_saved_bytes_are_those_that_autograd_saves(config, bfloat16, checkpoint_blocks, gpu):
-    with saving_as_on_a_gpu() if gpu else contextlib.nullcontext():
-        real = autograd_bytes(config, bfloat16, checkpoint_blocks, IMAGES)
-    # The output is alive too, and saved for nothing but the loss.
+def test_saved_bytes_are_those_that_autograd_saves(config, bfloat16, checkpoint_blocks, gpu, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(layers, "rms_normalise", FusedNorm.apply)
+    real = autograd_bytes(config, bfloat16, checkpoint_blocks, IMAGES)
+    # The output is counted too, and saved for nothing but the loss.
     output = config.channels * config.height * config.width * IMAGES * (2 if bfloat16 else 4)
-    counted = simulate_passes(config, IMAGES, bfloat16, checkpoint_blocks, gpu).saved
-    assert counted == pytest.approx(real, abs=1.1 * output)
+    assert pass_memory(config, IMAGES, bfloat16, checkpoint_blocks, gpu).saved == pytest.approx(real, abs=1.1 * output)
 
 
-@pytest.mark.slow
+def peak_bytes(config: NetworkConfig, bfloat16: bool, checkpoint_blocks: bool, images: int) -> int:
+    """Return the peak of what a real pass allocates, with gradients that exist before it."""
+    network = build_network(config, seed=0)
+    network.checkpoint_blocks = checkpoint_blocks
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    z = torch.randn(images, config.channels, config.height, config.width)
+    inputs = z, torch.rand(images), torch.zeros(images, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            output = network(*inputs)
+        (output.float() - z).square().mean().backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
 @pytest.mark.parametrize(
     ("config", "checkpoint_blocks", "bfloat16"),
     [(NETWORK, False, False), (NETWORK, False, True), (NETWORK, True, False), (CONTEXT, True, True)],
     ids=["plain", "bfloat16", "checkpointed", "all"],
 )
-def test_few_blocks_and_images_tell_of_many(config, bfloat16, checkpoint_blocks):
-    model = measure_passes(config, bfloat16, checkpoint_blocks, True)
-    for images in (5, 40):
-        whole = simulate_passes(config, images, bfloat16, checkpoint_blocks, True)
-        assert dataclasses.astuple(model.at(images)) == pytest.approx(dataclasses.astuple(whole), rel=0.03)
+@pytest.mark.parametrize("images", [8, 40])
+def test_the_peak_is_that_of_a_real_pass(config, bfloat16, checkpoint_blocks, images):
+    memory = pass_memory(config, images, bfloat16, checkpoint_blocks, fused_norm=False)
+    real = peak_bytes(config, bfloat16, checkpoint_blocks, images)
+    assert memory.saved + memory.working == pytest.approx(real, rel=0.03)
 
 
 def test_checkpointing_saves_the_inputs_of_blocks_alone():
     config = dataclasses.replace(NETWORK, depth=20)
-    saved, checkpointed = (measure_passes(config, False, recomputes, True) for recomputes in (False, True))
+    saved, checkpointed = (pass_memory(config, 1, False, recomputes, True) for recomputes in (False, True))
     tokens = config.tokens * config.hidden_size * 4
-    assert checkpointed.saved_per_image == pytest.approx(config.depth * tokens, rel=0.3)
-    assert checkpointed.saved_per_image < saved.saved_per_image / 10
-    # One block is whole again while its gradients are computed.
-    assert checkpointed.many.per_image.backward_peak > checkpointed.saved_per_image + 10 * tokens
+    assert checkpointed.activations == pytest.approx(config.depth * tokens, rel=0.3)
+    assert checkpointed.activations < saved.activations / 10
+    # All values of one block exist while its gradients are computed.
+    assert checkpointed.working > 10 * tokens
 
 
-def test_autocast_keeps_copies_of_the_weights_whatever_the_batch():
-    copies = measure_passes(NETWORK, True, False, True).saved_per_pass
+def test_autocast_keeps_copies_of_the_weights_for_any_batch():
+    copies = pass_memory(NETWORK, 1, True, False, True).copies_and_tables
     matrices = sum(module.weight.numel() for module in build_network(NETWORK, 0).modules() if type(module) is nn.Linear)
     assert copies == pytest.approx(2 * matrices, rel=0.1)
-    # Tables of positions are left, which are small beside the weights of any real network.
-    assert measure_passes(NETWORK, False, False, True).saved_per_pass < 0.2 * copies
+    # Tables of positions remain, which are small compared with the weights of any real network.
+    assert pass_memory(NETWORK, 1, False, False, True).copies_and_tables < 0.2 * copies
 
 
-def test_a_gpu_keeps_the_input_of_a_normalisation_and_computes_the_same():
+def test_the_gradient_of_a_normalisation_is_exact():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
-        ours = rms_normalise(x)
-        with saving_as_on_a_gpu():
-            theirs = rms_normalise(x)
-    assert kept[0] is not x
-    assert kept[2] is x
-    gradients = [torch.autograd.grad(result.sin().sum(), x)[0] for result in (ours, theirs)]
-    assert torch.equal(ours, theirs)
-    assert torch.allclose(*gradients, rtol=1e-12)
     assert torch.autograd.gradcheck(rms_normalise, x)
 
 
@@ -157,18 +187,18 @@ sys.exit()
 
 
 @pytest.mark.slow
-def test_a_compiled_network_saves_the_share_that_is_said():
+def test_a_compiled_network_saves_the_stated_share():
     process = forked.start([], plant=COMPILED)
-    printed, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
     two, three, compiled_two, compiled_three = json.loads(printed)
     assert compiled_three - compiled_two == pytest.approx(COMPILED_SHARE * (three - two), rel=0.05)
 
 
 def test_compiled_runs_are_counted_with_their_share():
-    eager, compiled = (run_passes(run_config(compile=compile), gpu=False) for compile in (False, True))
-    assert compiled == compiled_passes(eager)
-    assert compiled.saved_per_image == pytest.approx(COMPILED_SHARE * eager.saved_per_image, abs=1)
+    eager, compiled = (run_passes(run_config(compile=compile), 3, gpu=False) for compile in (False, True))
+    assert compiled.activations == pytest.approx(COMPILED_SHARE * eager.activations, abs=1)
+    assert dataclasses.replace(compiled, activations=eager.activations) == eager
 
 
 # ---- memory of a run ----
@@ -185,7 +215,7 @@ def test_state_is_the_parameters_times_what_is_held():
 
 
 def test_a_total_is_the_sum_of_its_parts():
-    machine = hardware(processes=2, outside=1000, slack=0.1)
+    machine = hardware(processes=2, outside=Figure(1000, "bytes", "given"), slack=0.1)
     memory = {name: figure.value for name, figure in planned(run_config(), machine).memory.items()}
     passes = ("activations", "weight_copies_and_tables", "working_memory", "latents_and_noise")
     assert memory["outside_the_network"] == pytest.approx(1000 + 0.1 * sum(memory[name] for name in passes), abs=1)
@@ -214,7 +244,7 @@ def test_gradients_of_a_process_alone_take_the_place_of_activations():
     assert 0 < few["gradients"].value <= few["weights"].value
 
 
-def test_a_run_that_does_not_fit_is_told_what_would():
+def test_a_run_that_does_not_fit_lists_what_would():
     config, whole = run_config(), planned(run_config(), hardware(processes=2))
     memory = int(whole.memory["total"].value) - 1
     plan = planned(config, hardware(processes=2, memory=memory))
@@ -297,12 +327,12 @@ def test_published_recipe_on_one_node():
     assert 15 * GIB < plan.memory["total"].value < 30 * GIB
 
 
-# ---- words ----
+# ---- refusals and the table ----
 
 
-@pytest.mark.parametrize(("changes", "mfu", "said"), [({"batch_size": 25}, 0.5, "24 or 26"), ({}, 40.0, "(0, 1]")])
-def test_what_is_impossible_is_refused(changes, mfu, said):
-    with pytest.raises(JLTError, match=re.escape(said)):
+@pytest.mark.parametrize(("changes", "mfu", "message"), [({"batch_size": 25}, 0.5, "24 or 26"), ({}, 40.0, "(0, 1]")])
+def test_what_is_impossible_is_refused(changes, mfu, message):
+    with pytest.raises(JLTError, match=re.escape(message)):
         planned(run_config(**changes), hardware(processes=2), mfu)
 
 
@@ -336,14 +366,22 @@ def test_quantities_are_written_as_a_person_would(value, unit, text):
 
 
 def test_the_command_prints_one_json_object(capsys):
-    words = ["plan", "digits", "--gpus", "2", "--gpu", "L40S", "--network.depth", "2", "--mfu", "0.3"]
-    assert main([*words, "--json"]) == 0
+    arguments = ["plan", "digits", "--gpus", "2", "--gpu", "L40S", "--network.depth", "2", "--mfu", "0.3"]
+    assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan == json.loads(json.dumps(plan, allow_nan=False))
     assert (plan["gpu"], plan["processes"], plan["config"]["network"]["depth"]) == ("L40S", 2, 2)
     assert (plan["time"]["mfu"]["value"], plan["work"]["micro_batch_size"]["value"]) == (0.3, 32)
-    assert main(words) == 0
+    assert main(arguments) == 0
     assert "It fits" in capsys.readouterr().out
+
+
+def test_an_update_is_measured_on_request(capsys):
+    assert main(["plan", "digits", "--gpus", "2", "--gpu", "L40S", "--network.depth", "1", "--measure", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["peak_memory"]["value"] > 0.1 * GIB
+    assert measured["seconds_per_step"]["value"] > 0
+    assert "measured here" in measured["seconds_per_step"]["source"]
 
 
 # ---- against a measured process ----
@@ -351,10 +389,10 @@ def test_the_command_prints_one_json_object(capsys):
 MEASURED_BATCH = 48
 
 
-def jlt_process(*words) -> dict:
+def jlt_process(*arguments) -> dict:
     """Run a command in a process of its own: a peak of memory is a process's, and includes all that it did before."""
     done = subprocess.run(
-        [sys.executable, "-m", "jlt", *map(str, words), "--json"],
+        [sys.executable, "-m", "jlt", *map(str, arguments), "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -368,8 +406,8 @@ def jlt_process(*words) -> dict:
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is read from /proc")
 def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
     shape = FLUX2_IMAGENET256
-    words = ["--preset", "JLT-XS/1", "--batch-size", MEASURED_BATCH, "--steps", 3, "--precision", "float32"]
-    (measured,) = jlt_process("benchmark", "train", *words, "--loop-steps", 0)["measured"]
+    arguments = ["--preset", "JLT-XS/1", "--batch-size", MEASURED_BATCH, "--steps", 3, "--precision", "float32"]
+    (measured,) = jlt_process("benchmark", "train", *arguments, "--loop-steps", 0)["measured"]
     settings = [f"--network.{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(shape).items()]
     settings += ["--batch-size", MEASURED_BATCH, "--ema", 0.9999, 0.9996, "--power-ema", 0.05, 0.1]
     plan = jlt_process("plan", "digits", "--gpu", "cpu", "--mfu", min(1, measured["mfu"]), *settings)
@@ -379,5 +417,5 @@ def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
     # and what the mathematics library takes for them are no part of a run.
     peak = measured["peak_memory_gib"] * GIB
     assert plan["memory"]["total"]["value"] == pytest.approx(peak, abs=0.1 * peak + 0.1 * GIB)
-    # The rate of a matrix product is measured anew, on a machine that others may use.
+    # The rate of a matrix product is measured again, on a machine that others may use.
     assert 0.4 < plan["time"]["img_per_second"]["value"] / measured["img_per_second"] < 2.5

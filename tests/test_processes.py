@@ -24,13 +24,13 @@ from jlt.runtime.environment import default_device
 from jlt.runtime.processes import Group, SingleProcess
 from jlt.runtime.watchdog import SILENT_SECONDS, Pulse
 
-WORDS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
-WORDS += ["--threads", "1"]
+ARGUMENTS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
+ARGUMENTS += ["--threads", "1"]
 
 
-def torchrun(count: int, *words: str) -> list[str]:
+def torchrun(count: int, *arguments: str) -> list[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return [*run, "-m", "jlt", "encode", *words]
+    return [*run, "-m", "jlt", "encode", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -42,25 +42,25 @@ def environment() -> dict[str, str]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files that a single process makes."""
     out = tmp_path_factory.mktemp("alone") / "store"
-    words = [sys.executable, "-m", "jlt", "encode", *WORDS, "--shard-size", "100", "--out", str(out)]
-    subprocess.run(words, check=True, capture_output=True, env=environment())
+    arguments = [sys.executable, "-m", "jlt", "encode", *ARGUMENTS, "--shard-size", "100", "--out", str(out)]
+    subprocess.run(arguments, check=True, capture_output=True, env=environment())
     return file_bytes(out)
 
 
 @pytest.mark.slow
 def test_processes_under_torchrun_make_the_same_bytes(tmp_path: Path, alone: dict[str, bytes]) -> None:
-    words = torchrun(2, *WORDS, "--shard-size", "100", "--out", str(tmp_path / "store"))
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    arguments = torchrun(2, *ARGUMENTS, "--shard-size", "100", "--out", str(tmp_path / "store"))
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "store") == alone
-    # The result is said once.
+    # The result is printed once.
     assert done.stdout.count("1797 latents") == 1
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, alone: dict[str, bytes]) -> None:
-    words = ["encode", *WORDS, "--shard-size", "100", "--out", str(tmp_path / "store")]
-    started = start_processes(3, words)
+    arguments = ["encode", *ARGUMENTS, "--shard-size", "100", "--out", str(tmp_path / "store")]
+    started = start_processes(3, arguments)
     assert sum(process.communicate(timeout=120)[0].count("1797 latents") for process in started) == 1
     assert [process.returncode for process in started] == [0, 0, 0]
     assert file_bytes(tmp_path / "store") == alone
@@ -69,8 +69,8 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, alone: dic
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(tmp_path: Path, alone: dict[str, bytes]) -> None:
     out = tmp_path / "store"
-    words = [*WORDS, "--shard-size", "100", "--out", str(out)]
-    with subprocess.Popen(torchrun(2, *words), stderr=subprocess.DEVNULL, env=environment()) as run:
+    arguments = [*ARGUMENTS, "--shard-size", "100", "--out", str(out)]
+    with subprocess.Popen(torchrun(2, *arguments), stderr=subprocess.DEVNULL, env=environment()) as run:
         deadline = time.monotonic() + 60
         while not list((out / ".encoding").glob("shard-*.json")) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -80,7 +80,7 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(tmp_path: 
         assert run.wait(timeout=60) != 0
         assert time.monotonic() - began < 60
     assert not (out / "manifest.json").exists()
-    run_processes(3, ["encode", *words])
+    run_processes(3, ["encode", *arguments])
     assert file_bytes(out) == alone
 
 
@@ -95,31 +95,31 @@ def workers_of(parent: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_said_by_it_and_ends_all(tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_printed_by_it_and_ends_all(tmp_path: Path) -> None:
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)
     for number in range(8):
         Image.new("RGB", (8, 8), (30 * number, 200, 9)).save(folder / f"{number}.png")
     (folder / "6.png").write_bytes(b"not an image")
-    words = ["--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8", "--shard-size", "2"]
-    words += ["--workers", "0", "--out", str(tmp_path / "store")]
+    arguments = ["--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8", "--shard-size", "2"]
+    arguments += ["--workers", "0", "--out", str(tmp_path / "store")]
     began = time.monotonic()
-    done = subprocess.run(torchrun(2, *words), capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(torchrun(2, *arguments), capture_output=True, text=True, env=environment(), timeout=120)
     assert time.monotonic() - began < 60
     assert done.returncode == 1
     assert f"[process 1] jlt: {folder / '6.png'}" in done.stderr
     # The one traceback is torchrun's own.
     assert done.stderr.count("Traceback") == 1
-    run_processes(2, ["encode", *words, "--on-bad-image", "skip"])
+    run_processes(2, ["encode", *arguments, "--on-bad-image", "skip"])
     assert verify_store(tmp_path / "store") == []
 
 
 @pytest.mark.slow
-def test_refusals_are_said_once(tmp_path: Path) -> None:
+def test_refusals_are_printed_once(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    codes, said = ends_of(start_processes(2, ["encode", *WORDS, "--out", str(tmp_path)]))
+    codes, outputs = ends_of(start_processes(2, ["encode", *ARGUMENTS, "--out", str(tmp_path)]))
     assert codes == [1, 1]
-    assert "".join(said).count("holds other files") == 1
+    assert "".join(outputs).count("holds other files") == 1
 
 
 class Pair(SingleProcess):
@@ -176,51 +176,51 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent
 
 
-def photograph_words(photographs: Path, out: Path) -> list[str]:
-    words = ["encode", "--images", str(photographs), "--autoencoder", "pixels", "--resolution", "64"]
-    return [*words, "--batch-size", "4", "--shard-size", "12", "--workers", "2", "--out", str(out)]
+def photograph_arguments(photographs: Path, out: Path) -> list[str]:
+    arguments = ["encode", "--images", str(photographs), "--autoencoder", "pixels", "--resolution", "64"]
+    return [*arguments, "--batch-size", "4", "--shard-size", "12", "--workers", "2", "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the photographs, encoded by a process that nobody disturbs."""
+    """The files of the photographs, encoded by an undisturbed process."""
     out = tmp_path_factory.mktemp("uninterrupted") / "store"
-    words = [sys.executable, "-m", "jlt", *photograph_words(photographs, out)]
-    subprocess.run(words, check=True, capture_output=True, env=environment())
+    arguments = [sys.executable, "-m", "jlt", *photograph_arguments(photographs, out)]
+    subprocess.run(arguments, check=True, capture_output=True, env=environment())
     return file_bytes(out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_leaves_no_process_behind_and_the_same_words_continue(
+def test_a_signal_leaves_no_process_behind_and_the_same_command_resumes(
     tmp_path: Path, photographs: Path, uninterrupted: dict[str, bytes], signal_number: int
 ) -> None:
     out = tmp_path / "store"
-    words = photograph_words(photographs, out)
+    arguments = photograph_arguments(photographs, out)
     # A shell lets what it starts in the background ignore Ctrl-C, these tests included.
-    hearing = ["env", "--default-signal=INT", sys.executable, "-m", "jlt", *words]
-    with subprocess.Popen(hearing, stderr=subprocess.PIPE, text=True, env=environment()) as run:
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "jlt", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as run:
         deadline = time.monotonic() + 60
         while len(list((out / ".encoding").glob("shard-*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         children = workers_of(run.pid)
         run.send_signal(signal_number)
-        _, said = run.communicate(timeout=30)
+        _, outputs = run.communicate(timeout=30)
     assert len(children) >= 2
     if signal_number == signal.SIGKILL:
         assert run.returncode == -signal.SIGKILL
     else:
         assert run.returncode == os.EX_TEMPFAIL
-        assert "The same words continue it" in said
+        assert "Run the same command again to resume." in outputs
         assert not list(out.glob(".shard-*"))
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
     assert not (out / "manifest.json").exists()
-    codes, (said,) = ends_of(start_processes(1, words))
+    codes, (outputs,) = ends_of(start_processes(1, arguments))
     assert codes == [0]
-    assert "10 shards are there already" in said
+    assert "10 shards are already complete" in outputs
     assert file_bytes(out) == uninterrupted
 
 
@@ -232,10 +232,10 @@ def test_steps_are_watched_within_other_work_and_leave_no_trace(monkeypatch):
     for _ in range(3):
         pulse.step()
         now[0] += 1
-    with pulse.busy():
+    with pulse.other_work():
         now[0] += 1000
         assert not pulse.hanging()
-        with pulse.stepping():
+        with pulse.other_work():
             for _ in range(2):
                 pulse.step()
                 now[0] += 60

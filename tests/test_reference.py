@@ -87,7 +87,7 @@ def test_a_reference_survives_the_disk(saved):
     assert loaded.protocol == PROTOCOL
 
 
-def test_a_reference_of_moments_alone_says_so(tmp_path):
+def test_a_reference_of_moments_alone(tmp_path):
     Reference(statistics(), protocol=PROTOCOL).save(tmp_path / "stats.npz")
     loaded = Reference.load(tmp_path / "stats.npz")
     assert (loaded.spatial, loaded.kept, loaded.count) == (None, None, 30)
@@ -202,7 +202,7 @@ def written_by_torch_fidelity(path):
     ("name", "write"),
     [("a.npz", written_by_pytorch_fid), ("b.npz", written_by_adm), ("c.pt", written_by_torch_fidelity)],
 )
-def test_statistics_of_other_programs_are_taken_with_a_word(tmp_path, capsys, name, write):
+def test_statistics_of_other_programs_are_accepted_with_a_notice(tmp_path, capsys, name, write):
     write(tmp_path / name)
     reference = open_reference(str(tmp_path / name), Corners(), 8)
     np.testing.assert_allclose(reference.pooled.mean.numpy(), features_of_others().mean(axis=0), rtol=1e-5, atol=1e-6)
@@ -211,8 +211,8 @@ def test_statistics_of_other_programs_are_taken_with_a_word(tmp_path, capsys, na
     )
     assert (reference.count, reference.kept, reference.protocol) == (None, None, {})
     assert (reference.spatial is not None) == (write is written_by_adm)
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "nothing says by which extractor" in said
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert "does not record the extractor" in printed
     with pytest.raises(ValueError, match="unknown"):
         reference.pooled.update(torch.zeros(2, 5))
     wider = Corners()
@@ -243,7 +243,7 @@ def test_references_of_another_extractor_or_size_are_refused():
 # ---- made of real images ----
 
 
-def test_a_selection_is_always_the_same_and_meets_every_class():
+def test_a_selection_is_always_the_same_and_contains_every_class():
     assert random_subset(7, 10).tolist() == list(range(7))
     assert random_subset(0, 4).tolist() == []
     chosen = random_subset(50_000, 10_000)
@@ -256,7 +256,7 @@ def test_a_selection_is_always_the_same_and_meets_every_class():
 
 
 class Threads(Group):
-    """Processes played by threads."""
+    """Processes simulated by threads."""
 
     def __init__(self, rank, size, barrier, values):
         super().__init__()
@@ -323,7 +323,7 @@ def test_a_bad_image_is_named():
         reference_statistics(NoiseSource(100, bad={70}), Corners(), 8)
 
 
-# ---- the verb ----
+# ---- the command ----
 
 
 def test_a_reference_is_made_once_and_kept(tmp_path, capsys):
@@ -333,12 +333,12 @@ def test_a_reference_is_made_once_and_kept(tmp_path, capsys):
     written = out.stat().st_mtime_ns
     assert make_reference(NoiseSource(100), Corners(), 8, out) == first
     assert out.stat().st_mtime_ns == written
-    assert "finished already" in capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
     with pytest.raises(JLTError, match="holds other statistics .*count: 100 -> 90"):
         make_reference(NoiseSource(90), Corners(), 8, out)
     # Killed between the two files.
     out.unlink()
-    with pytest.raises(JLTError, match="of something else"):
+    with pytest.raises(JLTError, match="has another protocol"):
         make_reference(NoiseSource(90), Corners(), 8, out)
     assert make_reference(NoiseSource(100), Corners(), 8, out) == first
 
@@ -358,7 +358,7 @@ def test_what_cannot_be_written_is_refused_before_the_first_image(tmp_path, monk
     with pytest.raises(JLTError, match=r"take 0\.0 MB .* 0\.0 MB are free"):
         make_reference(Untouchable(100), Corners(), 8, tmp_path / "stats.npz")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(JLTError, match="cannot be written to"):
+    with pytest.raises(JLTError, match="is not writable"):
         make_reference(Untouchable(100), Corners(), 8, tmp_path / "stats.npz")
 
 
@@ -377,7 +377,7 @@ def test_a_request_to_stop_ends_without_a_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_verb_makes_what_evaluation_takes(tmp_path, capsys):
+def test_the_command_makes_what_evaluation_takes(tmp_path, capsys):
     out = tmp_path / "digits.npz"
     assert main(["reference", "--images", "digits", "--resolution", "32", "--out", str(out), "--json"]) == 0
     identity = json.loads(capsys.readouterr().out)
@@ -390,8 +390,8 @@ def test_the_verb_makes_what_evaluation_takes(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_real_processes_make_one_file(tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jlt"]
-    words = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
-    done = subprocess.run([*run, *words], capture_output=True, text=True, timeout=120)
+    arguments = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
+    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1,797 images") == 1
     assert Reference.load(tmp_path / "stats.npz").count == 1797

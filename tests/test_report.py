@@ -1,4 +1,4 @@
-"""The report: what it reads and refuses, what it says whichever way the numbers fall, and that one file is enough."""
+"""The report: what it reads and refuses, its sentences for every outcome, and that one file is enough."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fake_results import (
     GaussianStore,
     analyze,
     config,
+    geometry,
     log_by_time,
     write_ablation,
     write_run,
@@ -31,16 +33,19 @@ from PIL import Image
 
 from jlt.errors import JLTError
 from jlt.report import findings, sample_grids
-from jlt.report.figures import training_figure
-from jlt.report.metrics_table import metrics_table
-from jlt.report.page import command, matched_statements, page_facts, set_aside_rows, settings, write_report
+from jlt.report.geometry_sentences import advice_sentences, spectrum_sentence
+from jlt.report.page import command, set_aside_table, settings, write_report
+from jlt.report.page_facts import matched_statements, page_facts
 from jlt.report.result_rows import result_rows
-from jlt.report.results import Study, read_study
 from jlt.report.run_figures import run_figures, thinned
-from jlt.report.run_log import read_log
-from jlt.report.terminal import results_table
+from jlt.report.study import Study, read_study
+from jlt.report.terminal import metrics_table, results_table
+from jlt.report.training_figures import training_figure
 from jlt.report.wording import number
-from jlt.storage.files import read_json, sealed_text, write_json
+from jlt.results.evaluation import Metrics
+from jlt.results.files import write_result
+from jlt.results.run import read_log
+from jlt.storage.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +67,25 @@ def study_of(folder: Path, seeds: tuple[int, ...] = (0,), **final: float) -> Stu
     return read_study(write_ablation(folder, predictions, patch_sizes, seeds, chosen))
 
 
-# What is said
+# Sentences
 
 
 def test_a_clear_order_is_named_with_its_numbers(folder: Path) -> None:
     study = read_study(folder)
     assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1 and patch 2."
-    said = findings.details(study)
-    assert said[0] == (
+    sentences = findings.details(study)
+    assert sentences[0] == (
         "At patch 1, clean prediction (x) reaches a Fréchet distance of 20.1, velocity prediction (v) 37.2 and noise "
         "prediction (ε) 310. Relative to x, v is 1.9 times as high and ε is 15 times as high."
     )
-    assert "single seed: the spread between seeds was not measured" in said[2]
-    assert said[3].endswith("What was measured here agrees at patch 1 and patch 2.")
+    assert "single seed: the spread between seeds was not measured" in sentences[2]
+    assert sentences[3].endswith("This measurement agrees at patch 1 and patch 2.")
 
 
 def test_the_other_order_is_said_as_plainly(tmp_path: Path) -> None:
     study = study_of(tmp_path, x1=37.2, v1=20.1)
     assert findings.verdict(study) == "Velocity prediction (v) reaches the lowest Fréchet distance at patch 1."
-    assert any("is the other way round at patch 1" in text for text in findings.details(study))
+    assert any("shows the opposite at patch 1" in text for text in findings.details(study))
 
 
 def test_a_near_tie_of_single_seeds_has_no_winner(tmp_path: Path) -> None:
@@ -88,9 +93,9 @@ def test_a_near_tie_of_single_seeds_has_no_winner(tmp_path: Path) -> None:
     assert findings.verdict(study) == (
         "Clean prediction (x) reaches the lowest Fréchet distance at patch 2; at patch 1 it is too close to call."
     )
-    said = findings.details(study)
-    assert "Velocity prediction (v) is only 8% higher: one seed cannot settle that." in said[0]
-    assert any("is undecided at patch 1 and agrees at patch 2" in text for text in said)
+    sentences = findings.details(study)
+    assert "Velocity prediction (v) is only 8% higher: one seed cannot settle that." in sentences[0]
+    assert any("is undecided at patch 1 and agrees at patch 2" in text for text in sentences)
 
 
 def test_ranges_over_seeds_decide_where_there_are_seeds(tmp_path: Path) -> None:
@@ -106,9 +111,9 @@ def test_ranges_over_seeds_decide_where_there_are_seeds(tmp_path: Path) -> None:
 def test_systems_that_draw_noise_are_not_ranked(tmp_path: Path) -> None:
     study = study_of(tmp_path, x1=9000.0, v1=6000.0)  # label agreement of 9% and 13% among ten classes
     assert findings.verdict(study) == "Too early to tell: no system draws recognisable samples yet."
-    said = findings.details(study)
-    assert said[0].startswith("At most 13.0% of any system's samples show the label")
-    assert not any("paper claims" in text for text in said)
+    sentences = findings.details(study)
+    assert sentences[0].startswith("At most 13.0% of any system's samples show the label")
+    assert not any("paper claims" in text for text in sentences)
 
 
 def test_winners_that_differ_by_patch_size_are_both_named(tmp_path: Path) -> None:
@@ -150,16 +155,16 @@ def test_the_nine_cells_are_compared_within_each_loss_space(tmp_path: Path) -> N
 
 
 def test_a_perfect_score_divides_nothing_by_zero(tmp_path: Path) -> None:
-    said = findings.details(study_of(tmp_path, x1=0.0, v1=30.0, eps1=0.0))
-    assert said[0].startswith("At patch 1, clean prediction (x) reaches a Fréchet distance of 0")
+    sentences = findings.details(study_of(tmp_path, x1=0.0, v1=30.0, eps1=0.0))
+    assert sentences[0].startswith("At patch 1, clean prediction (x) reaches a Fréchet distance of 0")
 
 
-def test_geometry_is_put_in_words() -> None:
-    entry: dict[str, Any] = {"patch_size": 2, "dimension": 3, "effective_rank": 1.5, "sphericity": 0.1}
-    said = findings.geometry_sentence({**entry, "eigenvalues": [1.9, 0.05, 0.05]})
+def test_a_spectrum_has_a_sentence() -> None:
+    entry = geometry().tokens[2]
+    said = spectrum_sentence(replace(entry, eigenvalues=(1.9, 0.05, 0.05)))
     assert "2 directions vary less than a tenth as much as the noise" in said
     assert "5.0% of the variance of x but 42.0% of that of v" in said  # 0.1 / 2 and 2.1 / 5
-    flat = findings.geometry_sentence({**entry, "eigenvalues": [1.0, 1.0, 0.9], "sphericity": 0.99})
+    flat = spectrum_sentence(replace(entry, eigenvalues=(1.0, 1.0, 0.9)))
     assert "None of them varies less than a tenth as much as the noise" in flat
 
 
@@ -187,22 +192,25 @@ def test_rows_are_ordered_and_the_best_of_each_column_marked(folder: Path) -> No
 
 def test_settings_that_differ_are_read_back_from_the_runs(folder: Path) -> None:
     shared, differing = settings(read_study(folder))
-    assert list(differing) == ["name", "prediction", "network.patch_size"]
+    assert differing.header == ["Run", "name", "prediction", "network.patch_size"]
+    assert differing.rows[0] == ["x-v-p1-s0", "JLT-XS/1", "x", "1"]
     assert shared["loss.space"] == "v"
 
 
 def test_shared_hashes_become_sentences(tmp_path: Path) -> None:
     study = study_of(tmp_path, seeds=(0, 1), x1=20.0, v1=30.0, x2=20.0, v2=30.0)
-    said = matched_statements(study)
+    texts = matched_statements(study)
     assert any(
-        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (") for text in said
+        text.startswith("Same initial weights, bit for bit, at each seed: JLT-XS/1 and DiT-XS/1 (") for text in texts
     )
-    assert any("label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in said)
+    assert any(
+        "label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in texts
+    )
     facts = read_json(tmp_path / "ablation.json")
     facts["matched"]["draws"]["x-v-p1-s0"] = "0" * 64
     write_json(tmp_path / "ablation.json", facts)
     assert any(
-        text.startswith("JLT-XS/1 alone has its sample order") for text in matched_statements(read_study(tmp_path))
+        text.startswith("No other system has the sample order") for text in matched_statements(read_study(tmp_path))
     )
 
 
@@ -238,19 +246,19 @@ def test_a_second_way_of_evaluating_a_step_is_set_aside_and_named(tmp_path: Path
     write_json(path.with_stem("step_0001500-guided"), evaluation)
     study = read_study(tmp_path)
     assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1."
-    assert set_aside_rows(study) == [("v-v-p1-s0", "1,500", "cfg_scale 2.9", "1.00")]
+    assert set_aside_table(study).rows == [("v-v-p1-s0", "1,500", "cfg_scale 2.9", "1.00")]
     assert "cfg_scale 2.9" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_an_analysis_of_latents_has_a_page(tmp_path: Path) -> None:
     geometry = analyze(GaussianStore(), [1, 2], [64])
-    needed = geometry["tokens"]["1"]["forecast"]["needed"]["0.05"]
-    (tmp_path / "geometry.json").write_text(sealed_text(geometry))
+    needed = geometry.tokens[1].forecast.needed_directions
+    write_result(tmp_path / "geometry.json", geometry)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "7 directions vary less than a tenth as much as the noise." in page
     expected = f"it needs {number(needed['x'])} of 16 directions where velocity prediction (v) needs {needed['v']:.1f}."
     assert f"At patch 1 clean prediction (x) is expected to win: {expected}" in page
-    assert geometry["tokens"]["2"]["forecast"]["advice"][0]["words"] in page
+    assert all(text in page for text in advice_sentences(geometry))
     assert re.findall(r'<section id="(\w+)"', page) == ["geometry", "limits", "protocol", "reproduce"]
 
 
@@ -287,12 +295,12 @@ def test_spectra_of_few_and_of_dead_directions_are_drawn(tmp_path: Path) -> None
         * torch.tensor([1.0, 0.5, 0.0])[:, None, None]
     )
     geometry = analyze(GaussianStore(dead), [1])
-    assert geometry["tokens"]["1"]["anisotropy"] is None
+    assert geometry.tokens[1].anisotropy is None
     write_ablation(tmp_path, ["x", "v"], [1])
-    (tmp_path / "geometry.json").write_text(sealed_text(geometry))
+    write_result(tmp_path / "geometry.json", geometry)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "infinite" in page
-    (tmp_path / "geometry.json").write_text(sealed_text(analyze(GaussianStore(dead[:, :1]), [1])))
+    write_result(tmp_path / "geometry.json", analyze(GaussianStore(dead[:, :1]), [1]))
     write_report(tmp_path)
 
 
@@ -386,7 +394,7 @@ def test_a_stopped_run_says_that_it_can_be_continued(watched: Path, tmp_path: Pa
     (tmp_path / "config.json").write_bytes((watched / "config.json").read_bytes())
     log = (watched / "log.jsonl").read_text()
     (tmp_path / "log.jsonl").write_text(log + json.dumps({"event": "stopped", "step": 2000}) + "\n")
-    assert page_facts(read_study(tmp_path))["State"] == "stopped and saved; the same words continue it"
+    assert page_facts(read_study(tmp_path))["State"] == "stopped and saved; run the same command again to resume"
 
 
 def test_a_run_under_way_has_every_figure_of_its_log(watched: Path) -> None:
@@ -399,7 +407,7 @@ def test_a_run_under_way_has_every_figure_of_its_log(watched: Path) -> None:
     assert [entry.label for entry in optimisation.legend] == [
         "EMA 0.9999", "EMA 0.9996", "power EMA 0.05", "power EMA 0.1",
     ]  # fmt: skip
-    assert all("continued from a checkpoint" in figure.caption for figure in (optimisation, speed))
+    assert all("resumed from a checkpoint" in figure.caption for figure in (optimisation, speed))
     page = write_report(watched).read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)"', page) == ["training", "series", "limits", "protocol", "reproduce"]
 
@@ -415,7 +423,7 @@ def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("bins", "told"),
+    ("bins", "text"),
     [
         ([1.0, None, 0.5], "It is 1.00 at t 0.17 and 0.500 at t 0.83."),
         ([None] * 10, "No sample was drawn."),
@@ -423,10 +431,10 @@ def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: P
         ([1.0], "It is 1.00 at t 0.5 and 1.00 at t 0.5."),
     ],
 )
-def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None], told: str) -> None:
+def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None], text: str) -> None:
     write_json(tmp_path / "config.json", config("x", 1, 0))
     write_log(tmp_path, *({"event": "step", "step": step, "loss": 1.0, "loss_by_time": bins} for step in (1, 2)))
-    assert told in write_report(tmp_path).read_text(encoding="utf-8")
+    assert text in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_an_ablation_shows_the_loss_against_time_and_nothing_else_of_its_logs(tmp_path: Path) -> None:
@@ -568,24 +576,26 @@ def test_fixture_follows_the_ablation_schema(folder: Path) -> None:
 
 
 def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measured():
-    metrics = {
-        "frechet_distance": 2.5634,
-        "frechet_distance_error": 0.0312,
-        "frechet_distance_bias": -0.00123,
-        "inception_score": None,
-        "inception_score_std": None,
-        "kernel_distance": 0.000712,
-        "kernel_distance_std": 0.000251,
-        "precision": 0.625,
-        "count": 50_000,
-    }
+    metrics = Metrics(
+        frechet_distance=2.5634,
+        frechet_distance_error=0.0312,
+        frechet_distance_bias=-0.00123,
+        kernel_distance=0.000712,
+        kernel_distance_std=0.000251,
+        precision=0.625,
+        count=50_000,
+    )
     rows = [line for line in metrics_table(metrics).split("─\n")[1].splitlines() if line]
     assert [line.split() for line in rows] == [
         ["frechet", "distance", "2.563", "±", "0.031"],
         ["frechet", "distance", "bias", "-0.001230"],
         ["inception", "score", "—"],
+        ["inception", "score", "whole", "—"],
+        ["spatial", "frechet", "distance", "—"],
         ["kernel", "distance", "0.00071", "±", "0.00025"],
         ["precision", "62.5%"],
+        *([name, "—"] for name in ("recall", "density", "coverage")),
+        ["label", "agreement", "—"],
         ["count", "50,000"],
     ]
     # Values end in one column, and errors begin in one.

@@ -44,10 +44,10 @@ class Browser:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         # DevTools listens on descriptor 3 and answers on 4; a shell moves the pipes there.
-        words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        arguments = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         script = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
         self._process = subprocess.Popen(
-            ["bash", "-c", script, "bash", *words],
+            ["bash", "-c", script, "bash", *arguments],
             pass_fds=(to_browser, from_browser),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -112,7 +112,7 @@ class Browser:
         return [event for event in self.events if event["method"] in kinds]
 
     def requests(self) -> list[str]:
-        """Return the addresses that the page asked for and that are not inside it."""
+        """Return the addresses that the page requested that are not inside it."""
         sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [url for event in sent if not (url := event["params"]["request"]["url"]).startswith("data:")]
 
@@ -217,8 +217,8 @@ def test_a_slider_moves_the_curves_through_time(browser: Browser, tmp_path: Path
     assert all(a != b for a, b in zip(after[3:], before[3:], strict=True))
     entry = read_json(tmp_path / "geometry.json")["tokens"]["1"]
     lam, t = entry["eigenvalues"][-1], 0.9
-    told = browser.evaluate("document.querySelectorAll('figure.slider svg[role=img]')[2].getAttribute('aria-label')")
-    shown = float(told.rpartition("v ")[2].rstrip("."))
+    label = browser.evaluate("document.querySelectorAll('figure.slider svg[role=img]')[2].getAttribute('aria-label')")
+    shown = float(label.rpartition("v ")[2].rstrip("."))
     assert shown == pytest.approx(float(conditional_variance("v", lam, t)), rel=0.05)
     assert browser.complaints() == []
 

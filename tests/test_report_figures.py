@@ -13,9 +13,10 @@ import pytest
 from fake_results import config, protocol, write_ablation, write_run
 
 from jlt.report import palette
-from jlt.report.figures import moving_average, training_figure
+from jlt.report.figures import moving_average
 from jlt.report.geometry_figures import geometry_figures
-from jlt.report.results import read_study
+from jlt.report.study import read_study
+from jlt.report.training_figures import training_figure
 from jlt.report.wording import listed, number, percent
 from jlt.storage.files import write_json
 

@@ -1,4 +1,4 @@
-"""Samples on disk: exactly those asked for, whatever was there before; and images that are read back or refused."""
+"""Samples on disk: exactly the requested ones, with any files there before; images that are read back or refused."""
 
 import dataclasses
 import pickle
@@ -23,10 +23,12 @@ from jlt.images.digits import Digits
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.store import LatentStore
+from jlt.sampling import pictures
 from jlt.sampling.sampler import ImageSampler, open_sampler
 from jlt.sampling.save import save_samples
 from jlt.storage import rows
 from jlt.storage.files import lock_folder
+from jlt.timesteps import sampling_grid
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
@@ -81,7 +83,7 @@ def stack(folder: Path) -> np.ndarray:
 # ---- drawing into a folder ----
 
 
-def test_exactly_as_many_images_as_asked_where_batches_and_classes_do_not_divide(whole):
+def test_exactly_the_requested_number_of_images_where_batches_and_classes_do_not_divide(whole):
     names = visible(whole)
     assert names == [*(f"{index:06d}.png" for index in range(23)), "protocol.json"]
     images = stack(whole)
@@ -118,7 +120,7 @@ def test_autoguidance_from_an_earlier_checkpoint_and_from_other_weights(checkpoi
 
 
 @pytest.mark.parametrize(
-    ("way", "said"),
+    ("way", "message"),
     [
         ({"autoguide_ema": "0.99"}, "cannot guide itself"),
         ({"autoguide_ema": "0.98"}, "There is no EMA"),
@@ -126,8 +128,8 @@ def test_autoguidance_from_an_earlier_checkpoint_and_from_other_weights(checkpoi
         ({"autoguide": "nowhere"}, "nowhere"),
     ],
 )
-def test_guides_that_cannot_be_are_refused(sampler, way, said):
-    with pytest.raises(JLTError, match=said):
+def test_guides_that_cannot_be_are_refused(sampler, way, message):
+    with pytest.raises(JLTError, match=message):
         sampler(**way)
 
 
@@ -150,8 +152,8 @@ def test_formats_hold_the_same_images(sampler, whole, tmp_path):
         assert np.array_equal(file["arr_0"], images)
         assert file["arr_1"].tolist() == [index % 10 for index in range(23)]
     with Image.open(save_samples(sampler(), tmp_path / "grid", "grid")) as grid:
-        words = SheetText(captions=[str(index % 10) for index in range(23)])
-        assert np.array_equal(np.asarray(grid), np.asarray(draw_sheet(images, 5, words, min_side=96)))
+        text = SheetText(captions=[str(index % 10) for index in range(23)])
+        assert np.array_equal(np.asarray(grid), np.asarray(draw_sheet(images, 5, text, min_side=96)))
     for folder in ("npz", "grid"):
         assert len(visible(tmp_path / folder)) == 2
 
@@ -227,7 +229,7 @@ def interrupted(sampler, out: Path, form: str = "png") -> None:
         save_samples(breaking, out, form)
 
 
-def test_the_same_words_complete_an_interrupted_folder(sampler, whole, tmp_path):
+def test_the_same_command_completes_an_interrupted_folder(sampler, whole, tmp_path):
     out = tmp_path / "out"
     interrupted(sampler(), out)
     assert len(list(out.glob("*.png"))) == 10
@@ -259,7 +261,7 @@ def test_a_folder_is_completed_to_more_images(sampler, whole, tmp_path):
     assert file_bytes(out) == file_bytes(whole)
 
 
-def test_an_image_of_somebody_else_is_refused(sampler, tmp_path):
+def test_a_foreign_image_is_refused(sampler, tmp_path):
     out = save_samples(sampler(num=9), tmp_path / "out", "png")
     (out / "extra.jpg").write_bytes((out / "000008.png").read_bytes())
     with pytest.raises(JLTError, match="holds extra.jpg, which is none of the 9 images"):
@@ -304,9 +306,9 @@ def test_an_image_beyond_the_last_is_refused(sampler, tmp_path):
 def test_a_disk_without_room_is_refused_before_the_first_image(sampler, tmp_path, monkeypatch, form):
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=10_000))
     drawn = []
-    asked = dataclasses.replace(sampler(), autoencoder=Recording(sampler().autoencoder, drawn))
+    drawing = dataclasses.replace(sampler(), autoencoder=Recording(sampler().autoencoder, drawn))
     with pytest.raises(JLTError, match="make room first"):
-        save_samples(asked, tmp_path / "out", form)
+        save_samples(drawing, tmp_path / "out", form)
     assert drawn == []
 
 
@@ -316,7 +318,7 @@ def test_two_writers_do_not_share_a_folder(sampler, tmp_path):
         save_samples(sampler(num=4), out, "png")
 
 
-def test_an_image_says_its_label_and_whose_class_that_is(whole):
+def test_an_image_records_its_label_and_the_source_of_its_class(whole):
     with Image.open(whole / "000013.png") as image:
         assert image.text == {"label": "3", "classes": "digits"}
 
@@ -328,6 +330,31 @@ def test_what_a_kill_leaves_half_written_is_no_image(sampler, whole, tmp_path):
     (out / ".000010.4242.partial.png").write_bytes((whole / "000010.png").read_bytes()[:100])
     save_samples(sampler(), out, "png")
     assert np.array_equal(stack(out), stack(whole))
+
+
+# ---- pictures ----
+
+
+def test_a_strip_ends_with_the_image_and_an_interpolation_begins_with_it(sampler, whole):
+    drawing, images = sampler(num=5, batch_size=5), stack(whole).astype(int)
+    strip = pictures._strip(drawing, range(4))
+    assert strip.shape[:2] == (4, len(sampling_grid(drawing.config)))
+    assert abs(strip[:, -1] - images[:4]).max() <= 1
+    between = pictures._interpolation(drawing, range(4))
+    assert between.shape[:2] == (2, pictures.COLUMNS)
+    assert abs(between[:, 0] - images[:4:2]).max() <= 1
+
+
+def test_a_picture_is_drawn_of_two_checkpoints(checkpoint, sampler, tmp_path):
+    config = dataclasses.replace(CONFIG, num=4, batch_size=2)
+    checkpoints = checkpoint, open_checkpoint(checkpoint.folder.with_name("step_0000030"))
+    samplers = [open_sampler(one, config) for one in checkpoints]
+    for kind in pictures.TITLES:
+        written = pictures.save_picture(samplers, tmp_path / kind, kind, ["later", "earlier"])
+        with Image.open(written) as picture:
+            assert picture.size[0] > 4 * 96
+    with pytest.raises(JLTError, match="must be even"):
+        pictures.save_picture([sampler(num=3)], tmp_path / "odd", "interpolation")
 
 
 # ---- the sheet ----
@@ -350,12 +377,12 @@ def test_a_sheet_holds_each_image_in_its_place_and_nothing_else(n, columns, side
     assert (rest == 255).all()
 
 
-def test_words_on_a_sheet_cover_no_image():
+def test_text_on_a_sheet_covers_no_image():
     images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
-    words = SheetText(
+    text = SheetText(
         "A title", rows=["one", "a very long name of a row " * 9], columns=["a", "b", "c"], captions=["x\ny"] * 6
     )
-    sheet = np.asarray(draw_sheet(images, 3, words, min_side=40))
+    sheet = np.asarray(draw_sheet(images, 3, text, min_side=40))
     assert (sheet == 0).all(axis=2).sum() == 6 * 40 * 40
     assert sheet.shape[1] < 500
 
@@ -408,7 +435,7 @@ def test_object_arrays_and_pickles_are_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"arr_0": pixels(2, 4, 4, 3, dtype=np.float32)}, "holds float32 .*uint8"),
         ({"arr_0": pixels(2, 4, 4, 3, dtype=np.int64)}, "holds int64 .*uint8"),
@@ -424,9 +451,9 @@ def test_object_arrays_and_pickles_are_refused_and_not_run(tmp_path):
     ],
     ids=lambda value: "+".join(f"{v.dtype}{v.shape}" for v in value.values()) if isinstance(value, dict) else "",
 )
-def test_arrays_that_are_no_images_are_refused_with_what_they_hold(tmp_path, arrays, said):
+def test_arrays_that_are_no_images_are_refused_with_what_they_hold(tmp_path, arrays, message):
     path = array_file(tmp_path / "wrong.npz", **arrays)
-    with pytest.raises(JLTError, match=said.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(JLTError, match=message.replace("(", r"\(").replace(")", r"\)")):
         list(open_images(path).batches(2))
 
 
@@ -458,7 +485,7 @@ def test_a_folder_is_read_in_the_order_of_names_as_rgb(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "message"),
     [
         ({}, "holds no images"),
         ({"a.png": (4, 4), "b.png": (5, 5)}, r"b\.png has 5x5 pixels, not 4x4"),
@@ -467,13 +494,13 @@ def test_a_folder_is_read_in_the_order_of_names_as_rgb(tmp_path):
         ({"a.png": (4, 4), "b.png": None}, r"b\.png is of no image format"),
     ],
 )
-def test_folders_that_are_no_samples_are_refused(tmp_path, images, said):
+def test_folders_that_are_no_samples_are_refused(tmp_path, images, message):
     for name, size in images.items():
         if size is None:
             (tmp_path / name).write_bytes(b"no image")
         else:
             Image.fromarray(pixels(*size, 3)).save(tmp_path / name)
-    with pytest.raises(JLTError, match=said):
+    with pytest.raises(JLTError, match=message):
         list(open_images(tmp_path).batches(2))
 
 

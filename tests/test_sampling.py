@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 
-from jlt.config import PREDICTIONS, SampleConfig
+from jlt.config import PREDICTIONS, LatentShape, SampleConfig
 from jlt.errors import JLTError
 from jlt.path import expand_time
-from jlt.sampling.generate import labels_for, noise_of, sample_latents
+from jlt.sampling.generate import LatentSampler, labels_for
 from jlt.sampling.guidance import Denoiser, guided, in_interval, rows_evaluated
 from jlt.sampling.solvers import SOLVERS, network_evaluations, solve
 from jlt.timesteps import sampling_grid, uniform_grid
 
+SHAPE = LatentShape(2, 2, 2, num_classes=10)
 MEAN = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([4.0, 0.25, 0.01], dtype=torch.float64)
 
@@ -161,7 +162,7 @@ def test_the_multistep_solver_is_that_of_diffusers():
     z = begun = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for timestep, t in zip(scheduler.timesteps, grid, strict=False):
         z = scheduler.step(-exact_velocity(z, t), timestep, z).prev_sample
-    # Theirs starts just beside t = 0; with no more than 14 steps it takes the last one at first order, as ours does.
+    # Theirs starts close to t = 0; with no more than 14 steps it takes the last one at first order, as ours does.
     torch.testing.assert_close(solve("dpmpp_2m", exact_velocity, begun, grid), z, rtol=1e-4, atol=1e-4)
 
 
@@ -192,19 +193,19 @@ def test_number_of_evaluations():
         ("dpmpp_2m", 20, 20),
         ("ancestral", 20, 20),
     ]:
-        asked = []
+        times = []
 
-        def velocity(z, t, asked=asked):
-            asked.append(t)
+        def velocity(z, t, times=times):
+            times.append(t)
             return z
 
         solve(solver, velocity, torch.ones(1, 1), uniform_grid(steps).tolist(), fresh=lambda _: torch.ones(1, 1))
-        assert len(asked) == expected == network_evaluations(solver, steps)
-        assert max(asked) < 1
+        assert len(times) == expected == network_evaluations(solver, steps)
+        assert max(times) < 1
 
 
 class LabelNetwork(torch.nn.Module):
-    """A network whose velocity is its label, and which counts the rows that it is asked for."""
+    """A network whose velocity is its label, and which counts the rows that it evaluates."""
 
     def __init__(self):
         super().__init__()
@@ -234,13 +235,13 @@ def test_guidance_is_eq_7_and_costs_nothing_without_effect(t, interval, inside):
     assert network.rows == [4 if inside else 2]
 
 
-def test_scale_one_asks_no_null_branch():
+def test_scale_one_evaluates_no_null_branch():
     network = LabelNetwork()
     guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), 1.0, (0.0, 1.0))(torch.zeros(1, 1), 0.5)
     assert network.rows == [1]
 
 
-def test_scale_zero_asks_the_null_branch_alone():
+def test_scale_zero_evaluates_the_null_branch_alone():
     network = LabelNetwork()
     v = guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), 0.0, (0.0, 1.0))(torch.zeros(1, 1), 0.5)
     assert (v.item(), network.rows) == (7, [1])
@@ -248,7 +249,7 @@ def test_scale_zero_asks_the_null_branch_alone():
 
 def test_a_guide_takes_the_place_of_the_null_class():
     network, weaker, labels = LabelNetwork(), LabelNetwork(), torch.tensor([2, 3])
-    # The guide reads the same labels and, as an x-predictor asked for z = 0 at t = 1/2, doubles them.
+    # The guide reads the same labels and, as an x-predictor evaluated at z = 0 and t = 1/2, doubles them.
     guide = Denoiser(weaker, "x", null_label=9)
     velocity = guided(Denoiser(network, "v", null_label=7), labels, 3.0, (0.1, 1.0), guide)
     v = velocity(torch.zeros(2, 1), 0.5)
@@ -274,7 +275,7 @@ def test_what_an_image_costs_is_known_before_it_is_drawn(settings, rows):
     config, network = SampleConfig(**settings), LabelNetwork()
     velocity = guided(Denoiser(network, "v", null_label=7), torch.tensor([1]), config.cfg_scale, config.cfg_interval)
     solve(config.solver, velocity, torch.zeros(1, 1), sampling_grid(config))
-    assert sum(network.rows) == rows == rows_evaluated(sampling_grid(config), config)
+    assert sum(network.rows) == rows == rows_evaluated(config)
 
 
 def test_grids():
@@ -293,12 +294,12 @@ def test_fresh_noise_belongs_to_image_and_step():
     """A stochastic solver's image i is the same in any batch, and each step's noise is another."""
     config = SampleConfig(num=9, batch_size=9, steps=4, solver="ancestral")
     denoiser = Denoiser(LabelNetwork(), "x", null_label=10)
-    (whole,) = sample_latents(denoiser, (2, 2, 2), 10, config)
-    parts = sample_latents(denoiser, (2, 2, 2), 10, dataclasses.replace(config, batch_size=2))
+    (whole,) = LatentSampler(denoiser, SHAPE, config).batches()
+    parts = LatentSampler(denoiser, SHAPE, dataclasses.replace(config, batch_size=2)).batches()
     assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
-    (few,) = sample_latents(denoiser, (2, 2, 2), 10, config, numbers=[range(4, 6)])
+    (few,) = LatentSampler(denoiser, SHAPE, config).batches([range(4, 6)])
     assert torch.equal(few.latents, whole.latents[4:6])
-    _, fresh = noise_of(0, range(3), (2, 2, 2), "cpu", 2.0)
+    fresh = LatentSampler(denoiser, SHAPE, config, noise_scale=2.0).start(range(3)).fresh
     draws = torch.stack([fresh(0), fresh(1), fresh(0)])
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
@@ -307,7 +308,7 @@ def test_fresh_noise_belongs_to_image_and_step():
 def images(num, batch_size, **settings):
     config = SampleConfig(num=num, batch_size=batch_size, steps=3, solver="euler", **settings)
     denoiser = Denoiser(LabelNetwork(), "v", null_label=10)
-    batches = list(sample_latents(denoiser, (2, 2, 2), 10, config))
+    batches = list(LatentSampler(denoiser, SHAPE, config).batches())
     return torch.cat([batch.latents for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
@@ -350,4 +351,4 @@ def test_images_that_are_not_finite_are_refused():
 
     config = SampleConfig(num=4, batch_size=2, steps=3)
     with pytest.raises(JLTError, match="images 0 to 1 are not finite"):
-        next(sample_latents(Denoiser(Diverged(), "v", null_label=1), (1, 1, 1), 1, config))
+        next(LatentSampler(Denoiser(Diverged(), "v", null_label=1), LatentShape(1, 1, 1, 1), config).batches())

@@ -1,4 +1,4 @@
-"""Which autoencoder decodes samples: the one that made the latents, found again and compared with what they say."""
+"""The autoencoder that decodes samples: the one that made the latents, loaded again and compared with its identity."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def recorded(name, path=None, **changes):
 
 
 @pytest.mark.parametrize("name", ["tiny", "pixels"])
-def test_what_comes_with_the_package_is_found_by_its_name(name, capsys):
+def test_bundled_autoencoders_are_found_by_name(name, capsys):
     found = matching_autoencoder(recorded(name), None, "cpu")
     assert found.identity() == recorded(name)
     assert capsys.readouterr().err == ""
@@ -45,7 +45,7 @@ def test_what_comes_with_the_package_is_found_by_its_name(name, capsys):
 def test_the_recorded_folder_is_used_again(kl_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     identity = recorded("kl", "kl")
-    # Sampling starts somewhere else.
+    # Sampling starts in another folder.
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert matching_autoencoder(identity, None, "cpu").identity() == identity
@@ -63,7 +63,7 @@ def test_a_path_goes_before_the_recorded_folder(kl_folder, tmp_path):
     assert matching_autoencoder(identity, str(tmp_path / "copy"), "cpu").identity()["source"] == str(tmp_path / "copy")
 
 
-def test_where_the_recorded_folder_is_gone_the_usual_place_does_if_its_weights_are_the_same(tmp_path):
+def test_without_the_recorded_folder_the_usual_place_serves_if_its_weights_are_the_same(tmp_path):
     shutil.copytree(ASSETS / "tiny", tmp_path / "tiny")
     identity = recorded("tiny", str(tmp_path / "tiny"))
     assert matching_autoencoder(identity, None, "cpu").identity()["source"] == str(tmp_path / "tiny")
@@ -73,8 +73,8 @@ def test_where_the_recorded_folder_is_gone_the_usual_place_does_if_its_weights_a
         matching_autoencoder({**identity, "weights_sha256": "00"}, None, "cpu")
 
 
-def test_other_factors_beside_the_same_weights_are_refused(kl_folder):
-    """They are in config.json alone: no hash of weights sees them, and every image would be decoded wrongly."""
+def test_other_factors_with_the_same_weights_are_refused(kl_folder):
+    """The factors are in config.json alone: the hash of the weights does not cover them."""
     identity = recorded("kl", str(kl_folder))
     config = json.loads((kl_folder / "config.json").read_text())
     (kl_folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
@@ -86,16 +86,16 @@ def test_other_factors_beside_the_same_weights_are_refused(kl_folder):
 def test_how_the_posterior_was_stored_does_not_matter(kl_folder):
     identity = recorded("kl", str(kl_folder), posterior="sample")
     assert matching_autoencoder(identity, None, "cpu").posterior == "mode"
-    # Latents of before there was a choice do not say.
+    # Latents from before there was a choice do not record it.
     del identity["posterior"]
     matching_autoencoder(identity, None, "cpu")
 
 
-def test_adopted_latents_are_decoded_unchecked_with_a_line_that_says_so(kl_folder, capsys):
+def test_adopted_latents_are_decoded_unchecked_with_a_notice(kl_folder, capsys):
     adopted = recorded("kl", str(kl_folder), weights_sha256=None, normalisation={"kind": "as adopted"})
     assert matching_autoencoder(adopted, None, "cpu").channels == 4
     assert capsys.readouterr().err == (
-        f"The latents name no weights of their autoencoder: those from {kl_folder} decode them unchecked.\n"
+        f"The latents record no weights of their autoencoder: those from {kl_folder} decode them unchecked.\n"
     )
     with pytest.raises(JLTError, match="with channels 16, .* has 4: name the right one"):
         matching_autoencoder({**adopted, "channels": 16}, None, "cpu")

@@ -26,7 +26,7 @@ from jlt.storage.files import lock_folder
 from jlt.training.loop import train
 
 pytestmark = pytest.mark.slow
-WORDS = ["--num", "200", "--batch-size", "24", "--steps", "3", "--cfg-scale", "1.5"]
+ARGUMENTS = ["--num", "200", "--batch-size", "24", "--steps", "3", "--cfg-scale", "1.5"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(place):
     """What a process by itself draws."""
-    assert main(["sample", "--checkpoint", str(place / "run"), "--out", str(place / "alone"), *WORDS]) == 0
+    assert main(["sample", "--checkpoint", str(place / "run"), "--out", str(place / "alone"), *ARGUMENTS]) == 0
     return stack(place / "alone")
 
 
@@ -53,13 +53,13 @@ def stack(path):
     return np.concatenate([images.numpy() for images, _ in open_images(path).batches(64)])
 
 
-def sample_words(place, out, *words):
-    return ["sample", "--checkpoint", str(place / "run"), "--out", str(out), *WORDS, *words]
+def sample_arguments(place, out, *arguments):
+    return ["sample", "--checkpoint", str(place / "run"), "--out", str(out), *ARGUMENTS, *arguments]
 
 
 @pytest.mark.parametrize(("count", "form"), [(2, "png"), (3, "npz")])
 def test_any_number_of_processes_draws_the_same_images(place, alone, tmp_path, count, form):
-    run_processes(count, sample_words(place, tmp_path / "out", "--format", form))
+    run_processes(count, sample_arguments(place, tmp_path / "out", "--format", form))
     found = stack(tmp_path / "out" if form == "png" else tmp_path / "out" / "samples.npz")
     assert found.shape == alone.shape
     assert abs(found.astype(int) - alone).max() <= 1
@@ -93,15 +93,15 @@ def wait_for_rows(folder, started, count=24):
 
 
 def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(place, alone, tmp_path):
-    words = sample_words(place, tmp_path / "out", "--format", "npz")
-    started = start_processes(3, words, SLOW)
+    arguments = sample_arguments(place, tmp_path / "out", "--format", "npz")
+    started = start_processes(3, arguments, SLOW)
     wait_for_rows(tmp_path / "out", started)
     started[1].kill()
-    codes, said = ends_of(started, timeout=60)
+    codes, printed = ends_of(started, timeout=60)
     assert codes[1] == -signal.SIGKILL
-    assert codes[0] == codes[2] == 1, said
+    assert codes[0] == codes[2] == 1, printed
     assert 0 < rows_written(tmp_path / "out") < 200
-    run_processes(2, words)
+    run_processes(2, arguments)
     assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
 
 
@@ -120,34 +120,34 @@ RowTable.write = hanging
 
 
 def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tmp_path):
-    words = sample_words(place, tmp_path / "out", "--format", "npz")
-    codes, said = ends_of(start_processes(2, words, HANGS), timeout=60)
-    assert codes == [1, 1], said
-    assert any("so it hangs" in text for text in said), said
+    arguments = sample_arguments(place, tmp_path / "out", "--format", "npz")
+    codes, printed = ends_of(start_processes(2, arguments, HANGS), timeout=60)
+    assert codes == [1, 1], printed
+    assert any("it hangs" in text for text in printed), printed
     assert 0 < rows_written(tmp_path / "out") < 200
-    assert main(words) == 0
+    assert main(arguments) == 0
     assert abs(stack(tmp_path / "out" / "samples.npz").astype(int) - alone).max() <= 1
 
 
 NEWER = """
 import os, pathlib
-from jlt.experiments import checkpoint_evaluation as evaluate
+from jlt.experiments import checkpoint_evaluation
 from jlt.training import checkpoint
 opened = checkpoint.open_checkpoint
 def newer(path):
     found = opened(path)
     return found if os.environ["RANK"] == "0" else opened(path / "checkpoints" / "step_0000015")
-checkpoint.open_checkpoint = evaluate.open_checkpoint = newer
+checkpoint.open_checkpoint = checkpoint_evaluation.open_checkpoint = newer
 """
 
 
 @pytest.mark.parametrize("verb", ["sample", "evaluate"])
 def test_processes_that_mean_other_checkpoints_are_refused(place, tmp_path, verb):
     """A run that goes on while they start has another newest checkpoint for each."""
-    words = sample_words(place, tmp_path / "out") if verb == "sample" else evaluate_words(place)
-    codes, said = ends_of(start_processes(2, words, NEWER), timeout=60)
-    assert codes == [1, 1], said
-    assert any("Process 1 would" in text and "checkpoint" in text for text in said), said
+    arguments = sample_arguments(place, tmp_path / "out") if verb == "sample" else evaluate_arguments(place)
+    codes, printed = ends_of(start_processes(2, arguments, NEWER), timeout=60)
+    assert codes == [1, 1], printed
+    assert any("Process 1 would" in text and "checkpoint" in text for text in printed), printed
 
 
 def test_a_signal_while_numbers_are_measured_is_heard(place, tmp_path):
@@ -161,18 +161,26 @@ def slow(*arguments):
     return measure(*arguments)
 e.measure = slow
 """
-    started = start_processes(1, evaluate_words(place), slow.replace("MARK", str(tmp_path / "measuring")))
+    started = start_processes(1, evaluate_arguments(place), slow.replace("MARK", str(tmp_path / "measuring")))
     while not (tmp_path / "measuring").exists():
         assert started[0].poll() is None
         time.sleep(0.02)
     started[0].send_signal(signal.SIGTERM)
     assert ends_of(started, timeout=60)[0] == [os.EX_TEMPFAIL]
-    assert main(evaluate_words(place)) == 0
+    assert main(evaluate_arguments(place)) == 0
     assert len(results(place)) == 1
 
 
-def evaluate_words(place, *words):
-    return ["evaluate", "--checkpoint", str(place / "run"), "--reference", str(place / "digits.npz"), *WORDS, *words]
+def evaluate_arguments(place, *arguments):
+    return [
+        "evaluate",
+        "--checkpoint",
+        str(place / "run"),
+        "--reference",
+        str(place / "digits.npz"),
+        *ARGUMENTS,
+        *arguments,
+    ]
 
 
 def results(place):
@@ -187,23 +195,23 @@ def clear(place):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_one_process_that_is_asked_to_stop_stops_the_evaluation_in_all_and_it_goes_on(place, alone, number):
     clear(place)
-    started = start_processes(2, evaluate_words(place), SLOW)
+    started = start_processes(2, evaluate_arguments(place), SLOW)
     drawn = place / "run" / "evaluations" / ".drawn"
     wait_for_rows(drawn, started)
     started[1].send_signal(number)
-    codes, said = ends_of(started, timeout=60)
-    assert codes == [os.EX_TEMPFAIL] * 2, said
+    codes, printed = ends_of(started, timeout=60)
+    assert codes == [os.EX_TEMPFAIL] * 2, printed
     before = rows_written(drawn)
     assert 0 < before < 200
-    started = start_processes(1, evaluate_words(place), SLOW)
-    codes, said = ends_of(started)
-    assert codes == [0], said
-    assert f"{before} of 200 images were drawn before" in said[0]
+    started = start_processes(1, evaluate_arguments(place), SLOW)
+    codes, printed = ends_of(started)
+    assert codes == [0], printed
+    assert f"{before} of 200 images were drawn before" in printed[0]
     assert not drawn.exists()
     # The number is that of the images that one process draws at once, but for single levels.
     (result,) = results(place)
     whole = evaluate_files(place / "alone", str(place / "digits.npz"), load_extractor("digits"))
-    assert result["metrics"]["frechet_distance"] == pytest.approx(whole["metrics"]["frechet_distance"], rel=1e-3)
+    assert result["metrics"]["frechet_distance"] == pytest.approx(whole.metrics.frechet_distance, rel=1e-3)
 
 
 FAILING = """
@@ -220,21 +228,21 @@ sampler.decode_to_uint8 = failing
 
 def test_an_error_of_one_process_ends_all_and_is_named(place):
     clear(place)
-    codes, said = ends_of(start_processes(2, evaluate_words(place), FAILING), timeout=60)
-    assert codes == [1, 1], said
-    assert "process 1 failed (RuntimeError: no kernel for this)" in said[0].lower().replace(
+    codes, printed = ends_of(start_processes(2, evaluate_arguments(place), FAILING), timeout=60)
+    assert codes == [1, 1], printed
+    assert "process 1 failed (RuntimeError: no kernel for this)" in printed[0].lower().replace(
         "runtimeerror", "RuntimeError"
     )
-    assert "no kernel for this" in said[1]
+    assert "no kernel for this" in printed[1]
     assert results(place) == []
 
 
 def test_refusals_are_said_once_and_at_once(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    codes, said = ends_of(start_processes(2, sample_words(place, tmp_path / "out")), timeout=60)
+    codes, printed = ends_of(start_processes(2, sample_arguments(place, tmp_path / "out")), timeout=60)
     assert codes == [1, 1]
-    assert sum("thesis.tex" in text for text in said) == 1
+    assert sum("thesis.tex" in text for text in printed) == 1
 
 
 def test_what_others_wrote_elsewhere_is_missed_and_not_taken_for_black(place, tmp_path):
@@ -247,25 +255,25 @@ def elsewhere(self, folder, *arguments):
     begin(self, folder if os.environ["RANK"] == "0" else pathlib.Path(str(folder) + "-elsewhere"), *arguments)
 RowTable.__init__ = elsewhere
 """
-    codes, said = ends_of(
-        start_processes(2, sample_words(place, tmp_path / "out", "--format", "npz"), plant), timeout=60
+    codes, printed = ends_of(
+        start_processes(2, sample_arguments(place, tmp_path / "out", "--format", "npz"), plant), timeout=60
     )
-    assert codes == [1, 1], said
-    assert "it must be a folder that all of them share" in said[0]
+    assert codes == [1, 1], printed
+    assert "all processes must share this folder" in printed[0]
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 
 def test_a_smaller_evaluation_leaves_what_a_larger_one_has_drawn(place):
     clear(place)
-    started = start_processes(2, evaluate_words(place), SLOW)
+    started = start_processes(2, evaluate_arguments(place), SLOW)
     drawn = place / "run" / "evaluations" / ".drawn"
     wait_for_rows(drawn, started, 100)
     started[0].send_signal(signal.SIGTERM)
     assert ends_of(started, timeout=60)[0] == [os.EX_TEMPFAIL] * 2
     before = rows_written(drawn)
-    assert main(evaluate_words(place, "--num", "20")) == 0
+    assert main(evaluate_arguments(place, "--num", "20")) == 0
     assert rows_written(drawn) >= before
-    assert main(evaluate_words(place)) == 0
+    assert main(evaluate_arguments(place)) == 0
     assert not drawn.exists()
 
 
@@ -276,14 +284,14 @@ def test_features_of_checkpoints_that_are_gone_go(place):
     gone.mkdir(parents=True)
     (gone / ".pooled.rows").write_bytes(b"0")
     with lock_folder(held):
-        assert main(evaluate_words(place, "--num", "20")) == 0
+        assert main(evaluate_arguments(place, "--num", "20")) == 0
     assert (gone.exists(), held.exists()) == (False, True)
-    assert main(evaluate_words(place, "--num", "30")) == 0
+    assert main(evaluate_arguments(place, "--num", "30")) == 0
     assert not drawn.exists()
 
 
 def test_an_unfinished_folder_is_not_measured(place, alone, tmp_path):
     shutil.copytree(place / "alone", tmp_path / "part")
     (tmp_path / "part" / "000199.png").unlink()
-    with pytest.raises(JLTError, match="199 images of 200 that were to be drawn"):
+    with pytest.raises(JLTError, match="holds 199 of 200 images"):
         evaluate_files(tmp_path / "part", str(place / "digits.npz"), load_extractor("digits"))

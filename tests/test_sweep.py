@@ -1,4 +1,4 @@
-"""Sweeps: the search finds a known optimum, chooses and reports by different images, and goes on after any end."""
+"""Sweeps: the search finds a known optimum, chooses and confirms by different images, and resumes."""
 
 import dataclasses
 import itertools
@@ -11,8 +11,8 @@ import forked
 import pytest
 from data_helpers import file_bytes
 
+from jlt.cli.evaluation import parse_interval
 from jlt.cli.main import main
-from jlt.cli.sweep import parse_interval
 from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
@@ -20,18 +20,22 @@ from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.real_images import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
-from jlt.experiments.search import Measured, Setting, SweepConfig, default_coarse_num, keep, search, to_confirm
+from jlt.experiments.search import Measured, SweepConfig, default_coarse_num, keep, search, to_confirm
 from jlt.images.digits import Digits
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.store import LatentStore
 from jlt.report import palette
 from jlt.report.page import write_report
+from jlt.results.evaluation import Evaluation, Metrics
+from jlt.results.sweep import Setting
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
 WHOLE = (0.0, 1.0)
+NOTHING = Evaluation(0, Metrics(frechet_distance=0.0, count=0), {})
+"""The search reads no evaluation."""
 
 # ---- the search, on functions whose optimum is known ----
 
@@ -50,22 +54,22 @@ def config_of(**changes):
 
 
 class Landscape:
-    """Measures a bowl whose bottom is guidance 1.8 for t from 0.25 with the average, and notes what was asked of it."""
+    """Measures a bowl whose bottom is guidance 1.8 for t from 0.25 with the average, and records its measurements."""
 
     def __init__(self, error=0.05, sign=1):
-        self.error, self.sign, self.asked, self.dropped = error, sign, [], []
+        self.error, self.sign, self.measured, self.dropped = error, sign, [], []
 
     def cost(self, setting):
         away = 0.0 if setting.cfg_interval == (0.25, 1.0) else 0.3
         return 2 + (setting.cfg_scale - 1.8) ** 2 + away + (0.7 if setting.ema == "none" else 0)
 
     def measure(self, stage, settings, num):
-        self.asked += [(stage, setting, num) for setting in settings]
+        self.measured += [(stage, setting, num) for setting in settings]
         error = self.error * (100 / num) ** 0.5
         # Too large for want of images, as a Frechet distance is.
         values = [self.sign * (self.cost(setting) + 40 / num) for setting in settings]
         return [
-            Measured(setting, num, 3, value, error, self.sign > 0, {})
+            Measured(setting, num, 3, value, error, self.sign > 0, NOTHING)
             for setting, value in zip(settings, values, strict=True)
         ]
 
@@ -77,11 +81,11 @@ class Landscape:
 def test_the_search_finds_the_bottom_and_refines_it(sign):
     land, config = Landscape(sign=sign), config_of(refine=2)
     stages = search(config, land.measure, land.drop)
-    # The grid has 2.0 as its best; between 1.5 and 2 lies 1.75, and then 1.625 and 1.875.
+    # The grid has 2.0 as its best; 1.75 is between 1.5 and 2, and then 1.625 and 1.875.
     assert stages[0].measured[0].setting == Setting(2.0, (0.25, 1.0), "0.999")
     best = stages[-1].measured[0]
     assert best.setting == Setting(1.75, (0.25, 1.0), "0.999")
-    assert [stage.name for stage in stages][-2:] == ["refinement", "refinement"]
+    assert [stage.round.kind for stage in stages][-2:] == ["refinement", "refinement"]
     for stage in stages:
         assert len({point.num for point in stage.measured}) == 1
         costs = [point.cost for point in stage.measured]
@@ -96,7 +100,7 @@ def test_unguided_settings_are_measured_once_whatever_the_interval():
 
 def test_a_stage_drops_only_what_is_in_the_worse_half_and_worse_by_more_than_the_errors():
     def point(value, error):
-        return Measured(Setting(value, WHOLE, "none"), 10, 0, value, error, True, {})
+        return Measured(Setting(value, WHOLE, "none"), 10, 0, value, error, True, NOTHING)
 
     # 2 errors of the difference are 2 * hypot(0.1, 0.1) = 0.283.
     ranked = [point(value, 0.1) for value in (1.0, 1.9, 2.0, 2.5)]
@@ -107,13 +111,13 @@ def test_a_stage_drops_only_what_is_in_the_worse_half_and_worse_by_more_than_the
     assert keep(exact) == exact[:3]
 
 
-def test_what_becomes_better_and_worse_together_is_told_apart():
+def test_settings_that_become_better_and_worse_together_are_distinguished():
     """The error of a difference is that of the differences, not of the two numbers."""
 
     def point(scale, values, common):
         parts = tuple(value + wave for value, wave in zip(values, common, strict=True))
         whole = sum(parts) / len(parts)
-        return Measured(Setting(scale, WHOLE, "none"), 100, 0, whole, 1.0, True, {}, parts, (10,) * 10)
+        return Measured(Setting(scale, WHOLE, "none"), 100, 0, whole, 1.0, True, NOTHING, parts, (10,) * 10)
 
     wave = [0.3 * (-1) ** part for part in range(10)]
     best = point(2.0, [1.0 + 0.001 * part for part in range(10)], wave)
@@ -127,7 +131,7 @@ def test_what_becomes_better_and_worse_together_is_told_apart():
     assert not near.clearly_worse(near)
 
 
-def test_dropped_settings_are_asked_for_no_more_and_the_rest_with_more_images():
+def test_dropped_settings_are_not_measured_again_and_others_with_more_images():
     land, config = Landscape(error=0.02), config_of(refine=0)
     stages = search(config, land.measure, land.drop)
     for stage, following in itertools.pairwise(stages):
@@ -137,7 +141,7 @@ def test_dropped_settings_are_asked_for_no_more_and_the_rest_with_more_images():
     assert len(land.dropped) == len(set(land.dropped)) == len(config.settings()) - len(stages[-1].measured)
 
 
-def test_where_nothing_can_be_told_apart_everything_is_measured_in_full():
+def test_indistinguishable_settings_are_all_measured_in_full():
     land, config = Landscape(error=100.0), config_of(refine=0)
     stages = search(config, land.measure, land.drop)
     assert [stage.measured[0].num for stage in stages] == [100, 200, 400, 800]
@@ -145,7 +149,7 @@ def test_where_nothing_can_be_told_apart_everything_is_measured_in_full():
     assert len(to_confirm(config, stages[-1])) == config.confirm == 2
 
 
-def test_only_what_cannot_be_told_from_the_best_is_confirmed_beside_it():
+def test_only_settings_indistinguishable_from_the_best_are_confirmed_too():
     land, config = Landscape(error=0.0), config_of(refine=1)
     stages = search(config, land.measure, land.drop)
     assert [point.setting.cfg_scale for point in to_confirm(config, stages[-1])] == [1.75]
@@ -154,33 +158,33 @@ def test_only_what_cannot_be_told_from_the_best_is_confirmed_beside_it():
 def test_networks_are_opened_once_a_stage():
     land = Landscape(error=100.0)
     search(config_of(refine=0), land.measure, land.drop)
-    for stage in {stage for stage, _, _ in land.asked}:
-        emas = [setting.ema for name, setting, _ in land.asked if name == stage]
+    for stage in {stage for stage, _, _ in land.measured}:
+        emas = [setting.ema for name, setting, _ in land.measured if name == stage]
         assert emas == sorted(emas)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"cfg_scale": ()}, "cfg-scale needs one"),
         ({"ema": ("none", "none")}, "each of them once"),
         ({"coarse_num": 9}, "between 10 and"),
         ({"coarse_num": 900}, "between 10 and"),
-        ({"confirm_seed": 3}, "another than the one that chooses"),
+        ({"confirm_seed": 3}, "must differ from the seed of the search"),
         ({"confirm": 0}, "1 or more"),
         ({"cfg_interval": ((0.5, 0.2),)}, "low < high"),
     ],
 )
-def test_impossible_words_are_refused(changes, said):
-    with pytest.raises(JLTError, match=said):
+def test_impossible_arguments_are_refused(changes, message):
+    with pytest.raises(JLTError, match=message):
         config_of(**changes)
 
 
 def test_intervals_are_pairs():
     assert parse_interval("0.1,1") == (0.1, 1.0)
-    for words in ("0.1", "a,b", "0,0.5,1"):
+    for arguments in ("0.1", "a,b", "0,0.5,1"):
         with pytest.raises(UsageError, match="pairs low,high"):
-            parse_interval(words)
+            parse_interval(arguments)
 
 
 def test_the_first_stage_has_whole_batches():
@@ -217,7 +221,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def words(place):
+def arguments(place):
     run, reference = str(place / "run"), str(place / "reference.npz")
     axes = ["--cfg-scale", "1", "2", "4", "--cfg-interval", "0,1", "0.2,0.9", "--ema", "0.99", "sigma_rel=0.07"]
     sampling = ["--num", "40", "--coarse-num", "20", "--batch-size", "10", "--solver", "euler", "--steps", "2"]
@@ -225,9 +229,9 @@ def words(place):
 
 
 @pytest.fixture
-def few(words):
+def few(arguments):
     """A sweep of three settings."""
-    return [*words, "--cfg-interval", "0,1", "--ema", "0.99", "--refine", "1"]
+    return [*arguments, "--cfg-interval", "0,1", "--ema", "0.99", "--refine", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +254,15 @@ def whole(place, tmp_path_factory):
 
 
 @pytest.fixture
-def swept(whole, words):
+def swept(whole, arguments):
     if not whole.exists():
-        assert main([*words, "--out", str(whole)]) == 0
+        assert main([*arguments, "--out", str(whole)]) == 0
     return json.loads((whole / "sweep.json").read_text())
 
 
 def results(folder):
-    told = json.loads((folder / "sweep.json").read_text())
-    return {key: value for key, value in told.items() if key not in ("created", "command")}
+    content = json.loads((folder / "sweep.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("created", "command", "sha256")}
 
 
 def parts_of(stored):
@@ -330,13 +334,18 @@ def test_numbers_can_be_read_in_every_cell_of_a_map(mode):
     assert len({colour.light for colour in palette.SCALE}) == len(palette.SCALE)
 
 
-def test_a_damaged_result_is_said(whole, swept, tmp_path):
-    (tmp_path / "sweep.json").write_text(json.dumps({**swept, "stages": []}))
+def test_a_damaged_result_is_named(whole, swept, tmp_path):
+    edited = {**swept, "stages": []}
+    (tmp_path / "sweep.json").write_text(json.dumps(edited))
+    with pytest.raises(JLTError, match="edited or damaged"):
+        write_report(tmp_path)
+    del edited["sha256"]
+    (tmp_path / "sweep.json").write_text(json.dumps(edited))
     with pytest.raises(JLTError, match="damaged or was written by another version"):
         write_report(tmp_path)
 
 
-def test_no_image_is_drawn_twice_and_features_go_early(words, tmp_path, monkeypatch):
+def test_no_image_is_drawn_twice_and_features_go_early(arguments, tmp_path, monkeypatch):
     drawn, draw, drop = [], ImageSampler.batches, sweeping.Sweeper.drop
 
     def batches(self, numbers=None):
@@ -354,35 +363,35 @@ def test_no_image_is_drawn_twice_and_features_go_early(words, tmp_path, monkeypa
 
     monkeypatch.setattr(ImageSampler, "batches", batches)
     monkeypatch.setattr(sweeping.Sweeper, "drop", dropping)
-    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert dropped
     assert len(drawn) == len(set(drawn))
-    told = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
     sizes = {}
-    for stage in told["stages"]:
+    for stage in content["stages"]:
         for point in stage["points"]:
             sizes[(point["cfg_scale"], tuple(point["cfg_interval"]), point["ema"])] = point["num"]
-    assert len(drawn) == sum(sizes.values()) + 40 * len(told["confirmed"])
+    assert len(drawn) == sum(sizes.values()) + 40 * len(content["confirmed"])
 
 
 PLANT = """
 import os, signal
 from jlt.experiments import sweep
-write, left = sweep.write_json, [{count}]
+write, left = sweep.write_result, [{count}]
 def writing(path, value):
     left[0] -= path.parent.name == "points"
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, value)
-sweep.write_json = writing
+sweep.write_result = writing
 """
 
 
-def test_a_killed_sweep_goes_on_and_ends_the_same(few, few_results, tmp_path):
+def test_a_killed_sweep_resumes_and_ends_the_same(few, few_results, tmp_path):
     out = tmp_path / "out"
     killed = forked.start([*few, "--out", str(out)], plant=PLANT.format(count=4))
-    _, said = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, said
+    _, message = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, message
     assert len(list((out / "points").iterdir())) == 4
     before = {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
     assert main([*few, "--out", str(out)]) == 0
@@ -390,7 +399,7 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(few, few_results, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_stopped_sweep_leaves_with_75_and_goes_on(few, few_results, tmp_path, monkeypatch):
+def test_a_stopped_sweep_exits_with_75_and_resumes(few, few_results, tmp_path, monkeypatch):
     evaluate, calls = sweeping.evaluate_sampler, []
 
     def stopping(*arguments, **options):
@@ -408,16 +417,16 @@ def test_a_stopped_sweep_leaves_with_75_and_goes_on(few, few_results, tmp_path, 
     assert len(calls) == len(list((out / "points").iterdir()))
 
 
-def test_a_changed_word_is_refused(words, whole, swept, capsys):
+def test_a_changed_argument_is_refused(arguments, whole, swept, capsys):
     before = file_bytes(whole)
     for changed in (["--seed", "6"], ["--num", "50"], ["--refine", "0"], ["--steps", "3"]):
-        assert main([*words, "--out", str(whole), *changed]) == 1
+        assert main([*arguments, "--out", str(whole), *changed]) == 1
         assert "holds other work" in capsys.readouterr().err
     assert file_bytes(whole) == before
 
 
 @pytest.mark.parametrize(
-    ("changed", "said", "code"),
+    ("changed", "message", "code"),
     [
         (["--ema", "0.77"], "no EMA in this checkpoint", 2),
         (["--ema", "sigma_rel=7"], "does not name a length", 2),
@@ -426,9 +435,9 @@ def test_a_changed_word_is_refused(words, whole, swept, capsys):
         (["--metric", "spatial_frechet_distance"], "cannot be measured", 1),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(words, tmp_path, capsys, changed, said, code):
-    assert main([*words, "--out", str(tmp_path / "out"), *changed]) == code
-    assert said in capsys.readouterr().err
+def test_what_cannot_be_drawn_is_refused(arguments, tmp_path, capsys, changed, message, code):
+    assert main([*arguments, "--out", str(tmp_path / "out"), *changed]) == code
+    assert message in capsys.readouterr().err
     if "metric" not in changed[0]:
         assert not (tmp_path / "out").exists()
 
@@ -448,8 +457,8 @@ def test_other_settings_of_an_open_sampler_are_those_of_one_that_is_opened_for_t
         sampler = ours
 
 
-def test_a_checkpoint_outside_of_a_run_needs_a_place(place, words, tmp_path, capsys):
+def test_a_checkpoint_outside_of_a_run_needs_a_place(place, arguments, tmp_path, capsys):
     copy = tmp_path / "copied" / "here"
     shutil.copytree(open_checkpoint(place / "run").folder, copy)
-    assert main([*words, "--checkpoint", str(copy)]) == 2
-    assert "say with --out" in capsys.readouterr().err
+    assert main([*arguments, "--checkpoint", str(copy)]) == 2
+    assert "name a folder for the sweep with --out" in capsys.readouterr().err

@@ -37,18 +37,18 @@ from pathlib import Path
 
 CALLS = Path(os.environ["STAND_IN_CALLS"])
 
-def note(what, **words):
+def note(what, **options):
     if os.environ.get("STAND_IN_FAILS") == what:
         raise OSError(f"{what} failed\\nand said more")
     with CALLS.open("a") as file:
-        file.write(json.dumps({"call": what, **words}) + "\\n")
+        file.write(json.dumps({"call": what, **options}) + "\\n")
 
 class Settings:
-    def __init__(self, **words):
-        self.words = words
+    def __init__(self, **options):
+        self.options = options
 
 def setup(settings):
-    note("setup", **settings.words)
+    note("setup", **settings.options)
 
 def login(prompt):
     note("login", prompt=prompt)
@@ -64,8 +64,8 @@ class Run:
     def finish(self):
         note("finish")
 
-def init(settings, **words):
-    note("init", **words)
+def init(settings, **options):
+    note("init", **options)
     return Run()
 """
 
@@ -103,7 +103,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Put a stand-in for wandb in its place, and return the file into which it writes what it is told."""
+    """Put a stand-in for wandb in its place, and return the file into which it writes its calls."""
     (tmp_path / "packages" / "wandb").mkdir(parents=True)
     (tmp_path / "packages" / "wandb" / "__init__.py").write_text(textwrap.dedent(STAND_IN))
     monkeypatch.syspath_prepend(tmp_path / "packages")
@@ -137,7 +137,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
     assert capsys.readouterr() == ("", "Recorder is off for the rest of this training: the server is down.\n")
 
 
-def test_a_run_that_asks_for_none_opens_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_trackers_opens_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trackers = open_trackers(CONFIG, tmp_path, 0)
     trackers.log(1, {"loss": 1.0})
     trackers.close()
@@ -256,7 +256,7 @@ def test_it_may_not_wait_for_long_or_write_between_the_lines(tmp_path: Path, cal
     assert 0 < settings["finish_timeout"] <= 60
 
 
-def test_a_missing_key_is_said_instead_of_asked_for(
+def test_a_missing_key_is_reported_without_a_prompt(
     tmp_path: Path, calls: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_trackers(ONLINE, tmp_path / "run", 0).log(1, {"loss": 1.0})

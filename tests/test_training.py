@@ -189,7 +189,7 @@ def test_checkpoint_of_another_run_is_not_continued(finished, store, tmp_path):
         train(dataclasses.replace(config, prediction="v", steps=8), store, other)
 
 
-def test_stop_asked_for_at_the_last_step_is_no_stop(store, tmp_path, monkeypatch):
+def test_a_signal_at_the_last_step_is_no_stop(store, tmp_path, monkeypatch):
     config = config_for(store, steps=4)
     asked = iter([False, False, False, True])
     monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(asked))

@@ -15,14 +15,14 @@ from training_helpers import (
     newest_step,
     run_processes,
     start_processes,
-    train_words,
+    train_arguments,
 )
 
 from jlt.training.checkpoint import open_checkpoint, verify_checkpoints
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "5", "--flips", "--checkpoint-every", "4"]
+ARGUMENTS = ["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "5", "--flips", "--checkpoint-every", "4"]
 
 
 def losses(run):
@@ -37,15 +37,15 @@ def digest(run):
 def alone(store, tmp_path_factory):
     """The run of one process: 9 steps of 16 over 50 samples, almost three epochs."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    run_processes(1, train_words(store, run, *WORDS, "--steps", "9"))
+    run_processes(1, train_arguments(store, run, *ARGUMENTS, "--steps", "9"))
     return run
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(2, []), (4, []), (2, ["--accumulation", "4"]), (2, ["--parallel", "fsdp"])]
+    ("count", "options"), [(2, []), (4, []), (2, ["--accumulation", "4"]), (2, ["--parallel", "fsdp"])]
 )
-def test_any_number_of_processes_trains_the_same_run(store, alone, tmp_path, count, words):
-    run_processes(count, train_words(store, tmp_path / "run", *WORDS, "--steps", "9", *words))
+def test_any_number_of_processes_trains_the_same_run(store, alone, tmp_path, count, options):
+    run_processes(count, train_arguments(store, tmp_path / "run", *ARGUMENTS, "--steps", "9", *options))
     assert digest(tmp_path / "run") == digest(alone)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-6)
     ours, theirs = files_of(tmp_path / "run", 9), files_of(alone, 9)
@@ -59,32 +59,32 @@ def test_any_number_of_processes_trains_the_same_run(store, alone, tmp_path, cou
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_stopped_three_times_in_mid_epoch_it_ends_bit_for_bit_the_same(store, tmp_path, count):
-    words = [*WORDS, "--accumulation", "2"]
-    run_processes(count, train_words(store, tmp_path / "whole", *words, "--steps", "9"))
+    options = [*ARGUMENTS, "--accumulation", "2"]
+    run_processes(count, train_arguments(store, tmp_path / "whole", *options, "--steps", "9"))
     for steps in (2, 5, 7, 9):
-        run_processes(count, train_words(store, tmp_path / "parts", *words, "--steps", str(steps)))
+        run_processes(count, train_arguments(store, tmp_path / "parts", *options, "--steps", str(steps)))
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", 9)
     assert digest(tmp_path / "whole") == digest(tmp_path / "parts")
     assert verify_checkpoints(tmp_path / "parts") == []
 
 
 def test_a_run_continues_on_another_number_of_processes_and_keeps_its_draws(store, alone, tmp_path):
-    run_processes(2, train_words(store, tmp_path / "run", *WORDS, "--parallel", "fsdp", "--steps", "3"))
-    run_processes(4, train_words(store, tmp_path / "run", *WORDS, "--steps", "6"))
-    run_processes(1, train_words(store, tmp_path / "run", *WORDS, "--steps", "9"))
+    run_processes(2, train_arguments(store, tmp_path / "run", *ARGUMENTS, "--parallel", "fsdp", "--steps", "3"))
+    run_processes(4, train_arguments(store, tmp_path / "run", *ARGUMENTS, "--steps", "6"))
+    run_processes(1, train_arguments(store, tmp_path / "run", *ARGUMENTS, "--steps", "9"))
     assert digest(tmp_path / "run") == digest(alone)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-6)
     assert [event["processes"] for event in events(tmp_path / "run", "start")] == [2, 4, 1]
 
 
-def test_under_torchrun_results_and_refusals_are_said_once(store, tmp_path):
+def test_under_torchrun_results_and_refusals_are_printed_once(store, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jlt"]
-    words = train_words(store, tmp_path / "run", "--steps", "2")
-    done = subprocess.run([*launcher, *words, "--batch-size", "15"], capture_output=True, text=True, timeout=120)
+    options = train_arguments(store, tmp_path / "run", "--steps", "2")
+    done = subprocess.run([*launcher, *options, "--batch-size", "15"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("batch_size 15 cannot be shared equally among 2 processes") == 1
     assert not (tmp_path / "run").exists()
-    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Trained:") == 1
 
@@ -93,8 +93,8 @@ NAN_IN_ONE = """
 import os
 from jlt.latents.store import LatentStore
 gather, calls = LatentStore.gather, []
-def poisoned(self, *arguments):
-    latents, labels = gather(self, *arguments)
+def poisoned(self, *options):
+    latents, labels = gather(self, *options)
     calls.append(None)
     if os.environ["RANK"] == "1" and len(calls) - 1 in {steps}:
         latents[2, 0, 0, 0] = float("nan")
@@ -104,8 +104,8 @@ LatentStore.gather = poisoned
 
 
 def test_nan_in_one_process_skips_the_update_in_all_and_is_logged_with_its_samples(store, tmp_path):
-    words = [*WORDS, "--checkpoint-every", "1", "--keep-last", "0", "--steps", "5", "--max-skipped", "2"]
-    run_processes(2, train_words(store, tmp_path / "run", *words), NAN_IN_ONE.replace("{steps}", "{3}"))
+    options = [*ARGUMENTS, "--checkpoint-every", "1", "--keep-last", "0", "--steps", "5", "--max-skipped", "2"]
+    run_processes(2, train_arguments(store, tmp_path / "run", *options), NAN_IN_ONE.replace("{steps}", "{3}"))
     (skipped,) = events(tmp_path / "run", "skipped")
     assert (skipped["step"], skipped["processes"], len(skipped["samples"])) == (4, [1], 1)
     before, after = files_of(tmp_path / "run", 3), files_of(tmp_path / "run", 4)
@@ -118,11 +118,11 @@ def test_nan_in_one_process_skips_the_update_in_all_and_is_logged_with_its_sampl
 
 
 def test_nan_that_stays_ends_all_processes_naming_step_and_process(store, tmp_path):
-    words = [*WORDS, "--checkpoint-every", "1", "--steps", "50", "--max-skipped", "3"]
+    options = [*ARGUMENTS, "--checkpoint-every", "1", "--steps", "50", "--max-skipped", "3"]
     plant = NAN_IN_ONE.replace("{steps}", "range(3, 99)")
-    codes, said = ends_of(start_processes(2, train_words(store, tmp_path / "run", *words), plant), timeout=60)
+    codes, outputs = ends_of(start_processes(2, train_arguments(store, tmp_path / "run", *options), plant), timeout=60)
     assert codes == [1, 1]
-    for number, text in enumerate(said):
+    for number, text in enumerate(outputs):
         assert f"[process {number}] jlt: Step 6:" in text
         assert "in process 1" in text
         assert "3 in a row" in text
@@ -135,11 +135,11 @@ ERROR_IN_ONE = """
 import os, torch
 from jlt.latents.store import LatentStore
 gather, calls = LatentStore.gather, []
-def failing(self, *arguments):
+def failing(self, *options):
     calls.append(None)
     if os.environ["RANK"] == "1" and len(calls) == 5:
         ACT
-    return gather(self, *arguments)
+    return gather(self, *options)
 LatentStore.gather = failing
 """
 
@@ -153,13 +153,15 @@ LatentStore.gather = failing
     ],
 )
 def test_a_process_that_fails_or_dies_ends_all_within_a_minute(store, tmp_path, act, named):
-    words = train_words(store, tmp_path / "run", "--batch-size", "18", "--steps", "100000", "--checkpoint-every", "2")
-    codes, said = ends_of(start_processes(3, words, ERROR_IN_ONE.replace("ACT", act)), timeout=60)
-    assert all(code != 0 for code in codes), said
+    options = train_arguments(
+        store, tmp_path / "run", "--batch-size", "18", "--steps", "100000", "--checkpoint-every", "2"
+    )
+    codes, outputs = ends_of(start_processes(3, options, ERROR_IN_ONE.replace("ACT", act)), timeout=60)
+    assert all(code != 0 for code in codes), outputs
     assert codes[1] == (1 if named else -signal.SIGKILL)
-    assert named is None or "[process 1] jlt: " in said[1]
-    assert named is None or named in said[1]
-    assert all("Another process of this work ended early" in said[rank] for rank in (0, 2)), said
+    assert named is None or "[process 1] jlt: " in outputs[1]
+    assert named is None or named in outputs[1]
+    assert all("Another process of this work ended early" in outputs[rank] for rank in (0, 2)), outputs
     assert verify_checkpoints(tmp_path / "run") == []
 
 
@@ -169,8 +171,8 @@ QUICK = "import jlt.runtime.watchdog as h; h.BEAT_SECONDS, h.SILENT_SECONDS = 0.
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_process_ends_all(store, tmp_path, frozen):
     """The first process too, which holds the store that the others talk over."""
-    words = train_words(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "2")
-    started = start_processes(2, words, QUICK)
+    options = train_arguments(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "2")
+    started = start_processes(2, options, QUICK)
     while newest_step(tmp_path / "run") < 4:
         time.sleep(0.05)
     started[frozen].send_signal(signal.SIGSTOP)
@@ -183,55 +185,69 @@ def test_a_frozen_process_ends_all(store, tmp_path, frozen):
 
 def test_a_process_whose_work_hangs_ends_all(store, tmp_path):
     act = "__import__('time').sleep(1000)"
-    words = train_words(store, tmp_path / "run", "--steps", "100000")
-    started = start_processes(2, words, QUICK + ERROR_IN_ONE.replace("ACT", act))
-    codes, said = ends_of(started, timeout=60)
+    options = train_arguments(store, tmp_path / "run", "--steps", "100000")
+    started = start_processes(2, options, QUICK + ERROR_IN_ONE.replace("ACT", act))
+    codes, outputs = ends_of(started, timeout=60)
     assert codes == [1, 1]
-    # Who notices first says so; the other may notice that end before its own watch does.
-    assert any("it hangs, or waits for one that does" in text for text in said), said
-    assert all("This process ends" in text or "Another process of this work ended early" in text for text in said), said
+    # The first one to notice reports it; the other may notice that end before its own watchdog does.
+    assert any("it hangs, or it waits for one that hangs" in text for text in outputs), outputs
+    assert all("This process ends" in text or "Another process of this work ended early" in text for text in outputs), (
+        outputs
+    )
 
 
 SLOW_SAVE = """
 import time, jlt.training.saver as place
 real = place.save_checkpoint
-place.save_checkpoint = lambda *arguments: (time.sleep(SECONDS), real(*arguments))[1]
+place.save_checkpoint = lambda *options: (time.sleep(SECONDS), real(*options))[1]
 """
 
 
 def test_a_slow_save_is_no_hang(store, tmp_path):
-    words = train_words(store, tmp_path / "run", "--steps", "6", "--checkpoint-every", "3")
-    run_processes(2, words, QUICK + SLOW_SAVE.replace("SECONDS", "4"))
+    options = train_arguments(store, tmp_path / "run", "--steps", "6", "--checkpoint-every", "3")
+    run_processes(2, options, QUICK + SLOW_SAVE.replace("SECONDS", "4"))
     assert newest_step(tmp_path / "run") == 6
+
+
+def test_a_process_that_freezes_while_others_wait_for_its_save_ends_all(store, tmp_path):
+    options = train_arguments(store, tmp_path / "run", "--steps", "100", "--checkpoint-every", "3")
+    started = start_processes(2, options, QUICK + SLOW_SAVE.replace("SECONDS", "1000"))
+    while len(events(tmp_path / "run", "step")) < 6:
+        time.sleep(0.05)
+    started[0].send_signal(signal.SIGSTOP)
+    assert started[1].wait(timeout=30) == 1
+    assert "another process has died or does not answer" in started[1].stderr.read()
+    started[0].kill()
+    ends_of(started)
 
 
 def test_further_signals_do_not_stop_the_save(store, tmp_path):
     """A cluster signals all processes, and then a launcher its own."""
-    words = train_words(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "50000")
-    started = start_processes(2, words, SLOW_SAVE.replace("SECONDS", "2"))
+    options = train_arguments(store, tmp_path / "run", "--steps", "100000", "--checkpoint-every", "50000")
+    started = start_processes(2, options, SLOW_SAVE.replace("SECONDS", "2"))
     while len(events(tmp_path / "run", "step")) < 2:
         time.sleep(0.05)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
         for process in started:
             process.send_signal(number)
         time.sleep(0.5)
-    codes, said = ends_of(started, timeout=60)
-    assert codes == [os.EX_TEMPFAIL] * 2, said
+    codes, outputs = ends_of(started, timeout=60)
+    assert codes == [os.EX_TEMPFAIL] * 2, outputs
     assert newest_step(tmp_path / "run") > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_one_process_that_is_asked_to_stop_stops_all_at_one_step(store, tmp_path, number):
-    words = train_words(store, tmp_path / "run", *WORDS, "--steps", "100000", "--checkpoint-every", "50000")
-    started = start_processes(2, words)
+def test_one_process_that_receives_a_signal_stops_all_at_one_step(store, tmp_path, number):
+    options = train_arguments(store, tmp_path / "run", *ARGUMENTS, "--steps", "100000", "--checkpoint-every", "50000")
+    started = start_processes(2, options)
     while len(events(tmp_path / "run", "step")) < 2:
         time.sleep(0.05)
     started[1].send_signal(number)
-    codes, said = ends_of(started, timeout=60)
-    assert codes == [os.EX_TEMPFAIL] * 2, said
-    assert all("The same words continue it." in text for text in said)
+    codes, outputs = ends_of(started, timeout=60)
+    assert codes == [os.EX_TEMPFAIL] * 2, outputs
+    assert all("Run the same command again to resume." in text for text in outputs)
     stopped = open_checkpoint(tmp_path / "run")
     assert verify_checkpoints(tmp_path / "run") == []
     assert events(tmp_path / "run", "stopped")[0]["step"] == stopped.step
-    run_processes(2, train_words(store, tmp_path / "run", *WORDS, "--steps", str(stopped.step + 3)))
+    run_processes(2, train_arguments(store, tmp_path / "run", *ARGUMENTS, "--steps", str(stopped.step + 3)))
     assert newest_step(tmp_path / "run") == stopped.step + 3

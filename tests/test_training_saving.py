@@ -17,7 +17,7 @@ from training_helpers import (
     newest_step,
     run_processes,
     start_processes,
-    train_words,
+    train_arguments,
 )
 
 from jlt.errors import JLTError
@@ -25,8 +25,8 @@ from jlt.training import saver
 from jlt.training.checkpoint import list_checkpoints, list_snapshots, open_checkpoint, step_of, verify_checkpoints
 from jlt.training.loop import train
 
-WORDS = ["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "3", "--flips", "--checkpoint-every", "2"]
-WORDS += ["--keep-last", "2"]
+ARGUMENTS = ["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "3", "--flips", "--checkpoint-every", "2"]
+ARGUMENTS += ["--keep-last", "2"]
 
 # Each makes the process kill itself at one moment of the third save.
 PHASES = {
@@ -56,7 +56,7 @@ setattr(place, name, deadly)
 @pytest.fixture(scope="module")
 def whole(store, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    run_processes(1, train_words(store, run, *WORDS, "--steps", "9"))
+    run_processes(1, train_arguments(store, run, *ARGUMENTS, "--steps", "9"))
     return run
 
 
@@ -65,13 +65,13 @@ def whole(store, tmp_path_factory):
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_at_each_phase_of_a_save(store, whole, tmp_path, phase, after):
     run = tmp_path / "run"
-    words = train_words(store, run, *WORDS, "--steps", "9")
+    arguments = train_arguments(store, run, *ARGUMENTS, "--steps", "9")
     plant = KILL.format(phase=PHASES[phase], after=after, run=str(run))
-    codes, said = ends_of(start_processes(1, words, plant))
-    assert codes == [-signal.SIGKILL], said
+    codes, outputs = ends_of(start_processes(1, arguments, plant))
+    assert codes == [-signal.SIGKILL], outputs
     assert verify_checkpoints(run) == []
     assert newest_step(run) >= 4
-    run_processes(1, words)
+    run_processes(1, arguments)
     assert_same_checkpoint(whole, run, 9)
     assert not list(run.rglob(".step_*"))
     assert verify_checkpoints(run) == []
@@ -87,15 +87,15 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(store, whole, tmp_pa
     if mounted.returncode:
         pytest.skip("a small disk could not be mounted")
     try:
-        words = train_words(store, disk / "run", *WORDS, "--steps", "9")
-        codes, said = ends_of(start_processes(1, [*words, "--keep-last", "0"]))
+        arguments = train_arguments(store, disk / "run", *ARGUMENTS, "--steps", "9")
+        codes, outputs = ends_of(start_processes(1, [*arguments, "--keep-last", "0"]))
         assert codes == [1]
-        assert "disk is full" in said[0]
+        assert "disk is full" in outputs[0]
         saved = newest_step(disk / "run")
         assert 2 <= saved < 9
         assert verify_checkpoints(disk / "run") == []
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        run_processes(1, words)
+        run_processes(1, arguments)
         assert_same_checkpoint(whole, disk / "run", 9)
     finally:
         subprocess.run(["umount", str(disk)], check=False)

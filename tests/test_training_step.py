@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from training_helpers import config_for, events, files_of, logged, run_processes, train_words
+from training_helpers import config_for, events, files_of, logged, run_processes, train_arguments
 
 from jlt.config import OptimizerConfig, TimestepConfig, in_steps
 from jlt.errors import JLTError
@@ -33,8 +33,8 @@ def test_accumulated_micro_batches_equal_the_large_batch(store, tmp_path, accumu
 
 @pytest.mark.slow
 def test_how_a_run_is_executed_does_not_change_it(store, tmp_path):
-    for name, words in {"plain": [], "other": ["--compile", "--gradient-checkpointing"]}.items():
-        run_processes(1, train_words(store, tmp_path / name, "--steps", "3", "--network.depth", "1", *words))
+    for name, arguments in {"plain": [], "other": ["--compile", "--gradient-checkpointing"]}.items():
+        run_processes(1, train_arguments(store, tmp_path / name, "--steps", "3", "--network.depth", "1", *arguments))
     plain, other = (logged(tmp_path / name) for name in ("plain", "other"))
     assert np.array(other) == pytest.approx(np.array(plain), rel=1e-5)
 
@@ -217,7 +217,7 @@ def power_profile(width, updates):
     return np.diff(edges).tolist()
 
 
-def test_weights_that_no_words_name_are_refused(store, tmp_path):
+def test_unknown_names_of_weights_are_refused(store, tmp_path):
     train(config_for(store, steps=2, power_ema=()), store, tmp_path / "run")
     last = open_checkpoint(tmp_path / "run")
     with pytest.raises(JLTError, match="did you mean 0.9"):

@@ -1,11 +1,11 @@
-"""Those who look at a run while it goes on: when, at what, and what happens where they fail."""
+"""Watchers of a run: when they look, at what, and what happens when they fail."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-from training_helpers import config_for, events, run_processes, train_words
+from training_helpers import config_for, events, run_processes, train_arguments
 
 from jlt.cli.main import main
 from jlt.config import EvaluationConfig, SampleConfig
@@ -18,6 +18,7 @@ from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.runtime.processes import stop_together
 from jlt.runtime.signals import Stopped
+from jlt.storage.codec import to_json
 from jlt.training.checkpoint import list_checkpoints, open_checkpoint, step_folder
 from jlt.training.loop import Watcher, train
 
@@ -83,7 +84,7 @@ def test_a_watcher_that_fails_is_logged_and_the_training_goes_on(store, tmp_path
     ]
 
 
-def test_a_stop_while_somebody_looks_ends_the_run_with_its_checkpoint(store, tmp_path):
+def test_a_stop_during_a_look_ends_the_run_with_its_checkpoint(store, tmp_path):
     with pytest.raises(Stopped):
         train(config_for(store, steps=7), store, tmp_path / "run", watchers=[Looker(Stopped("now"))])
     assert open_checkpoint(tmp_path / "run").step == 3
@@ -114,8 +115,8 @@ def test_grids_and_evaluations_along_a_run(digits, tmp_path):
     assert list(found) == [3, 4]
     # The same number as afterwards, from the command for one checkpoint.
     later = evaluate_checkpoint(step_folder(run, 4), "digits", load_extractor("digits"), SAMPLE, None)
-    assert later["metrics"] == found[4]["metrics"]
-    assert later["protocol"] == json.loads((run / found[4]["file"]).read_text())["protocol"]
+    assert to_json(later.metrics) == found[4]["metrics"]
+    assert later.protocol == json.loads((run / found[4]["file"]).read_text())["protocol"]
 
 
 def test_what_exists_is_not_drawn_again(digits, tmp_path):
@@ -161,9 +162,9 @@ def test_the_first_of_several_processes_looks_and_the_others_wait(digits, tmp_pa
     class Place:
         folder = digits
 
-    words = ["--steps", "4", "--sample-every", "2", "--evaluate-every", "4", "--evaluation.sample.num", "10"]
-    words += ["--evaluation.sample.steps", "2"]
-    run_processes(2, train_words(Place, tmp_path / "run", *words))
+    arguments = ["--steps", "4", "--sample-every", "2", "--evaluate-every", "4", "--evaluation.sample.num", "10"]
+    arguments += ["--evaluation.sample.steps", "2"]
+    run_processes(2, train_arguments(Place, tmp_path / "run", *arguments))
     assert [event["step"] for event in events(tmp_path / "run", "sampled")] == [2, 4]
     assert [event["step"] for event in events(tmp_path / "run", "evaluated")] == [4]
 
@@ -173,8 +174,8 @@ def test_the_configuration_of_a_run_repeats_it(store, tmp_path):
     train(config, store, tmp_path / "run")
     assert resolve_recipe(str(tmp_path / "run" / "config.json")) == config
     assert images_of_recipe(str(tmp_path / "run" / "config.json")) == len(store)
-    words = ["train", str(tmp_path / "run" / "config.json"), "--latents", str(store.folder)]
-    assert main([*words, "--out", str(tmp_path / "again"), "--json"]) == 0
+    arguments = ["train", str(tmp_path / "run" / "config.json"), "--latents", str(store.folder)]
+    assert main([*arguments, "--out", str(tmp_path / "again"), "--json"]) == 0
     hashes = {open_checkpoint(tmp_path / name).sha256 for name in ("run", "again")}
     assert len(hashes) == 1
 
@@ -185,7 +186,7 @@ def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsy
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     warn_ignored_settings()
-    assert "say --precision" in capsys.readouterr().err
+    assert "use --precision instead" in capsys.readouterr().err
 
 
 class FailingOnce(Watcher):
@@ -209,7 +210,7 @@ import jlt.experiments.run_training as place
 from test_training_watch import FailingOnce
 place.watchers_of = lambda *arguments: [FailingOnce()]
 """.replace("TESTS", repr(str(Path(__file__).parent)))
-    run_processes(2, train_words(store, tmp_path / "run", "--steps", "4"), plant)
+    run_processes(2, train_arguments(store, tmp_path / "run", "--steps", "4"), plant)
     assert [event["step"] for event in events(tmp_path / "run", "failed")] == [2]
     assert "Process 1 failed (RuntimeError: no memory here)" in events(tmp_path / "run", "failed")[0]["error"]
     assert open_checkpoint(tmp_path / "run").step == 4

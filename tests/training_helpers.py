@@ -66,8 +66,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from jlt.config import TrainConfig
-from jlt.storage.codec import from_json
 from jlt.latents.store import LatentStore
+from jlt.storage.codec import from_json
 from jlt.training.loop import train
 train(from_json(TrainConfig, json.loads(sys.argv[1])), LatentStore.open(sys.argv[2]), Path(sys.argv[3]))
 sys.exit()
@@ -90,12 +90,23 @@ def events(run, kind):
 TINY = ["--network.hidden-size", "16", "--network.depth", "2", "--network.num-heads", "2", "--log-every", "1"]
 
 
-def train_words(store, run, *words):
-    """The words of a small run on the command line."""
-    return ["train", "digits", "--latents", str(store.folder), "--out", str(run), "--batch-size", "16", *TINY, *words]
+def train_arguments(store, run, *arguments):
+    """The arguments of a small run on the command line."""
+    return [
+        "train",
+        "digits",
+        "--latents",
+        str(store.folder),
+        "--out",
+        str(run),
+        "--batch-size",
+        "16",
+        *TINY,
+        *arguments,
+    ]
 
 
-def start_processes(count, words, plant=""):
+def start_processes(count, arguments, plant=""):
     """Start `count` processes as a cluster's launcher does, each running the code `plant` first; return them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,22 +120,22 @@ def start_processes(count, words, plant=""):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        started.append(forked.start(words, environment, plant))
+        started.append(forked.start(arguments, environment, plant))
     return started
 
 
 def ends_of(started, timeout=120):
-    """Wait for processes and return their exit codes and what they said on stderr."""
+    """Wait for processes and return their exit codes and their output on stderr."""
     deadline = time.monotonic() + timeout
     try:
-        said = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for process in started]
+        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for process in started]
     finally:
         for process in started:
             process.kill()
-    return [process.returncode for process in started], said
+    return [process.returncode for process in started], outputs
 
 
-def run_processes(count, words, plant=""):
+def run_processes(count, arguments, plant=""):
     """Run processes to their end; all have to succeed."""
-    codes, said = ends_of(start_processes(count, words, plant))
-    assert codes == [0] * count, said
+    codes, outputs = ends_of(start_processes(count, arguments, plant))
+    assert codes == [0] * count, outputs

@@ -1,6 +1,7 @@
-"""Everything a run resolves to, as frozen data: no tensors and no defaults hidden elsewhere.
+"""Everything a run resolves to, as frozen data: no tensors, and no defaults anywhere else.
 
-A `TrainConfig` round-trips through JSON; a key or a value that does not exist is an error with the nearest name.
+The docstring of a field is the help text of its option. An unknown key or value in a file is an error with the nearest
+name (`jlt.storage.codec`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ Prediction = Literal["x", "eps", "v"]
 LossSpace = Literal["x", "eps", "v"]
 Weighting = Literal["published", "matched"]
 Precision = Literal["float32", "tf32", "bfloat16"]
+InferencePrecision = Literal["float32", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
+Solver = Literal["euler", "heun", "midpoint", "dpmpp_2m", "ancestral"]
+SampleFormat = Literal["png", "npz", "grid"]
 Metric = Literal[
     "frechet_distance",
     "spatial_frechet_distance",
@@ -40,6 +44,18 @@ def _require(condition: bool, message: str) -> None:
         raise JLTError(message)
 
 
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name} must be positive, not {value}.")
+
+
+def _require_nonnegative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= 0, f"{name} must be 0 or more, not {value}.")
+
+
 @dataclass(frozen=True)
 class LatentShape:
     """Channels, grid height and width of one latent, and the number of classes that label it."""
@@ -51,30 +67,35 @@ class LatentShape:
 
 
 FLUX2_IMAGENET256 = LatentShape(channels=128, height=16, width=16, num_classes=1000)
-"""ImageNet at 256x256 through FLUX.2's autoencoder: the published setting (DESIGN 3)."""
+"""ImageNet at 256x256 through FLUX.2's autoencoder: the published setting (Fu et al. 2026, arXiv 2605.27102)."""
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The transformer of DESIGN 3; its optional parts are off by default."""
+    """The transformer of Fu et al. 2026 (arXiv 2605.27102); its optional parts, from JiT, are off by default."""
 
     channels: int
     """Latent channels C."""
     height: int
-    """Latent grid height."""
+    """Latent height H."""
     width: int
-    """Latent grid width."""
+    """Latent width W."""
     num_classes: int
+    """Classes that label the latents."""
     patch_size: int = 1
+    """Side of a patch in latent positions; each patch is one token."""
     hidden_size: int = 768
+    """Width of the network: values per token."""
     depth: int = 12
+    """Transformer blocks."""
     num_heads: int = 12
+    """Attention heads per block."""
     mlp_ratio: float = 4.0
-    """SwiGLU's hidden size is 2/3 of mlp_ratio * hidden_size."""
+    """Nominal ratio of the MLP; SwiGLU's hidden size is 2/3 of mlp_ratio * hidden_size."""
     bottleneck_size: int = 0
     """Width of the linear bottleneck in the patch embedding (JiT); 0 embeds directly."""
     fixed_positions: bool = False
-    """Add fixed sin-cos positions to the tokens, besides the rotary ones."""
+    """Add fixed sin-cos positions to the tokens, in addition to the rotary ones."""
     context_tokens: int = 0
     """In-context class tokens (JiT); 0 uses none."""
     context_start: int = 0
@@ -93,7 +114,7 @@ class NetworkConfig:
         )
         _require(
             0 <= self.context_start < self.depth,
-            f"context_start {self.context_start} lies outside the {self.depth} blocks.",
+            f"context_start must be one of the {self.depth} blocks, 0 to {self.depth - 1}, not {self.context_start}.",
         )
 
     @property
@@ -103,22 +124,23 @@ class NetworkConfig:
 
     @property
     def mlp_hidden_size(self) -> int:
-        """SwiGLU's hidden size: 2/3 of the nominal ratio, so that its three matrices cost what two did."""
+        """SwiGLU's hidden size: 2/3 of the nominal one, so that three matrices cost as much as two."""
         return int(int(self.hidden_size * self.mlp_ratio) * 2 / 3)
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Where the error is measured and how it is weighted over time (eq. 5)."""
+    """The space of the error and its weight over time (eq. 5)."""
 
     space: LossSpace = "v"
+    """Space in which the error is measured, independent of the prediction."""
     weighting: Weighting = "matched"
+    """matched weights the same velocity error equally for every prediction; published is the authors' loss."""
     t_eps: float = 0.05
+    """Smallest denominator of a readout (eq. 3) in the loss."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 < self.t_eps < 1, f"t_eps must lie in (0, 1), not {self.t_eps}: a loss divides by max(1 - t, t_eps)."
-        )
+        _require(0 < self.t_eps < 1, f"t_eps must be in (0, 1), not {self.t_eps}: a loss divides by max(1 - t, t_eps).")
 
 
 @dataclass(frozen=True)
@@ -126,50 +148,54 @@ class TimestepConfig:
     """The distribution of training times (eq. 6)."""
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of training times (eq. 6)."""
     P_mean: float = -0.8
+    """Mean of logit(t) in the logit-normal distribution."""
     P_std: float = 0.8
+    """Standard deviation of logit(t)."""
     shift: float = 1.0
-    """a in t -> t / (t + a (1 - t)); 1 changes nothing."""
+    """a in t -> t / (t + a (1 - t)), applied to the training times; 1 is no shift."""
 
     def __post_init__(self) -> None:
-        _require(self.P_std > 0, f"P_std must be positive, not {self.P_std}.")
-        _require(self.shift > 0, f"shift must be positive, not {self.shift}.")
-
-
-Solver = Literal["euler", "heun", "midpoint", "dpmpp_2m", "ancestral"]
-SampleFormat = Literal["png", "npz", "grid"]
+        _require_positive(self, "P_std", "shift")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn from a checkpoint: the sampler's part of a protocol."""
+    """Settings of the sampler."""
 
     num: int = 64
+    """Number of images."""
     solver: Solver = "heun"
-    """euler, heun (eq. 8) and midpoint; dpmpp_2m for few evaluations; ancestral draws fresh noise at every step."""
+    """ODE solver: euler, heun (eq. 8), midpoint, dpmpp_2m (few steps) or ancestral (new noise at every step)."""
     steps: int = 50
+    """Steps of the solver from noise to data."""
     shift: float = 1.0
-    """a in t -> t / (t + a (1 - t)), applied to the equally spaced times of the steps; 1 changes nothing."""
+    """a in t -> t / (t + a (1 - t)), applied to the times of the steps; 1 is uniform."""
     grid: tuple[float, ...] = ()
-    """The times themselves, rising from 0 to 1, in place of steps and shift."""
+    """Explicit times that rise from 0 to 1, instead of --steps and --shift."""
     cfg_scale: float = 1.0
-    """w in eq. 7; 1 is unguided."""
+    """Guidance scale w (eq. 7); 1 is unguided."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance interval: low and high time (eq. 7)."""
     autoguide: str = ""
-    """Run or checkpoint of a weaker network that guides in the place of the null class (autoguidance)."""
+    """Run or checkpoint folder of a weaker network that replaces the null class in guidance (autoguidance)."""
     autoguide_ema: str = ""
-    """Which of its weights; without --autoguide, weights of the same checkpoint, such as a shorter average."""
+    """Weights of the weaker network, as for --ema. Without --autoguide, they are weights of the same checkpoint."""
     t_eps: float = 0.0
-    """Clamp of the readout (eq. 3) while sampling; 0.05 is the published behaviour and leaves noise in the result."""
+    """Smallest denominator of the readout (eq. 3); the published 0.05 leaves noise in the images."""
     labels: str = "equal"
-    """equal, random, or a list such as 3,7,7 that is repeated."""
+    """Class labels: equal counts per class, random, or a list such as 3,7,7 that is repeated."""
     seed: int = 0
+    """Seed of the noise and of random labels."""
     ema: str = ""
-    """An EMA decay (0.9999), a length to rebuild (sigma_rel=0.07) or none; empty takes the run's first decay."""
+    """Weights: an EMA decay (0.9999), a length to rebuild (sigma_rel=0.07), or none. Default: the run's first EMA."""
     batch_size: int = 256
-    precision: Literal["float32", "bfloat16"] = "float32"
+    """Images generated at a time."""
+    precision: InferencePrecision = "float32"
+    """Precision of the network; bfloat16 is autocast."""
     compile: bool = False
-    """torch.compile the network, which pays for many images; needs a C++ compiler on a CPU."""
+    """torch.compile the network: faster for many images; needs a C++ compiler on a CPU."""
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
@@ -181,30 +207,31 @@ class SampleConfig:
                 len(self.grid) > 1 and rising and (self.grid[0], self.grid[-1]) == (0, 1),
                 f"grid must rise from 0 to 1, not {self.grid}.",
             )
-            _require(self.shift == 1, "An explicit grid is taken as it is: leave shift at 1.")
-            # One truth: the steps are those of the grid.
+            _require(self.shift == 1, "An explicit grid is not shifted: leave shift at 1.")
+            # A protocol records the steps too, so they follow from the grid.
             object.__setattr__(self, "steps", len(self.grid) - 1)
         _require(0 <= low < high <= 1, f"cfg_interval must satisfy 0 <= low < high <= 1, not {low} {high}.")
-        _require(self.num > 0 and self.steps > 0 and self.batch_size > 0, "num, steps and batch_size must be positive.")
-        _require(0 <= self.t_eps < 1, f"t_eps must lie in [0, 1), not {self.t_eps}.")
+        _require_positive(self, "num", "steps", "batch_size")
+        _require(0 <= self.t_eps < 1, f"t_eps must be in [0, 1), not {self.t_eps}.")
 
     @property
     def autoguided(self) -> bool:
-        """Whether a weaker network guides, and not the null class."""
+        """Whether a weaker network guides instead of the null class."""
         return bool(self.autoguide or self.autoguide_ema)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What a training run draws and measures at intervals."""
+    """Settings of sample grids and evaluations during training."""
 
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num=1000))
+    """Settings of the sampler."""
     reference: str = ""
-    """Real images or an .npz of their statistics; empty takes the images that the latents were made from."""
+    """Real images, or an .npz of their statistics. Default: the images that the latents were encoded from."""
     features: str = "digits"
-    """Feature extractor."""
+    """Feature extractor: digits, inception (on which FID is defined) or dinov2."""
     features_path: str = ""
-    """Where its weights are, if not in the usual place."""
+    """Weights of the extractor: a file for inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
 
 
 @dataclass(frozen=True)
@@ -212,112 +239,117 @@ class OptimizerConfig:
     """AdamW with linear warm-up, then a constant learning rate or half a cosine down to zero at the last step."""
 
     learning_rate: float = 2e-4
+    """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decays of AdamW's moments."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     decayed: Literal["matrices", "all"] = "matrices"
-    """What weight_decay shrinks: the matrices of linear layers, or biases, scales and embeddings too."""
+    """Parameters that weight decay acts on: matrices of linear layers, or all (biases, scales and embeddings too)."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or half a cosine down to zero at the last step."""
     warmup_steps: int | None = None
+    """Warm-up in steps; None is no warm-up."""
     warmup_epochs: float | None = None
-    """Warm-up in epochs of the latent store, instead of warmup_steps; with neither there is none."""
+    """Warm-up in epochs of the latent store, instead of warmup_steps."""
     grad_clip: float = 1.0
+    """Largest norm of the gradient; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}.")
-        _require(self.grad_clip > 0, f"grad_clip must be positive, not {self.grad_clip}.")
-        _require(self.weight_decay >= 0, f"weight_decay must not be negative, and is {self.weight_decay}.")
-        _require(min(self.warmup_steps or 0, self.warmup_epochs or 0) >= 0, "A warm-up cannot be negative.")
+        _require_positive(self, "learning_rate", "grad_clip")
+        _require_nonnegative(self, "weight_decay", "warmup_steps", "warmup_epochs")
         _require(
             self.warmup_steps is None or self.warmup_epochs is None,
-            "The warm-up is in steps or in epochs: set the one that is not meant to None, as in "
-            "--optimizer.warmup-epochs None.",
+            "The warm-up is in steps or in epochs: set the other one to None, as in --optimizer.warmup-epochs None.",
         )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, resolved."""
+    """The settings of one training run."""
 
     name: str
+    """Name of the system; it follows from prediction, size and patch."""
     prediction: Prediction
+    """What the network outputs: the clean latent x, the noise eps or the velocity v."""
     network: NetworkConfig
+    """The transformer."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """The loss (eq. 5)."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    """The distribution of training times (eq. 6)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning rate."""
     noise_scale: float = 1.0
-    """s in eq. 1."""
+    """Standard deviation s of the noise (eq. 1)."""
     batch_size: int = 1024
     """Global batch: samples per update over all processes, micro_batch_size * accumulation * processes."""
     steps: int = 250_000
+    """Length of the training in updates."""
     epochs: float = 0.0
-    """Length in epochs of the latent store, which replaces steps; 0 leaves them."""
+    """Length in epochs of the latent store, which replaces steps; 0 keeps steps."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null class, for guidance."""
+    """Share of labels that the null class replaces, for guidance."""
     flips: bool = False
     """Train on stored mirror images too, chosen at random for each sample."""
     ema: tuple[float, ...] = (0.9999, 0.9996)
     """Decays of the exponential moving averages of the weights."""
     power_ema: tuple[float, ...] = (0.05, 0.1)
-    """Relative widths sigma_rel of the power-function averages (Karras et al. 2024), from whose snapshots any other
-    length is rebuilt after training."""
+    """Relative widths sigma_rel of power-function averages (Karras et al. 2024); snapshots of them yield any other."""
     seed: int = 0
+    """Seed of the initial weights, the sample order, the noise and the times."""
     precision: Precision = "bfloat16"
     """bfloat16 is autocast: weights, optimiser and EMA stay in float32. tf32 is float32 with a GPU's fast products."""
     init_from: str = ""
-    """Run or checkpoint whose weights training starts from; other class counts and grids are adapted."""
+    """Run or checkpoint folder of the initial weights; other class counts and grids are adapted."""
     init_ema: str = ""
-    """Which of its weights: an EMA, `none` for the raw ones; empty takes the first EMA."""
+    """Weights of --init-from: an EMA, or none for the raw ones. Default: its first EMA."""
     max_skipped: int = 10
-    """Updates in a row that may be skipped for a loss or gradient that is not finite, before the run ends."""
+    """Consecutive updates that may be skipped for a loss or gradient that is not finite, before the run ends."""
     micro_batch_size: int = 0
-    """Samples that one process puts through the network at a time; 0 follows from the other numbers."""
+    """Samples per process in one forward pass; 0 follows from the other numbers."""
     accumulation: int = 0
     """Micro-batches whose gradients make one update; 0 follows from the other numbers."""
     parallel: Parallel = "ddp"
-    """How several processes share the work: ddp keeps the whole state in each, fsdp a part of it (large networks)."""
+    """Data parallelism: with ddp each process holds the whole state, with fsdp a part of it (large networks)."""
     compile: bool = False
     """torch.compile the network; needs a C++ compiler on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more compute."""
     log_every: int = 100
+    """Steps between lines of the log."""
     checkpoint_every: int = 10_000
+    """Steps between checkpoints."""
     keep_last: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
     keep_every: int = 0
-    """Checkpoints at multiples of this step are kept too; 0 is none."""
+    """Also keep checkpoints at multiples of this step; 0 keeps none of them."""
     snapshot_every: int = 10_000
     """Steps between snapshots of the power-function averages."""
     sample_every: int = 0
-    """Steps between grids of samples from the same noise and labels; 0 draws none."""
+    """Steps between sample grids of the same noise and labels; 0 draws none."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 makes none."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """How sample grids are drawn and evaluations made."""
+    """Settings of sample grids and evaluations during training."""
     tensorboard: bool = False
-    """Write the log for TensorBoard too, into RUN/tensorboard."""
+    """Also write the log for TensorBoard, into RUN/tensorboard."""
     wandb: Literal["off", "online", "offline"] = "off"
     """Send the log to Weights & Biases, or write it into RUN/wandb for later."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size > 0 and self.steps > 0, "batch_size and steps must be positive.")
-        _require(self.epochs >= 0, f"epochs must not be negative, and is {self.epochs}.")
-        _require(
-            self.log_every > 0 and self.checkpoint_every > 0 and self.snapshot_every > 0,
-            "log_every, checkpoint_every and snapshot_every must be positive.",
-        )
-        counts = ("micro_batch_size", "accumulation", "keep_last", "keep_every", "sample_every", "evaluate_every")
-        for name in counts:
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}.")
-        _require(self.max_skipped > 0, f"max_skipped must be positive, not {self.max_skipped}.")
-        _require(0 <= self.label_dropout < 1, f"label_dropout must lie in [0, 1), not {self.label_dropout}.")
-        _require(self.noise_scale > 0, f"noise_scale must be positive, not {self.noise_scale}.")
-        _require(all(0 < decay < 1 for decay in self.ema), f"EMA decays must lie in (0, 1), not {self.ema}.")
+        _require_positive(self, "batch_size", "steps", "log_every", "checkpoint_every", "snapshot_every")
+        _require_positive(self, "max_skipped", "noise_scale")
+        _require_nonnegative(self, "epochs", "micro_batch_size", "accumulation", "keep_last", "keep_every")
+        _require_nonnegative(self, "sample_every", "evaluate_every")
+        _require(0 <= self.label_dropout < 1, f"label_dropout must be in [0, 1), not {self.label_dropout}.")
+        _require(all(0 < decay < 1 for decay in self.ema), f"EMA decays must be in (0, 1), not {self.ema}.")
         for name in ("ema", "power_ema"):
             values = getattr(self, name)
             _require(len(set(values)) == len(values), f"{name} names an average twice: {values}.")
         _require(
             all(0 < width < MAX_SIGMA_REL for width in self.power_ema),
-            f"power_ema widths must lie in (0, {MAX_SIGMA_REL}), not {self.power_ema}.",
+            f"power_ema widths must be in (0, {MAX_SIGMA_REL}), not {self.power_ema}.",
         )
 
 

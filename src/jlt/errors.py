@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-SHOWN = 20
+MAX_LISTED = 20
 """Known names that an error lists."""
 
 
 class JLTError(Exception):
-    """Something the user can mend; its text is one clear sentence that says what is wrong and what to do."""
+    """A problem that the user can fix; its text is one sentence that states the problem and the remedy."""
 
 
 class UsageError(JLTError):
-    """The words of the command were wrong: a name that does not exist, an option that is missing."""
+    """The arguments of a command are wrong: a name that does not exist, an option that is missing."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
@@ -22,6 +22,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     names = list(known)
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names[:SHOWN])}{more}."
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names[:MAX_LISTED])}{more}."
     return UsageError(f"There is no {kind} named {name!r}: {hint}")

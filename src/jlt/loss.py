@@ -28,7 +28,7 @@ def space_gain(space: LossSpace, t: Float[Tensor, "batch"]) -> Float[Tensor, "ba
 def error_gain(prediction: Prediction, t: Float[Tensor, "batch"], config: LossConfig) -> Float[Tensor, "batch"]:
     """Return the factor g(t) with which the loss is the mean of (g (o - y))^2.
 
-    `published` clamps a readout that divides and leaves everything else alone; an output that already lies in the
+    `published` clamps a readout that divides and leaves everything else alone; an output that is already in the
     loss space is compared as it is. `matched` multiplies the exact velocity error of every prediction by the same
     sqrt(w(t)) of eq. 5. Its factors stay finite at t = 0 and t = 1 because w vanishes where a readout is singular.
     """

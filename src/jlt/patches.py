@@ -1,4 +1,4 @@
-"""Latents as tokens: non-overlapping patches, channel first, as the network embeds them."""
+"""Latents as tokens: non-overlapping patches, row by row; a patch's values run over channel, row, column."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jlt.errors import JLTError
+
+
+def require_divisor(patch_size: int, height: int, width: int) -> None:
+    """Raise JLTError unless a grid of positions can be cut into patches of a size."""
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        patch, grid = f"{patch_size} x {patch_size}", f"{height} x {width}"
+        raise JLTError(f"Latents of {grid} positions cannot be cut into patches of {patch}: choose a divisor.")
 
 
 def patches(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "n rows columns c p p"]:
@@ -16,22 +23,20 @@ def patches(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor,
     return latents.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
 
 
-def require_divisor(patch_size: int, height: int, width: int) -> None:
-    """Raise JLTError unless a grid of positions can be cut into patches of a size."""
-    if patch_size < 1 or height % patch_size or width % patch_size:
-        patch, grid = f"{patch_size} x {patch_size}", f"{height} x {width}"
-        raise JLTError(f"Latents of {grid} positions cannot be cut into patches of {patch}: choose a divisor.")
+def patchify(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "n tokens d"]:
+    """Cut each latent into (h/p) (w/p) tokens of d = c p p values; JLTError as `patches`."""
+    return patches(latents, patch_size).flatten(3).flatten(1, 2)
 
 
 def patch_tokens(latents: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "tokens d"]:
-    """Cut latents into n (h/p) (w/p) tokens of d = c p p values, channel first; JLTError as `patches`."""
-    return patches(latents, patch_size).reshape(-1, latents.shape[1] * patch_size**2)
+    """Return the tokens of all latents as one matrix; JLTError as `patches`."""
+    return patchify(latents, patch_size).flatten(0, 1)
 
 
-def join_tokens(
-    tokens: Float[Tensor, "tokens d"], patch_size: int, shape: tuple[int, int, int]
-) -> Float[Tensor, "n c h w"]:
-    """Put tokens together to latents of the shape (c, h, w): the reverse of `patch_tokens`."""
-    c, h, w = shape
+def unpatchify(
+    tokens: Float[Tensor, "*tokens d"], patch_size: int, height: int, width: int
+) -> Float[Tensor, "n c height width"]:
+    """Invert `patchify` or `patch_tokens` for latents of a height and width."""
     p = patch_size
-    return tokens.reshape(-1, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
+    grid = tokens.reshape(-1, height // p, width // p, tokens.shape[-1] // p**2, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(grid), -1, height, width)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+Time = Float[Tensor, "batch"] | float
+"""A time for each element of a batch, or one for all."""
+
 
 @dataclass(frozen=True)
 class PathSample:
@@ -27,9 +30,9 @@ class PathSample:
         return self.x - self.eps
 
 
-def expand_time(t: Float[Tensor, "batch"], like: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *ones"]:
-    """Return t with trailing axes of one, so that it broadcasts against `like`."""
-    return t.reshape(-1, *[1] * (like.ndim - 1))
+def expand_time(t: Time, like: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *ones"] | float:
+    """Return t with trailing axes of one, so that it broadcasts against `like`; a number as it is."""
+    return t.reshape(-1, *[1] * (like.ndim - 1)) if isinstance(t, Tensor) else t
 
 
 def interpolate(

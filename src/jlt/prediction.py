@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jlt.config import Prediction
-from jlt.path import PathSample, expand_time
+from jlt.path import PathSample, Time, expand_time
 
 
 def target(prediction: Prediction, sample: PathSample) -> Float[Tensor, "batch *rest"]:
@@ -41,14 +41,14 @@ def velocity_from_output(
 
 
 def clean_from_velocity(
-    v: Float[Tensor, "batch *rest"], z: Float[Tensor, "batch *rest"], t: Float[Tensor, "batch"]
+    v: Float[Tensor, "batch *rest"], z: Float[Tensor, "batch *rest"], t: Time
 ) -> Float[Tensor, "batch *rest"]:
     """Eq. 4: x^ = z + (1 - t) v^."""
     return z + (1 - expand_time(t, z)) * v
 
 
 def noise_from_velocity(
-    v: Float[Tensor, "batch *rest"], z: Float[Tensor, "batch *rest"], t: Float[Tensor, "batch"]
+    v: Float[Tensor, "batch *rest"], z: Float[Tensor, "batch *rest"], t: Time
 ) -> Float[Tensor, "batch *rest"]:
     """Eq. 4: eps^ = z - t v^."""
     return z - expand_time(t, z) * v

@@ -16,6 +16,13 @@ def shift_time(t: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shap
     return t / (t + shift * (1 - t))
 
 
+def half_log_snr(t: float) -> float:
+    """Return half the logarithm of the signal-to-noise ratio, log t/(1-t), infinite at t = 0 and t = 1."""
+    if t <= 0:
+        return -math.inf
+    return math.log(t / (1 - t)) if t < 1 else math.inf
+
+
 def times_from_uniform(u: Float[Tensor, "*shape"], config: TimestepConfig) -> Float[Tensor, "*shape"]:
     """Map uniform numbers in (0, 1) to training times by the inverse distribution function (eq. 6)."""
     if config.distribution == "logit_normal":

@@ -1,4 +1,4 @@
-"""What an autoencoder is here: images in [-1, 1] to normalised latents and back, its sizes, its identity."""
+"""The contract of an autoencoder: images in [-1, 1] to normalised latents and back, its sizes, its identity."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ Posterior = Literal["mode", "sample"]
 class Autoencoder(abc.ABC):
     """A frozen codec between images and latents of mean 0 and variance 1 in every channel.
 
-    `channels` is the channel count of a latent, `downsampling` the image pixels per latent position along one side,
-    `device` where the weights lie, and `held_out_psnr` the reconstruction of held-out images in dB that its makers
-    measured, None where they did not say. `posterior` says which latent of an image is returned: the `mode` of the
-    codec's distribution, or a `sample` of it.
+    `source` is the origin of the weights, `device` their place, `channels` the channel count of a latent,
+    `downsampling` the image pixels per latent position along one side. `held_out_psnr` is the PSNR in dB on held-out
+    images that the weights' file states, or None. `posterior` selects the latent of an image: the `mode` of the codec's
+    distribution, or a `sample`.
     """
 
     name: str
+    source: str
     channels: int
     downsampling: int
     device: torch.device
@@ -37,22 +38,29 @@ class Autoencoder(abc.ABC):
     ) -> Float[Tensor, "n c h w"]:
         """Return the float32 latents of images in [-1, 1], on the autoencoder's device.
 
-        `noise_seeds`, one per image, is needed by a codec that samples (`posterior == "sample"`) and ignored by the
-        others: a latent is a function of its image and its seed, whatever the batch. JLTError if a side is no multiple
-        of `downsampling`.
+        `noise_seeds`, one per image, is required if `posterior` is "sample" and ignored otherwise. A latent depends on
+        its image and its seed alone, not on the batch. JLTError if a side is no multiple of `downsampling`.
         """
 
     @abc.abstractmethod
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
         """Return float32 images clamped to [-1, 1], on the autoencoder's device; JLTError for a wrong channel count."""
 
-    @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what makes this codec this one, as JSON values; equal identities give equal latents.
+        """Return JSON values that identify the codec; equal identities give equal latents.
 
-        Keys: name, source, class, weights_sha256 (None without weights), normalisation (its `kind`, `none` if latents
-        are left as they are), posterior, channels, downsampling; held_out_psnr where it is known.
+        The defaults are those of a codec without weights and without normalisation (`kind` is `none`).
         """
+        return {
+            "name": self.name,
+            "source": self.source,
+            "class": type(self).__name__,
+            "weights_sha256": None,
+            "normalisation": {"kind": "none"},
+            "posterior": self.posterior,
+            "channels": self.channels,
+            "downsampling": self.downsampling,
+        }
 
     @abc.abstractmethod
     def to(self, device: torch.device | str) -> Autoencoder:
@@ -68,9 +76,9 @@ class Autoencoder(abc.ABC):
             )
 
     def check_latents(self, latents: Float[Tensor, "n c h w"]) -> None:
-        """Raise JLTError if the latents have another channel count than this autoencoder's."""
+        """Raise JLTError if the latents have another channel count than this autoencoder."""
         if latents.shape[1] != self.channels:
             raise JLTError(
-                f"Latents with {latents.shape[1]} channels were not made by the autoencoder {self.name!r}, "
-                f"which has {self.channels}: decode them with the one that the store names."
+                f"Latents with {latents.shape[1]} channels are not from the autoencoder {self.name!r}, "
+                f"which has {self.channels}: decode them with the autoencoder named in the store's manifest."
             )

@@ -1,9 +1,9 @@
-"""Other coordinates of a latent space: an invertible linear map of its tokens, undone before anything is decoded.
+"""Other coordinates of a latent space: an invertible linear map of its tokens, inverted before decoding.
 
-In the eigenbasis of the tokens' covariance the variances lam become proportional to lam^a: 0 whitens the space, 1
-leaves it as it is, more makes it steeper. The total variance stays, so that only the share of each direction changes.
-Directions without variance, to rounding, stay as they are: to raise them would turn rounding into data.
-A network that is trained in such coordinates sees the same data through another geometry.
+In the eigenbasis of the tokens' covariance, the variances lam become proportional to lam^a: a = 0 whitens the space, 1
+does not change it, larger a makes it steeper. The total variance is kept, so only the share of each direction changes.
+Directions without variance, up to rounding, are kept: raising them would turn rounding errors into data. A network
+trained in such coordinates learns the same data with another geometry.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
-from jlt.patches import join_tokens, patch_tokens
+from jlt.patches import patch_tokens, unpatchify
 from jlt.storage.files import atomic_path, sha256_file
 
 SMALLEST = 1e-8
-"""Of the largest variance: directions with less are left alone. Float16 rounds values to about this."""
+"""Share of the largest variance below which directions are kept; it is about the rounding of float16."""
 STEEPEST = 1e4
-"""Ratio of the factors of two directions beyond which float32 cannot be undone to 0.001 of a value."""
+"""Largest ratio of two directions' factors that float32 can invert to 0.001 of a value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,20 +44,20 @@ class Coordinates:
     def raised(
         cls, covariance: Float64[Tensor, "d d"], mean: Float64[Tensor, " d"], patch_size: int, anisotropy: float
     ) -> Coordinates:
-        """Return the coordinates in which a covariance has its eigenvalues raised to a power, of the same total.
+        """Return the coordinates that raise a covariance's eigenvalues to a power and keep their sum.
 
-        JLTError for a power that spreads the directions so far that latents could not be had back in float32.
+        JLTError for a power that spreads the directions too far to be inverted in float32.
         """
         lam, vectors = torch.linalg.eigh(covariance)
         varying = lam > SMALLEST * lam[-1]
-        wanted = lam[varying] ** anisotropy
+        raised = lam[varying] ** anisotropy
         factors = torch.ones_like(lam)
-        factors[varying] = (wanted * (lam[varying].sum() / wanted.sum()) / lam[varying]).sqrt()
-        apart = float(factors.max() / factors.min())
-        if apart > STEEPEST:
+        factors[varying] = (raised * (lam[varying].sum() / raised.sum()) / lam[varying]).sqrt()
+        ratio = float(factors.max() / factors.min())
+        if ratio > STEEPEST:
             raise JLTError(
-                f"In coordinates of anisotropy {anisotropy:g} at patch size {patch_size} some directions would count "
-                f"{apart:.2g} times as much as others, which float32 cannot undo: choose a power nearer to 1."
+                f"Coordinates of anisotropy {anisotropy:g} at patch size {patch_size} scale directions by factors with "
+                f"a ratio of {ratio:.2g}, which float32 cannot invert: choose a power nearer to 1."
             )
         return cls(patch_size, anisotropy, mean, (vectors * factors) @ vectors.T)
 
@@ -66,7 +66,7 @@ class Coordinates:
         return self._mapped(latents, self.matrix)
 
     def undo(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Return latents as the autoencoder made them, in float32."""
+        """Return latents in the autoencoder's own coordinates, in float32."""
         return self._mapped(latents, self._inverse)
 
     @functools.cached_property
@@ -76,37 +76,37 @@ class Coordinates:
     def _mapped(self, latents: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "d d"]) -> Float[Tensor, "n c h w"]:
         tokens = patch_tokens(latents, self.patch_size)
         mean, matrix = self.mean.to(tokens.device), matrix.to(tokens.device)
-        # In float64: an inverse of a steep spectrum magnifies what is rounded before it.
+        # In float64, since the inverse of a steep spectrum magnifies rounding errors.
         mapped = mean + (tokens.double() - mean) @ matrix.T
-        return join_tokens(mapped.float(), self.patch_size, (latents.shape[1], latents.shape[2], latents.shape[3]))
+        return unpatchify(mapped.float(), self.patch_size, *latents.shape[2:])
 
     def save(self, path: Path) -> None:
         """Write the map as safetensors."""
-        words = {"patch_size": str(self.patch_size), "anisotropy": repr(self.anisotropy)}
+        metadata = {"patch_size": str(self.patch_size), "anisotropy": repr(self.anisotropy)}
         with atomic_path(path) as temporary:
-            save_file({"mean": self.mean.contiguous(), "matrix": self.matrix.contiguous()}, temporary, words)
+            save_file({"mean": self.mean.contiguous(), "matrix": self.matrix.contiguous()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Coordinates:
         """Read a map; JLTError for a file that is missing or holds anything else."""
         try:
             with safe_open(path, "pt") as file:
-                words = file.metadata() or {}
+                metadata = file.metadata() or {}
                 mean, matrix = file.get_tensor("mean"), file.get_tensor("matrix")
-            return cls(int(words["patch_size"]), float(words["anisotropy"]), mean, matrix)
-        except Exception as error:  # safetensors has an error class of its own, and others for what is missing
+            return cls(int(metadata["patch_size"]), float(metadata["anisotropy"]), mean, matrix)
+        except Exception as error:  # safetensors raises its own class, and others for missing files and tensors.
             raise JLTError(f"{path} holds no coordinates of a latent space ({error}).") from error
 
 
 class CoordinateAutoencoder(Autoencoder):
-    """An autoencoder whose latents are seen in other coordinates."""
+    """An autoencoder whose latents are in other coordinates."""
 
     def __init__(self, inner: Autoencoder, path: Path) -> None:
-        """`path` is where the coordinates lie; they are a part of the identity, by their hash."""
+        """Read the coordinates from `path`; their hash is part of the identity."""
         self.inner, self.coordinates = inner, Coordinates.load(path)
         self.name, self.channels, self.downsampling = inner.name, inner.channels, inner.downsampling
         self.held_out_psnr, self.posterior = inner.held_out_psnr, inner.posterior
-        self._words = {
+        self._coordinates_identity = {
             "source": str(path),
             "sha256": sha256_file(path),
             "patch_size": self.coordinates.patch_size,
@@ -115,7 +115,7 @@ class CoordinateAutoencoder(Autoencoder):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where the weights lie."""
+        """The place of the weights."""
         return self.inner.device
 
     def encode(
@@ -125,14 +125,15 @@ class CoordinateAutoencoder(Autoencoder):
         return self.coordinates.apply(self.inner.encode(images, noise_seeds))
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
-        """Return the images of latents that are given in these coordinates."""
+        """Return the images of latents in these coordinates."""
         self.check_latents(latents)
         return self.inner.decode(self.coordinates.undo(latents))
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the autoencoder, whose normalisation also names the coordinates."""
         identity = self.inner.identity()
-        return {**identity, "normalisation": {**identity["normalisation"], "coordinates": dict(self._words)}}
+        normalisation = {**identity["normalisation"], "coordinates": dict(self._coordinates_identity)}
+        return {**identity, "normalisation": normalisation}
 
     def to(self, device: torch.device | str) -> CoordinateAutoencoder:
         """Move the weights in place and return the autoencoder."""
@@ -141,6 +142,7 @@ class CoordinateAutoencoder(Autoencoder):
 
 
 def coordinates_of(identity: dict[str, Any]) -> Path | None:
-    """Return where the coordinates lie that an identity names, None where it names none."""
-    words = identity["normalisation"].get("coordinates") if isinstance(identity["normalisation"], dict) else None
-    return Path(words["source"]) if words else None
+    """Return the file of the coordinates in an autoencoder's identity, None where it has none."""
+    normalisation = identity["normalisation"]
+    found = normalisation.get("coordinates") if isinstance(normalisation, dict) else None
+    return Path(found["source"]) if found else None

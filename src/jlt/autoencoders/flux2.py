@@ -1,4 +1,4 @@
-"""FLUX.2's autoencoder through diffusers, at its own size and at the small one that is bundled.
+"""FLUX.2's autoencoder through diffusers, at its own size and at the small bundled size.
 
 Encoding takes the mode of the posterior, puts p x p positions into channels in the order
 (B, C, H/p, p, W/p, p) -> (B, C, p, p, H/p, W/p), and normalises by the autoencoder's own batch-norm statistics,

@@ -1,7 +1,7 @@
-"""The autoencoders of Stable Diffusion 1 to 3, SDXL and FLUX.1: diffusers' `AutoencoderKL`, with the numbers beside it.
+"""The autoencoders of Stable Diffusion 1 to 3, SDXL and FLUX.1: diffusers' `AutoencoderKL` and its scaling.
 
 With the scaling factor s and the shift factor m of the model's configuration (0 where it has none), a latent is
-(z - m) * s. A configuration that has a mean and a deviation for each channel means (z - mean) * s / std instead, as
+(z - m) * s. With a mean and a standard deviation per channel in the configuration it is (z - mean) * s / std, as
 diffusers' SDXL pipelines compute it. Decoding is the exact reverse.
 """
 
@@ -19,7 +19,7 @@ from jlt.errors import JLTError
 
 
 class KLAutoencoder(PretrainedAutoencoder):
-    """A frozen `AutoencoderKL` of any size, whose posterior is stored by its mode or by a sample."""
+    """A frozen `AutoencoderKL` of any size, with the mode of its posterior or a sample as the latent."""
 
     def __init__(self, pretrained: Pretrained, name: str, posterior: Posterior) -> None:
         super().__init__(pretrained, name, posterior)
@@ -38,7 +38,7 @@ class KLAutoencoder(PretrainedAutoencoder):
         return latents * std / self._vae.config.scaling_factor + mean
 
     def normalisation(self) -> dict[str, Any]:
-        """Return the factors of the configuration; the mean and std of the channels where they are what is used."""
+        """Return the factors of the configuration, and the mean and std per channel where these are used."""
         config = self._vae.config
         factors = {"kind": "scale", "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
         if not self._has_channel_moments():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,10 @@ from jlt.autoencoders.contract import Autoencoder
 
 
 class PixelAutoencoder(Autoencoder):
-    """No codec at all: a latent is the image in [-1, 1], one position per pixel, not normalised."""
+    """The identity map: a latent is the image in [-1, 1], one position per pixel, not normalised."""
 
     name = "pixels"
+    source = "built in"
     channels = 3
     downsampling = 1
 
@@ -35,20 +35,7 @@ class PixelAutoencoder(Autoencoder):
         self.check_latents(latents)
         return latents.to(self.device, torch.float32).clamp(-1, 1)
 
-    def identity(self) -> dict[str, Any]:
-        """Return the name and sizes; there are no weights and no normalisation."""
-        return {
-            "name": self.name,
-            "source": "built in",
-            "class": type(self).__name__,
-            "weights_sha256": None,
-            "normalisation": {"kind": "none"},
-            "posterior": self.posterior,
-            "channels": self.channels,
-            "downsampling": self.downsampling,
-        }
-
     def to(self, device: torch.device | str) -> PixelAutoencoder:
-        """Let encode and decode return their results on `device`."""
+        """Make encode and decode return their results on `device`."""
         self.device = torch.device(device)
         return self

@@ -1,7 +1,6 @@
-"""What the autoencoders of diffusers share: loading them whole or not at all, their posterior, their identity.
+"""The common part of diffusers' autoencoders: complete loading, the posterior, the identity.
 
-z is a latent as the model makes it, before normalisation: the mode of the model's Gaussian posterior or a sample of it,
-mean + std * noise.
+z is the model's own latent, before normalisation: the mode of its Gaussian posterior or a sample, mean + std * noise.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model of diffusers, where it came from (a full path or a Hub id), and the PSNR that its file states in dB."""
+    """A model of diffusers, its source (a full path or a Hub id), and the PSNR in dB that its file states."""
 
     model: Any
     source: str
@@ -42,10 +41,10 @@ class Pretrained:
 
 
 class PretrainedAutoencoder(Autoencoder):
-    """A frozen autoencoder of diffusers; subclasses say how z is normalised, and set their sizes."""
+    """A frozen autoencoder of diffusers; subclasses define the normalisation of z and set their sizes."""
 
     def __init__(self, pretrained: Pretrained, name: str, posterior: Posterior = "mode") -> None:
-        # Convolutions over channels-last memory are the faster ones, on this project's CPUs by a third.
+        # Convolutions are faster on channels-last memory, on this project's CPUs by a third.
         self._vae = pretrained.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name = name
         self.source = pretrained.source
@@ -63,16 +62,16 @@ class PretrainedAutoencoder(Autoencoder):
 
     @abc.abstractmethod
     def normalisation(self) -> dict[str, Any]:
-        """Return the kind of the normalisation, and those of its numbers that are no weights, as JSON values."""
+        """Return the kind of the normalisation, and its numbers that are not weights, as JSON values."""
 
     @torch.no_grad()
     def encode(
         self, images: Float[Tensor, "n 3 hh ww"], noise_seeds: Sequence[int] | None = None
     ) -> Float[Tensor, "n c h w"]:
-        """Return the normalised mode of the posterior, or a sample of it, drawn from one seed per image.
+        """Return the normalised mode of the posterior, or a sample drawn from one seed per image.
 
-        Under autocast the network alone computes in half precision. JLTError if a side is no multiple of
-        `downsampling`; ValueError if seeds are needed and there is not one for each image.
+        Under autocast only the network computes in half precision. JLTError if a side is no multiple of
+        `downsampling`; ValueError if a sample is required and there is not one seed per image.
         """
         self.check_images(images)
         images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
@@ -91,14 +90,10 @@ class PretrainedAutoencoder(Autoencoder):
     def identity(self) -> dict[str, Any]:
         """Return names, sizes, normalisation and the hash of all weights, batch-norm statistics included."""
         return {
-            "name": self.name,
-            "source": self.source,
+            **super().identity(),
             "class": type(self._vae).__name__,
             "weights_sha256": self._weights_sha256,
             "normalisation": self.normalisation(),
-            "posterior": self.posterior,
-            "channels": self.channels,
-            "downsampling": self.downsampling,
             "held_out_psnr": self.held_out_psnr,
         }
 
@@ -117,15 +112,15 @@ def _sample(distribution: DiagonalGaussianDistribution, seeds: Sequence[int] | N
     mean, std = distribution.mean.float(), (distribution.logvar.float() / 2).exp()
     if seeds is None or len(seeds) != len(mean):
         raise ValueError(f"{len(mean)} images need {len(mean)} noise seeds, not {0 if seeds is None else len(seeds)}")
-    # Drawn on the CPU, so that every kind of device gives an image the same noise.
+    # Drawn on the CPU, so that an image has the same noise on every kind of device.
     return mean + std * normal_per_sample(seeds, mean.shape[1:]).to(mean.device)
 
 
 def load_pretrained(model_class: type[Any], path: str) -> Pretrained:
-    """Load a model as diffusers saves it: a folder, or a folder or Hub id that holds it in itself or under `vae`.
+    """Load a model that diffusers saved, from a folder or Hub id or from `vae` in it.
 
-    JLTError if there is none, if it is of another class or cannot be read, or if a weight is missing or left over.
-    Only safetensors are read: a pickle runs no code.
+    JLTError if there is none, if it is of another class or cannot be read, or if weights are missing or unexpected.
+    Only safetensors are read, so no pickled code runs.
     """
     kind = model_class.__name__
     location, subfolders = _places(path)
@@ -144,11 +139,11 @@ def load_pretrained(model_class: type[Any], path: str) -> Pretrained:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    # diffusers fills what is missing with random numbers and a line in its log.
+    # diffusers fills missing weights with random numbers and only logs a line.
     if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
         raise JLTError(f"{path} is not an {kind}: {len(wrong)} weights do not match, {wrong[0]!r} first.")
-    if (seen := model.config.in_channels) != 3:
-        raise JLTError(f"{path} encodes images of {seen} channels: an autoencoder of RGB images is needed.")
+    if (channels := model.config.in_channels) != 3:
+        raise JLTError(f"{path} encodes images of {channels} channels: an autoencoder of RGB images is needed.")
     weights = Path(location, subfolder or "", WEIGHTS_FILE)
     psnr = read_metadata(weights).get("held_out_psnr") if weights.is_file() else None
     return Pretrained(model, location, float(psnr) if psnr else None)
@@ -158,10 +153,10 @@ def load_pretrained(model_class: type[Any], path: str) -> Pretrained:
 def _as_jlt_error(path: str, kind: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            # diffusers passes huggingface_hub an argument that this one has retired.
+            # diffusers passes an argument that huggingface_hub no longer accepts.
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", category=UserWarning)
             yield
-    # A damaged config.json makes diffusers fail in any way at all.
+    # With a damaged config.json diffusers raises many types of exceptions.
     except Exception as error:
         raise JLTError(
             f"{path} could not be loaded as an {kind} ({textwrap.shorten(str(error), 300)}): name a folder that "
@@ -172,7 +167,7 @@ def _as_jlt_error(path: str, kind: str) -> Iterator[None]:
 def _read_config(
     model_class: type[Any], location: str, subfolders: Sequence[str | None]
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return the first of the folders that has a configuration, and what is in it."""
+    """Return the first of the folders that has a configuration, and the configuration."""
     for subfolder in subfolders:
         try:
             config = model_class.load_config(location, subfolder=subfolder)
@@ -186,17 +181,17 @@ def _read_config(
 
 
 def _places(path: str) -> tuple[str, tuple[str | None, ...]]:
-    """Return a full path or Hub id, and the folders in it where the model can be, None for itself."""
+    """Return a full path or Hub id, and the folders in it that may hold the model; None is the path itself."""
     folder = Path(path).expanduser()
     for subfolder in ("vae", None):
         if (folder / (subfolder or "") / "config.json").is_file():
             return str(folder.resolve()), (subfolder,)
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise JLTError(
-            f"{path} has no config.json, neither in itself nor in a folder vae: name an autoencoder with "
-            "--autoencoder-path, a folder that diffusers saved or a Hub id such as organisation/name."
+            f"{path} has no config.json, nor has a folder vae in it: name an autoencoder with --autoencoder-path, "
+            "either a folder that diffusers saved or a Hub id such as organisation/name."
         )
-    # What is on the Hub is seen only by asking for it: whole pipelines hold a vae, autoencoders lie open.
+    # Pipelines on the Hub hold a folder vae, single autoencoders do not; only a request shows which it is.
     subfolders = ("vae", None)
     configs = [f"{folder}/config.json" if folder else "config.json" for folder in subfolders]
     require_reachable(path, configs, "name a folder that diffusers saved with --autoencoder-path.")

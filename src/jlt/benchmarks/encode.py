@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder
+from jlt.benchmarks.rounds import time_in_turn
 from jlt.errors import UsageError
 from jlt.images.decoding import load_batch
 from jlt.images.registry import open_source
@@ -23,17 +23,14 @@ from jlt.images.selected import Selected
 from jlt.images.source import ImageSource
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
-from jlt.latents.encoding_batch import exact_arithmetic
 from jlt.latents.encoding_job import EncodingJob
+from jlt.runtime.arithmetic import exact_arithmetic
 from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.processes import spawn_context
-from jlt.runtime.timing import peak_memory
+from jlt.runtime.timing import peak_memory, seconds_of
 
 ROUNDS = 3
 IMAGE_BYTES = 2**30
 """Images that the bare forward keeps in memory; where there are more, it goes through these again."""
-FEW, MANY = 1_000, 100_000
-"""Sizes of the two collections whose peak memory is compared."""
 
 
 def repeated(source: ImageSource, count: int) -> ImageSource:
@@ -52,26 +49,22 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
     source = repeated(open_source(config.images, config.split, config.class_names), num)
     autoencoder = load_autoencoder(config.autoencoder, config.autoencoder_path, default_device(), config.posterior)
     images = _images(EncodingJob(source, autoencoder, config, Path()))
-    bare, encoding = [], []
-    for _ in range(1 + ROUNDS):
-        bare.append(_bare_seconds(autoencoder, images, config))
-        encoding.append(_encoding_seconds(source, autoencoder, config))
-    # The first round warms up.
-    bare_rate, rate = (num / statistics.median(seconds[1:]) for seconds in (bare, encoding))
+    ways = {
+        "bare": partial(_bare_seconds, autoencoder, images, config),
+        "encoding": partial(_encoding_seconds, source, autoencoder, config),
+    }
+    rounds = time_in_turn(ways, ROUNDS, "encoding")
+    bare_rate, rate = num / rounds.seconds("bare"), num / rounds.seconds("encoding")
     return {
         "autoencoder": autoencoder.identity(),
         "images": num,
-        "resolution": config.resolution,
-        "batch_size": config.batch_size,
-        "precision": config.precision,
+        **{name: getattr(config, name) for name in ("resolution", "batch_size", "precision", "threads")},
         "orientations": 1 + config.flips,
         "img_per_second": rate,
         "bare_img_per_second": bare_rate,
         "ratio": rate / bare_rate,
-        "ratio_by_round": [one / other for one, other in zip(bare[1:], encoding[1:], strict=True)],
+        "ratio_by_round": rounds.ratios("encoding", "bare"),
         "peak_memory_mib": peak_memory(autoencoder.device.type) / 2**20,
-        "memory_mib_by_images": {str(count): _fresh_peak_mib(count) for count in (FEW, MANY)},
-        "threads": config.threads,
         "machine": machine(autoencoder.device),
         "versions": versions(),
     }
@@ -89,17 +82,17 @@ def _images(job: EncodingJob) -> list[Float[Tensor, "_ 3 s s"]]:
 
 def _bare_seconds(autoencoder: Autoencoder, images: list[Float[Tensor, "_ 3 s s"]], config: EncodeConfig) -> float:
     device = autoencoder.device.type
-    start = time.perf_counter()
+
+    def encode() -> None:
+        for batch in images:
+            for _ in range(1 + config.flips):
+                autoencoder.encode(batch, range(len(batch)))
+
     with (
         exact_arithmetic(config.threads),
         torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"),
     ):
-        for batch in images:
-            for _ in range(1 + config.flips):
-                autoencoder.encode(batch, range(len(batch)))
-    if device == "cuda":
-        torch.cuda.synchronize(autoencoder.device)
-    return time.perf_counter() - start
+        return seconds_of(encode, device)
 
 
 def _encoding_seconds(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig) -> float:
@@ -107,16 +100,3 @@ def _encoding_seconds(source: ImageSource, autoencoder: Autoencoder, config: Enc
         start = time.perf_counter()
         encode_source(source, autoencoder, config, Path(folder) / "store")
         return time.perf_counter() - start
-
-
-def _fresh_peak_mib(count: int) -> float:
-    """Return the peak memory of a fresh process that encodes so many small images, as pixels."""
-    with ProcessPoolExecutor(1, spawn_context()) as pool:
-        return pool.submit(_peak_mib_of_encoding, count).result()
-
-
-def _peak_mib_of_encoding(count: int) -> float:
-    torch.set_num_threads(1)
-    config = EncodeConfig("digits", "pixels", resolution=8, batch_size=256, flips=False)
-    _encoding_seconds(repeated(open_source("digits"), count), load_autoencoder("pixels"), config)
-    return peak_memory("cpu") / 2**20

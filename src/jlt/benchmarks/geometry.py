@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,25 +11,23 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from jlt.benchmarks.rounds import time_in_turn
 from jlt.config import FLUX2_IMAGENET256, LatentShape
 from jlt.geometry.accumulate import BATCH_VALUES, measure_moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.patches import patch_tokens
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.processes import SingleProcess
-from jlt.runtime.progress import inform
 from jlt.runtime.timing import peak_memory, reset_peak_memory, seconds_of
 
 ROUNDS = 5
 DISTINCT = 512
-"""Random latents that exist; a store of more repeats them, so that nothing is read from a disk."""
+"""Random latents that exist; a larger store repeats them, so that nothing is read from a disk."""
 IMAGENET = 1_281_167
-LARGER = 4
-"""How many times as many latents the second pass has, for what memory depends on."""
 
 
 class RandomLatents:
-    """A store of as many latents as one likes."""
+    """A store of any number of random latents."""
 
     def __init__(self, shape: LatentShape, count: int) -> None:
         self.shape, self._count = shape, count
@@ -45,7 +42,7 @@ class RandomLatents:
         return self._latents[indices % len(self._latents)], torch.from_numpy(indices % self.shape.num_classes)
 
     def identity(self) -> dict[str, Any]:
-        """Say that these are of no data."""
+        """Return that these are no data."""
         return {"source": "random", "count": self._count}
 
 
@@ -57,43 +54,37 @@ def benchmark_geometry(
     store = RandomLatents(shape, count)
     batch = max(1, BATCH_VALUES // (shape.channels * shape.height * shape.width))
     latents = store.gather(np.arange(batch))[0].to(device)
-    tokens = {}
-    for patch_size in patch_sizes:
-        inform(f"token covariance at patch {patch_size}: {ROUNDS} rounds after one that warms up")
-        tokens[str(patch_size)] = _against_product(latents, patch_size, device)
-    seconds, memory = {}, {}
-    for size in (count, LARGER * count):
-        reset_peak_memory(device)
-        larger = RandomLatents(shape, size)
-        seconds[size] = seconds_of(partial(measure_moments, larger, patch_sizes, device, SingleProcess()), device)
-        memory[str(size)] = peak_memory(device) / 2**20
-    rate = LARGER * count / seconds[LARGER * count]
+    tokens = {str(patch_size): _against_product(latents, patch_size, device) for patch_size in patch_sizes}
+    reset_peak_memory(device)
+    rate = count / seconds_of(partial(measure_moments, store, patch_sizes, device, SingleProcess()), device)
     return {
         "shape": [shape.channels, shape.height, shape.width],
         "classes": shape.num_classes,
         "batch_size": batch,
         "tokens": tokens,
+        "count": count,
         "latents_per_second": rate,
         "imagenet_minutes": IMAGENET / rate / 60,
-        "peak_memory_mib_by_count": memory,
+        "peak_memory_mib": peak_memory(device) / 2**20,
         "machine": machine(device),
         "versions": versions(),
     }
 
 
 def _against_product(latents: Float[Tensor, "n c h w"], patch_size: int, device: str) -> dict[str, Any]:
-    """Return latents per second of the covariance and of the product of tokens that lie there in float64, in turn."""
+    """Return latents per second of the covariance and of the product of the same tokens in float64, in turn."""
     matrix = patch_tokens(latents, patch_size).double()
-    rounds = []
-    for _ in range(1 + ROUNDS):
+
+    def update() -> float:
         covariance = TokenCovariance(latents.shape[1], patch_size, device)
-        product = seconds_of(lambda: matrix.T @ matrix, device)
-        rounds.append((product, seconds_of(partial(covariance.update, latents), device)))
-    products, ours = zip(*rounds[1:], strict=True)
+        return seconds_of(partial(covariance.update, latents), device)
+
+    ways = {"product": lambda: seconds_of(lambda: matrix.T @ matrix, device), "covariance": update}
+    rounds = time_in_turn(ways, ROUNDS, f"token covariance, patch {patch_size}")
     return {
         "dimension": matrix.shape[1],
-        "latents_per_second": len(latents) / statistics.median(ours),
-        "product_latents_per_second": len(latents) / statistics.median(products),
-        "ratio": statistics.median(product / own for product, own in rounds[1:]),
-        "ratio_by_round": [product / own for product, own in rounds[1:]],
+        "latents_per_second": len(latents) / rounds.seconds("covariance"),
+        "product_latents_per_second": len(latents) / rounds.seconds("product"),
+        "ratio": rounds.ratio("covariance", "product"),
+        "ratio_by_round": rounds.ratios("covariance", "product"),
     }

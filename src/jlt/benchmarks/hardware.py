@@ -1,6 +1,6 @@
-"""What processors can do at best, by their data sheets, for forecasts and for utilisation (MFU).
+"""Memory and peak rates of GPUs by their data sheets, for forecasts.
 
-Rates are dense, without structured sparsity, and with float32 accumulation where a sheet tells it apart. Sources,
+Rates are dense, without structured sparsity, and with float32 accumulation where a sheet distinguishes it. Sources,
 all NVIDIA's: data sheets of A100, A10, A40, RTX A6000, L4, L40, L40S, H100, H200 and HGX B200; the white papers of the
 GA102 (RTX 3090), Ada (RTX 4090, RTX 6000 Ada) and Blackwell RTX (RTX 5090) architectures, H100-PCIe's float32 rate
 from the white paper of Hopper. Sheets that give rates with sparsity alone were halved. Memory is the sheet's, a GB
@@ -24,56 +24,47 @@ class GPU:
     bfloat16: float
     tf32: float
     float32: float
-    device_names: tuple[str, ...]
-    """What `torch.cuda.get_device_name` calls it."""
 
     def peak(self, precision: Precision) -> float:
         """Return the peak rate in a precision."""
         return {"bfloat16": self.bfloat16, "tf32": self.tf32, "float32": self.float32}[precision]
 
 
-def _gpu(name: str, memory_gb: int, bfloat16: float, tf32: float, float32: float, *device_names: str) -> GPU:
+def _gpu(name: str, memory_gb: int, bfloat16: float, tf32: float, float32: float) -> GPU:
     """Return a GPU from a data sheet's units: GB and TFLOP/s."""
-    return GPU(name, memory_gb * 10**9, bfloat16 * 1e12, tf32 * 1e12, float32 * 1e12, device_names)
+    return GPU(name, memory_gb * 10**9, bfloat16 * 1e12, tf32 * 1e12, float32 * 1e12)
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("A100-40", 40, 312, 156, 19.5, "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
-        _gpu("A100-80", 80, 312, 156, 19.5, "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
-        _gpu("A10", 24, 125, 62.5, 31.2, "NVIDIA A10"),
-        _gpu("A40", 48, 149.7, 74.8, 37.4, "NVIDIA A40"),
-        _gpu("RTX-A6000", 48, 154.8, 77.4, 38.7, "NVIDIA RTX A6000"),
-        _gpu("RTX-3090", 24, 71, 35.6, 35.6, "NVIDIA GeForce RTX 3090"),
-        _gpu("L4", 24, 121, 60, 30.3, "NVIDIA L4"),
-        _gpu("L40", 48, 181, 90.5, 90.5, "NVIDIA L40"),
-        _gpu("L40S", 48, 362, 183, 91.6, "NVIDIA L40S"),
-        _gpu("RTX-4090", 24, 165.2, 82.6, 82.6, "NVIDIA GeForce RTX 4090"),
-        _gpu("RTX-6000-Ada", 48, 364.2, 182.1, 91.1, "NVIDIA RTX 6000 Ada Generation"),
-        _gpu("RTX-5090", 32, 209.5, 104.8, 104.8, "NVIDIA GeForce RTX 5090"),
-        _gpu("H100", 80, 989.4, 494.7, 66.9, "NVIDIA H100 80GB HBM3"),
-        _gpu("H100-PCIe", 80, 756, 378, 51.2, "NVIDIA H100 PCIe"),
-        _gpu("H100-NVL", 94, 835, 417, 60, "NVIDIA H100 NVL"),
-        _gpu("H200", 141, 989.4, 494.7, 66.9, "NVIDIA H200"),
-        _gpu("H200-NVL", 141, 835, 417, 60, "NVIDIA H200 NVL"),
-        _gpu("B200", 180, 2250, 1125, 75, "NVIDIA B200"),
+        _gpu("A100-40", 40, 312, 156, 19.5),
+        _gpu("A100-80", 80, 312, 156, 19.5),
+        _gpu("A10", 24, 125, 62.5, 31.2),
+        _gpu("A40", 48, 149.7, 74.8, 37.4),
+        _gpu("RTX-A6000", 48, 154.8, 77.4, 38.7),
+        _gpu("RTX-3090", 24, 71, 35.6, 35.6),
+        _gpu("L4", 24, 121, 60, 30.3),
+        _gpu("L40", 48, 181, 90.5, 90.5),
+        _gpu("L40S", 48, 362, 183, 91.6),
+        _gpu("RTX-4090", 24, 165.2, 82.6, 82.6),
+        _gpu("RTX-6000-Ada", 48, 364.2, 182.1, 91.1),
+        _gpu("RTX-5090", 32, 209.5, 104.8, 104.8),
+        _gpu("H100", 80, 989.4, 494.7, 66.9),
+        _gpu("H100-PCIe", 80, 756, 378, 51.2),
+        _gpu("H100-NVL", 94, 835, 417, 60),
+        _gpu("H200", 141, 989.4, 494.7, 66.9),
+        _gpu("H200-NVL", 141, 835, 417, 60),
+        _gpu("B200", 180, 2250, 1125, 75),
     )
 }
 """H100 and H200 without a suffix are the SXM modules."""
 
 
 def find_gpu(name: str) -> GPU:
-    """Return the GPU of a name, whatever its case, blanks for dashes; UsageError with the nearest if unknown."""
+    """Return the GPU of a name, in any case, with blanks or dashes; UsageError with the nearest if unknown."""
     folded = {known.lower(): gpu for known, gpu in GPUS.items()}
     wanted = name.lower().replace(" ", "-").replace("_", "-")
     if wanted not in folded:
         raise unknown_name("GPU", name, [*GPUS, "cpu"])
     return folded[wanted]
-
-
-def device_peak(device_name: str, precision: Precision) -> float | None:
-    """Return the peak rate of what `torch.cuda.get_device_name` names; None for a part of a GPU and an unknown one."""
-    # Whole names only: "A10" is in "A10G" and in "A100", a laptop's RTX 4090 is another chip, and a MIG slice a part.
-    known = (gpu.peak(precision) for gpu in GPUS.values() if device_name in gpu.device_names)
-    return next(known, None)

@@ -1,159 +1,113 @@
-"""Memory of the network's forward and backward pass, counted on tensors without data.
+"""Memory of the network's forward and backward pass, by a formula for each part.
 
-The real network runs on PyTorch's fake tensors, whose operations make storages of the right sizes and compute nothing.
-What autograd saves is what is alive when the forward pass is over; peaks are found by watching every storage come and
-go. The count is exact for PyTorch's operations and does not see what a kernel takes for itself while it runs. Attention
-is counted as a CPU's flash kernel saves it, which is what a GPU's saves: queries, keys, values, result and log-sums.
-
-What is saved is affine in the number of images and of blocks. A peak is the largest of several such functions, one for
-each moment at which it may fall, so it is followed along a line for few images and along one for many.
+In the formulas n is the number of tokens, d the hidden size, m that of the perceptron, b the bytes of a value and r
+those of a value between blocks. Attention saves what a flash kernel does: queries, keys, values, result and log-sums.
+What a kernel allocates for itself while it runs is not counted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from jlt.config import NetworkConfig
-from jlt.networks.normalization import saving_as_on_a_gpu
-from jlt.networks.transformer import Transformer
+from jlt.networks.flops import tokens_in_block
+from jlt.networks.layers import FREQUENCIES
 
-FEW_IMAGES, MANY_IMAGES = 2, 256
-"""Not one image: some rearrangements are then views that are copies otherwise."""
-COUNTED_BLOCKS = 1
+FLOAT32, BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True)
 class PassMemory:
     """Bytes of one forward and backward pass, without weights, their gradients, and the latents that come in."""
 
-    saved: int
-    """Alive between the two passes: what autograd saved, the output among it."""
-    forward_peak: int
-    backward_peak: int
-
-    def combine(self, other: PassMemory, rule: Callable[[int, int], int]) -> PassMemory:
-        """Return what a rule makes of each pair of figures."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return PassMemory(*(rule(ours, theirs) for ours, theirs in pairs))
-
-
-@dataclass(frozen=True)
-class Line:
-    """Memory that is affine in the images that go through the network at a time."""
-
-    per_image: PassMemory
-    per_pass: PassMemory
-
-    def at(self, images: int) -> PassMemory:
-        """Return the memory for a number of images."""
-        return self.per_pass.combine(self.per_image, lambda fixed, each: fixed + images * each)
-
-
-@dataclass(frozen=True)
-class PassModel:
-    """Memory of the passes as a function of the images that go through the network at a time."""
-
-    few: Line
-    many: Line
+    activations: int
+    """What autograd saves for the images, the output included."""
+    copies_and_tables: int
+    """What it saves for any number of images: bfloat16 copies of weights under autocast, and rotary tables."""
+    working: int
+    """The peak of the passes above what is saved."""
 
     @property
-    def saved_per_image(self) -> int:
-        """Bytes saved for each image."""
-        return self.few.per_image.saved
-
-    @property
-    def saved_per_pass(self) -> int:
-        """Bytes saved whatever the images: bfloat16 copies of weights under autocast, tables of positions."""
-        return self.few.per_pass.saved
-
-    def at(self, images: int) -> PassMemory:
-        """Return the memory for a number of images."""
-        return self.few.at(images).combine(self.many.at(images), max)
+    def saved(self) -> int:
+        """Bytes in use between the two passes."""
+        return self.activations + self.copies_and_tables
 
 
-@functools.cache
-def measure_passes(config: NetworkConfig, bfloat16: bool, checkpoint_blocks: bool, gpu: bool) -> PassModel:
-    """Return the memory of a network's passes, eager, counted on networks with its widths and fewer blocks.
-
-    `bfloat16` is autocast, `checkpoint_blocks` recomputes each block in the backward pass, and `gpu` counts RMS
-    normalisation as a GPU's fused kernel saves it, where a CPU's own is counted otherwise.
-    """
-
-    def measured(images: int) -> PassMemory:
-        shallow = min(config.depth, config.context_start + COUNTED_BLOCKS)
-        depths = [shallow] if shallow == config.depth else [shallow, shallow + 1]
-        found = [
-            simulate_passes(dataclasses.replace(config, depth=depth), images, bfloat16, checkpoint_blocks, gpu)
-            for depth in depths
-        ]
-        more = config.depth - shallow
-        return found[0].combine(found[-1], lambda first, second: first + more * (second - first))
-
-    def line(images: int) -> Line:
-        here, next_to_it = measured(images), measured(images + 1)
-        each = here.combine(next_to_it, lambda first, second: second - first)
-        return Line(each, here.combine(each, lambda total, slope: total - images * slope))
-
-    return PassModel(line(FEW_IMAGES), line(MANY_IMAGES))
-
-
-def simulate_passes(
-    config: NetworkConfig, images: int, bfloat16: bool, checkpoint_blocks: bool, gpu: bool
+def pass_memory(
+    config: NetworkConfig, images: int, bfloat16: bool, checkpoint_blocks: bool, fused_norm: bool
 ) -> PassMemory:
-    """Return the memory of one forward and backward pass that adds to gradients which are there already."""
-    saving = saving_as_on_a_gpu() if gpu else contextlib.nullcontext()
-    with FakeTensorMode(), saving:
-        network = Transformer(config)
-        network.checkpoint_blocks = checkpoint_blocks
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        z = torch.randn(images, config.channels, config.height, config.width)
-        t, labels = torch.rand(images), torch.zeros(images, dtype=torch.long)
-        held = [*network.parameters(), *(p.grad for p in network.parameters()), *network.buffers(), z, t, labels]
-        with _StorageWatch(held) as watch:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                output = network(z, t, labels)
-            saved, forward_peak = watch.alive, watch.peak
-            watch.peak = watch.alive
-            (output.float() - z).square().mean().backward()
-        return PassMemory(saved, forward_peak, watch.peak)
+    """Return the memory of a network's eager passes for a number of images.
+
+    `bfloat16` is autocast, and `checkpoint_blocks` recomputes each block in the backward pass. A GPU's RMS
+    normalisation (`fused_norm`) saves its input as well as its result, which the one of a CPU saves alone.
+    """
+    b, d, m = BFLOAT16 if bfloat16 else FLOAT32, config.hidden_size, config.mlp_hidden_size
+    blocks = [_saved_by_block(config, index, b, fused_norm) for index in range(config.depth)]
+    inputs = [tokens_in_block(config, index) * d * _residual_bytes(config, index, b) for index in range(config.depth)]
+    ends, one_block, all_blocks = (_copied(config, count) if bfloat16 else 0 for count in (0, 1, config.depth))
+    n, r = tokens_in_block(config, config.depth - 1), _residual_bytes(config, config.depth - 1, b)
+    # The difference to the target, its square, and the gradients of both, in float32.
+    loss = images * 5 * FLOAT32 * config.tokens * _patch_values(config)
+    # In a block: gradients within the perceptron, or one of its weights.
+    within = 2 * m * b - (3 if fused_norm else 2) * d * r
+    gradients = max(images * n * within, images * (1 if fused_norm else 2) * n * d * r + d * m * FLOAT32)
+    if checkpoint_blocks:
+        recomputed = images * (max(blocks) - (max(inputs) if fused_norm else 0))
+        forward = all_blocks - ends + images * n * max(10 * d, 4 * m + d) * b
+        backward = one_block - ends + recomputed + gradients
+        saved = _saved_by_ends(config, b, fused_norm) + sum(inputs)
+        return PassMemory(images * saved, ends, max(loss, forward, backward))
+    saved = _saved_by_ends(config, b, fused_norm) + sum(blocks)
+    tables = sum(_rotary_tables(config, index, b) for index in range(config.depth))
+    return PassMemory(images * saved, all_blocks + tables, max(loss, gradients, images * 3 * n * d * r))
 
 
-class _StorageWatch(TorchDispatchMode):
-    """Bytes of the storages that operations make: those alive now, and the most that were alive at once."""
+def _residual_bytes(config: NetworkConfig, index: int, b: int) -> int:
+    """Return the bytes of a value that enters a block: fixed positions and context tokens are float32."""
+    return FLOAT32 if config.fixed_positions or tokens_in_block(config, index) > config.tokens else b
 
-    def __init__(self, held: Iterable[Tensor | None]) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._held = {tensor.untyped_storage()._cdata: tensor for tensor in held if tensor is not None}
-        self._made: dict[int, tuple[int, weakref.ref[Any]]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        return result
+def _patch_values(config: NetworkConfig) -> int:
+    return config.channels * config.patch_size**2
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._held or key in self._made:
-            return
-        self._made[key] = storage.nbytes(), weakref.ref(storage, lambda _: self._forget(key))
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
 
-    def _forget(self, key: int) -> None:
-        self.alive -= self._made.pop(key)[0]
+def _saved_by_block(config: NetworkConfig, index: int, b: int, fused_norm: bool) -> int:
+    """Return the bytes that autograd saves in a block for an image."""
+    n, r = tokens_in_block(config, index), _residual_bytes(config, index, b)
+    d, m, heads = config.hidden_size, config.mlp_hidden_size, config.num_heads
+    # Results of both normalisations, and where they are fused their inputs.
+    norms = n * d * r * (4 if fused_norm else 2)
+    # Modulated inputs of both branches 2, queries, keys and values 3, queries and keys normalised 2, rolled 2 and
+    # rotated 2, attention 1, results of both branches 2; gate and up 2, SiLU of the gate 1, their product 1.
+    branches = n * (14 * d + 4 * m) * b
+    # Inverse norms of the tokens 2, of queries and keys by head 2, log-sums by head 1.
+    statistics = n * (2 + 3 * heads) * FLOAT32
+    # Shifts, scales and gates 6, 1 + scale 2, its product with the learnt scale 2; the condition that autocast copies.
+    modulation = d * (8 * b + 2 * r + (b if b == BFLOAT16 else 0))
+    return norms + branches + statistics + modulation
+
+
+def _saved_by_ends(config: NetworkConfig, b: int, fused_norm: bool) -> int:
+    """Return the bytes that autograd saves in the embeddings and the final layer for an image, and the output."""
+    n, d, patch = config.tokens, config.hidden_size, _patch_values(config)
+    r = _residual_bytes(config, config.depth - 1, b)
+    embedding = n * (patch + config.bottleneck_size) * b
+    # Sinusoids, the perceptron's values before and after SiLU, their sum with the class, and the condition.
+    condition = (FREQUENCIES + 3 * d) * b + d * FLOAT32
+    normalised = n * (d * r + FLOAT32) + (tokens_in_block(config, config.depth - 1) * d * r if fused_norm else 0)
+    final = normalised + n * d * b + d * (b + r)
+    return embedding + condition + final + n * patch * b
+
+
+def _copied(config: NetworkConfig, blocks: int) -> int:
+    """Return the bytes of bfloat16 copies of the matrices whose inputs have gradients, of some blocks and both ends."""
+    d, patch = config.hidden_size, _patch_values(config)
+    block = 10 * d * d + 3 * d * config.mlp_hidden_size
+    return BFLOAT16 * (blocks * block + 3 * d * d + d * (patch + config.bottleneck_size))
+
+
+def _rotary_tables(config: NetworkConfig, index: int, b: int) -> int:
+    """Return the bytes of a block's cosines and sines times learnt scales, and of tables padded for context tokens."""
+    n, head_size = tokens_in_block(config, index), config.hidden_size // config.num_heads
+    padded = 2 * n * head_size * FLOAT32 if n > config.tokens else 0
+    return 4 * n * head_size * b + padded

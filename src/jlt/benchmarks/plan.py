@@ -1,21 +1,21 @@
-"""What a run will need before anybody pays for it: arithmetic, memory, disk and hours, each with its source.
+"""What a run will need: arithmetic, memory, disk and hours, each with its source.
 
-Units are bytes, seconds and floating-point operations. A figure is counted, read off a data sheet, measured, or an
-assumption that says so.
+Units are bytes, seconds and floating-point operations. Each figure names its source: a count, a data sheet, a
+measurement, a formula or an assumption.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from jlt.benchmarks.hardware import find_gpu
-from jlt.benchmarks.memory import PassMemory, PassModel, measure_passes
+from jlt.benchmarks.memory import FLOAT32, PassMemory, pass_memory
 from jlt.config import NetworkConfig, Parallel, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH
@@ -26,12 +26,11 @@ from jlt.runtime.timing import affordable_size, machine_memory, matmul_rate, pea
 from jlt.training.batch_split import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
-"""An assumption until it is measured on the GPU in question: `jlt benchmark train` prints it."""
-FLOAT32 = 4
+"""An assumption until `jlt benchmark train` measures it on the GPU in question."""
 MOMENTS = 2
 COMPILED_SHARE = 0.8
 """What torch.compile's partitioner saves of the bytes that eager passes with a CPU's normalisation save per image: 0.78
-to 0.81 over widths, grids and precisions. It decomposes the normalisation, whatever the device."""
+to 0.81 over widths, grids and precisions. It decomposes the normalisation on every device."""
 RECOMPUTE_TIME = 4 / 3
 """Four forwards instead of three."""
 BATCH_TENSORS = 4
@@ -42,7 +41,7 @@ GPU_SLACK = 0.1
 CPU_SLACK = 0.25
 """The same for the C library's allocator: 23 and 27% in runs of `jlt benchmark train` with a GiB of activations."""
 LABEL_BYTES = 16
-"""A label and a position in the source, beside each latent of a store."""
+"""A label and a position in the source, stored with each latent."""
 
 Unit = Literal["count", "bytes", "seconds", "hours", "FLOP", "FLOP/s", "per second", "share"]
 
@@ -61,17 +60,14 @@ Figures = Mapping[str, Figure]
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is planned for; rate and memory are those of one process."""
+    """The machine that a run is planned for; rate and memory are those of one process."""
 
     name: str
     processes: int
-    peak: float
-    peak_source: str
-    memory: int
-    memory_source: str
-    outside: int
-    """Bytes that the program takes before any tensor of the run."""
-    outside_source: str
+    peak: Figure
+    memory: Figure
+    outside: Figure
+    """What the program takes before any tensor of the run."""
     slack: float
     """Share of what the passes take that the allocator loses."""
 
@@ -83,12 +79,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of a run: how many, and the size of their store."""
+    """The latents of a run: how many, the bytes of a value, and the size of their store."""
 
     count: int
     value_bytes: int
-    store_bytes: int
-    source: str
+    store: Figure
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class Way:
-    """Settings under which a run fits, the memory that they leave it with, and how long it then takes."""
+    """Settings under which a run fits, the memory that it then needs, and how long it takes."""
 
     settings: Mapping[str, Any]
     bytes: int
@@ -119,13 +114,12 @@ class Plan:
     memory: Figures
     disk: Figures
     time: Figures
+    measured: Figures
+    """An update on this machine, where it was requested."""
     fits: bool
     largest_micro_batch_size: int
     """The largest that fits and divides the batch; 0 where none does."""
     ways_to_fit: tuple[Way, ...]
-
-
-# ---- what it is planned for ----
 
 
 def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware:
@@ -137,45 +131,34 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
         raise JLTError(f"A run needs at least one process, not {processes}.")
     if gpu.lower() != "cpu":
         found = find_gpu(gpu)
-        return Hardware(
-            name=found.name,
-            processes=processes,
-            peak=found.peak(config.precision),
-            peak_source=f"data sheet: dense {config.precision}",
-            memory=found.memory,
-            memory_source="data sheet",
-            outside=CUDA_CONTEXT,
-            outside_source=f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes",
-            slack=GPU_SLACK,
-        )
-    outside = peak_memory("cpu")
+        peak = Figure(found.peak(config.precision), "FLOP/s", f"data sheet: dense {config.precision}")
+        context = f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes"
+        memory, outside = Figure(found.memory, "bytes", "data sheet"), Figure(CUDA_CONTEXT, "bytes", context)
+        return Hardware(found.name, processes, peak, memory, outside, GPU_SLACK)
+    process = f"measured: this process now, and {CPU_SLACK:.0%} of the passes"
+    outside = Figure(peak_memory("cpu"), "bytes", process)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    return Hardware(
-        name="cpu",
-        processes=processes,
-        peak=matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0)) / processes,
-        peak_source="measured here: a matrix product" + (", shared among the processes" if processes > 1 else ""),
-        memory=machine_memory() // processes,
-        memory_source="this machine's" + (", shared among the processes" if processes > 1 else ""),
-        outside=outside,
-        outside_source=f"measured: this process now, and {CPU_SLACK:.0%} of the passes",
-        slack=CPU_SLACK,
-    )
+    rate = matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0))
+    shared = ", shared among the processes" if processes > 1 else ""
+    peak = Figure(rate / processes, "FLOP/s", f"measured here: a matrix product{shared}")
+    memory = Figure(machine_memory() // processes, "bytes", f"this machine's{shared}")
+    return Hardware("cpu", processes, peak, memory, outside, CPU_SLACK)
 
 
 def describe_latents(config: TrainConfig, images: int, manifest: StoreManifest | None) -> Latents:
     """Return the latents of a store, or of one that would be made of `images` images in float16."""
     network = config.network
     if manifest:
+        stored = sum(shard.bytes for shard in manifest.shards)
         size = {"float16": 2, "float32": 4}[manifest.dtype]
-        return Latents(manifest.count, size, sum(shard.bytes for shard in manifest.shards), "the store's manifest")
-    orientations = 2 if config.flips else 1
+        return Latents(manifest.count, size, Figure(stored, "bytes", "the store's manifest"))
     values = network.channels * network.height * network.width
+    total = images * (values * 2 * (2 if config.flips else 1) + LABEL_BYTES)
     source = f"{images:,} x {network.channels}x{network.height}x{network.width} x 2 bytes"
-    total = images * (values * 2 * orientations + LABEL_BYTES)
-    return Latents(images, 2, total, source + (", both orientations" if config.flips else ""))
+    return Latents(images, 2, Figure(total, "bytes", source + (", both orientations" if config.flips else "")))
 
 
+@functools.cache
 def count_network(config: NetworkConfig) -> NetworkSize:
     """Return a network's size, counted without making its weights."""
     with torch.device("meta"):
@@ -183,212 +166,208 @@ def count_network(config: NetworkConfig) -> NetworkSize:
     return NetworkSize(count_parameters(network), count_parameters(network.blocks[0]))
 
 
-# ---- the plan ----
-
-
-def make_plan(config: TrainConfig, latents: Latents, hardware: Hardware, mfu: float) -> Plan:
+def make_plan(
+    config: TrainConfig, latents: Latents, hardware: Hardware, mfu: float, measured: Figures | None = None
+) -> Plan:
     """Return the forecast of a run at a share `mfu` in (0, 1] of the peak rate; JLTError for an impossible batch."""
     if not 0 < mfu <= 1:
         raise JLTError(f"mfu is a share of the peak rate and lies in (0, 1], not {mfu}.")
-    split = split_batch(config, hardware.processes)
-    size = count_network(config.network)
-    memory = memory_figures(config, split, size, hardware, latents)
+    run = _Run(config, latents, hardware, mfu)
+    memory = run.memory()
     fits = memory["total"].value <= memory["available"].value
     return Plan(
         config=config,
         gpu=hardware.name,
         processes=hardware.processes,
-        work=work_figures(config, split, size, latents.count),
+        work=run.work(),
         memory=memory,
-        disk=disk_figures(config, size.parameters, latents),
-        time=time_figures(config, split, size.parameters, hardware, mfu),
+        disk=run.disk(),
+        time=run.time(),
+        measured=measured or {},
         fits=fits,
-        largest_micro_batch_size=largest_micro_batch(config, size, hardware, latents),
-        ways_to_fit=() if fits else tuple(_ways_to_fit(config, size, hardware, latents, mfu)),
+        largest_micro_batch_size=run.largest_micro_batch(),
+        ways_to_fit=() if fits else tuple(run.ways_to_fit()),
     )
 
 
-def work_figures(config: TrainConfig, split: BatchSplit, size: NetworkSize, images: int) -> Figures:
-    """Return how much there is to compute."""
-    flops, seen = training_flops(config.network), config.steps * config.batch_size
-    return {
-        "parameters": Figure(size.parameters, "count", "counted on the network"),
-        "operations_per_image": Figure(flops, "FLOP", "products of the network, three forwards"),
-        "operations_of_the_run": Figure(flops * seen, "FLOP", "per image x images seen"),
-        "steps": Figure(config.steps, "count", "the run's settings"),
-        "images_seen": Figure(seen, "count", "steps x batch size"),
-        "epochs": Figure(seen / images, "count", f"images seen / {images:,} latents"),
-        "batch_size": Figure(config.batch_size, "count", "the run's settings"),
-        "micro_batch_size": Figure(split.micro_batch_size, "count", "batch size / accumulation / processes"),
-        "accumulation": Figure(split.accumulation, "count", "micro-batches per update"),
-    }
+@dataclass(frozen=True)
+class _Run:
+    """A run with the machine that it is planned for."""
+
+    config: TrainConfig
+    latents: Latents
+    hardware: Hardware
+    mfu: float
+
+    @property
+    def split(self) -> BatchSplit:
+        return split_batch(self.config, self.hardware.processes)
+
+    @property
+    def size(self) -> NetworkSize:
+        return count_network(self.config.network)
+
+    def work(self) -> Figures:
+        """Return how much there is to compute."""
+        config, images = self.config, self.latents.count
+        flops, processed = training_flops(config.network), config.steps * config.batch_size
+        return {
+            "parameters": Figure(self.size.parameters, "count", "counted on the network"),
+            "operations_per_image": Figure(flops, "FLOP", "products of the network, three forwards"),
+            "operations_of_the_run": Figure(flops * processed, "FLOP", "per image x images seen"),
+            "steps": Figure(config.steps, "count", "the run's settings"),
+            "images_seen": Figure(processed, "count", "steps x batch size"),
+            "epochs": Figure(processed / images, "count", f"images seen / {images:,} latents"),
+            "batch_size": Figure(config.batch_size, "count", "the run's settings"),
+            "micro_batch_size": Figure(self.split.micro_batch_size, "count", "batch size / accumulation / processes"),
+            "accumulation": Figure(self.split.accumulation, "count", "micro-batches per update"),
+        }
+
+    def time(self) -> Figures:
+        """Return how long the run takes, and what its processes send each other."""
+        hours, step = self.seconds() / 3600, self.seconds() / self.config.steps
+        assumed = "assumption until measured: jlt benchmark train" if self.mfu == DEFAULT_MFU else "given with --mfu"
+        rate = "peak rate x MFU x processes / per image"
+        rate += ", x 3/4 for recomputed blocks" if self.config.gradient_checkpointing else ""
+        return {
+            "peak_rate": self.hardware.peak,
+            "mfu": Figure(self.mfu, "share", assumed),
+            "img_per_second": Figure(self.config.batch_size / step, "per second", rate),
+            "seconds_per_step": Figure(step, "seconds", "batch size / images per second"),
+            "hours": Figure(hours, "hours", "steps x seconds per step; no saving, sampling, evaluation"),
+            "gpu_hours": Figure(hours * self.hardware.processes, "hours", "hours x processes"),
+            "sent_per_step": self.sent_per_step(),
+        }
+
+    def seconds(self) -> float:
+        """Return the seconds of all steps, at an MFU that counts three forwards per image."""
+        config = self.config
+        operations = config.steps * config.batch_size * training_flops(config.network)
+        recomputing = RECOMPUTE_TIME if config.gradient_checkpointing else 1.0
+        return operations * recomputing / (self.hardware.peak.value * self.hardware.processes * self.mfu)
+
+    def sent_per_step(self) -> Figure:
+        """Return the bytes that each process sends for an update, in rings: (W-1)/W of the weights per collective."""
+        processes = self.hardware.processes
+        ring = self.size.parameters * FLOAT32 * (processes - 1) / processes
+        if self.config.parallel == "ddp":
+            return Figure(2 * ring, "bytes", "ring all-reduce: 2 (W-1)/W x gradients, per process")
+        source = "fsdp: two gathers, one scatter of (W-1)/W per micro-batch"
+        return Figure(3 * ring * self.split.accumulation, "bytes", source)
+
+    def memory(self) -> Figures:
+        """Return the bytes of one process at the peak of an update, by part, with their total and what there is."""
+        config, hardware = self.config, self.hardware
+        passes = run_passes(config, self.split.micro_batch_size, hardware.is_gpu)
+        saving = f"what autograd saves, {'GPU' if hardware.is_gpu else 'CPU'} normalisation"
+        if config.gradient_checkpointing:
+            saving = "what autograd saves: the blocks' inputs"
+        elif config.compile:
+            saving = f"what autograd saves eagerly x {COMPILED_SHARE:g}, compiled"
+        copies = "saved for any batch: autocast, rotary tables"
+        values = config.network.channels * config.network.height * config.network.width * self.split.micro_batch_size
+        stored = DEPTH * self.split.accumulation * self.latents.value_bytes
+        batch = {
+            "activations": Figure(passes.activations, "bytes", saving),
+            "weight_copies_and_tables": Figure(passes.copies_and_tables, "bytes", copies),
+            "working_memory": Figure(passes.working, "bytes", "by formula: peak of the passes above what is saved"),
+            "latents_and_noise": Figure(
+                values * (stored + BATCH_TENSORS * FLOAT32),
+                "bytes",
+                "two stored batches; x, eps, z, target in float32",
+            ),
+        }
+        outside = int(hardware.outside.value + hardware.slack * sum(part.value for part in batch.values()))
+        parts = {**self.state(passes), **batch, "outside_the_network": replace(hardware.outside, value=outside)}
+        total = Figure(sum(part.value for part in parts.values()), "bytes", "sum of the above")
+        return {**parts, "total": total, "available": hardware.memory}
+
+    def state(self, passes: PassMemory) -> dict[str, Figure]:
+        """Return weights, gradients, moments and averages, all in float32."""
+        config, size, processes = self.config, self.size, self.hardware.processes
+        sharded = config.parallel == "fsdp" and processes > 1
+        whole = size.parameters * FLOAT32
+        share = -(-whole // processes) if sharded else whole
+        how = f"parameters x 4 bytes / {processes} processes" if sharded else "parameters x 4 bytes"
+        gradients = Figure(share, "bytes", how)
+        if processes == 1 and self.split.accumulation == 1:
+            # They appear as activations are freed: the peak grows where they are more than those.
+            exceeding = max(0, share - passes.saved)
+            gradients = Figure(exceeding, "bytes", "what of them exceeds the activations they replace")
+        averages = [f"ema_{decay:g}" for decay in config.ema] + [f"power_ema_{width:g}" for width in config.power_ema]
+        figures = {
+            "weights": Figure(share, "bytes", how),
+            "gradients": gradients,
+            "adamw_moments": Figure(MOMENTS * share, "bytes", f"2 x {how}"),
+            **{name: Figure(share, "bytes", how) for name in averages},
+        }
+        if sharded:
+            outside_blocks = size.parameters - config.network.depth * size.block_parameters
+            gathered = FLOAT32 * (outside_blocks + 3 * size.block_parameters)
+            source = "assumption: two blocks' weights, one's gradients whole"
+            figures["gathered_by_fsdp"] = Figure(gathered, "bytes", source)
+        return figures
+
+    def disk(self) -> Figures:
+        """Return what the run puts on disk: its latents, the checkpoints that it keeps and the snapshots."""
+        config, weights = self.config, self.size.parameters * FLOAT32
+        tensors = 1 + MOMENTS + len(config.ema) + len(config.power_ema)
+        at_once, snapshots = checkpoints_at_once(config), config.steps // config.snapshot_every * len(config.power_ema)
+        checkpoints, needed = at_once * tensors * weights, "store + checkpoints + snapshots"
+        return {
+            "latent_store": self.latents.store,
+            "checkpoint": Figure(tensors * weights, "bytes", "network, both moments, every average in float32"),
+            "checkpoints_at_once": Figure(at_once, "count", "kept by keep_last, keep_every, and the one being written"),
+            "checkpoints": Figure(checkpoints, "bytes", "checkpoints at once x checkpoint"),
+            "snapshots_written": Figure(snapshots, "count", "every snapshot_every steps, one per power_ema"),
+            "snapshots": Figure(snapshots * weights, "bytes", "snapshots written x parameters x 4 bytes"),
+            "disk_needed": Figure(self.latents.store.value + checkpoints + snapshots * weights, "bytes", needed),
+        }
+
+    @property
+    def share(self) -> int:
+        """The images of a process in an update."""
+        return self.config.batch_size // self.hardware.processes
+
+    def with_settings(self, **settings: Any) -> _Run:
+        """Return the run with other settings."""
+        return replace(self, config=replace(self.config, **settings))
+
+    def with_micro_batch(self, size: int) -> _Run:
+        """Return the run with another micro-batch for the same batch."""
+        return self.with_settings(micro_batch_size=size, accumulation=self.share // size)
+
+    def largest_micro_batch(self) -> int:
+        """Return the largest micro-batch that fits and divides each process's share; 0 where none does."""
+        divisors = (size for size in range(self.share, 0, -1) if self.share % size == 0)
+        available = self.hardware.memory.value
+        return next((n for n in divisors if self.with_micro_batch(n).memory()["total"].value <= available), 0)
+
+    def ways_to_fit(self) -> Iterator[Way]:
+        """Yield the changes that make the run fit, each with the largest micro-batch that it allows."""
+        layouts: tuple[Parallel, ...] = (self.config.parallel,)
+        if self.config.parallel == "ddp" and self.hardware.processes > 1:
+            layouts += ("fsdp",)
+        recomputing = (True,) if self.config.gradient_checkpointing else (False, True)
+        for parallel, recomputes in itertools.product(layouts, recomputing):
+            changed = self.with_settings(parallel=parallel, gradient_checkpointing=recomputes)
+            if micro := changed.largest_micro_batch():
+                changed = changed.with_micro_batch(micro)
+                settings = _settings_to_change(self.config, changed.config)
+                yield Way(settings, int(changed.memory()["total"].value), changed.seconds())
 
 
-def time_figures(config: TrainConfig, split: BatchSplit, parameters: int, hardware: Hardware, mfu: float) -> Figures:
-    """Return how long the run takes, and what its processes send each other."""
-    rate = img_per_second(config, hardware, mfu)
-    seconds = config.steps * config.batch_size / rate
-    assumed = "assumption until measured: jlt benchmark train" if mfu == DEFAULT_MFU else "as asked for with --mfu"
-    recomputed = ", x 3/4 for recomputed blocks" if config.gradient_checkpointing else ""
-    return {
-        "peak_rate": Figure(hardware.peak, "FLOP/s", hardware.peak_source),
-        "mfu": Figure(mfu, "share", assumed),
-        "img_per_second": Figure(rate, "per second", f"peak rate x MFU x processes / per image{recomputed}"),
-        "seconds_per_step": Figure(config.batch_size / rate, "seconds", "batch size / images per second"),
-        "hours": Figure(seconds / 3600, "hours", "steps x seconds per step; no saving, sampling, evaluation"),
-        "gpu_hours": Figure(seconds / 3600 * hardware.processes, "hours", "hours x processes"),
-        "sent_per_step": sent_per_step(config, split, parameters, hardware.processes),
-    }
-
-
-def img_per_second(config: TrainConfig, hardware: Hardware, mfu: float) -> float:
-    """Return the images per second of all processes together, at an MFU that counts three forwards per image."""
-    recomputing = RECOMPUTE_TIME if config.gradient_checkpointing else 1.0
-    return hardware.peak * hardware.processes * mfu / training_flops(config.network) / recomputing
-
-
-def sent_per_step(config: TrainConfig, split: BatchSplit, parameters: int, processes: int) -> Figure:
-    """Return the bytes that each process sends for an update, in rings: (W-1)/W of the parameters per collective."""
-    ring = parameters * FLOAT32 * (processes - 1) / processes
-    if config.parallel == "ddp":
-        return Figure(2 * ring, "bytes", "ring all-reduce: 2 (W-1)/W x gradients, per process")
-    source = "fsdp: two gathers, one scatter of (W-1)/W per micro-batch"
-    return Figure(3 * ring * split.accumulation, "bytes", source)
-
-
-# ---- memory ----
-
-
-def memory_figures(
-    config: TrainConfig, split: BatchSplit, size: NetworkSize, hardware: Hardware, latents: Latents
-) -> Figures:
-    """Return the bytes of one process at the peak of an update, by part, with their total and what there is."""
-    passes = run_passes(config, hardware.is_gpu)
-    state = _state_figures(config, split, size, passes.at(split.micro_batch_size), hardware.processes)
-    passing = {
-        **_pass_figures(config, split.micro_batch_size, passes, hardware),
-        "latents_and_noise": _batch_figure(config, split, latents),
-    }
-    lost = hardware.slack * sum(part.value for part in passing.values())
-    outside = Figure(int(hardware.outside + lost), "bytes", hardware.outside_source)
-    parts = {**state, **passing, "outside_the_network": outside}
-    total = Figure(sum(part.value for part in parts.values()), "bytes", "sum of the above")
-    return {**parts, "total": total, "available": Figure(hardware.memory, "bytes", hardware.memory_source)}
-
-
-def _state_figures(
-    config: TrainConfig, split: BatchSplit, size: NetworkSize, passes: PassMemory, processes: int
-) -> dict[str, Figure]:
-    """Return weights, gradients, moments and averages, all in float32."""
-    sharded = config.parallel == "fsdp" and processes > 1
-    whole = size.parameters * FLOAT32
-    share = -(-whole // processes) if sharded else whole
-    how = f"parameters x 4 bytes / {processes} processes" if sharded else "parameters x 4 bytes"
-    averages = [f"ema_{decay:g}" for decay in config.ema] + [f"power_ema_{width:g}" for width in config.power_ema]
-    figures = {
-        "weights": Figure(share, "bytes", how),
-        "gradients": _gradients(share, how, passes, held=processes > 1 or split.accumulation > 1),
-        "adamw_moments": Figure(MOMENTS * share, "bytes", f"2 x {how}"),
-        **{name: Figure(share, "bytes", how) for name in averages},
-    }
-    if sharded:
-        outside_blocks = size.parameters - config.network.depth * size.block_parameters
-        gathered = FLOAT32 * (outside_blocks + 3 * size.block_parameters)
-        source = "assumption: two blocks' weights, one's gradients whole"
-        figures["gathered_by_fsdp"] = Figure(gathered, "bytes", source)
-    return figures
-
-
-def _gradients(share: int, how: str, passes: PassMemory, held: bool) -> Figure:
-    """Return the gradients that add to the peak of the passes."""
-    if held:
-        return Figure(share, "bytes", how)
-    # They come as activations go: either the passes' peak counts or, at the end, the gradients and one block's work.
-    peak = max(passes.forward_peak, passes.backward_peak)
-    end = share + passes.backward_peak - passes.saved
-    return Figure(max(0, end - peak), "bytes", "what of them exceeds the activations they replace")
-
-
-def _pass_figures(config: TrainConfig, images: int, passes: PassModel, hardware: Hardware) -> dict[str, Figure]:
-    """Return what the forward and backward pass of a micro-batch takes beside weights and gradients."""
-    memory = passes.at(images)
-    peak = max(memory.forward_peak, memory.backward_peak)
-    source = f"what autograd saves, {'GPU' if hardware.is_gpu else 'CPU'} normalisation"
-    if config.gradient_checkpointing:
-        source = "what autograd saves: the blocks' inputs"
-    elif config.compile:
-        source = f"what autograd saves eagerly x {COMPILED_SHARE:g}, compiled"
-    return {
-        "activations": Figure(images * passes.saved_per_image, "bytes", source),
-        "weight_copies_and_tables": Figure(
-            passes.saved_per_pass, "bytes", "saved whatever the batch: autocast, rotary"
-        ),
-        "working_memory": Figure(peak - memory.saved, "bytes", "peak of a simulated pass, above what it saves"),
-    }
-
-
-def _batch_figure(config: TrainConfig, split: BatchSplit, latents: Latents) -> Figure:
-    network = config.network
-    values = network.channels * network.height * network.width * split.micro_batch_size
-    stored = DEPTH * split.accumulation * values * latents.value_bytes
-    return Figure(
-        stored + BATCH_TENSORS * FLOAT32 * values, "bytes", "two stored batches; x, eps, z, target in float32"
-    )
-
-
-def run_passes(config: TrainConfig, gpu: bool) -> PassModel:
-    """Return the memory of the network's passes as a run makes them, with a GPU's normalisation or a CPU's."""
-    bfloat16, recomputes = config.precision == "bfloat16", config.gradient_checkpointing
+def run_passes(config: TrainConfig, images: int, gpu: bool) -> PassMemory:
+    """Return the memory of the network's passes for a micro-batch, with a GPU's normalisation or a CPU's."""
+    recomputes, bfloat16 = config.gradient_checkpointing, config.precision == "bfloat16"
     # What the compiler saves of recomputed blocks is still their inputs.
-    if config.compile and not recomputes:
-        return compiled_passes(measure_passes(config.network, bfloat16, recomputes, gpu=False))
-    return measure_passes(config.network, bfloat16, recomputes, gpu)
-
-
-def compiled_passes(eager: PassModel) -> PassModel:
-    """Return the memory of compiled passes: the partitioner recomputes what is cheap instead of saving it."""
-    spared = round((1 - COMPILED_SHARE) * eager.saved_per_image)
-    less = PassMemory(spared, spared, spared)
-    few, many = (
-        dataclasses.replace(line, per_image=line.per_image.combine(less, lambda each, saved: each - saved))
-        for line in (eager.few, eager.many)
-    )
-    return PassModel(few, many)
-
-
-def largest_micro_batch(config: TrainConfig, size: NetworkSize, hardware: Hardware, latents: Latents) -> int:
-    """Return the largest micro-batch that fits and divides each process's share of the batch; 0 where none does."""
-    share = config.batch_size // hardware.processes
-
-    def fits(micro: int) -> bool:
-        figures = memory_figures(config, BatchSplit(micro, share // micro), size, hardware, latents)
-        return figures["total"].value <= hardware.memory
-
-    return next((micro for micro in range(share, 0, -1) if share % micro == 0 and fits(micro)), 0)
-
-
-def _ways_to_fit(
-    config: TrainConfig, size: NetworkSize, hardware: Hardware, latents: Latents, mfu: float
-) -> Iterator[Way]:
-    """Yield the changes that make a run fit, each with the largest micro-batch that it allows."""
-    share = config.batch_size // hardware.processes
-    layouts: tuple[Parallel, ...] = (config.parallel,)
-    if config.parallel == "ddp" and hardware.processes > 1:
-        layouts += ("fsdp",)
-    recomputing = (True,) if config.gradient_checkpointing else (False, True)
-    for parallel, recomputes in itertools.product(layouts, recomputing):
-        changed = dataclasses.replace(config, parallel=parallel, gradient_checkpointing=recomputes)
-        micro = largest_micro_batch(changed, size, hardware, latents)
-        if not micro:
-            continue
-        changed = dataclasses.replace(changed, micro_batch_size=micro, accumulation=share // micro)
-        total = memory_figures(changed, BatchSplit(micro, share // micro), size, hardware, latents)["total"]
-        seconds = config.steps * config.batch_size / img_per_second(changed, hardware, mfu)
-        yield Way(_settings_to_change(config, changed), int(total.value), seconds)
+    compiled = config.compile and not recomputes
+    passes = pass_memory(config.network, images, bfloat16, recomputes, fused_norm=gpu and not compiled)
+    return replace(passes, activations=round(COMPILED_SHARE * passes.activations)) if compiled else passes
 
 
 def _settings_to_change(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
-    """Return what has to be set for a run to become another; what follows from the rest is left to follow."""
+    """Return the settings that turn one run into another, without those that follow from the others."""
     names = ["parallel", "gradient_checkpointing"]
     if (before.micro_batch_size, before.accumulation) != (0, 0) or after.accumulation > 1:
         names += ["micro_batch_size"]
@@ -396,28 +375,8 @@ def _settings_to_change(before: TrainConfig, after: TrainConfig) -> dict[str, An
     return {name: getattr(after, name) for name in names if getattr(before, name) != getattr(after, name)}
 
 
-# ---- disk ----
-
-
-def disk_figures(config: TrainConfig, parameters: int, latents: Latents) -> Figures:
-    """Return what the run puts on disk: its latents, the checkpoints that it keeps and the snapshots."""
-    weights = parameters * FLOAT32
-    tensors = 1 + MOMENTS + len(config.ema) + len(config.power_ema)
-    at_once, snapshots = checkpoints_at_once(config), config.steps // config.snapshot_every * len(config.power_ema)
-    sizes = latents.store_bytes, at_once * tensors * weights, snapshots * weights
-    return {
-        "latent_store": Figure(sizes[0], "bytes", latents.source),
-        "checkpoint": Figure(tensors * weights, "bytes", "network, both moments, every average in float32"),
-        "checkpoints_at_once": Figure(at_once, "count", "kept by keep_last, keep_every, and the one being written"),
-        "checkpoints": Figure(sizes[1], "bytes", "checkpoints at once x checkpoint"),
-        "snapshots_written": Figure(snapshots, "count", "every snapshot_every steps, one per power_ema"),
-        "snapshots": Figure(sizes[2], "bytes", "snapshots written x parameters x 4 bytes"),
-        "disk_needed": Figure(sum(sizes), "bytes", "store + checkpoints + snapshots"),
-    }
-
-
 def checkpoints_at_once(config: TrainConfig) -> int:
-    """Return how many checkpoints lie on the disk at most: a new one is whole before an old one goes."""
+    """Return how many checkpoints are on the disk at most: a new one is complete before an old one is removed."""
     saved = sorted({*range(config.checkpoint_every, config.steps + 1, config.checkpoint_every), config.steps})
     if not config.keep_last:
         return len(saved)

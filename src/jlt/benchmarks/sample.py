@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import Pretrained
-from jlt.config import SampleConfig, TrainConfig
+from jlt.benchmarks.rounds import time_in_turn
+from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.flops import forward_flops
 from jlt.networks.transformer import build_network
 from jlt.prediction import velocity_from_output
 from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.progress import inform, track
+from jlt.runtime.progress import inform
 from jlt.runtime.timing import matmul_rate, peak_memory, reset_peak_memory, seconds_of
-from jlt.sampling.generate import decode_to_uint8, flow, noise_of
-from jlt.sampling.guidance import Denoiser, rows_evaluated
+from jlt.sampling.generate import LatentSampler, Start, decode_to_uint8
+from jlt.sampling.guidance import Denoiser, in_interval, rows_evaluated
 from jlt.sampling.solvers import network_evaluations
 from jlt.timesteps import sampling_grid
 
@@ -37,55 +37,43 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
     The plain loop is Heun's method with two calls of the network at every evaluation, one for each branch.
     """
     device = default_device()
-    denoiser = _denoiser(config, device)
-    noise, labels = _inputs(config, sample, device)
-    compiled = _denoiser(config, device) if sample.compile else denoiser
+    eager = _sampler(config, sample, device)
+    start = eager.start(range(sample.batch_size))
+    ways = {"plain": partial(plain_heun, eager, start)}
+    sampler = eager
     if sample.compile:
-        compiled.network.compile(dynamic=False)
+        # The eager loop as well: compilation is no merit of the loop.
+        ways["eager"] = partial(eager.flow, start)
+        sampler = _sampler(config, sample, device)
+        sampler.denoiser.network.compile(dynamic=False)
+    ways["jlt"] = partial(sampler.flow, start)
     inform(f"sampling {sample.batch_size} images of {config.name}: {ROUNDS} rounds after one that warms up")
-    ways: dict[str, Callable[[], Any]] = {
-        "jlt": lambda: flow(compiled, noise, labels, sample),
-        "plain": lambda: plain_heun(denoiser, noise, labels, sample),
-    }
-    if sample.compile:
-        # What compilation gives is no merit of the loop.
-        ways["eager"] = lambda: flow(denoiser, noise, labels, sample)
     reset_peak_memory(device)
-    rounds = [
-        {name: seconds_of(way, device) for name, way in ways.items()} for _ in track(range(1 + ROUNDS), "sampling")
-    ][1:]
+    rounds = time_in_turn({name: partial(seconds_of, way, device) for name, way in ways.items()}, ROUNDS, "sampling")
     peak = peak_memory(device)
     autoencoder = _autoencoder(config, autoencoder_path, device)
-    latents = flow(compiled, noise, labels, dataclasses.replace(sample, steps=1, grid=()))
-    decode_to_uint8(autoencoder, latents)
-    decoding = statistics.median(
-        seconds_of(lambda: decode_to_uint8(autoencoder, latents), device) for _ in range(ROUNDS)
-    )
-    seconds = {name: statistics.median(round_[name] for round_ in rounds) for name in ways}
+    latents = dataclasses.replace(sampler, config=dataclasses.replace(sample, steps=1, grid=())).flow(start)
+    decode = partial(seconds_of, partial(decode_to_uint8, autoencoder, latents), device)
+    decoding = time_in_turn({"decode": decode}, ROUNDS, "decoding").seconds("decode")
     dtype = torch.bfloat16 if sample.precision == "bfloat16" else torch.float32
-    eager = "eager" if sample.compile else "jlt"
-    rows = rows_evaluated(sampling_grid(sample), sample)
-    rate, product = sample.batch_size / seconds["jlt"], matmul_rate(dtype, device)
+    rows, seconds, product = rows_evaluated(sample), rounds.seconds("jlt"), matmul_rate(dtype, device)
+    rate = sample.batch_size / seconds
+    settings = ("batch_size", "precision", "compile", "solver", "steps", "cfg_scale")
     return {
         "name": config.name,
-        "batch_size": sample.batch_size,
-        "precision": sample.precision,
-        "compile": sample.compile,
-        "solver": sample.solver,
-        "steps": sample.steps,
-        "cfg_scale": sample.cfg_scale,
+        **{name: getattr(sample, name) for name in settings},
         "cfg_interval": list(sample.cfg_interval),
         "nfe": network_evaluations(sample.solver, sample.steps),
         "rows_per_image": rows,
         "img_per_second": rate,
         "nfe_per_second": rate * rows,
-        "img_per_second_decoded": sample.batch_size / (seconds["jlt"] + decoding),
+        "img_per_second_decoded": sample.batch_size / (seconds + decoding),
         "decoded_per_second": sample.batch_size / decoding,
         "autoencoder": autoencoder.name,
-        "plain_img_per_second": sample.batch_size / seconds["plain"],
-        "ratio": statistics.median(round_["plain"] / round_["jlt"] for round_ in rounds),
-        "ratio_by_round": [round_["plain"] / round_["jlt"] for round_ in rounds],
-        "eager_ratio": statistics.median(round_["plain"] / round_[eager] for round_ in rounds),
+        "plain_img_per_second": sample.batch_size / rounds.seconds("plain"),
+        "ratio": rounds.ratio("jlt", "plain"),
+        "ratio_by_round": rounds.ratios("jlt", "plain"),
+        "eager_ratio": rounds.ratio("eager" if sample.compile else "jlt", "plain"),
         "matmul_gflops": product / 1e9,
         "mfu": rate * rows * forward_flops(config.network) / product,
         "peak_memory_gib": peak / 2**30,
@@ -95,23 +83,21 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
 
 
 @torch.inference_mode()
-def plain_heun(
-    denoiser: Denoiser, noise: Float[Tensor, "n c h w"], labels: Int[Tensor, "n"], sample: SampleConfig
-) -> Float[Tensor, "n c h w"]:
-    """Draw as one writes it first: a call of the network for each branch at every evaluation, guided or not."""
-    null, (low, high) = torch.full_like(labels, denoiser.null_label), sample.cfg_interval
+def plain_heun(sampler: LatentSampler, start: Start) -> Float[Tensor, "n c h w"]:
+    """Draw with the simplest loop: a call of the network for each branch at every evaluation, guided or not."""
+    denoiser, config = sampler.denoiser, sampler.config
+    null = torch.full_like(start.labels, denoiser.null_label)
 
     def velocity(z: Float[Tensor, "n c h w"], t: float) -> Float[Tensor, "n c h w"]:
         times = z.new_full((len(z),), t)
         v_class, v_null = (
-            velocity_from_output(denoiser.prediction, denoiser.network(z, times, y).float(), z, times)
-            for y in (labels, null)
+            velocity_from_output(denoiser.prediction, denoiser.network(z, times, labels).float(), z, times)
+            for labels in (start.labels, null)
         )
-        scale = sample.cfg_scale if t < high and (low == 0 or t > low) else 1.0
-        return v_null + scale * (v_class - v_null)
+        return v_null + (config.cfg_scale if in_interval(t, *config.cfg_interval) else 1.0) * (v_class - v_null)
 
-    z, grid = noise, sampling_grid(sample)
-    with torch.autocast(noise.device.type, torch.bfloat16, enabled=sample.precision == "bfloat16"):
+    z, grid = start.noise, sampling_grid(config)
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         for t, t_next in pairwise(grid):
             v = velocity(z, t)
             if t_next < 1:
@@ -120,17 +106,12 @@ def plain_heun(
     return z
 
 
-def _denoiser(config: TrainConfig, device: str) -> Denoiser:
+def _sampler(config: TrainConfig, sample: SampleConfig, device: str) -> LatentSampler:
     network = build_network(config.network, seed=0).to(device).eval().requires_grad_(False)
-    return Denoiser(network, config.prediction, config.network.num_classes)
-
-
-def _inputs(
-    config: TrainConfig, sample: SampleConfig, device: str
-) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n"]]:
-    network, numbers = config.network, range(sample.batch_size)
-    noise, _ = noise_of(sample.seed, numbers, (network.channels, network.height, network.width), device, 1.0)
-    return noise, torch.arange(sample.batch_size, device=device) % network.num_classes
+    denoiser = Denoiser(network, config.prediction, config.network.num_classes)
+    sizes = config.network
+    shape = LatentShape(sizes.channels, sizes.height, sizes.width, sizes.num_classes)
+    return LatentSampler(denoiser, shape, sample, device)
 
 
 def _autoencoder(config: TrainConfig, path: str | None, device: str) -> Autoencoder:

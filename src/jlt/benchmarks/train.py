@@ -1,34 +1,28 @@
-"""Speed of training on the machine at hand: the trainer's own update, against a matrix product in the same run."""
+"""Speed of training on this machine: the trainer's own update, against a matrix product in the same run."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 
+from jlt.benchmarks.plan import Figure, Figures, count_network
 from jlt.benchmarks.profiling import profile_steps
 from jlt.benchmarks.train_loop import benchmark_loop, require_room
 from jlt.config import Precision, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.latents.order import SampleOrder
 from jlt.networks.flops import training_flops
-from jlt.networks.transformer import Transformer, count_parameters
+from jlt.runtime import timing
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.runtime.timing import (
-    affordable_size,
-    compare_precisions,
-    matmul_rate,
-    peak_memory,
-    reset_peak_memory,
-    seconds_of,
-)
 from jlt.training.batch_split import split_batch
 from jlt.training.draws import draw_step
 from jlt.training.state import initial_state
@@ -51,38 +45,34 @@ def benchmark_train(
     """Measure the update of each training at each batch size; and at the fastest one, on request, what surrounds it.
 
     `measured` has an entry per pair, `best` the fastest batch size by name. Each of the rest is by name and empty where
-    it was not asked for: `loop` (`loop_steps` steps of the training loop, against the bare update), `profile` (where
-    the time of a step goes), `compare` (what compiling, recomputing and precisions give). Times are medians over
-    `steps` updates. What fails beside the update, for want of memory say, has an `error` in place of its figures.
+    it was not requested: `loop` (`loop_steps` steps of the training loop, against the bare update), `profile` (where
+    the time of a step goes), `compare` (compiling, recomputing and other precisions). Times are medians over `steps`
+    updates. A loop or profile that fails, for lack of memory for example, has an `error` in place of its figures.
     """
     if steps < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise UsageError("A benchmark needs at least one measured step and a positive batch size.")
     device = default_device()
     if loop_steps:
         require_room(configs, batch_sizes, loop_steps)
-    precisions = compare_precisions(device)
+    precisions = timing.compare_precisions(device)
     if precisions.warning:
         inform(precisions.warning)
     measured = [
-        measure_or_skip(dataclasses.replace(config, batch_size=batch_size), steps, device)
+        measure_or_skip(replace(config, batch_size=batch_size), steps, device)
         for config in configs
         for batch_size in batch_sizes
     ]
-    best = {config.name: fastest for config in configs if (fastest := _fastest(measured, config.name))}
-    at_best = [dataclasses.replace(c, batch_size=best[c.name]["batch_size"]) for c in configs if c.name in best]
+    fitting = sorted((entry for entry in measured if not entry["out_of_memory"]), key=itemgetter("img_per_second"))
+    # Of each network the last one stays, which is the fastest.
+    best = {entry["preset"]: entry for entry in fitting}
+    at_best = [replace(c, batch_size=best[c.name]["batch_size"]) for c in configs if c.name in best]
     return {
         "measured": measured,
         "best": {name: entry["batch_size"] for name, entry in best.items()},
-        "loop": {
-            config.name: _or_error(benchmark_loop, config, loop_steps, best[config.name], device)
-            for config in at_best
-            if loop_steps
-        },
-        "profile": {
-            config.name: _or_error(profile_update, config, best[config.name], device) for config in at_best if profile
-        },
-        "compare": {config.name: compare_variants(config, steps, device) for config in at_best if compare},
-        "precisions": dataclasses.asdict(precisions),
+        "loop": {c.name: _or_error(benchmark_loop, c, loop_steps, best[c.name], device) for c in at_best if loop_steps},
+        "profile": {c.name: _or_error(profile_update, c, best[c.name], device) for c in at_best if profile},
+        "compare": {c.name: compare_variants(c, steps, device) for c in at_best if compare},
+        "precisions": asdict(precisions),
         "warning": precisions.warning,
         "threads": torch.get_num_threads(),
         "machine": machine(device),
@@ -91,27 +81,18 @@ def benchmark_train(
 
 
 def measure_or_skip(config: TrainConfig, steps: int, device: str) -> dict[str, Any]:
-    """Return what `measure_update` does, or an entry with `out_of_memory` where the batch does not fit."""
+    """Return the settings and what `measure_update` does; `out_of_memory` is true where the batch does not fit."""
     inform(f"measuring {config.name} at batch size {config.batch_size}")
+    compared = ("batch_size", "precision", "compile", "gradient_checkpointing")
+    entry = {"preset": config.name, **{name: getattr(config, name) for name in compared}}
+    entry |= {"accumulation": config.accumulation or 1, "out_of_memory": False}
     try:
-        entry = {**describe(config), "out_of_memory": False, **measure_update(config, steps, device)}
+        entry |= measure_update(config, steps, device)
     except torch.OutOfMemoryError:
-        entry = {**describe(config), "out_of_memory": True}
-    # Only here has everything gone that the failed update held.
+        entry["out_of_memory"] = True
+    # Only here is everything released that the failed update held.
     free_memory(device)
     return entry
-
-
-def describe(config: TrainConfig) -> dict[str, Any]:
-    """Return what distinguishes one measurement from another."""
-    return {
-        "preset": config.name,
-        "batch_size": config.batch_size,
-        "precision": config.precision,
-        "compile": config.compile,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "accumulation": config.accumulation or 1,
-    }
 
 
 def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, Any]:
@@ -122,21 +103,19 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
     """
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with float32_products(config.precision):
-        size = affordable_size(dtype, device, PRODUCT_SECONDS)
-        rate = matmul_rate(dtype, device, size=size)
+        size = timing.affordable_size(dtype, device, PRODUCT_SECONDS)
+        rate = timing.matmul_rate(dtype, device, size=size)
         step = trainer_step(config, device)
-        reset_peak_memory(device)
-        warmup = sum(seconds_of(step, device) for _ in range(WARMUP_STEPS))
-        seconds = statistics.median(seconds_of(step, device) for _ in range(steps))
-        memory = peak_memory(device)
-        rate = max(rate, matmul_rate(dtype, device, size=size))
+        timing.reset_peak_memory(device)
+        warmup = sum(timing.seconds_of(step, device) for _ in range(WARMUP_STEPS))
+        seconds = statistics.median(timing.seconds_of(step, device) for _ in range(steps))
+        memory = timing.peak_memory(device)
+        rate = max(rate, timing.matmul_rate(dtype, device, size=size))
     flops = training_flops(config.network)
-    with torch.device("meta"):
-        parameters = count_parameters(Transformer(config.network))
     return {
         "steps": steps,
-        "parameters": parameters,
-        "network": dataclasses.asdict(config.network),
+        "parameters": count_network(config.network).parameters,
+        "network": asdict(config.network),
         "img_per_second": config.batch_size / seconds,
         "seconds_per_step": seconds,
         "gflop_per_image": flops / 1e9,
@@ -145,6 +124,25 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
         "mfu": flops * config.batch_size / seconds / rate,
         "peak_memory_gib": memory / 2**30,
         "warmup_seconds": warmup,
+    }
+
+
+def measure_share(config: TrainConfig, processes: int) -> Figures:
+    """Return the peak memory and the time of real updates on this machine, of the share of one of some processes.
+
+    The process works alone: nothing is sent, and nothing is sharded. JLTError where the share does not fit.
+    """
+    inform("measuring an update")
+    share = replace(config, batch_size=config.batch_size // processes, parallel="ddp")
+    try:
+        found = measure_update(share, 1, default_device())
+    except torch.OutOfMemoryError:
+        raise JLTError("An update does not fit on this machine: leave --measure out.") from None
+    source = "measured here: the update of one process alone"
+    return {
+        "peak_memory": Figure(found["peak_memory_gib"] * 2**30, "bytes", source),
+        "seconds_per_step": Figure(found["seconds_per_step"], "seconds", source),
+        "mfu": Figure(found["mfu"], "share", "of a matrix product in the same run"),
     }
 
 
@@ -159,31 +157,24 @@ def profile_update(config: TrainConfig, bare: Mapping[str, Any], device: str) ->
 
 
 def compare_variants(config: TrainConfig, steps: int, device: str) -> list[dict[str, Any]]:
-    """Measure eager, compiled and recomputing updates and other precisions, one after the other.
+    """Measure eager updates first, then each with one change: compiled, recomputing, and other precisions.
 
     Each entry has the `variant` and, where it fits, `ratio`: its images per second over those of the eager one.
     """
-    entries = [
-        {"variant": name, **measure_or_skip(variant, steps, device)}
-        for name, variant in variants(config, device).items()
-    ]
-    eager = entries[0].get("img_per_second")
-    for entry in entries:
-        if eager and not entry["out_of_memory"]:
-            entry["ratio"] = entry["img_per_second"] / eager
-    return entries
-
-
-def variants(config: TrainConfig, device: str) -> dict[str, TrainConfig]:
-    """Return the trainings to compare by name: eager first, each other one with one change to it."""
-    eager = dataclasses.replace(config, compile=False, gradient_checkpointing=False)
-    found = {
+    eager = replace(config, compile=False, gradient_checkpointing=False)
+    precisions: list[Precision] = ["float32", "tf32"] if torch.device(device).type == "cuda" else ["float32"]
+    variants: dict[str, TrainConfig] = {
         "eager": eager,
-        "compiled": dataclasses.replace(eager, compile=True),
-        "gradient checkpointing": dataclasses.replace(eager, gradient_checkpointing=True),
+        "compiled": replace(eager, compile=True),
+        "gradient checkpointing": replace(eager, gradient_checkpointing=True),
+        **{name: replace(eager, precision=name) for name in precisions if name != config.precision},
     }
-    others: list[Precision] = ["float32", "tf32"] if torch.device(device).type == "cuda" else ["float32"]
-    return found | {name: dataclasses.replace(eager, precision=name) for name in others if name != config.precision}
+    entries = [{"variant": name, **measure_or_skip(one, steps, device)} for name, one in variants.items()]
+    rate = entries[0].get("img_per_second")
+    for entry in entries:
+        if rate and not entry["out_of_memory"]:
+            entry["ratio"] = entry["img_per_second"] / rate
+    return entries
 
 
 def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:
@@ -197,27 +188,22 @@ def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:
     draws = draw_step(config, SampleOrder(config.batch_size, 0), 0)
 
     def step() -> None:
-        stepper.apply(stepper.differentiate(draws, latents, labels, asked=False))
+        stepper.apply(stepper.differentiate(draws, latents, labels, stop=False))
         state.ema.update(state.step)
 
     return step
 
 
 def free_memory(device: str) -> None:
-    """Give back the memory of what is used no more, compiled code included, which would know the last batch size."""
+    """Free the memory of what is no longer used, and compiled code, which is specialised to the last batch size."""
     torch.compiler.reset()
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _fastest(measured: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
-    fitting = [entry for entry in measured if entry["preset"] == name and not entry["out_of_memory"]]
-    return max(fitting, key=lambda entry: entry["img_per_second"], default=None)
-
-
 def _or_error(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Return figures, or why there are none: what was measured before is not lost for it."""
+    """Return figures, or the error in their place: what was measured before is kept."""
     try:
         found = measure(*arguments)
     except (JLTError, torch.OutOfMemoryError) as error:

@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from jlt.benchmarks.data import SHARD_ROWS, random_shards, require_space
-from jlt.config import TrainConfig
+from jlt.benchmarks.data import SHARD_ROWS, random_shards
+from jlt.benchmarks.plan import count_network
+from jlt.config import TrainConfig, in_steps
 from jlt.errors import UsageError
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
-from jlt.networks.transformer import Transformer, count_parameters
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
+from jlt.storage.rows import require_space
 from jlt.training.loop import Watcher, train
 
 WINDOWS = 4
@@ -29,7 +28,7 @@ MOST_LATENTS = 4000
 
 
 class SavesOnce(Watcher):
-    """Has a checkpoint saved at one step, and written before training goes on, so that the next one need not wait."""
+    """Requests a checkpoint at one step: training waits until it is written, so that the next one need not."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -38,9 +37,8 @@ class SavesOnce(Watcher):
         """Whether this is the step."""
         return step == self.step
 
-    def look(self, checkpoint: Path, group: Group) -> None:  # noqa: ARG002
-        """Look at nothing."""
-        return
+    def look(self, checkpoint: Path, group: Group) -> None:
+        """Do nothing."""
 
 
 def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -53,6 +51,7 @@ def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], dev
     config = loop_config(config, steps)
     with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
         store = random_store(Path(temporary) / "latents", config)
+        config = in_steps(config, len(store))
         train(config, store, Path(temporary) / "run", device, watchers=[SavesOnce(config.steps - config.log_every)])
         log = (Path(temporary) / "run" / "log.jsonl").read_text(encoding="utf-8")
     return loop_figures([json.loads(line) for line in log.splitlines()], bare["img_per_second"])
@@ -98,26 +97,23 @@ def loop_config(config: TrainConfig, steps: int) -> TrainConfig:
 
 def random_store(folder: Path, config: TrainConfig) -> LatentStore:
     """Write random latents for a network, no more than its training reads, and open them."""
-    network = config.network
+    network, count = config.network, _latents(config.batch_size, config.steps)
     shape = (network.channels, network.height, network.width)
-    count = _latents(config.batch_size, config.steps)
     write_store(folder, random_shards(count, shape, SHARD_ROWS, network.num_classes), network.num_classes)
     return LatentStore.open(folder)
 
 
 def require_room(configs: Sequence[TrainConfig], batch_sizes: Sequence[int], steps: int) -> None:
-    """Raise a JLTError unless the disk has room for the largest store with two checkpoints, and steps suffice."""
+    """Raise a JLTError unless the disk has space for the largest store with two checkpoints, and steps suffice."""
     needed = 0
     for config in configs:
         network = loop_config(config, steps).network
-        with torch.device("meta"):
-            parameters = count_parameters(Transformer(network))
-        # Weights, two moments and the averages, twice: an old checkpoint goes when the new one is whole.
-        checkpoints = 2 * 4 * parameters * (3 + len(config.ema) + len(config.power_ema))
+        # Weights, two moments and the averages, twice: an old checkpoint is removed when the new one is complete.
+        checkpoints = 2 * 4 * count_network(network).parameters * (3 + len(config.ema) + len(config.power_ema))
         latents = 2 * 2 * math.prod((network.channels, network.height, network.width))
         needed = max(needed, checkpoints + latents * _latents(max(batch_sizes), steps))
-    with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
-        require_space(Path(temporary), needed, "leave the training loop out with --loop-steps 0")
+    what = "The files of the training loop (none with --loop-steps 0)"
+    require_space(Path(tempfile.gettempdir()), needed, what)
 
 
 def _latents(batch_size: int, steps: int) -> int:

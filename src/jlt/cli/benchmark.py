@@ -1,116 +1,162 @@
-"""The verbs of `jlt benchmark`. Nothing heavy is imported before one of them runs."""
+"""The benchmarks of `jlt benchmark`. Nothing heavy is imported before one of them runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from jlt.cli.command import Command, Result
-from jlt.config import Precision
+from jlt.cli.command import Command, Flat, Result
+from jlt.config import InferencePrecision, Precision, SampleConfig
 from jlt.errors import UsageError
+from jlt.experiments.systems import preset_config
+from jlt.latents.encode_config import EncodeConfig
+from jlt.report import benchmark_table as tables
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """Settings of an update that a training takes too."""
+
+    precision: Precision = "bfloat16"
+    """Precision of the network; bfloat16 is autocast."""
+    compile: bool = False
+    """torch.compile the network; needs a C++ compiler on a CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more compute."""
+    accumulation: int = 1
+    """Micro-batches per update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmark(Command):
-    """The trainer's own update on random latents, against a matrix product in the same run.
+    """Measure the update of a training, against a matrix product.
 
-    Every network is measured at every batch size; those that do not fit in memory are passed over. At the fastest
-    batch size the rest is measured: the training loop, and what --profile and --compare ask for.
+    Measures every network at every batch size on random latents, and skips those that do not fit in memory. At the
+    fastest batch size it also measures the training loop, and what --profile and --compare request.
 
     For example:
-
       jlt benchmark train --preset JLT-B/1 --batch-size 8 16 --compile --profile
     """
 
     preset: tuple[str, ...] = ("JLT-B/1",)
+    """Networks and their predictions, such as JLT-B/1 or DiT-L/2."""
     batch_size: tuple[int, ...] = (8,)
+    """Samples per update."""
     steps: int = 5
     """Measured updates, after a few that warm up."""
-    precision: Precision = "bfloat16"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    accumulation: int = 1
-    """Micro-batches of one update."""
+    update: Annotated[UpdateOptions, Flat] = UpdateOptions()
     loop_steps: int = 40
-    """Steps of the training loop with its data, log and checkpoints, which go to a temporary folder; 0 for none."""
+    """Steps of the training loop with data, log and checkpoints in a temporary folder; 0 skips it."""
     profile: bool = False
-    """Say where the time of a step goes."""
+    """Also measure the parts of a step."""
     compare: bool = False
-    """Measure eager, compiled and recomputing updates and other precisions in turn."""
+    """Also measure eager, compiled and recomputing updates and other precisions."""
 
     def run(self) -> Result:
-        from jlt.experiments.systems import preset_config
-
-        configs = [
-            preset_config(
-                name,
-                precision=self.precision,
-                compile=self.compile,
-                gradient_checkpointing=self.gradient_checkpointing,
-                accumulation=self.accumulation,
-            )
-            for name in self.preset
-        ]
+        configs = [preset_config(name, **vars(self.update)) for name in self.preset]
         from jlt.benchmarks.train import benchmark_train
-        from jlt.report.benchmark_table import benchmark_table
 
-        result = benchmark_train(
+        measured = benchmark_train(
             configs, self.batch_size, self.steps, self.loop_steps, profile=self.profile, compare=self.compare
         )
-        return Result(result, benchmark_table(result))
+        return Result(measured, tables.benchmark_table(measured))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBenchmark(Command):
+    """Measure sampling and decoding, against a plain loop.
+
+    The network has random weights. The plain loop calls it once per branch of guidance at every evaluation.
+
+    For example:
+      jlt benchmark sample --preset JLT-B/1 --batch-size 4 --compile
+    """
+
+    preset: str = "JLT-B/1"
+    """Network and its prediction, such as JLT-B/1 or DiT-L/2."""
+    batch_size: int = 4
+    """Images generated at a time."""
+    steps: int = 50
+    """Steps of the Heun solver."""
+    cfg_scale: float = 2.9
+    """Guidance scale w (eq. 7); 1 is unguided."""
+    cfg_interval: tuple[float, float] = (0.1, 1.0)
+    """Guidance interval: low and high time (eq. 7)."""
+    precision: InferencePrecision = "float32"
+    """Precision of the network; bfloat16 is autocast."""
+    compile: bool = False
+    """torch.compile the network; needs a C++ compiler on a CPU."""
+    autoencoder_path: str | None = None
+    """Weights of FLUX.2's autoencoder: a folder or Hub id. Default: random ones of its class and size."""
+
+    def run(self) -> Result:
+        config = preset_config(self.preset)
+        from jlt.benchmarks.sample import benchmark_sample
+
+        sample = SampleConfig(
+            steps=self.steps,
+            cfg_scale=self.cfg_scale,
+            cfg_interval=self.cfg_interval,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            compile=self.compile,
+        )
+        measured = benchmark_sample(config, sample, self.autoencoder_path)
+        return Result(measured, tables.sample_benchmark_table(measured))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchmark(Command):
-    """Reading latents as training does, against other ways of reading them in the same run.
+    """Measure how fast latents are read, against other ways.
 
     For example:
-
       jlt benchmark data --count 8000 --batch-size 256
     """
 
     latents: Path | None = None
-    """A store to read (default: a temporary one of random 128x16x16 latents)."""
+    """Folder of the latent store. Default: a temporary one of random 128x16x16 latents."""
     count: int = 8000
     """Latents in the temporary store."""
     batch_size: int = 256
+    """Latents per batch."""
     seconds: float = 1.0
-    """How long each way of reading is timed in each round."""
+    """Seconds for each way of reading in each round."""
 
     def run(self) -> Result:
         from jlt.benchmarks.data import benchmark_data
-        from jlt.report.benchmark_table import data_benchmark_table
 
         measured = benchmark_data(self.latents, self.count, self.batch_size, self.seconds)
-        return Result(measured, data_benchmark_table(measured))
+        return Result(measured, tables.data_benchmark_table(measured))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeBenchmark(Command):
-    """Encoding, against the autoencoder's bare forward on the same images in the same run.
+    """Measure encoding, against the autoencoder's forward pass.
 
     For example:
-
       jlt benchmark encode --autoencoder flux2 --images photos --num 64
     """
 
     images: str = "digits"
-    """What to encode, as in jlt encode; repeated until there are --num."""
-    autoencoder: str = "tiny"
-    autoencoder_path: str | None = None
-    resolution: int = 256
+    """Images, as for jlt encode; they are repeated up to --num."""
     num: int = 256
-    """Images to encode."""
+    """Number of images to encode."""
+    autoencoder: str = "tiny"
+    """Autoencoder: flux2, kl, pixels or tiny."""
+    autoencoder_path: str | None = None
+    """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
+    resolution: int = 256
+    """Side of the centre crop in pixels."""
     batch_size: int = 32
-    precision: Literal["float32", "bfloat16"] = "float32"
+    """Images per pass through the autoencoder."""
+    precision: InferencePrecision = "float32"
+    """Precision of the autoencoder; bfloat16 is autocast."""
     workers: int | None = None
-    """Processes that decode images (default: one per core, none for a bundled set)."""
+    """Processes that decode images. Default: one per core; none for a bundled set."""
 
     def run(self) -> Result:
         from jlt.benchmarks.encode import benchmark_encode
-        from jlt.latents.encode_config import EncodeConfig
-        from jlt.report.benchmark_table import encode_benchmark_table
 
         config = EncodeConfig(
             images=self.images,
@@ -122,69 +168,29 @@ class EncodeBenchmark(Command):
             workers=self.workers,
         )
         measured = benchmark_encode(config, self.num)
-        return Result(measured, encode_benchmark_table(measured))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleBenchmark(Command):
-    """Sampling with random weights, against a plain loop over the same network in the same run; and decoding.
-
-    The plain loop calls the network once for each branch of guidance at every evaluation.
-
-    For example:
-
-      jlt benchmark sample --preset JLT-B/1 --batch-size 4 --compile
-    """
-
-    preset: str = "JLT-B/1"
-    batch_size: int = 4
-    steps: int = 50
-    cfg_scale: float = 2.9
-    cfg_interval: tuple[float, float] = (0.1, 1.0)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    autoencoder_path: str | None = None
-    """Weights of FLUX.2's autoencoder (default: random ones of its class and size)."""
-
-    def run(self) -> Result:
-        from jlt.benchmarks.sample import benchmark_sample
-        from jlt.config import SampleConfig
-        from jlt.experiments.systems import preset_config
-        from jlt.report.benchmark_table import sample_benchmark_table
-
-        sample = SampleConfig(
-            steps=self.steps,
-            cfg_scale=self.cfg_scale,
-            cfg_interval=self.cfg_interval,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            compile=self.compile,
-        )
-        measured = benchmark_sample(preset_config(self.preset), sample, self.autoencoder_path)
-        return Result(measured, sample_benchmark_table(measured))
+        return Result(measured, tables.encode_benchmark_table(measured))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeometryBenchmark(Command):
-    """Measuring the geometry of random 128x16x16 latents, against a bare matrix product in the same run.
+    """Measure the geometry of random latents, against a matrix product.
 
     For example:
-
       jlt benchmark geometry --patch-size 1 2 --count 2000
     """
 
     patch_size: tuple[int, ...] = (1, 2)
+    """Patch sizes: sides of a token in latent positions."""
     count: int = 2000
-    """Latents of the first of two passes; the second has four times as many."""
+    """Latents of the measured pass."""
 
     def run(self) -> Result:
-        from jlt.benchmarks.geometry import benchmark_geometry
-        from jlt.report.benchmark_table import geometry_benchmark_table
-
         if self.count < 2:
             raise UsageError("--count must be 2 or more.")
+        from jlt.benchmarks.geometry import benchmark_geometry
+
         measured = benchmark_geometry(self.patch_size, self.count)
-        return Result(measured, geometry_benchmark_table(measured))
+        return Result(measured, tables.geometry_benchmark_table(measured))
 
 
 BENCHMARKS: dict[str, type[Command]] = {
@@ -198,9 +204,8 @@ BENCHMARKS: dict[str, type[Command]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Command):
-    """Measure speed, utilisation and memory on this machine: of training, of sampling, of reading data, of encoding.
+    """Measure speed, utilisation and memory on this machine.
 
     For example:
-
       jlt benchmark train --preset JLT-B/1 --batch-size 8 --compile
     """

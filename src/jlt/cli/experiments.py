@@ -1,80 +1,86 @@
-"""Commands that compare systems: quickstart, ablate, report."""
+"""Commands that compare systems and report results: quickstart, ablate, report."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from jlt.cli.command import Command, Positional, Result, command_line
+from jlt.cli.command import Command, Flat, Result, command_line
+from jlt.cli.options import FeatureOptions, Folder, LatentsPath, SystemWorkers
 from jlt.cli.recipe import RecipeCommand
 from jlt.config import LossSpace, Prediction, SampleConfig
 from jlt.experiments.recipes import DIGITS_SAMPLING
+from jlt.report.page import write_report
+from jlt.report.terminal import results_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart(Command):
-    """From scanned digits to a report on which prediction target their latent space favours.
+    """Train and compare x, eps and v on the bundled digits.
 
-    Interrupt it as you like: the same words continue it.
+    Encodes the digits, forecasts the best prediction, trains six systems, and writes a report. Run the same command
+    again to resume.
 
     For example:
-
       jlt quickstart --out quickstart --seeds 0 1 2
     """
 
     out: Path = Path("quickstart")
-    """Folder for latents, runs and report."""
+    """Folder of the latents, the runs and the report."""
     seeds: tuple[int, ...] = (0,)
-    """One training of each system per seed."""
-    workers: int | None = None
-    """Systems side by side (default: 2 on a CPU, 1 on a GPU)."""
+    """Seeds; each system is trained once per seed."""
     steps: int | None = None
-    """Training steps of each system, for a shorter look."""
+    """Training steps of each system. Default: those of the recipe."""
+    workers: SystemWorkers = None
 
     def run(self) -> Result:
         from jlt.experiments.quickstart import quickstart
-        from jlt.report.terminal import results_table
+        from jlt.results.files import result_json
 
-        summary = quickstart(self.out, self.seeds, self.workers, self.steps, command_line())
-        return Result(summary, f"{results_table(self.out)}\n\nOpen {summary['report']}")
+        ablation, report = quickstart(self.out, self.seeds, self.workers, self.steps, command_line())
+        data = {**result_json(ablation), "report": str(report)}
+        return Result(data, f"{results_table(self.out)}\n\nOpen {report}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(RecipeCommand):
-    """Train, measure and report systems that differ in the named axes and in nothing else. For example:
+    """Train and compare systems that differ only in named axes.
 
-    jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
+    The axes are the options with several values; every combination is trained and evaluated. Any setting of the recipe
+    can be overridden, as in jlt train. Run the same command again to resume.
+
+    For example:
+      jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2
     """
 
-    latents: Path
+    latents: LatentsPath
     out: Path
+    """Folder of the runs, results and report."""
     prediction: tuple[Prediction, ...] = ("x", "v")
+    """Axis: predictions, x, eps or v."""
     loss_space: tuple[LossSpace, ...] = ("v",)
+    """Axis: spaces of the loss."""
     patch_size: tuple[int, ...] = (1,)
+    """Axis: patch sizes."""
     seed: tuple[int, ...] = (0,)
+    """Axis: seeds of the training."""
     anisotropy: tuple[float, ...] = ()
-    """Train in coordinates whose eigenvalues are raised to these powers: 0 is whitened, 1 untouched."""
+    """Axis: coordinates in which eigenvalues are raised to these powers; 0 is whitened, 1 is unchanged."""
     width: tuple[int, ...] = ()
-    """Widths of the network (default: the recipe's)."""
-    sample: SampleConfig = DIGITS_SAMPLING
-    reference: str = ""
-    """Real images or an .npz of their statistics; empty takes the images that the store was made from."""
-    features: str = "digits"
-    """Feature extractor: digits, inception or dinov2."""
-    features_path: str = ""
-    """Where its weights are, if not in the usual place."""
+    """Axis: network widths. Default: that of the recipe."""
     evaluations: int = 6
     """Points of each training curve."""
-    workers: int | None = None
-    """Systems side by side (default: 2 on a CPU, 1 on a GPU)."""
+    reference: str = ""
+    """Real images, or an .npz of their statistics. Default: the images that the latents were encoded from."""
+    features: Annotated[FeatureOptions, Flat] = field(default_factory=FeatureOptions)
+    sample: SampleConfig = DIGITS_SAMPLING
+    """Settings of the sampler."""
+    workers: SystemWorkers = None
 
     def run(self) -> Result:
         from jlt.experiments.ablation import AblationConfig, ablate
-        from jlt.report.page import write_report
-        from jlt.report.terminal import results_table
+        from jlt.results.files import result_json
 
         config = AblationConfig(
             train=self.resolve(self.latents),
@@ -84,32 +90,32 @@ class Ablate(RecipeCommand):
             seed=self.seed,
             sample=self.sample,
             evaluations=self.evaluations,
-            extractor=self.features,
-            features_path=self.features_path,
+            extractor=self.features.features,
+            features_path=str(self.features.features_path or ""),
             reference=self.reference,
             anisotropy=self.anisotropy,
             width=self.width,
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,
         )
-        summary = ablate(config, self.latents, self.out, self.workers, command_line())
+        ablation = ablate(config, self.latents, self.out, self.workers, command_line())
         report = write_report(self.out)
-        return Result({**summary, "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
+        return Result({**result_json(ablation), "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Command):
-    """Write report.html for a run (also one under way), an ablation, a quickstart, a sweep or an analysis.
+    """Write report.html for a run, ablation, sweep or analysis.
+
+    A run may still be training.
 
     For example:
-
       jlt report quickstart
     """
 
-    folder: Annotated[Path, Positional, tyro.conf.arg(metavar="DIR")]
+    folder: Folder
+    """Folder of a run, an ablation, a quickstart, a sweep or an analysis."""
 
     def run(self) -> Result:
-        from jlt.report.page import write_report
-
         page = write_report(self.folder)
         return Result({"report": str(page)}, f"Open {page}")

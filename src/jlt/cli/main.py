@@ -1,4 +1,4 @@
-"""The command line: one data class per verb, parsed by tyro. Nothing heavy is imported before a verb runs."""
+"""The command line: parse the arguments, run the command, and turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import errno
 import inspect
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
 import tyro
 
 from jlt.cli.benchmark import BENCHMARKS, Benchmark
-from jlt.cli.command import Command
+from jlt.cli.command import PARSING, Command
+from jlt.cli.evaluation import Evaluate, Fetch, Reference, Sweep
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
-from jlt.cli.recipe import PARSING, RecipeCommand
-from jlt.cli.sampling import Evaluate, Fetch, Reference, Sample
-from jlt.cli.sweep import Sweep
+from jlt.cli.recipe import RecipeCommand, print_settings
+from jlt.cli.sampling import Sample
 from jlt.cli.training import Plan, Train
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
+from jlt.runtime.signals import Stopped
 
 STOPPED = os.EX_TEMPFAIL
-"""Exit code of work that was asked to stop and is saved: the code by which a job asks to be run again."""
+"""Exit code of work that was stopped on request and is saved: a job scheduler runs it again."""
+RESUME = "Run the same command again to resume."
 
-
+# In the order in which the work is done, which is that of `jlt --help`.
 COMMANDS: tuple[type[Command], ...] = (
     Quickstart,
     Encode,
@@ -39,9 +40,9 @@ COMMANDS: tuple[type[Command], ...] = (
     Plan,
     Train,
     Sample,
-    Evaluate,
-    Reference,
     Fetch,
+    Reference,
+    Evaluate,
     Sweep,
     Ablate,
     Report,
@@ -51,90 +52,95 @@ DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sa
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Return the verb that the words make; wrong ones are a SystemExit of 2 or an UsageError."""
+    """Return the command that the arguments name; wrong ones raise SystemExit with code 2 or a UsageError."""
     if arguments[:1] == ["benchmark"]:
         return _parse(list(arguments[1:]), BENCHMARKS, "jlt benchmark", inspect.getdoc(Benchmark) or "")
-    named: dict[str, type[Command]] = {verb.__name__.lower(): verb for verb in COMMANDS}
-    if any(word.partition("=")[0] == "--adopt" for word in arguments):
-        named["encode"] = Adopt
-    return _parse(list(arguments), named, "jlt", DESCRIPTION)
+    commands: dict[str, type[Command]] = {command.__name__.lower(): command for command in COMMANDS}
+    if any(argument.partition("=")[0] == "--adopt" for argument in arguments):
+        commands["encode"] = Adopt
+    return _parse(list(arguments), commands, "jlt", DESCRIPTION)
 
 
-def _parse(arguments: list[str], named: dict[str, type[Command]], prog: str, description: str) -> Command:
-    # The list of verbs shows one line for each; the help of a verb shows its example too.
-    chosen = arguments[0] if arguments else None
-    if chosen and not chosen.startswith("-") and chosen not in named:
-        raise unknown_name("verb" if prog == "jlt" else "benchmark", chosen, named)
-    kinds = [
-        Annotated[verb, tyro.conf.subcommand(name, description=None if name == chosen else _summary(verb))]
-        for name, verb in named.items()
+def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: str, description: str) -> Command:
+    name = arguments[0] if arguments else "-"
+    if not name.startswith("-") and name not in commands:
+        raise unknown_name("command" if prog == "jlt" else "benchmark", name, commands)
+    # The list of commands shows the first line of each; the help of a command shows its whole docstring.
+    branches = [
+        Annotated[command, tyro.conf.subcommand(key, description=None if key == name else _summary(command))]
+        for key, command in commands.items()
     ]
-    union: Any = Union[tuple(kinds)]  # noqa: UP007
-    options: dict[str, Any] = {"prog": prog, "description": description, "config": PARSING}
-    verb, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
-    if isinstance(verb, RecipeCommand):
-        return dataclasses.replace(verb, overrides=tuple(rest))
-    # Parsing once more without leave for unknown words explains them.
-    return tyro.cli(union, args=arguments, **options) if rest else verb
+    union: Any = Union[tuple(branches)]  # noqa: UP007
+    options: dict[str, Any] = {"prog": prog, "description": description, **PARSING}
+    try:
+        command, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
+    except SystemExit as leave:
+        recipe = arguments[1] if len(arguments) > 1 else "-"
+        overrides = issubclass(commands.get(name, Command), RecipeCommand)
+        if overrides and not leave.code and not recipe.startswith("-"):
+            print_settings(name, recipe)
+        raise
+    if isinstance(command, RecipeCommand):
+        return dataclasses.replace(command, overrides=tuple(rest))
+    # tyro explains unknown arguments only where it does not return them.
+    return tyro.cli(union, args=arguments, **options) if rest else command
 
 
-def _summary(verb: type[Command]) -> str:
-    return re.split(r"[.;:](?=\s|$)", verb.__doc__ or "", maxsplit=1)[0].replace("\n    ", " ") + "."
+def _summary(command: type[Command]) -> str:
+    return (inspect.getdoc(command) or "").splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 when done, 1 on failure, 2 when the words were wrong, 75 when asked to stop."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if processes.rank() > 0:
-        # The first process speaks for all; an error is said by whom it befell.
+    """Run the command line; return 0 when done, 1 on failure, 2 for wrong arguments, 75 when stopped on request."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = processes.rank() == 0
+    if not first:
+        # Process 0 prints progress and results for all; each process prints its own error.
         silence()
     try:
-        verb = parse(words)
-        result = verb.run()
+        command = parse(arguments)
+        result = command.run()
     except SystemExit as leave:
         return int(leave.code or 0)
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in words:
+        if "--debug" in arguments:
             traceback.print_exc()
-        return _leave(_explain(error))
-    if processes.rank() > 0:
-        return 0 if result.sound else 1
-    try:
-        print(json.dumps(result.data) if verb.json else result.text, flush=True)
-    except BrokenPipeError:
-        # The reader, `head` say, has seen enough; the interpreter must not complain when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0 if result.sound else 1
+        return _leave(_print_error(error))
+    if first:
+        try:
+            print(json.dumps(result.data) if command.json else result.text, flush=True)
+        except BrokenPipeError:
+            # The reader of the pipe, such as `head`, has ended; the interpreter must not complain at its last flush.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+    return 0 if result.ok else 1
 
 
 def _leave(code: int) -> int:
     """Return the exit code; among several processes with GPUs, end with it at once."""
     torch = sys.modules.get("torch")
     if processes.world_size() > 1 and torch is not None and torch.cuda.is_initialized():
-        # Taking a GPU's connections down would wait for a process that may be gone.
+        # Closing a GPU's connections would wait for a process that may have ended.
         sys.stdout.flush()
         os._exit(code)
     return code
 
 
-def _explain(error: BaseException) -> int:
-    """Say in one sentence on stderr what went wrong, and return the exit code."""
-    from jlt.runtime.signals import Stopped
-
+def _print_error(error: BaseException) -> int:
+    """Print the error as one sentence on stderr, and return the exit code."""
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        sentence = f"{str(error) or 'Interrupted.'} The same words continue it."
+        sentence = f"{str(error) or 'Interrupted.'} {RESUME}"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        sentence = "jlt: The disk is full. What was saved stays good; make room, and the same words continue it."
+        sentence = f"jlt: The disk is full. Saved files stay valid: free some space. {RESUME}"
     elif isinstance(error, OSError) and error.strerror:
         sentence = f"jlt: {error.strerror}: {error.filename}" if error.filename else f"jlt: {error.strerror}"
     elif isinstance(error, JLTError):
         sentence = f"jlt: {error}"
     else:
-        sentence = f"jlt: {type(error).__name__}: {error} (--debug shows where)"
+        sentence = f"jlt: {type(error).__name__}: {error} (--debug prints the traceback)"
     process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
-    where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    print(f"{process}{sentence}{where}", file=sys.stderr, flush=True)
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    print(f"{process}{sentence}{notes}", file=sys.stderr, flush=True)
     if isinstance(error, Stopped):
         return STOPPED
     return 2 if isinstance(error, UsageError) else 1

@@ -1,4 +1,4 @@
-"""Commands that train or forecast a training: train, plan."""
+"""Commands that plan and train: plan, train."""
 
 from __future__ import annotations
 
@@ -10,17 +10,57 @@ from jlt.cli.command import Result
 from jlt.cli.recipe import RecipeCommand
 from jlt.errors import UsageError
 from jlt.experiments.recipes import images_of_recipe
+from jlt.report.plan_table import plan_table
 from jlt.storage.codec import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(RecipeCommand):
-    """Train a recipe on a latent store; the same words continue an interrupted run.
+class Plan(RecipeCommand):
+    """Estimate memory, disk space and hours of a training.
 
-    Any setting of the recipe can be overridden, and --print-config lists them all. RUN/config.json is a recipe too.
+    Each figure states where it comes from. Any setting of the recipe can be overridden, as in jlt train.
 
     For example:
+      jlt plan imagenet256-jlt-b1 --gpus 8 --gpu H200 --micro-batch-size 64
+    """
 
+    gpus: int = 1
+    """Number of GPUs, with one process each."""
+    gpu: str = "H100"
+    """Name of the GPU, such as A100-80, H200 or RTX-4090; cpu is this machine."""
+    mfu: float | None = None
+    """Share of the peak rate that training reaches; jlt benchmark train measures it. Default: an assumption."""
+    measure: bool = False
+    """Also make one update of one process on this machine, and report its peak memory and time."""
+    latents: Path | None = None
+    """Latent store that the run trains on. Default: shape and number of latents of the recipe."""
+
+    def run(self) -> Result:
+        config = self.resolve(self.latents)
+        from jlt.benchmarks.plan import DEFAULT_MFU, describe_hardware, describe_latents, make_plan
+        from jlt.latents.manifest import read_manifest
+
+        manifest = read_manifest(self.latents) if self.latents else None
+        latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
+        hardware = describe_hardware(self.gpu, self.gpus, config)
+        mfu = DEFAULT_MFU if self.mfu is None else self.mfu
+        measured = None
+        if self.measure:
+            from jlt.benchmarks.train import measure_share
+
+            measured = measure_share(config, self.gpus)
+        plan = to_json(make_plan(config, latents, hardware, mfu, measured))
+        return Result(plan, plan_table(plan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RecipeCommand):
+    """Train a recipe on a latent store.
+
+    Run the same command again to resume. Any setting of the recipe can be overridden; to list them:
+      jlt train RECIPE --help
+
+    For example:
       jlt train digits --latents latents --out run --prediction v --network.depth 4
     """
 
@@ -29,9 +69,9 @@ class Train(RecipeCommand):
     out: Path | None = None
     """Folder of the run."""
     verify_latents: bool = False
-    """Read the whole store first, and compare it with its hashes."""
+    """First read the whole latent store and compare it with its hashes."""
     print_config: bool = False
-    """Print the resolved run and leave."""
+    """Print the settings of the run and exit."""
 
     def run(self) -> Result:
         config = self.resolve(self.latents)
@@ -43,37 +83,3 @@ class Train(RecipeCommand):
 
         checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
         return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan(RecipeCommand):
-    """Forecast memory, disk and hours of a recipe before it is paid for, each figure with where it comes from.
-
-    Any setting of the recipe can be overridden, as in jlt train.
-
-    For example:
-
-      jlt plan imagenet256-jlt-b1 --gpus 8 --gpu H200 --micro-batch-size 64
-    """
-
-    gpus: int = 1
-    """How many, one process each."""
-    gpu: str = "H100"
-    """Its name, as A100-80, H200 or RTX-4090; cpu is this machine."""
-    mfu: float | None = None
-    """Share of the peak rate that training reaches (default: an assumption; jlt benchmark train measures it)."""
-    latents: Path | None = None
-    """A latent store whose shape and count to take (default: the recipe's)."""
-
-    def run(self) -> Result:
-        config = self.resolve(self.latents)
-        from jlt.benchmarks.plan import DEFAULT_MFU, describe_hardware, describe_latents, make_plan
-        from jlt.latents.manifest import read_manifest
-        from jlt.report.plan_table import plan_table
-
-        manifest = read_manifest(self.latents) if self.latents else None
-        latents = describe_latents(config, images_of_recipe(self.recipe), manifest)
-        hardware = describe_hardware(self.gpu, self.gpus, config)
-        mfu = DEFAULT_MFU if self.mfu is None else self.mfu
-        plan = to_json(make_plan(config, latents, hardware, mfu))
-        return Result(plan, plan_table(plan))

@@ -1,10 +1,8 @@
-"""The bundled classifier of handwritten digits, whose features stand in for Inception's on that set."""
+"""The bundled classifier of handwritten digits, whose features replace Inception's on that set."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.storage.weights import ASSETS, read_metadata, weights_sha256
+from jlt.evaluation.extractor import Features, NetworkExtractor
+from jlt.storage.weights import ASSETS, read_metadata
 
 WEIGHTS_FILE = ASSETS / "digit_classifier.safetensors"
 
@@ -47,16 +45,17 @@ def _convolution(inputs: int, outputs: int, kernel_size: int = 3, stride: int = 
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-class DigitClassifier(FeatureExtractor):
-    """A trained `DigitNetwork`; `held_out_accuracy` is its share of right answers on digits that it never saw."""
+class DigitClassifier(NetworkExtractor):
+    """A trained `DigitNetwork`; `held_out_accuracy` is its share of correct digits, 0..1, on held-out ones."""
 
     name = "digits"
     classes_of = "digits"
+    input_size = DigitNetwork.input_size
     dimension = DigitNetwork.dimension
     num_classes = DigitNetwork.num_classes
 
     def __init__(self, network: DigitNetwork, held_out_accuracy: float) -> None:
-        self._network = network.eval().requires_grad_(False)
+        super().__init__(network)
         convert_conv2d_weight_memory_format(self._network, torch.channels_last)
         self.held_out_accuracy = held_out_accuracy
 
@@ -73,27 +72,8 @@ class DigitClassifier(FeatureExtractor):
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return features and logits; images of another size than 32x32 are resized, bilinear and antialiased."""
-        device = self._network.head.weight.device
-        pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        size = (DigitNetwork.input_size, DigitNetwork.input_size)
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        size = (self.input_size, self.input_size)
         if pixels.shape[-2:] != size:
             pixels = functional.interpolate(pixels, size, mode="bilinear", antialias=True)
         return Features(*self._network(pixels))
-
-    def identity(self) -> dict[str, Any]:
-        """Return the name, the sizes and the hash of the weights."""
-        return {
-            "name": self.name,
-            "weights_sha256": self._weights_sha256,
-            "input_size": DigitNetwork.input_size,
-            "dimension": self.dimension,
-        }
-
-    def to(self, device: torch.device | str) -> DigitClassifier:
-        """Move the weights in place and return the classifier."""
-        self._network.to(device)
-        return self
-
-    @functools.cached_property
-    def _weights_sha256(self) -> str:
-        return weights_sha256(self._network.state_dict())

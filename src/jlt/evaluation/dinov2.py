@@ -1,13 +1,12 @@
-"""DINOv2 as a feature extractor, for the Fréchet distance that agrees with people where FID does not.
+"""DINOv2 as a feature extractor, for a Fréchet distance that agrees with human judgement better than FID does.
 
-Stein et al. 2023, arXiv:2306.04675, and their program dgm-eval, whose way of preparing images is kept: Pillow's bicubic
-resize to 224x224, ImageNet's mean and deviation, and the class token after the last normalisation. The network is that
-of transformers, an extra of this package: pip install 'jlt[dino]'.
+Source: Stein et al. 2023, arXiv:2306.04675, and their program dgm-eval. Images are prepared as there: Pillow's bicubic
+resize to 224x224 and ImageNet's mean and standard deviation; features are the class token after the last normalisation.
+The network is that of transformers, an extra of this package: pip install 'jlt[dino]'.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import textwrap
 from pathlib import Path
@@ -19,10 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
-from jlt.latents.encoding_batch import exact_arithmetic
+from jlt.evaluation.extractor import Features, NetworkExtractor
 from jlt.storage.hub import require_reachable
-from jlt.storage.weights import weights_sha256
 
 DEFAULT = "facebook/dinov2-large"
 INPUT_SIZE = 224
@@ -32,30 +29,31 @@ POSITION_OFFSET = 0.1
 REMEDY = "name a folder that transformers saved, or a Hub id that can be reached, with --features-path."
 
 
-class DinoExtractor(FeatureExtractor):
-    """A DINOv2 vision transformer with weights, in float32 whatever autocast or TF32 say around it."""
+class DinoExtractor(NetworkExtractor):
+    """A DINOv2 vision transformer with weights, always in float32."""
 
     name = "dinov2"
+    input_size = INPUT_SIZE
+    resize = "bicubic and antialiased, to 8 bits"
 
     def __init__(self, model: Any) -> None:
-        self._model = model.eval().requires_grad_(False)
+        super().__init__(model)
         self.dimension = model.config.hidden_size
         side = INPUT_SIZE // model.config.patch_size
-        embeddings = model.embeddings
-        positions = position_embeddings_for(embeddings.position_embeddings.detach(), side)
-        embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)
+        positions = position_embeddings_for(model.embeddings.position_embeddings.detach(), side)
+        model.embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)
 
     @classmethod
     def load(cls, path: Path | str | None = None) -> DinoExtractor:
         """Load a folder that transformers saved, or a Hub id (default: facebook/dinov2-large).
 
-        JLTError if transformers is not installed, and for weights that cannot be had, are of another network or are
-        not whole. Only safetensors are read: a pickle runs no code.
+        JLTError if transformers is not installed, and for weights that are missing, incomplete or of another network.
+        Only safetensors are read, so no pickled code runs.
         """
         try:
             from transformers import Dinov2Model
         except ImportError as error:
-            # Also where it is installed and something that it imports is broken.
+            # Raised too if transformers is installed but one of its own imports fails.
             reason = textwrap.shorten(str(error), 200)
             raise JLTError(
                 f"DINOv2 needs transformers, which cannot be imported ({reason}): pip install 'jlt[dino]'."
@@ -73,36 +71,15 @@ class DinoExtractor(FeatureExtractor):
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return the class tokens; images of another size are squeezed to 224x224."""
-        device = self._model.device
-        with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
-            found = [
-                self._model(_network_input(piece.to(device))).last_hidden_state[:, 0]
-                for piece in pieces(images, device)
-            ]
-        return Features(torch.cat(found))
 
-    def identity(self) -> dict[str, Any]:
-        """Return the name, the sizes, the rule of resizing and the hash of the weights as they are used."""
-        return {
-            "name": self.name,
-            "weights_sha256": self._weights_sha256,
-            "input_size": INPUT_SIZE,
-            "dimension": self.dimension,
-            "resize": "bicubic and antialiased, to 8 bits",
-        }
+        def class_tokens(piece: UInt8[Tensor, "_ h w 3"]) -> Float[Tensor, "_ d"]:
+            return self._network(imagenet_input(piece, INPUT_SIZE)).last_hidden_state[:, 0]
 
-    def to(self, device: torch.device | str) -> DinoExtractor:
-        """Move the weights in place and return the extractor."""
-        self._model.to(device)
-        return self
-
-    @functools.cached_property
-    def _weights_sha256(self) -> str:
-        return weights_sha256(self._model.state_dict())
+        return Features(torch.cat(self._apply_exactly(class_tokens, images)))
 
 
 def resize_like_pillow(images: UInt8[Tensor, "n h w 3"], size: int) -> Float[Tensor, "n 3 size size"]:
-    """Return images of size x size, whole numbers 0..255, as Pillow's bicubic resize has them but for single levels."""
+    """Return images of size x size, whole numbers 0..255, equal to Pillow's bicubic resize up to single levels."""
     pixels = images.permute(0, 3, 1, 2).float()
     if pixels.shape[-2:] == (size, size):
         return pixels
@@ -116,7 +93,7 @@ def resize_like_pillow(images: UInt8[Tensor, "n h w 3"], size: int) -> Float[Ten
 def position_embeddings_for(embeddings: Float[Tensor, "1 n d"], side: int) -> Float[Tensor, "1 m d"]:
     """Return the embeddings of the class token and of side x side patches, resized as DINOv2's own program does.
 
-    It scales by (side + 0.1) / trained side, where transformers scales to the side exactly: dgm-eval runs that program.
+    That program, which dgm-eval runs, scales by (side + 0.1) / trained side; transformers scales to the exact side.
     """
     token, patches = embeddings[:, :1], embeddings[:, 1:]
     trained = math.isqrt(patches.shape[1])
@@ -128,13 +105,14 @@ def position_embeddings_for(embeddings: Float[Tensor, "1 n d"], side: int) -> Fl
     return torch.cat([token, resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _network_input(images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 224 224"]:
+def imagenet_input(images: UInt8[Tensor, "n h w 3"], size: int) -> Float[Tensor, "n 3 size size"]:
+    """Return images resized, and normalised by ImageNet's mean and deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (resize_like_pillow(images, INPUT_SIZE) / 255 - mean) / std
+    return (resize_like_pillow(images, size) / 255 - mean) / std
 
 
 def _load_model(model_class: Any, source: str) -> Any:
-    # A damaged folder makes transformers fail in any way at all.
+    # With a damaged folder transformers raises many types of exceptions.
     try:
         config, _ = model_class.config_class.get_config_dict(source)
         kind = config.get("model_type")
@@ -146,8 +124,8 @@ def _load_model(model_class: Any, source: str) -> Any:
         reason = textwrap.shorten(str(error), 300)
         raise JLTError(f"{source} could not be loaded as DINOv2 ({reason}): {REMEDY}") from error
     if kind != "dinov2":
-        raise JLTError(f"{source} holds {kind or 'no model that says what it is'}, not dinov2: {REMEDY}")
-    # transformers fills what is missing with random numbers and a line in its log.
+        raise JLTError(f"{source} holds {kind or 'a model without a type'}, not dinov2: {REMEDY}")
+    # transformers fills missing weights with random numbers and only logs a line.
     if missing := sorted(loading["missing_keys"]):
-        raise JLTError(f"{source} is not whole: {len(missing)} weights are missing, {missing[0]!r} first.")
+        raise JLTError(f"{source} is incomplete: {len(missing)} weights are missing, {missing[0]!r} first.")
     return model

@@ -1,4 +1,4 @@
-"""Images that are there already -> features -> numbers, in one pass."""
+"""Existing images -> features -> numbers, in one pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from jlt.evaluation.feature_table import arrays_of, columns_of, open_table
 from jlt.evaluation.image_files import LabelledBatch
 from jlt.evaluation.real_images import CHUNK
 from jlt.evaluation.reference import Reference, check_reference
-from jlt.evaluation.suite import Metrics, measure, require_enough
+from jlt.evaluation.suite import measure, require_enough
+from jlt.results.evaluation import Metrics
 
 
 def evaluate_images(
@@ -24,9 +25,9 @@ def evaluate_images(
 ) -> Metrics:
     """Measure `count` RGB images 0..255, with the labels they were drawn for or None, against a reference.
 
-    Their features lie in a folder of the system's meanwhile. JLTError before the first batch is drawn if the reference
-    is of another extractor, for fewer than 10 images and for a disk without room, at the first batch if the reference
-    is of images of another size; ValueError if there are not `count`.
+    A temporary folder holds their features. JLTError before the first batch for a reference of another extractor, fewer
+    than 10 images or a disk without room; at the first batch for a reference of another image size. ValueError unless
+    there are `count` images.
     """
     check_reference(reference, extractor)
     require_enough(count)
@@ -43,12 +44,12 @@ def evaluate_images(
             table.write(start, {**arrays_of(extractor(images)), "labels": numbers})
             start += len(images)
         if start != count:
-            raise ValueError(f"{count} images were announced, and there are more or fewer")
+            raise ValueError(f"{count} images were expected, and there are more or fewer")
         return measure(columns_of(table, labelled), reference, extractor)[0]
 
 
 def in_chunks(batches: Iterable[LabelledBatch], size: int = CHUNK) -> Iterator[LabelledBatch]:
-    """Yield the same images in batches of `size`, the last of what remains; ValueError if only some have labels."""
+    """Yield the same images in batches of `size`, the last one smaller; ValueError if only some have labels."""
     images: list[UInt8[Tensor, "_ h w 3"]] = []
     labels: list[Int64[Tensor, " _"]] = []
     waiting, labelled = 0, None

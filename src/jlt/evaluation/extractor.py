@@ -1,24 +1,30 @@
-"""What a feature extractor is here: 8-bit images to a feature vector and class logits, and which one it is."""
+"""The contract of a feature extractor: 8-bit images to a feature vector and class logits, and its identity."""
 
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
+from jlt.runtime.arithmetic import exact_arithmetic
+from jlt.storage.weights import weights_sha256
+
+T = TypeVar("T")
 PIECE_ON_CPU = 16
 PIECE_ON_GPU = 256
 
 
 @dataclass(frozen=True)
 class Features:
-    """Per image, in float32: the feature vector that distances are measured in, and what else the network tells.
+    """Float32 outputs per image: the feature vector that distances are measured in, and other outputs.
 
-    `logits` of the classes are None where it is no classifier, `spatial` features (for sFID) where it has none.
+    `logits` of the classes are None for a network that is no classifier, `spatial` features (for sFID) if it has none.
     """
 
     pooled: Float[Tensor, "n d"]
@@ -27,11 +33,11 @@ class Features:
 
 
 class FeatureExtractor(abc.ABC):
-    """A frozen network; an image's features depend on that image alone, but for last digits on those beside it.
+    """A frozen network; the features of an image depend on that image alone, except for last digits.
 
-    `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 where it gives none.
-    `classes_of` is the kind of image source whose labels its classes are, None where there is no such source.
-    `held_out_accuracy` is its share of right answers on images that it never saw, None where its makers did not say.
+    `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 without these outputs.
+    `classes_of` is the kind of image source that has the same classes, or None. `held_out_accuracy` is the share of
+    correct classes, 0..1, on held-out images that the weights' file states, or None.
     """
 
     name: str
@@ -47,13 +53,50 @@ class FeatureExtractor(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what makes this extractor this one, as JSON values: name, weights_sha256, input_size, dimension."""
+        """Return JSON values that identify the extractor: name, weights_sha256, input_size, dimension."""
 
     @abc.abstractmethod
     def to(self, device: torch.device | str) -> FeatureExtractor:
         """Move the weights in place and return the extractor."""
 
 
-def pieces(images: UInt8[Tensor, "n h w 3"], device: torch.device) -> tuple[UInt8[Tensor, "_ h w 3"], ...]:
-    """Split images so that a large network's memory stays bounded; on a CPU small pieces are also as fast as any."""
-    return images.split(PIECE_ON_CPU if device.type == "cpu" else PIECE_ON_GPU)
+class NetworkExtractor(FeatureExtractor):
+    """An extractor that is one torch module; `resize` names its rule for images of another size."""
+
+    input_size: int
+    resize: str | None = None
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self._network.parameters()).device
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name, the sizes, the rule of resizing and the hash of the weights, however they were packed."""
+        sizes = {"input_size": self.input_size, "dimension": self.dimension}
+        identity = {"name": self.name, "weights_sha256": self._weights_sha256, **sizes}
+        return {**identity, "resize": self.resize} if self.resize else identity
+
+    def to(self, device: torch.device | str) -> NetworkExtractor:
+        """Move the weights in place and return the extractor."""
+        self._network.to(device)
+        return self
+
+    @functools.cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self._network.state_dict())
+
+    def _apply_exactly(
+        self, function: Callable[[UInt8[Tensor, "_ h w 3"]], T], images: UInt8[Tensor, "n h w 3"]
+    ) -> list[T]:
+        """Apply a function to pieces of the images, in float32 even inside autocast or with TF32 enabled.
+
+        The pieces bound a large network's memory; on a CPU small pieces are as fast as large ones.
+        """
+        device = self.device
+        pieces = images.split(PIECE_ON_CPU if device.type == "cpu" else PIECE_ON_GPU)
+        with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
+            return [function(piece.to(device)) for piece in pieces]

@@ -1,19 +1,21 @@
-"""Moments of features, in float64 and mergeable: beyond rounding, batches and who counted what do not matter."""
+"""Moments of features in float64; beyond rounding they do not depend on batches or on the number of processes."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.metrics import Gaussian
+from jlt.storage.blocks import blocks
 
 
 class FeatureStatistics:
     """Count, mean and covariance of feature vectors, merged pairwise (Chan, Golub and LeVeque 1983).
 
-    `count` is None for statistics from elsewhere that do not say it: they can be compared with, not added to.
+    `count` is None for statistics of another program that do not contain it: they can be compared, but not merged.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -25,9 +27,17 @@ class FeatureStatistics:
     def of(
         cls, mean: Float64[Tensor, " d"], covariance: Float64[Tensor, "d d"], count: int | None
     ) -> FeatureStatistics:
-        """Return statistics that were computed before."""
+        """Return statistics from moments that were computed before."""
         statistics = cls(0)
         statistics.count, statistics.mean, statistics._covariance = count, mean, covariance
+        return statistics
+
+    @classmethod
+    def over(cls, features: Float32[np.ndarray, "n d"]) -> FeatureStatistics:
+        """Return the statistics of an array, in memory or mapped from a file."""
+        statistics = cls(features.shape[1])
+        for _, block in blocks(features):
+            statistics.update(block)
         return statistics
 
     @property
@@ -44,7 +54,7 @@ class FeatureStatistics:
 
     @property
     def gaussian(self) -> Gaussian:
-        """Mean and covariance as what a Frechet distance compares."""
+        """The Gaussian with this mean and covariance, for a Frechet distance."""
         return Gaussian(self.mean, self.covariance)
 
     def update(self, features: Float[Tensor, "n d"]) -> None:
@@ -55,12 +65,12 @@ class FeatureStatistics:
             raise JLTError(f"The features of {int((~finite).sum())} images of {len(features)} are not finite.")
         if len(features) == 0:
             return
-        before, added = self._known(), len(features)
+        before, added = self._known_count(), len(features)
         rows = torch.empty(added + 1, self.dimension, dtype=torch.float64)
         rows[:added] = features
         mean = rows[:added].mean(dim=0)
         rows[:added] -= mean
-        # The distance of the two means counts as one more row, so that a single product, in place, does it all.
+        # The difference of the two means is one more row, so that a single product in place computes everything.
         difference = mean - self.mean
         rows[added] = difference * (before * added / (before + added)) ** 0.5
         divisor = max(1, before + added - 1)
@@ -69,8 +79,8 @@ class FeatureStatistics:
         self.count = before + added
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Add what another one has counted; ValueError if either does not know its count."""
-        a, b = self._known(), other._known()
+        """Add the vectors of other statistics; ValueError if either count is unknown."""
+        a, b = self._known_count(), other._known_count()
         if b == 0:
             return
         divisor = max(1, a + b - 1)
@@ -81,8 +91,8 @@ class FeatureStatistics:
         self.count = a + b
 
     def without(self, part: FeatureStatistics) -> FeatureStatistics:
-        """Return what remains if some of the vectors, counted in `part`, are left out: the inverse of `merge`."""
-        whole, left_out = self._known(), part._known()
+        """Return the statistics without the vectors of `part`: the inverse of `merge`; ValueError if none remain."""
+        whole, left_out = self._known_count(), part._known_count()
         rest = whole - left_out
         if rest < 1:
             raise ValueError(f"nothing remains of {whole} vectors without {left_out}")
@@ -94,7 +104,7 @@ class FeatureStatistics:
         covariance.addr_(difference, difference, alpha=-rest * left_out / whole / divisor)
         return FeatureStatistics.of(mean, covariance, rest)
 
-    def _known(self) -> int:
+    def _known_count(self) -> int:
         if self.count is None:
             raise ValueError("statistics whose count is unknown cannot be merged")
         return self.count

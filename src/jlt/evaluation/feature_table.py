@@ -1,4 +1,4 @@
-"""Features on disk, a row per image: what is measured is mapped from there, so that memory does not grow with it."""
+"""Features on disk, one row per image; they are measured from a memory map, so memory does not grow with the count."""
 
 from __future__ import annotations
 
@@ -22,17 +22,13 @@ def open_table(folder: Path, extractor: FeatureExtractor, count: int) -> RowTabl
 
 
 def arrays_of(features: Features) -> dict[str, np.ndarray]:
-    """Return what was found in images as rows for a table, all but the labels."""
+    """Return the features of images as rows of a table, without the labels."""
     tensors = {"pooled": features.pooled, "logits": features.logits, "spatial": features.spatial}
     return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
 def columns_of(table: RowTable, labelled: bool) -> Columns:
-    """Return a full table for measuring, with labels where they are to be compared."""
-    found = table.read()
-    return Columns(
-        pooled=found["pooled"],
-        logits=found.get("logits"),
-        spatial=found.get("spatial"),
-        labels=found["labels"] if labelled else None,
-    )
+    """Return the columns of a full table, with labels if `labelled`."""
+    columns = table.read()
+    labels = columns.pop("labels")
+    return Columns(**columns, labels=labels if labelled else None)

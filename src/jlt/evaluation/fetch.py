@@ -1,4 +1,4 @@
-"""Files of published weights: where they come from, where they are kept, and their download."""
+"""Files of published weights: their addresses, their folder, and their download."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ PUBLISHED = {"inception": INCEPTION}
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched files: $JLT_CACHE, or .cache/jlt at home."""
+    """Return the folder of downloaded files: $JLT_CACHE, or ~/.cache/jlt."""
     return Path(os.environ.get("JLT_CACHE") or "~/.cache/jlt").expanduser()
 
 
 def fetch(name: str) -> Path:
-    """Return the path of a published file, downloaded if it is not there or damaged.
+    """Return the path of a published file; download it if it is missing or damaged.
 
-    JLTError for an unknown name, a download that fails and a file of another hash, which is not kept.
+    UsageError for an unknown name; JLTError for a download that fails, and for a file of another hash, which is
+    deleted.
     """
     if name not in PUBLISHED:
         raise unknown_name("file to fetch", name, PUBLISHED)
@@ -48,19 +49,19 @@ def fetch(name: str) -> Path:
     path = cache_folder() / published.file
     if path.is_file() and sha256_file(path).startswith(published.sha256):
         return path
-    inform(f"Fetching {published.url}")
+    inform(f"Downloading {published.url}")
     with atomic_path(path) as temporary:
         found = _download(published.url, temporary)
         if not found.startswith(published.sha256):
             raise JLTError(
                 f"{published.url} gave another file: its SHA-256 begins with {found[:8]}, not with {published.sha256}. "
-                "Nothing was kept; something between here and there may have answered in its place."
+                "The file was deleted; a proxy may have answered instead of the server."
             )
     return path
 
 
 def _download(url: str, path: Path) -> str:
-    """Write what a URL gives to a file and return its SHA-256."""
+    """Download a URL to a file and return its SHA-256."""
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import urlopen
@@ -69,21 +70,21 @@ def _download(url: str, path: Path) -> str:
     try:
         with urlopen(url, timeout=TIMEOUT_SECONDS) as answer, path.open("wb") as file:
             length = answer.headers.get("Content-Length")
-            with bar(f"Fetching {path.name}", int(length) if length else None) as shown:
+            with bar(f"Downloading {path.name}", int(length) if length else None) as shown:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     digest.update(chunk)
                     done += len(chunk)
                     shown.show(done)
     except HTTPError as error:
-        # An error page is an answer too, with a connection of its own to close.
+        # An error page is a response too, and its connection must be closed.
         error.close()
-        raise JLTError(f"{url} cannot be fetched: the server answers {error.code} {error.reason}.") from error
+        raise JLTError(f"{url} cannot be downloaded: the server answers {error.code} {error.reason}.") from error
     except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
         raise JLTError(
-            f"{url} cannot be fetched ({getattr(error, 'reason', None) or error}): where there is no way to it, "
-            "download it elsewhere and name the file with --features-path."
+            f"{url} cannot be downloaded ({getattr(error, 'reason', None) or error}): download it on another machine "
+            "and name the file with --features-path."
         ) from error
     if length and done != int(length):
-        raise JLTError(f"{url} broke off after {done} of {length} bytes: fetch it again.")
+        raise JLTError(f"The download of {url} stopped after {done} of {length} bytes: try again.")
     return digest.hexdigest()

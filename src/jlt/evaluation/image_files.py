@@ -1,8 +1,7 @@
-"""Images that lie on disk: a folder of image files, or an .npz as ADM's evaluator reads it."""
+"""Images on disk: a folder of image files, or an .npz in the format of ADM's evaluator."""
 
 from __future__ import annotations
 
-import abc
 import math
 import zipfile
 from collections.abc import Iterator
@@ -24,33 +23,12 @@ IMAGES = "arr_0.npy"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class StoredImages(abc.ABC):
-    """Square RGB images of one size; `resolution` is their side in pixels.
+class ImageFolder:
+    """Square image files of one size in the order of their names, with the labels in their metadata.
 
-    `classes` is the kind of image source whose classes their labels are, None where nothing says it.
+    `resolution` is the side in pixels. There are labels if the first file has one, and `classes` is the kind of image
+    source that defines them, None where it is not recorded.
     """
-
-    resolution: int
-    classes: str | None = None
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    @abc.abstractmethod
-    def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield all images in order, with the labels they were drawn for where those are stored."""
-
-
-def open_images(path: Path) -> StoredImages:
-    """Open a folder or an .npz of images; JLTError says why it cannot be."""
-    if not path.exists():
-        raise JLTError(f"{path} does not exist.")
-    return ImageFolder(path) if path.is_dir() else ImageArray(path)
-
-
-class ImageFolder(StoredImages):
-    """Image files in the order of their names, with the labels that they carry as words where the first one does."""
 
     def __init__(self, folder: Path) -> None:
         visible = (path for path in folder.iterdir() if not path.name.startswith("."))
@@ -65,21 +43,21 @@ class ImageFolder(StoredImages):
         return len(self.paths)
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield the images with their labels; JLTError for one of another size or without a label where others have."""
+        """Yield the images with their labels; JLTError for an image of another size or without its label."""
         for start in range(0, len(self.paths), batch_size):
             paths = self.paths[start : start + batch_size]
             images = [self._read(path, self.resolution) for path in paths]
             pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-            labels = (
-                [_label(path, image) for path, image in zip(paths, images, strict=True)] if self._labelled else None
-            )
-            yield pixels, None if labels is None else torch.tensor(labels)
+            if self._labelled:
+                yield pixels, torch.tensor([_label(path, image) for path, image in zip(paths, images, strict=True)])
+            else:
+                yield pixels, None
 
     def _read(self, path: Path, resolution: int | None) -> Image.Image:
         image: Image.Image = read_image(path)
-        wanted = (resolution or image.width, resolution or image.width)
-        if image.size != wanted:
-            raise JLTError(f"{path} has {image.width}x{image.height} pixels, not {wanted[0]}x{wanted[1]}.")
+        side = resolution or image.width
+        if image.size != (side, side):
+            raise JLTError(f"{path} has {image.width}x{image.height} pixels, not {side}x{side}.")
         return image
 
 
@@ -87,11 +65,14 @@ def _label(path: Path, image: Image.Image) -> int:
     try:
         return int(image.info["label"])
     except (KeyError, ValueError) as error:
-        raise JLTError(f"{path} carries no label, and images before it do: they were not drawn together.") from error
+        raise JLTError(f"{path} has no label, unlike images before it: keep images of one command here.") from error
 
 
-class ImageArray(StoredImages):
-    """`arr_0`, uint8 (N, H, W, 3), read as it is needed, and the labels `arr_1` where there are some."""
+class ImageArray:
+    """`arr_0`, uint8 (N, H, H, 3), read batch by batch, and the labels `arr_1` if the file has them.
+
+    `resolution` and `classes` are as in `ImageFolder`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -104,10 +85,10 @@ class ImageArray(StoredImages):
         except UNREADABLE_ARRAYS as error:
             raise JLTError(f"{path} is not an .npz of images under arr_0 ({why_unreadable(error)}).") from error
         if labels is not None and not np.issubdtype(labels.dtype, np.integer):
-            raise JLTError(f"{path} holds labels (arr_1) that are {labels.dtype}, not whole numbers.")
+            raise JLTError(f"{path} holds labels (arr_1) of type {labels.dtype}: integers are needed.")
         self.labels = None if labels is None else labels.astype(np.int64)
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
-            order = " in Fortran's order" if fortran_order else ""
+            order = " in Fortran order" if fortran_order else ""
             raise JLTError(f"{path} holds {dtype} {shape}{order}: square images are uint8 (N, H, H, 3).")
         if shape[0] == 0 or (self.labels is not None and self.labels.shape != shape[:1]):
             raise JLTError(f"{path} holds no images, or not one label in arr_1 for each of them.")
@@ -117,7 +98,7 @@ class ImageArray(StoredImages):
         return self._shape[0]
 
     def batches(self, batch_size: int) -> Iterator[LabelledBatch]:
-        """Yield the images with their labels; JLTError where the file is damaged."""
+        """Yield the images with their labels; JLTError if the file is damaged."""
         image = self._shape[1:]
         try:
             with zipfile.ZipFile(self._path) as file, file.open(IMAGES) as images:
@@ -128,7 +109,7 @@ class ImageArray(StoredImages):
                     pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *image)
                     labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + count])
                     yield pixels, labels
-                # The checksum of what was read is compared where the end is met.
+                # zipfile compares the checksum when it reaches the end.
                 images.read(1)
         except UNREADABLE_ARRAYS as error:
             raise JLTError(f"{self._path} is damaged ({error}).") from error
@@ -140,3 +121,10 @@ def _header(array: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(array)
     return np.lib.format.read_array_header_2_0(array)
+
+
+def open_images(path: Path) -> ImageFolder | ImageArray:
+    """Open a folder or an .npz of images; JLTError if it is missing or holds no valid images."""
+    if not path.exists():
+        raise JLTError(f"{path} does not exist.")
+    return ImageFolder(path) if path.is_dir() else ImageArray(path)

@@ -1,11 +1,11 @@
 """The Inception network of 2015 on which FID is defined, as a feature extractor.
 
 It was trained in TensorFlow. Its weights are read from the file that pytorch-fid publishes, which torch-fidelity uses
-too, and all that the original does in its own way is kept: how it resizes, how it pools, and a max pooling in its last
-block that no paper describes. In all of this a published FID is at stake.
+too. The peculiarities of the original are kept, since published FIDs depend on them: its resizing, its pooling, and a
+max pooling in the last block that no paper describes.
 
 - Heusel et al. 2017, arXiv:1706.08500: FID on `pooled`.
-- Salimans et al. 2016, arXiv:1606.03498: the inception score, on `logits`, which leave the bias out as theirs do.
+- Salimans et al. 2016, arXiv:1606.03498: the inception score, on `logits`, without the bias as in their program.
 - Nash et al. 2021, arXiv:2103.03841: sFID on `spatial`.
 """
 
@@ -16,7 +16,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -25,9 +25,8 @@ from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import FeatureExtractor, Features, pieces
+from jlt.evaluation.extractor import Features, NetworkExtractor
 from jlt.evaluation.fetch import INCEPTION, cache_folder
-from jlt.latents.encoding_batch import exact_arithmetic
 from jlt.runtime.progress import inform
 from jlt.storage.files import sha256_file
 from jlt.storage.weights import weights_sha256
@@ -37,35 +36,89 @@ NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7
 SPATIAL_SIZE = 17
 COUNTER = "num_batches_tracked"
-"""What batch normalisation counts while it trains; some files have it, and it changes nothing here."""
+"""A counter of batch normalisation in training; some files contain it, and it has no effect here."""
 
 
 class Step(NamedTuple):
-    """One convolution of a branch: its kernels side by side (rows, columns), of `outputs` channels each."""
+    """One convolution of a branch: parallel kernels (rows, columns) of `outputs` channels each."""
 
     outputs: int
     kernels: tuple[tuple[int, int], ...]
     stride: int = 1
 
 
-def square(outputs: int, size: int, stride: int = 1) -> Step:
-    """Return a convolution with a square kernel."""
-    return Step(outputs, ((size, size),), stride)
+class Block(NamedTuple):
+    """Parallel branches over one input, and a pooling that a 1x1 convolution maps to `pooled` channels (0: none)."""
+
+    pool: str
+    pooled: int
+    branches: Mapping[str, tuple[Step, ...]]
 
 
-def row(outputs: int, size: int = 7) -> Step:
-    """Return a convolution along rows."""
-    return Step(outputs, ((1, size),))
+ONE, THREE, FIVE = (((size, size),) for size in (1, 3, 5))
+ROW, COLUMN, FORK = ((1, 7),), ((7, 1),), ((1, 3), (3, 1))
+POOLS = {
+    # At a border only the positions inside the image count.
+    "average": nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+    "max": nn.MaxPool2d(3, stride=1, padding=1),
+    "halving": nn.MaxPool2d(3, stride=2),
+}
 
 
-def column(outputs: int, size: int = 7) -> Step:
-    """Return a convolution along columns."""
-    return Step(outputs, ((size, 1),))
+def _block_35(pooled: int) -> Block:
+    """Return a block over 35x35 positions."""
+    branches = {
+        "1x1": (Step(64, ONE),),
+        "5x5": (Step(48, ONE), Step(64, FIVE)),
+        "3x3dbl": (Step(64, ONE), Step(96, THREE), Step(96, THREE)),
+    }
+    return Block("average", pooled, branches)
 
 
-def fork(outputs: int) -> Step:
-    """Return a convolution along rows and one along columns, of the same input."""
-    return Step(outputs, ((1, 3), (3, 1)))
+def _block_17(c: int) -> Block:
+    """Return a block over 17x17 positions, with c channels inside its branches."""
+    branches = {
+        "1x1": (Step(192, ONE),),
+        "7x7": (Step(c, ONE), Step(c, ROW), Step(192, COLUMN)),
+        "7x7dbl": (Step(c, ONE), Step(c, COLUMN), Step(c, ROW), Step(c, COLUMN), Step(192, ROW)),
+    }
+    return Block("average", 192, branches)
+
+
+def _block_8(pool: str) -> Block:
+    """Return a block over 8x8 positions."""
+    branches = {
+        "1x1": (Step(320, ONE),),
+        "3x3": (Step(384, ONE), Step(384, FORK)),
+        "3x3dbl": (Step(448, ONE), Step(384, THREE), Step(384, FORK)),
+    }
+    return Block(pool, 192, branches)
+
+
+BLOCKS = {
+    "Mixed_5b": _block_35(32),
+    "Mixed_5c": _block_35(64),
+    "Mixed_5d": _block_35(64),
+    "Mixed_6a": Block(
+        "halving", 0, {"3x3": (Step(384, THREE, 2),), "3x3dbl": (Step(64, ONE), Step(96, THREE), Step(96, THREE, 2))}
+    ),
+    "Mixed_6b": _block_17(128),
+    "Mixed_6c": _block_17(160),
+    "Mixed_6d": _block_17(160),
+    "Mixed_6e": _block_17(192),
+    "Mixed_7a": Block(
+        "halving",
+        0,
+        {
+            "3x3": (Step(192, ONE), Step(320, THREE, 2)),
+            "7x7x3": (Step(192, ONE), Step(192, ROW), Step(192, COLUMN), Step(192, THREE, 2)),
+        },
+    ),
+    "Mixed_7b": _block_8("average"),
+    "Mixed_7c": _block_8("max"),
+}
+SPATIAL_BLOCK = "Mixed_6d"
+"""ADM's evaluator reads mixed_6/conv:0 of the graph, the first branch of this block; `mixed` is Mixed_5b there."""
 
 
 class Convolution(nn.Module):
@@ -79,12 +132,12 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Float[Tensor, "n i h w"]) -> Float[Tensor, "n o hh ww"]:
-        """Return the activations; without normalisation where `fold` has put it into the weights."""
+        """Return the activations; after `fold` the weights contain the normalisation."""
         x = self.conv(x)
         return torch.relu_(x if self.conv.bias is not None else self.bn(x))
 
     def fold(self) -> None:
-        """Put the normalisation into weights and bias, computed in float64: for use alone, after loading."""
+        """Put the normalisation into weights and bias, computed in float64; call it once, after loading."""
         conv, bn = self.conv, self.bn
         mean, variance = (bn.get_buffer(name).double() for name in ("running_mean", "running_var"))
         factor = bn.weight.double() / (variance + bn.eps).sqrt()
@@ -92,99 +145,44 @@ class Convolution(nn.Module):
         conv.weight, conv.bias = (nn.Parameter(tensor.float(), requires_grad=False) for tensor in (weight, bias))
 
 
-def average_pool(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Average 3x3 neighbours; at a border only those inside the image count."""
-    return functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def max_pool(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Return the largest of 3x3 neighbours."""
-    return functional.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halving_pool(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c hh ww"]:
-    """Return the largest of each 3x3 neighbourhood, at every other position."""
-    return functional.max_pool2d(x, 3, stride=2)
-
-
-POOLS = {"average": average_pool, "max": max_pool, "halving": halving_pool}
-
-
 class Mixed(nn.Module):
-    """Branches of convolutions over one input, side by side in the order given, and at last a pooling.
+    """A `Block` with the module names of the public file.
 
-    Step i of the branch `5x5` is the module `branch5x5_i`, a branch of one step is `branch5x5`, and the two kernels of
-    a fork are `a` and `b`: so the public file has them. `pooled` channels are made of the pooling; 0 passes it on.
+    Step i of the branch `5x5` is `branch5x5_i`, the step of a branch of one step is `branch5x5`, and the two kernels of
+    a fork are `a` and `b`.
     """
 
-    def __init__(self, inputs: int, pool: str, pooled: int, **branches: tuple[Step, ...]) -> None:
+    def __init__(self, inputs: int, block: Block) -> None:
         super().__init__()
-        self._pool = POOLS[pool]
+        self._pool = POOLS[block.pool]
         self._branches = []
-        outputs = 0
-        for name, steps in branches.items():
+        self.outputs = block.pooled or inputs
+        for branch, steps in block.branches.items():
             width, stages = inputs, []
             for number, step in enumerate(steps, 1):
-                base = f"{name}_{number}" if len(steps) > 1 else name
-                names = [base] if len(step.kernels) == 1 else [f"{base}a", f"{base}b"]
+                name = f"branch{branch}_{number}" if len(steps) > 1 else f"branch{branch}"
+                names = [name] if len(step.kernels) == 1 else [f"{name}a", f"{name}b"]
                 for module, kernel in zip(names, step.kernels, strict=True):
                     padding = (kernel[0] // 2, kernel[1] // 2) if step.stride == 1 else (0, 0)
                     self.add_module(module, Convolution(width, step.outputs, kernel, step.stride, padding))
                 width = step.outputs * len(names)
                 stages.append(names)
             self._branches.append(stages)
-            outputs += width
-        self.branch_pool = Convolution(inputs, pooled, (1, 1)) if pooled else None
-        self.outputs = outputs + (pooled or inputs)
+            self.outputs += width
+        self.branch_pool = Convolution(inputs, block.pooled, (1, 1)) if block.pooled else None
 
     def forward(self, x: Float[Tensor, "n i h w"]) -> Float[Tensor, "n o hh ww"]:
         """Return the channels of all branches and of the pooling."""
-        found = []
+        results = []
         for stages in self._branches:
             y = x
             for names in stages:
                 outputs = [self.get_submodule(name)(y) for name in names]
                 y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-            found.append(y)
+            results.append(y)
         pooled = self._pool(x)
-        found.append(self.branch_pool(pooled) if self.branch_pool else pooled)
-        return torch.cat(found, 1)
-
-
-def mixed_35(inputs: int, pooled: int) -> Mixed:
-    """Return a block over 35x35 positions."""
-    return Mixed(
-        inputs,
-        "average",
-        pooled,
-        branch1x1=(square(64, 1),),
-        branch5x5=(square(48, 1), square(64, 5)),
-        branch3x3dbl=(square(64, 1), square(96, 3), square(96, 3)),
-    )
-
-
-def mixed_17(inputs: int, c: int) -> Mixed:
-    """Return a block over 17x17 positions, with c channels inside its branches."""
-    return Mixed(
-        inputs,
-        "average",
-        192,
-        branch1x1=(square(192, 1),),
-        branch7x7=(square(c, 1), row(c), column(192)),
-        branch7x7dbl=(square(c, 1), column(c), row(c), column(c), row(192)),
-    )
-
-
-def mixed_8(inputs: int, pool: str) -> Mixed:
-    """Return a block over 8x8 positions."""
-    return Mixed(
-        inputs,
-        pool,
-        192,
-        branch1x1=(square(320, 1),),
-        branch3x3=(square(384, 1), fork(384)),
-        branch3x3dbl=(square(448, 1), square(384, 3), fork(384)),
-    )
+        results.append(self.branch_pool(pooled) if self.branch_pool else pooled)
+        return torch.cat(results, 1)
 
 
 class InceptionNetwork(nn.Module):
@@ -197,57 +195,37 @@ class InceptionNetwork(nn.Module):
         self.Conv2d_2b_3x3 = Convolution(32, 64, (3, 3), padding=(1, 1))
         self.Conv2d_3b_1x1 = Convolution(64, 80, (1, 1))
         self.Conv2d_4a_3x3 = Convolution(80, 192, (3, 3))
-        self.Mixed_5b = mixed_35(192, 32)
-        self.Mixed_5c = mixed_35(self.Mixed_5b.outputs, 64)
-        self.Mixed_5d = mixed_35(self.Mixed_5c.outputs, 64)
-        self.Mixed_6a = Mixed(
-            self.Mixed_5d.outputs,
-            "halving",
-            0,
-            branch3x3=(square(384, 3, stride=2),),
-            branch3x3dbl=(square(64, 1), square(96, 3), square(96, 3, stride=2)),
-        )
-        self.Mixed_6b = mixed_17(self.Mixed_6a.outputs, 128)
-        self.Mixed_6c = mixed_17(self.Mixed_6b.outputs, 160)
-        self.Mixed_6d = mixed_17(self.Mixed_6c.outputs, 160)
-        self.Mixed_6e = mixed_17(self.Mixed_6d.outputs, 192)
-        self.Mixed_7a = Mixed(
-            self.Mixed_6e.outputs,
-            "halving",
-            0,
-            branch3x3=(square(192, 1), square(320, 3, stride=2)),
-            branch7x7x3=(square(192, 1), row(192), column(192), square(192, 3, stride=2)),
-        )
-        self.Mixed_7b = mixed_8(self.Mixed_7a.outputs, "average")
-        self.Mixed_7c = mixed_8(self.Mixed_7b.outputs, "max")
-        self.fc = nn.Linear(self.Mixed_7c.outputs, NUM_CLASSES)
+        width = 192
+        for name, block in BLOCKS.items():
+            mixed = Mixed(width, block)
+            self.add_module(name, mixed)
+            width = mixed.outputs
+        self.fc = nn.Linear(width, NUM_CLASSES)
 
     def forward(
         self, x: Float[Tensor, "n 3 299 299"]
     ) -> tuple[Float[Tensor, "n 2048"], Float[Tensor, "n 1008"], Float[Tensor, "n 2023"]]:
         """Return pooled features, logits without bias and spatial features of RGB images in [-1, 1)."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = halving_pool(x)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = halving_pool(x)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        # What ADM's evaluator reads is the graph's mixed_6/conv:0, the ReLU of the branch that comes first in this
-        # block: the graph counts its blocks from `mixed`, which is Mixed_5b here. Channels are last in it.
-        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        halve = POOLS["halving"]
+        x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+        x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
+            if name == SPATIAL_BLOCK:
+                # In the graph the channels are last.
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         pooled = x.mean(dim=(2, 3))
         return pooled, functional.linear(pooled, self.fc.weight), spatial
 
 
 def resize_like_tensorflow1(images: UInt8[Tensor, "n h w c"], size: int) -> Float[Tensor, "n size size c"]:
-    """Return images of size x size, still 0..255, as `ResizeBilinear` of TensorFlow 1 makes them.
+    """Return images of size x size, still 0..255, as `ResizeBilinear` of TensorFlow 1 computes them.
 
-    Position i of the output lies at i * h / size of the input: the corners are not aligned, centres of pixels are not
-    heeded, and nothing is smoothed where images shrink.
+    Position i of the output is position i * h / size of the input: corners are not aligned, pixel centres are ignored,
+    and shrinking does not smooth.
     """
     columns, next_columns, right = _neighbours(images.shape[2], size, images.device)
-    # Integers of 8 bits are gathered, which is a quarter of the memory, and become floats then.
+    # Gathered as 8-bit integers, in a quarter of the memory, and then converted.
     pixels = images.index_select(2, columns).float()
     pixels.lerp_(images.index_select(2, next_columns).float(), right[:, None])
     rows, next_rows, down = _neighbours(images.shape[1], size, images.device)
@@ -258,24 +236,27 @@ def _neighbours(
     length: int, size: int, device: torch.device
 ) -> tuple[Int[Tensor, " size"], Int[Tensor, " size"], Float[Tensor, " size"]]:
     """Return, per position of the output, the two positions of the input around it and the weight of the second."""
-    # In float32, as there: a position that comes out just below a whole number counts for the pixel before.
+    # In float32 as in TensorFlow: a position that rounds to just below a whole number belongs to the pixel before.
     places = torch.arange(size, dtype=torch.float32, device=device) * torch.tensor(length / size, dtype=torch.float32)
     first = places.long()
     return first, (first + 1).clamp(max=length - 1), places - first
 
 
-class InceptionExtractor(FeatureExtractor):
-    """An `InceptionNetwork` with weights, in float32 whatever autocast or TF32 say around it."""
+class InceptionExtractor(NetworkExtractor):
+    """An `InceptionNetwork` with weights, always in float32."""
 
     name = "inception"
+    input_size = INPUT_SIZE
     dimension = 2048
     num_classes = NUM_CLASSES
     spatial_dimension = SPATIAL_CHANNELS * SPATIAL_SIZE**2
+    resize = "bilinear as in TensorFlow 1"
 
     def __init__(self, network: InceptionNetwork) -> None:
         weights = network.state_dict()
+        # Of the weights in the file, before they are folded.
         self._weights_sha256 = weights_sha256({name: weights[name] for name in weights if COUNTER not in name})
-        self._network = network.eval().requires_grad_(False)
+        super().__init__(network)
         for module in self._network.modules():
             if isinstance(module, Convolution):
                 module.fold()
@@ -283,19 +264,19 @@ class InceptionExtractor(FeatureExtractor):
 
     @classmethod
     def load(cls, path: Path | str | None = None) -> InceptionExtractor:
-        """Load a file of weights, .pth or .safetensors, or the fetched one; JLTError if it is not what it should be.
+        """Load a file of weights, .pth or .safetensors, or the downloaded one; JLTError if it is not a valid one.
 
-        A pickle runs no code.
+        Pickled code does not run.
         """
         file = cache_folder() / INCEPTION.file if path is None else Path(path).expanduser()
         if not file.is_file():
             raise JLTError(
-                f"There is no file {file}: get the weights with `jlt fetch inception`, or name a file of them with "
-                "--features-path FILE."
+                f"The file {file} does not exist: download the weights with `jlt fetch inception`, or name their file "
+                "with --features-path FILE."
             )
         _check_hash(file)
         weights = _read_weights(file)
-        # Without storage of its own, since random numbers for 24 million weights take longer than reading them.
+        # On the meta device, since random initial values for 24 million weights take longer than reading them.
         with torch.device("meta"):
             network = InceptionNetwork()
         expected = network.state_dict()
@@ -307,26 +288,9 @@ class InceptionExtractor(FeatureExtractor):
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return features, logits without bias and spatial features; images are resized as TensorFlow 1 does."""
-        device = self._network.fc.weight.device
-        with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
-            found = [self._network(_network_input(piece.to(device))) for piece in pieces(images, device)]
-        pooled, logits, spatial = (torch.cat(parts) for parts in zip(*found, strict=True))
+        results = self._apply_exactly(lambda piece: self._network(_network_input(piece)), images)
+        pooled, logits, spatial = (torch.cat(parts) for parts in zip(*results, strict=True))
         return Features(pooled, logits, spatial)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the name, the sizes, the rule of resizing and the hash of the weights, however they were packed."""
-        return {
-            "name": self.name,
-            "weights_sha256": self._weights_sha256,
-            "input_size": INPUT_SIZE,
-            "dimension": self.dimension,
-            "resize": "bilinear as in TensorFlow 1",
-        }
-
-    def to(self, device: torch.device | str) -> InceptionExtractor:
-        """Move the weights in place and return the extractor."""
-        self._network.to(device)
-        return self
 
 
 def _network_input(images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 299 299"]:
@@ -335,19 +299,19 @@ def _network_input(images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 299 2
 
 
 def _check_hash(file: Path) -> None:
-    """Raise JLTError if a file is not what the hash in its name says; say so if it is not the published one."""
+    """Raise JLTError if a file's hash is not the one in its name; print a line if it is not the published file."""
     found = sha256_file(file)
-    # PyTorch's hub names files so: a dash and the first digits of their SHA-256.
+    # PyTorch's hub appends a dash and the first digits of the SHA-256 to a file's name.
     named = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name)
     if named and not found.startswith(named[1]):
         raise JLTError(
             f"{file} is damaged or another file: its SHA-256 begins with {found[: len(named[1])]}, not with the "
-            f"{named[1]} of its name. `jlt fetch inception` gets it anew."
+            f"{named[1]} of its name. `jlt fetch inception` downloads it again."
         )
     if not found.startswith(INCEPTION.sha256):
         inform(
-            f"{file} is not the published file of weights (SHA-256 {INCEPTION.sha256}...): figures made with it cannot "
-            "be compared with published FIDs."
+            f"{file} is not the published file of weights (SHA-256 {INCEPTION.sha256}...): do not compare its results "
+            "with published FIDs."
         )
 
 
@@ -356,26 +320,23 @@ def _read_weights(file: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        content = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        if file.suffix == ".safetensors":
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise JLTError(
-            f"{file} is not a plain file of weights, and code in it is not run: name another one."
-        ) from error
-    # What is no file of weights can fail in any way at all.
+        raise JLTError(f"{file} is not a plain file of weights; its code was not run: name another file.") from error
+    # For other files these readers raise many types of exceptions.
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise JLTError(f"{file} could not be read as a file of weights ({reason}): name another one.") from error
+        raise JLTError(f"{file} could not be read as a file of weights ({reason}): name another file.") from error
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise JLTError(f"{file} holds no names with tensors: name a file of weights.")
+        raise JLTError(f"{file} holds no named tensors: name a file of weights.")
     return content
 
 
 def _check_names(file: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise JLTError with the first names that are missing, left over or of another shape."""
+    """Raise JLTError with the first names that are missing, unexpected or of another shape."""
     missing = [name for name in expected if name not in weights and COUNTER not in name]
     unexpected = [name for name in weights if name not in expected]
     misshapen = [

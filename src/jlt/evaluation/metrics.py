@@ -1,6 +1,6 @@
-"""Numbers from features: pure functions in float64, tested against closed forms and against other programs.
+"""Metrics of features: pure functions in float64, tested against closed forms and against other programs.
 
-A Gaussian stands for a set of feature vectors by its mean m and covariance A; F is a factor of it, F F^T = A.
+A Gaussian with mean m and covariance A represents a set of feature vectors; F is a factor of A, F F^T = A.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from jlt.errors import JLTError
 from jlt.storage.blocks import blocks
 
 SEED = 2020
-"""That of torch-fidelity, for the order of images in the inception score and the subsets of the kernel distance."""
+"""The seed of torch-fidelity, for the order of images in the inception score and the subsets of the kernel distance."""
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 BLOCK = 512
-"""Rows of a matrix of distances that are in memory at a time."""
+"""Rows of a distance matrix in memory at a time."""
 TIE = 1e-9
 """Relative difference up to which two squared distances count as equal."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """A mean and a covariance, symmetric and positive semi-definite; its factor is computed once."""
+    """A mean and a symmetric, positive semi-definite covariance; its factor is computed once."""
 
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
 
     @functools.cached_property
     def factor(self) -> Float64[Tensor, "d r"]:
-        """F of as many columns as the covariance has rank: with fewer images than dimensions, one fewer than images.
+        """F with as many columns as the covariance has rank, which is below the number of images.
 
-        What is left of a vanishing eigenvalue is rounding, and its root would not be small: 1e-16 becomes 1e-8, once
-        for each dimension.
+        Zero eigenvalues are dropped: of these only rounding errors are left, and their roots would not be small (1e-16
+        becomes 1e-8, once per dimension).
         """
         eigenvalues, eigenvectors = torch.linalg.eigh(self.covariance.double())
         rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1:].clamp_min(0)
@@ -52,15 +52,15 @@ class Gaussian:
         """Return the squared 2-Wasserstein distance (Dowson and Landau 1982; as FID: Heusel et al. 2017).
 
         |m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A B)^1/2), whose last trace is the sum of the singular values of
-        F_a^T F_b. That is real and finite for singular covariances too, where a general matrix root fails, and keeps
-        small values exact, which the eigenvalues of F_a^T B F_a, their squares, do not.
+        F_a^T F_b. This sum is real and finite for singular covariances too, where a general matrix root fails. It keeps
+        small values exact, unlike their squares, the eigenvalues of F_a^T B F_a.
         """
         return self._distance(other, torch.linalg.svdvals(self.factor.T @ other.factor).sum())
 
     def rough_distance(self, other: Gaussian) -> float:
-        """Return the distance without a factor of the other one: by those eigenvalues, in a third of the time.
+        """Return the distance from those eigenvalues, without a factor of the other one, in a third of the time.
 
-        Rounding adds some 1e-8 of the largest standard deviation for each dimension in which the other is flat.
+        Rounding adds about 1e-8 of the largest standard deviation for each dimension in which the other has none.
         """
         squares = self.factor.T @ other.covariance.double() @ self.factor
         return self._distance(other, torch.linalg.eigvalsh(squares).clamp_min(0).sqrt().sum())
@@ -71,20 +71,13 @@ class Gaussian:
         return max(0.0, (moved + spread - 2 * overlap).item())
 
 
-def frechet_distance(
-    mean_a: Float[Tensor, " d"], cov_a: Float[Tensor, "d d"], mean_b: Float[Tensor, " d"], cov_b: Float[Tensor, "d d"]
-) -> float:
-    """Return the distance of two Gaussians; a `Gaussian` that is compared several times is factored once."""
-    return Gaussian(mean_a, cov_a).distance(Gaussian(mean_b, cov_b))
-
-
 def jackknife(whole: float, without: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
-    """Return standard error and bias of an estimate, from estimates that leave out one group of images each.
+    """Return standard error and bias of an estimate, from estimates that each leave out one group of images.
 
     `sizes` are the groups' m_j, with sum n. Delete-m_j jackknife for groups of unequal sizes (Busing, Meijer and van
     der Leeden 1999): with h_j = n / m_j and pseudo-values p_j = h_j whole - (h_j - 1) without_j, the bias is
     sum (1 - m_j / n) without_j - (g - 1) whole, the variance mean((p_j - (whole - bias))^2 / (h_j - 1)). For g equal
-    groups these are Quenouille's (g - 1)(mean(without) - whole) and Tukey's variance. The bias is that of order 1/n.
+    groups these are Quenouille's (g - 1)(mean(without) - whole) and Tukey's variance. This is the bias of order 1/n.
     """
     left_out, m = np.array(without, dtype=np.float64), np.array(sizes, dtype=np.float64)
     h = m.sum() / m
@@ -97,8 +90,8 @@ def jackknife(whole: float, without: Sequence[float], sizes: Sequence[int]) -> t
 def inception_score(logits: Float[np.ndarray, "n k"], splits: int = 10) -> tuple[float, float]:
     """Return mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016).
 
-    The splits are equal parts of the images in a fixed random order (the one of torch-fidelity), since images that come
-    sorted by class would make each split one class. Logits may be -inf. JLTError for fewer images than splits.
+    The splits are equal parts of the images in torch-fidelity's fixed random order; without it, images sorted by class
+    would give splits of one class. Logits may be -inf. JLTError for fewer images than splits.
     """
     count = len(logits)
     if count < splits:
@@ -133,9 +126,9 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation, over random subsets, of the squared MMD (KID: Binkowski et al. 2018).
 
-    The kernel is (x . y / d + 1)^3, the estimate of each subset unbiased, so that it may be negative. Subsets are drawn
-    without replacement, as torch-fidelity draws them; they are as large as the smaller set where that has fewer images.
-    ValueError for less than two images.
+    The kernel is (x . y / d + 1)^3; the estimate of each subset is unbiased, so it may be negative. Subsets are drawn
+    without replacement, as in torch-fidelity, and are not larger than the smaller set. ValueError for fewer than two
+    images.
     """
     size = min(subset_size, len(samples), len(real))
     if size < 2:
@@ -143,7 +136,7 @@ def kernel_distance(
     random = np.random.RandomState(SEED)
     found = []
     for _ in range(subsets):
-        # In this order, which is that of torch-fidelity's random numbers.
+        # In the order of torch-fidelity's random numbers.
         x = samples[torch.from_numpy(random.choice(len(samples), size, replace=False))].double()
         y = real[torch.from_numpy(random.choice(len(real), size, replace=False))].double()
         within = _kernel_sum(x, x) - _kernel_diagonal(x) + _kernel_sum(y, y) - _kernel_diagonal(y)
@@ -162,7 +155,7 @@ def _kernel_diagonal(x: Float64[Tensor, "n d"]) -> float:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far samples and real images lie in each other's neighbourhoods; all but density in 0..1."""
+    """How far samples and real images are in each other's neighbourhoods; all but density are in 0..1."""
 
     precision: float
     recall: float
@@ -178,13 +171,13 @@ def overlap(
 ) -> Overlap:
     """Return improved precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Around each image of a set lies a ball that just reaches its k-th nearest neighbour in that set. Precision is the
-    share of samples in any real image's ball, recall the share of real images in any sample's. Density is the number of
-    real balls that a sample lies in, over k; coverage the share of real balls with a sample in them. Balls are closed.
-    ValueError for a set with no more images than neighbours.
+    The ball of an image reaches to its k-th nearest neighbour in its own set; balls are closed. Precision is the share
+    of samples in any real image's ball, recall the share of real images in any sample's ball. Density is the number of
+    real balls around a sample, over k; coverage is the share of real balls with a sample in them. ValueError for a set
+    with no more images than neighbours.
     """
     if min(len(samples), len(real)) <= max(precision_neighbours, density_neighbours):
-        raise ValueError("each set needs more images than neighbours are counted")
+        raise ValueError("each set needs more images than neighbours")
     centre = real.mean(dim=0, dtype=torch.float64)
     around_samples = _radii(samples, (precision_neighbours,), centre)[0]
     around_real, wide = _radii(real, (precision_neighbours, density_neighbours), centre)
@@ -204,10 +197,10 @@ def overlap(
 def _radii(
     points: Float[Tensor, "n d"], neighbours: Sequence[int], centre: Float64[Tensor, " d"]
 ) -> list[Float64[Tensor, " n"]]:
-    """Return, per number of neighbours k, each point's squared distance to the k-th nearest other, and a bit more."""
+    """Return, per k in `neighbours`, each point's squared distance to the k-th nearest other, times 1 + `TIE`."""
     radii = [torch.empty(len(points), dtype=torch.float64) for _ in neighbours]
     for rows, squares in _squared_distances(points, points, centre):
-        # A point is no neighbour of its own.
+        # A point is not its own neighbour.
         squares[torch.arange(len(squares)), torch.arange(rows.start, rows.start + len(squares))] = torch.inf
         nearest = squares.topk(max(neighbours), dim=1, largest=False).values
         for radius, k in zip(radii, neighbours, strict=True):
@@ -218,9 +211,9 @@ def _radii(
 def _squared_distances(
     a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], centre: Float64[Tensor, " d"]
 ) -> Iterator[tuple[slice, Float64[Tensor, "_ m"]]]:
-    """Yield |a_i - b_j|^2 for some rows at a time, in float64, to which only what is at work is converted.
+    """Yield |a_i - b_j|^2 for some rows at a time; only these rows are converted to float64.
 
-    Distances keep their digits about a `centre` in the midst of the points.
+    Subtracting a `centre` of the points keeps the digits of the distances.
     """
     for start in range(0, len(a), BLOCK):
         rows = slice(start, start + BLOCK)

@@ -1,4 +1,4 @@
-"""What samples are compared with: the features of real images, measured once, on disk as other programs have them."""
+"""References: the features of real images that samples are compared with, in the file formats of other programs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unr
 
 SCHEMA = 2
 SUFFIXES = (".npz", ".pt")
-"""Files of statistics: numpy's, as pytorch-fid and ADM write them too, and torch's, as torch-fidelity does."""
+"""Files of statistics: numpy's, which pytorch-fid and ADM use too, and torch's, which torch-fidelity uses."""
+ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features")
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of pooled features, of spatial ones (sFID) where there are some, and some images' features themselves.
+    """Statistics of pooled features, of spatial features (sFID) if there are any, and the features of some images.
 
-    `kept` are the pooled features of a fixed selection of images, by which precision, recall and the like are measured;
-    None where a file does not have them. `protocol` holds what the features are of, as JSON values; it is empty for
-    statistics that another program wrote.
+    `kept` are the pooled features of a fixed selection of images, for precision, recall and the like; None where a file
+    has none. `protocol` identifies the extractor and the images as JSON values; it is empty for statistics of another
+    program.
     """
 
     pooled: FeatureStatistics
@@ -42,12 +43,12 @@ class Reference:
 
     @functools.cached_property
     def gaussian(self) -> Gaussian:
-        """The Gaussian of the pooled features, factored once for all that is compared with it."""
+        """The Gaussian of the pooled features, factored once for all comparisons."""
         return self.pooled.gaussian
 
     @property
     def count(self) -> int | None:
-        """Images that were measured; None where a file does not say."""
+        """Number of measured images; None where a file does not contain it."""
         return self.pooled.count
 
     def identity(self) -> dict[str, Any]:
@@ -58,35 +59,43 @@ class Reference:
         return {"sha256": digest.hexdigest(), "count": self.count, **self.protocol}
 
     def save(self, path: Path) -> None:
-        """Write `mu`, `sigma`, `mu_s`, `sigma_s` and `features` to an .npz, and the identity to a .json beside it."""
+        """Write `mu`, `sigma`, `mu_s`, `sigma_s` and `features` to an .npz, and the identity to a .json next to it."""
         require_npz(path)
-        # The identity first: statistics that nobody can place would be taken for a foreign program's.
+        # The identity first, since statistics without it count as another program's.
         write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.identity()})
         with atomic_path(path) as temporary:
             np.savez(temporary, **self._arrays())  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read an .npz, or a .pt of torch-fidelity's, with the protocol if it lies beside.
+        """Read an .npz, or a .pt of torch-fidelity, with the protocol from the .json next to it if there is one.
 
-        No pickled code is ever run. JLTError for a file that is damaged, holds objects or misses an array, for values
-        that are not finite or do not fit together, and for a protocol of other statistics.
+        Pickled code never runs. JLTError for a file that is damaged, holds objects or misses an array, for values that
+        are not finite or inconsistent, and for a protocol of other statistics.
         """
         arrays = _read_arrays(path)
         pooled = _moments(path, arrays, "mu", "sigma")
         spatial = _moments(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} & set(arrays) else None
-        reference = cls(pooled, spatial, _kept(path, arrays, pooled.dimension))
-        beside = path.with_suffix(".json")
-        if not beside.is_file():
+        kept = None
+        if "features" in arrays:
+            kept = torch.from_numpy(_numbers(path, "features", arrays["features"], np.float32))
+            if kept.ndim != 2 or kept.shape[1] != pooled.dimension:
+                shape = tuple(kept.shape)
+                raise JLTError(f"{path} holds features {shape}, but statistics of dimension {pooled.dimension}.")
+        reference = cls(pooled, spatial, kept)
+        protocol_path = path.with_suffix(".json")
+        if not protocol_path.is_file():
             return reference
-        stored = read_json(beside)
+        stored = read_json(protocol_path)
         if stored.get("sha256") != reference.identity()["sha256"]:
-            raise JLTError(f"{beside} describes other statistics than {path} holds: one of the two was replaced.")
+            raise JLTError(
+                f"{protocol_path} describes other statistics than {path} holds: one of the two was replaced."
+            )
         pooled.count = stored["count"]
         if spatial:
             spatial.count = stored["count"]
         protocol = {key: value for key, value in stored.items() if key not in ("schema", "sha256", "count")}
-        return cls(pooled, spatial, reference.kept, protocol)
+        return cls(pooled, spatial, kept, protocol)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"mu": self.pooled.mean, "sigma": self.pooled.covariance}
@@ -98,7 +107,7 @@ class Reference:
 
 
 def require_npz(path: Path) -> None:
-    """Raise JLTError for a path that statistics are not written to."""
+    """Raise JLTError unless statistics can be written to this path."""
     if path.suffix != ".npz":
         raise JLTError(f"{path}: statistics are written to a file that ends in .npz.")
 
@@ -106,28 +115,27 @@ def require_npz(path: Path) -> None:
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise JLTError(f"{path} does not exist: write reference statistics first (jlt reference).")
-    names = ("mu", "sigma", "mu_s", "sigma_s", "features")
     try:
-        # numpy leaves a damaged file open if it opened it itself.
+        # Opened here, since numpy does not close a damaged file that it opened itself.
         with path.open("rb") as stream:
             if path.suffix == ".pt":
                 found = _torch_arrays(stream.read())
-                return {name: np.asarray(found[name]) for name in names if name in found}
+                return {name: np.asarray(found[name]) for name in ARRAYS if name in found}
             with np.load(stream, allow_pickle=False) as file:
                 if "mu" not in file and "arr_0" in file:
                     raise JLTError(
                         f"{path} holds images (arr_0), not statistics (mu and sigma): jlt evaluate --samples measures "
                         "such images, jlt reference makes statistics of a collection."
                     )
-                return {name: file[name] for name in names if name in file}
+                return {name: file[name] for name in ARRAYS if name in file}
     except UNREADABLE_ARRAYS as error:
-        # numpy refuses object arrays and bare pickles with a ValueError; an .npy has no context to enter.
+        # numpy refuses object arrays and pickles with a ValueError; an .npy is no context manager.
         why = why_unreadable(error)
         raise JLTError(f"{path} does not hold statistics, arrays of numbers named mu and sigma ({why}).") from error
 
 
 def _torch_arrays(content: bytes) -> Mapping[str, Any]:
-    """Return what torch.save wrote of numpy arrays, by torch's reader that makes nothing but what is named here."""
+    """Return numpy arrays that torch.save wrote; torch's reader creates only the types that are listed here."""
     if not content.startswith(b"PK"):
         raise ValueError("it is no archive that torch.save wrote")
     import _codecs
@@ -135,7 +143,7 @@ def _torch_arrays(content: bytes) -> Mapping[str, Any]:
 
     from numpy._core import multiarray
 
-    # Files name these as the numpy that wrote them did.
+    # Files contain the name that the writing numpy had for this function.
     reconstruct = [
         (multiarray._reconstruct, f"{name}.multiarray._reconstruct") for name in ("numpy.core", "numpy._core")
     ]
@@ -152,23 +160,15 @@ def _torch_arrays(content: bytes) -> Mapping[str, Any]:
 
 
 def _moments(path: Path, arrays: Mapping[str, np.ndarray], mu: str, sigma: str) -> FeatureStatistics:
+    wrong = f"{path} does not hold statistics"
     if mu not in arrays or sigma not in arrays:
-        raise JLTError(f"{path} does not hold statistics, arrays of numbers named {mu} and {sigma}.")
+        raise JLTError(f"{wrong}, arrays of numbers named {mu} and {sigma}.")
     mean, covariance = (_numbers(path, name, arrays[name], np.float64) for name in (mu, sigma))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise JLTError(f"{path} does not hold statistics: {mu} is {mean.shape}, {sigma} is {covariance.shape}.")
+        raise JLTError(f"{wrong}: {mu} is {mean.shape}, {sigma} is {covariance.shape}.")
     if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max(initial=0)):
-        raise JLTError(f"{path} does not hold statistics: {sigma} is not symmetric, so it is no covariance.")
+        raise JLTError(f"{wrong}: {sigma} is not symmetric, so it is no covariance.")
     return FeatureStatistics.of(torch.from_numpy(mean), torch.from_numpy(covariance), None)
-
-
-def _kept(path: Path, arrays: Mapping[str, np.ndarray], dimension: int) -> Float[Tensor, "m d"] | None:
-    if "features" not in arrays:
-        return None
-    kept = _numbers(path, "features", arrays["features"], np.float32)
-    if kept.ndim != 2 or kept.shape[1] != dimension:
-        raise JLTError(f"{path} holds features {kept.shape} beside statistics of dimension {dimension}.")
-    return torch.from_numpy(kept)
 
 
 def _numbers(path: Path, name: str, array: np.ndarray, dtype: type) -> np.ndarray:
@@ -181,14 +181,14 @@ def _numbers(path: Path, name: str, array: np.ndarray, dtype: type) -> np.ndarra
 
 
 def check_reference(reference: Reference, extractor: FeatureExtractor, resolution: int | None = None) -> None:
-    """Raise JLTError if a reference is of another extractor or another image size, as far as it says of which it is."""
+    """Raise JLTError if a reference is known to be of another extractor or another image size."""
     mine, theirs = extractor.identity(), reference.protocol.get("extractor")
     _check_dimension("features", reference.pooled.dimension, extractor.dimension, extractor.name)
     if theirs is not None and theirs != mine:
         keys = [key for key in mine if theirs.get(key) != mine[key]]
         keys += [key for key in theirs if key not in mine]
         differing = [f"{key} {theirs.get(key)!r} against {mine.get(key)!r}" for key in keys]
-        raise JLTError(f"The reference was made by another extractor ({'; '.join(differing)}): make it anew.")
+        raise JLTError(f"The reference was made by another extractor ({'; '.join(differing)}): make it again.")
     if reference.spatial is not None and extractor.spatial_dimension:
         _check_dimension("spatial features", reference.spatial.dimension, extractor.spatial_dimension, extractor.name)
     size = reference.protocol.get("resolution")

@@ -1,14 +1,13 @@
-"""Columns of features, a row per image -> numbers."""
+"""Columns of features, one row per image -> numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
-from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
@@ -24,23 +23,24 @@ from jlt.evaluation.metrics import (
 )
 from jlt.evaluation.real_images import KEPT
 from jlt.evaluation.reference import Reference, check_reference
+from jlt.results.evaluation import Metrics
 from jlt.runtime.random_numbers import random_subset
 from jlt.storage.blocks import blocks, take
 
 GROUPS = 10
-"""Parts of the jackknife, and fewest images that are measured."""
+"""Groups of the jackknife, and the fewest images that are measured."""
 GROUP_RUN = 64
-"""Consecutive images that belong to one part."""
+"""Consecutive images that belong to one group."""
 RUNS_AT_ONCE = 16
 IMAGES_FOR_BIAS = 5
-"""Images for each dimension from which the jackknife tells the bias: with fewer it is no longer as 1 / count."""
+"""Images per dimension from which on the jackknife estimates the bias; with fewer it does not fall as 1 / count."""
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What an extractor found in images, in the order of their numbers: arrays in memory, or mapped from a file.
+    """The features of images in the order of their numbers: arrays in memory, or mapped from a file.
 
-    `logits` and `spatial` are None where it gives none, `labels` where the images have none to be compared with.
+    `logits` and `spatial` are None if the extractor has none, `labels` if the images have none.
     """
 
     pooled: Float32[np.ndarray, "n d"]
@@ -49,37 +49,12 @@ class Columns:
     labels: Int64[np.ndarray, " n"] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """What was measured on `count` images; None is what the extractor, the reference or the images do not allow.
-
-    `frechet_distance_error` is its standard error, `frechet_distance_bias` by how much it is too large for want of
-    samples; both are estimates. Precision and the like and the kernel distance are of at most 10,000 images.
-    """
-
-    frechet_distance: float
-    frechet_distance_error: float | None = None
-    frechet_distance_bias: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    inception_score_whole: float | None = None
-    spatial_frechet_distance: float | None = None
-    kernel_distance: float | None = None
-    kernel_distance_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    density: float | None = None
-    coverage: float | None = None
-    label_agreement: float | None = None
-    count: int
-
-
 @dataclass(frozen=True)
 class LeftOut:
-    """What a jackknife over groups of images is made of: differences of two have the error of the difference.
+    """The data of a jackknife over groups of images; differences of two give the error of the difference.
 
-    The `rough` distance of all images, and those `without` one group of so many images (`sizes`) each, by one rule;
-    `distance` is the exact one. The reference is taken as it is: its own images are the same for all.
+    `rough` is the distance of all images, and `without` the distances that each leave out one group, of `sizes` images;
+    both have rounding errors that `distance` has not. The reference is the same in all.
     """
 
     distance: float
@@ -88,14 +63,14 @@ class LeftOut:
     sizes: Sequence[int]
 
     def error_and_bias(self) -> tuple[float, float]:
-        """Return the standard error of the distance, and by how much it is too large for want of images."""
+        """Return the standard error of the distance, and its excess because of the finite number of images."""
         return jackknife(self.rough, self.without, self.sizes)
 
 
 def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor) -> tuple[Metrics, LeftOut]:
-    """Measure images by their features; return also what the error of the Frechet distance was found from.
+    """Measure images by their features; return also the jackknife data of the Frechet distance.
 
-    JLTError for another extractor's reference and for fewer than 10 images.
+    JLTError for a reference of another extractor and for fewer than 10 images.
     """
     check_reference(reference, extractor)
     count = len(columns.pooled)
@@ -109,14 +84,16 @@ def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor)
         found["inception_score"], found["inception_score_std"] = inception_score(columns.logits)
         found["inception_score_whole"], _ = inception_score(columns.logits, splits=1)
         if columns.labels is not None:
-            found["label_agreement"] = _label_agreement(columns.logits, columns.labels)
+            labels = torch.from_numpy(np.array(columns.labels))
+            agreeing = (label_agreement(part, labels[rows]) * len(part) for rows, part in blocks(columns.logits))
+            found["label_agreement"] = sum(agreeing) / count
     if columns.spatial is not None and reference.spatial is not None:
-        spatial = FeatureStatistics(columns.spatial.shape[1])
-        for _, block in blocks(columns.spatial):
-            spatial.update(block)
+        spatial = FeatureStatistics.over(columns.spatial)
         found["spatial_frechet_distance"] = reference.spatial.gaussian.distance(spatial.gaussian)
     if reference.kept is not None and len(reference.kept) > DENSITY_NEIGHBOURS:
-        found |= _of_single_images(columns.pooled, reference.kept)
+        samples = take(columns.pooled, random_subset(count, KEPT))
+        found["kernel_distance"], found["kernel_distance_std"] = kernel_distance(samples, reference.kept)
+        found |= asdict(overlap(samples, reference.kept))
     return Metrics(frechet_distance=left_out.distance, count=count, **found), left_out
 
 
@@ -128,52 +105,27 @@ def require_enough(count: int) -> None:
 
 def frechet_without_groups(pooled: Float32[np.ndarray, "n d"], reference: Gaussian) -> LeftOut:
     """Return the Frechet distances of images to a reference, of all and without each of 10 groups."""
-    whole = FeatureStatistics(pooled.shape[1])
-    for _, block in blocks(pooled):
-        whole.update(block)
+    whole = FeatureStatistics.over(pooled)
     distance = reference.distance(whole.gaussian)
-    # Among themselves these are exact enough, and there are eleven.
+    # These eleven distances are compared only with each other, so the faster formula is exact enough.
     rough = reference.rough_distance(whole.gaussian)
     groups, without, sizes = group_of(len(pooled)), [], []
     for group in range(GROUPS):
-        # Read once more: ten covariances at a time would be half of all memory that is needed here.
-        part = _statistics_of(pooled, np.flatnonzero(groups == group))
+        # Read again for each group: ten covariances at a time would be half of all memory in use here.
+        members = np.flatnonzero(groups == group)
+        part = FeatureStatistics(pooled.shape[1])
+        for start in range(0, len(members), GROUP_RUN * RUNS_AT_ONCE):
+            part.update(take(pooled, members[start : start + GROUP_RUN * RUNS_AT_ONCE]))
         without.append(reference.rough_distance(whole.without(part).gaussian))
-        sizes.append(part.count or 0)
+        sizes.append(len(members))
     return LeftOut(distance, rough, without, sizes)
-
-
-def _statistics_of(pooled: Float32[np.ndarray, "n d"], members: Int64[np.ndarray, " m"]) -> FeatureStatistics:
-    part = FeatureStatistics(pooled.shape[1])
-    for start in range(0, len(members), GROUP_RUN * RUNS_AT_ONCE):
-        part.update(take(pooled, members[start : start + GROUP_RUN * RUNS_AT_ONCE]))
-    return part
 
 
 def group_of(count: int) -> Int64[np.ndarray, " n"]:
     """Return each image's group, 0..9: runs of consecutive images, so that labels i mod K are balanced in each.
 
-    Runs of 64 take turns where there are enough images for ten of them; fewer are cut into ten runs. Images that are
-    sorted by class make groups of unlike classes, and the error is then overestimated.
+    Runs of 64 go to the groups in turn if there are enough images for ten of them; fewer images are cut into ten runs.
+    Images sorted by class give groups of different classes, and then the error is overestimated.
     """
     numbers = np.arange(count)
     return numbers * GROUPS // max(1, count) if count < GROUP_RUN * GROUPS else numbers // GROUP_RUN % GROUPS
-
-
-def _label_agreement(logits: Float[np.ndarray, "n k"], labels: Int64[np.ndarray, " n"]) -> float:
-    wanted = torch.from_numpy(np.array(labels))
-    return sum(label_agreement(part, wanted[rows]) * len(part) for rows, part in blocks(logits)) / len(logits)
-
-
-def _of_single_images(pooled: Float32[np.ndarray, "n d"], real: Float[Tensor, "m d"]) -> dict[str, float]:
-    samples = take(pooled, random_subset(len(pooled), KEPT))
-    distance, spread = kernel_distance(samples, real)
-    near = overlap(samples, real)
-    return {
-        "kernel_distance": distance,
-        "kernel_distance_std": spread,
-        "precision": near.precision,
-        "recall": near.recall,
-        "density": near.density,
-        "coverage": near.coverage,
-    }

@@ -1,4 +1,4 @@
-"""A latent store in other coordinates: the same latents with their anisotropy raised to a power, as a store beside."""
+"""A latent store in other coordinates: the same latents with their anisotropy raised to a power."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH_SIZE = 256
 
 
 def store_in_coordinates(store: LatentStore, folder: Path, patch_size: int, anisotropy: float) -> LatentStore:
-    """Write the latents with their tokens' eigenvalues raised to a power, or open what was written before.
+    """Write the latents with their tokens' eigenvalues raised to a power, or open the store if it exists.
 
     The store's autoencoder decodes them, since it undoes the coordinates. JLTError for a disk without room.
     """
@@ -52,7 +52,7 @@ def measure_coordinates(store: LatentStore, patch_size: int, anisotropy: float) 
 
 
 def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Path) -> None:
-    """Write everything into the folder `begun`, which will be called `folder`."""
+    """Write everything into the folder `begun`, which is then renamed to `folder`."""
     coordinates.save(begun / NAME)
     manifest, sums, records, first = store.manifest, LatentSums.zero(store.shape.channels), [], 0
     for shard in track(manifest.shards, f"latents with anisotropy {coordinates.anisotropy:g}", len(manifest.shards)):
@@ -71,7 +71,7 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
         records.append(ShardRecord(path.name, shard.count, path.stat().st_size, sha256_file(path)))
     autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu")
     identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
-    # Where it will lie, as the other stores' weights are named by where they lie.
+    # The final place of the map, as other stores name the place of their weights.
     identity["normalisation"]["coordinates"]["source"] = str((folder / NAME).resolve())
     changed = replace(
         manifest, autoencoder=identity, encoding=None, dtype="float32", shards=tuple(records), **sums.moments()

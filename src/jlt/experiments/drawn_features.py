@@ -1,4 +1,4 @@
-"""The features of a sampler's images, on disk while they are drawn: shared among processes, and continued."""
+"""The features of a sampler's images, on disk while they are drawn, so that processes share the work and resume it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from jlt.storage.rows import RowTable, unwritten
 
 
 def table_folder(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> Path:
-    """Return where, in the folder `place`, the features of a sampler lie, of however many images."""
-    words = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
-    digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
+    """Return the folder in `place` for the features of a sampler, the same for any number of images."""
+    identity = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return place / f"{sampler.checkpoint.folder.name}-{digest}"
 
 
 @contextlib.contextmanager
 def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> Iterator[RowTable]:
-    """Draw the images that a table in `place` does not have yet, in all processes; give a block the full one, locked.
+    """Draw the images that a table in `place` does not have yet, in all processes; yield the full table, locked.
 
-    One of fewer images grows to this many.
-    Stopped when any process was asked to end: the rows that are written stay, and the same call goes on from them.
-    JLTError if another program draws into the same table, or if the processes do not share its folder.
+    A table of fewer images grows to this many. Stopped if any process is to stop: the written rows stay, and the same
+    call resumes. JLTError if another program draws into the same table, or if the processes do not share its folder.
     """
     folder, num = table_folder(sampler, extractor, place), sampler.config.num
     with contextlib.ExitStack() as held:
@@ -66,8 +65,8 @@ def aligned(
 ) -> Iterator[tuple[int, UInt8[Tensor, "n h w 3"], Int64[Tensor, " n"]]]:
     """Yield the same numbered images cut at multiples of `size`, as far as they are consecutive.
 
-    An extractor then sees an image beside the same others as in `evaluate_images`, unless ranges that are no multiples
-    of `size` are shared among processes: that moves its last digits.
+    An extractor then gets the same batches as in `evaluate_images`, and so the same digits. Ranges that are no
+    multiples of `size` and are shared among processes change the last digits.
     """
     waiting: ImageBatch | None = None
     for batch in batches:

@@ -1,14 +1,14 @@
-"""Where trained networks err: the velocity error by eigen-direction of the tokens and by time, against eq. 11.
+"""The velocity error of trained networks by eigen-direction of the tokens and by time, against eq. 11.
 
-All networks see the same latents, noise and times, so that what differs between them is known far better than each by
-itself. Two optima are given beside: that of a token by itself (eq. 11 on its own spectrum), which a network that looks
-at all tokens and the class may well undercut, and that of whole latents as one Gaussian: of their full covariance where
-it is small enough to be formed, else of their covariance by spatial frequency, as if positions were a torus.
+All networks get the same latents, noise and times, so their difference is known far better than each error by itself.
+There are two optima for comparison. That of a token by itself is eq. 11 on its own spectrum; a network that uses all
+tokens and the class may undercut it. That of whole latents as one Gaussian uses their full covariance where it is small
+enough to be formed, else their covariance by spatial frequency, as if positions were a torus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
@@ -20,43 +20,36 @@ from torch import Tensor
 
 from jlt.errors import JLTError, UsageError
 from jlt.geometry.accumulate import Latents, Moments
+from jlt.geometry.assemble import rows
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
 from jlt.geometry.tokens import eigenbasis
-from jlt.patches import join_tokens, patch_tokens
-from jlt.report.results import INSIDE_SCHEMA
+from jlt.patches import patch_tokens, unpatchify
+from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, NetworkError
 from jlt.runtime.processes import Group, rank0_value, stop_together
 from jlt.runtime.progress import bar
 from jlt.runtime.random_numbers import derive_seed, normal_per_sample, random_subset
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.sampler import open_weights
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 from jlt.training.checkpoint import Checkpoint
 
-TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-"""From where noise prediction can be asked to where little noise is left."""
+MEASURED_TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""From the first time at which noise prediction has a velocity to one with little noise left."""
 BATCH_SIZE = 128
-BANDS = (
-    ("with less than a hundredth of the noise's variance", 0.0, 0.01),
-    ("with a hundredth to a tenth of it", 0.01, 0.1),
-    ("with a tenth to all of it", 0.1, 1.0),
-    ("with more than the noise", 1.0, np.inf),
-)
-"""Directions by their variance, from..to, in units of the noise's."""
-
-
-WholeEstimate = Literal["exact", "stationary"]
+BANDS = ((0.0, 0.01), (0.01, 0.1), (0.1, 1.0), (1.0, None))
+"""Directions by their variance, from..to, in units of the noise's; None is infinite."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Trained networks that are looked into: with which of their weights, and on how many latents."""
+    """Trained networks to be measured, their weights, and the number of latents."""
 
     checkpoints: Sequence[Checkpoint]
     num: int = 1024
     ema: str = ""
-    """Which weights; empty takes a run's first EMA."""
+    """The weights; empty takes a run's first EMA."""
 
     def __post_init__(self) -> None:
         if self.num < 2:
@@ -75,22 +68,22 @@ class Networks:
 
 @dataclass(frozen=True)
 class Basis:
-    """The eigen-directions of tokens as columns, their variances, and what nobody can avoid in each at each time."""
+    """The eigen-directions of tokens as columns, their variances, and the unavoidable error in each at each time."""
 
     patch_size: int
     eigenvalues: Float64[np.ndarray, " d"]
     vectors: Float64[Tensor, "d d"]
     optimum: Float64[np.ndarray, "t d"]
     whole_optimum: Float64[np.ndarray, "t d"]
-    whole_estimate: WholeEstimate
+    whole_estimate: Literal["exact", "stationary"]
 
 
 def measure_error_by_direction(
     networks: Networks, store: Latents, moments: Moments | None, device: str, group: Group, seed: int = 0
-) -> dict[str, Any]:
-    """Return the errors of networks by time and direction, as JSON values, in all processes, which share the work.
+) -> ErrorByDirection:
+    """Return the errors of networks by time and direction, in all processes, which share the work.
 
-    `moments` are what the first process saw of the store, with the networks' patch size; the others have none. `num`
+    `moments` are those of the store for the networks' patch size, in the first process; None in the others. `num`
     latents are drawn from the store, the same for all networks and any number of processes.
     """
     scale = networks.noise_scale
@@ -102,44 +95,46 @@ def measure_error_by_direction(
         squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device, group)
         found.append((checkpoint, weights.identity, squares))
 
-    def describe() -> dict[str, Any]:
-        seen = [(checkpoint, identity, rank0_value(squares)) for checkpoint, identity, squares in found]
-        first = seen[0][2]
-        beyond = [_mean_and_error(squares - first) for _, _, squares in seen[1:]]
-        return {
-            "schema": INSIDE_SCHEMA,
-            "patch_size": networks.patch_size,
-            "latents": store.identity(),
-            "count": len(numbers),
-            "seed": seed,
-            "times": list(TIMES),
-            "eigenvalues": basis.eigenvalues.tolist(),
-            "optimum": basis.optimum.tolist(),
-            "whole_optimum": basis.whole_optimum.tolist(),
-            "whole_estimate": basis.whole_estimate,
-            "networks": [_describe(*network, basis, scale) for network in seen],
-            "beyond_the_first": [{"difference": mean.tolist(), "error": error.tolist()} for mean, error in beyond],
-        }
+    def assemble() -> ErrorByDirection:
+        first = rank0_value(found[0][2])
+        return ErrorByDirection(
+            patch_size=networks.patch_size,
+            latents=store.identity(),
+            count=len(numbers),
+            seed=seed,
+            times=MEASURED_TIMES,
+            eigenvalues=tuple(basis.eigenvalues.tolist()),
+            optimum=rows(basis.optimum),
+            whole_optimum=rows(basis.whole_optimum),
+            whole_estimate=basis.whole_estimate,
+            networks=tuple(
+                network_error(checkpoint, identity, rank0_value(squares), basis, scale)
+                for checkpoint, identity, squares in found
+            ),
+            beyond_the_first=tuple(
+                ErrorDifference(*map(rows, _mean_and_error(rank0_value(squares) - first))) for *_, squares in found[1:]
+            ),
+        )
 
-    return group.on_rank0(describe)
+    return group.on_rank0(assemble)
 
 
 def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -> Basis:
     """Return the directions of tokens with the optima of eq. 11, of tokens and of whole latents."""
     eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
     vectors, stationary = vectors.cpu(), moments.stationary
-    estimate: WholeEstimate
+    optimum = unavoidable_error(eigenvalues, noise_scale)
     if isinstance(moments.whole, TokenCovariance):
         covariance = moments.whole.covariance.cpu()
-        estimate, whole = "exact", whole_optimum(covariance, stationary.shape, patch_size, vectors, noise_scale)
-    else:
-        estimate, whole = "stationary", stationary_optimum(stationary, patch_size, vectors, noise_scale)
-    return Basis(patch_size, eigenvalues, vectors, _unavoidable(eigenvalues, noise_scale), whole, estimate)
+        whole = whole_optimum(covariance, stationary.shape, patch_size, vectors, noise_scale)
+        return Basis(patch_size, eigenvalues, vectors, optimum, whole, "exact")
+    whole = stationary_optimum(stationary, patch_size, vectors, noise_scale)
+    return Basis(patch_size, eigenvalues, vectors, optimum, whole, "stationary")
 
 
-def _unavoidable(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
+def unavoidable_error(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
     """Return eq. 11 for velocity at all times, for noise of any scale: of x / s in units of s^2."""
-    risk = conditional_variance("v", lam / noise_scale**2, np.array(TIMES)[:, None])
+    risk = conditional_variance("v", lam / noise_scale**2, np.array(MEASURED_TIMES)[:, None])
     return np.asarray(noise_scale**2 * risk)
 
 
@@ -158,7 +153,7 @@ def whole_optimum(
     lam, w = torch.linalg.eigh(covariance)
     tokens = patch_tokens(w.T.reshape(-1, *shape), patch_size) @ vectors
     share = tokens.square().view(len(lam), -1, len(vectors)).mean(1).cpu().numpy()
-    return np.asarray(_unavoidable(lam.clamp_min(0).cpu().numpy(), noise_scale) @ share)
+    return np.asarray(unavoidable_error(lam.clamp_min(0).cpu().numpy(), noise_scale) @ share)
 
 
 def stationary_optimum(
@@ -166,17 +161,17 @@ def stationary_optimum(
 ) -> Float64[np.ndarray, "t d"]:
     """Return eq. 11 for whole latents whose covariance depends on the distance of positions alone, along tokens.
 
-    Spatial frequencies are independent of each other then. A token's direction, placed anywhere in a latent, has
-    coefficients at each of them, and meets the error of the C x C matrix there.
+    Spatial frequencies are then independent. A token's direction, placed anywhere in a latent, has coefficients at each
+    of them, and the C x C matrix there gives its error.
     """
     height, width = stationary.shape[1:]
     tokens = torch.zeros(len(vectors), height * width // patch_size**2, len(vectors), dtype=torch.float64)
     tokens[:, 0] = vectors.T
-    placed = frequencies(join_tokens(tokens.flatten(0, 1), patch_size, stationary.shape)).to(stationary.device)
+    placed = frequencies(unpatchify(tokens, patch_size, height, width)).to(stationary.device)
     lam, w = torch.linalg.eigh(stationary.scatter / (stationary.images - 1))
     share = (placed.conj() @ w).abs().square()
     share *= torch.as_tensor(multiplicity(height, width), device=share.device)[:, None, None]
-    risk = _unavoidable(lam.clamp_min(0).flatten().cpu().numpy(), noise_scale)
+    risk = unavoidable_error(lam.clamp_min(0).flatten().cpu().numpy(), noise_scale)
     return np.asarray(risk @ share.transpose(1, 2).reshape(-1, len(vectors)).cpu().numpy())
 
 
@@ -193,17 +188,17 @@ def squared_errors(
 ) -> Float64[Tensor, "t n d"] | None:
     """Return each latent's squared velocity error along each direction, the mean over its tokens, at every time.
 
-    The processes share the latents; the first has them all in the end, the others None. Stopped when asked to end.
+    The processes share the latents; the first returns the errors of all, the others None. Stopped on request.
     """
     starts, found, seen = range(0, len(numbers), BATCH_SIZE), [], group.begin()
-    with stop_together(group) as until_stopped, bar("looking inside", len(numbers)) as shown:
+    with stop_together(group) as until_stopped, bar("measuring the networks", len(numbers)) as shown:
         for start in until_stopped(starts[group.rank :: group.size]):
             chosen = numbers[start : start + BATCH_SIZE]
             latents, labels = store.gather(chosen)
             x, labels = latents.to(device).float(), labels.to(device)
             seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
             eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
-            velocities = (denoiser.velocity(t * x + (1 - t) * eps, t, labels) for t in TIMES)
+            velocities = (denoiser.velocity(t * x + (1 - t) * eps, t, labels) for t in MEASURED_TIMES)
             errors = torch.stack([along(velocity - (x - eps), basis) for velocity in velocities])
             found.append((start, errors))
             shown.show(group.add(seen, len(chosen)))
@@ -217,47 +212,52 @@ def along(error: Float[Tensor, "n c h w"], basis: Basis) -> Float64[Tensor, "n d
     return tokens.square().view(len(error), -1, len(basis.eigenvalues)).mean(1).cpu()
 
 
-def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Tensor, Tensor]:
-    return values.mean(1), values.std(1) / values.shape[1] ** 0.5
+def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Float64[np.ndarray, "t d"], Float64[np.ndarray, "t d"]]:
+    return values.mean(1).numpy(), (values.std(1) / values.shape[1] ** 0.5).numpy()
 
 
-def _describe(
-    checkpoint: Checkpoint, identity: Any, squares: Float64[Tensor, "t n d"], basis: Basis, noise_scale: float
-) -> dict[str, Any]:
+def network_error(
+    checkpoint: Checkpoint,
+    identity: Mapping[str, Any],
+    squares: Float64[Tensor, "t n d"],
+    basis: Basis,
+    noise_scale: float,
+) -> NetworkError:
+    """Return the errors of one network: means over latents, and their sums over bands of directions."""
     mean, error = _mean_and_error(squares)
-    excess = mean.numpy() - basis.optimum
-    lam = basis.eigenvalues / noise_scale**2
-    return {
-        "name": checkpoint.config.name,
-        "run": checkpoint.run.name,
-        "step": checkpoint.step,
-        "prediction": checkpoint.config.prediction,
+    excess, lam = mean - basis.optimum, basis.eigenvalues / noise_scale**2
+    bands = [(low, high, (lam >= low) & (lam < (np.inf if high is None else high))) for low, high in BANDS]
+    return NetworkError(
+        name=checkpoint.config.name,
+        run=checkpoint.run.name,
+        step=checkpoint.step,
+        prediction=checkpoint.config.prediction,
         **identity,
-        "error": mean.tolist(),
-        "standard_error": error.tolist(),
-        "bands": [
-            {
-                "name": name,
-                "directions": int(inside.sum()),
-                "error": mean[:, inside].sum(1).tolist(),
-                "beyond_optimum": excess[:, inside].sum(1).tolist(),
-            }
-            for name, low, high in BANDS
-            if (inside := (lam >= low) & (lam < high)).any()
-        ],
-    }
+        error=rows(mean),
+        standard_error=rows(error),
+        bands=tuple(
+            Band(
+                directions=int(inside.sum()),
+                error=tuple(mean[:, inside].sum(1).tolist()),
+                beyond_optimum=tuple(excess[:, inside].sum(1).tolist()),
+                low=low,
+                high=high,
+            )
+            for low, high, inside in bands
+            if inside.any()
+        ),
+    )
 
 
 def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:
-    """Raise JLTError for checkpoints of other latents, and for networks of unlike patch sizes or scales of noise."""
+    """Raise JLTError for checkpoints of other latents, and for networks of different patch sizes or noise scales."""
     sizes = {checkpoint.config.network.patch_size for checkpoint in checkpoints}
     if len(sizes) > 1:
-        raise JLTError(f"Networks of unlike patch sizes have no common directions: {sorted(sizes)}.")
+        raise JLTError(f"Networks of different patch sizes have no common directions: {sorted(sizes)}.")
     scales = {checkpoint.config.noise_scale for checkpoint in checkpoints}
     if len(scales) > 1:
-        raise JLTError(f"Networks for noise of unlike scales see no common noise: {sorted(scales)}.")
+        raise JLTError(f"Networks of different noise scales have no common noise: {sorted(scales)}.")
     for checkpoint in checkpoints:
         wanted = {key: store.identity()[key] for key in ("autoencoder", "source", "resolution")}
-        lines = difference({key: checkpoint.latents[key] for key in wanted}, wanted)
-        if lines:
-            raise JLTError(f"{checkpoint.folder} was not trained on these latents: {'; '.join(lines)}.")
+        if differences := difference({key: checkpoint.latents[key] for key in wanted}, wanted):
+            raise JLTError(f"{checkpoint.folder} was not trained on these latents: {format_difference(differences)}.")

@@ -1,4 +1,4 @@
-"""A file of reference statistics, made once by one or several processes."""
+"""A file of reference statistics, made by one or several processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jlt.evaluation.reference import Reference, require_npz
 from jlt.images.source import ImageSource
 from jlt.runtime.processes import join_group
 from jlt.runtime.progress import inform
-from jlt.storage.files import difference, read_json
+from jlt.storage.files import difference, format_difference, read_json
 from jlt.storage.rows import require_space
 
 
@@ -22,8 +22,8 @@ def make_reference(
 ) -> dict[str, Any]:
     """Measure the images of a source, write the statistics to `out`, and return their identity.
 
-    Processes that torchrun started share the work. A file that was made of the same images by the same extractor is
-    kept. JLTError before the first image for any other file there, a place that cannot be written and a full disk.
+    Processes that torchrun started share the work. A file of the same images by the same extractor is kept. JLTError
+    before the first image for any other existing file, a folder that is not writable and a full disk.
     """
     protocol = reference_protocol(source, extractor, resolution)
     with join_group(device) as group:
@@ -36,22 +36,21 @@ def make_reference(
 
 
 def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExtractor) -> dict[str, Any] | None:
-    """Return the identity of a finished file of the same words; None where there is room for a new one."""
+    """Return the identity of a finished file of the same protocol; None if a new one can be written."""
     require_npz(out)
-    beside = out.with_suffix(".json")
+    protocol_file = out.with_suffix(".json")
     if out.exists():
         reference = Reference.load(out)
-        lines = difference(reference.protocol, protocol)
-        if lines:
-            raise JLTError(f"{out} holds other statistics ({'; '.join(lines)}): name another file.")
-        inform(f"{out} is finished already.")
+        if lines := difference(reference.protocol, protocol):
+            raise JLTError(f"{out} holds other statistics ({format_difference(lines)}): name another file.")
+        inform(f"{out} is already finished.")
         return reference.identity()
     # A process that was killed between the two files leaves the first one.
-    if beside.exists() and {**(stored := read_json(beside)), **protocol} != stored:
-        raise JLTError(f"{beside} lies there without {out.name} and is of something else: name another file.")
+    if protocol_file.exists() and {**(stored := read_json(protocol_file)), **protocol} != stored:
+        raise JLTError(f"{protocol_file} exists without {out.name} and has another protocol: name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise JLTError(f"{out.parent} cannot be written to: name another file.")
+        raise JLTError(f"{out.parent} is not writable: name another file.")
     needed = sum(8 * size * (size + 1) for size in (extractor.dimension, extractor.spatial_dimension))
     needed += 4 * min(count, KEPT) * extractor.dimension
     require_space(out.parent, needed, "The statistics")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from jlt.config import PREDICTIONS
 from jlt.experiments.ablation import AblationConfig, ablate
-from jlt.experiments.analysis import Question, measure_geometry
+from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
-from jlt.geometry.forecast import TrainingModel
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.report.page import write_report
+from jlt.results.ablation import Ablation
+from jlt.results.geometry import TrainingModel
 from jlt.runtime.progress import inform
 from jlt.storage.files import claim_folder
 
@@ -27,8 +27,8 @@ EVALUATIONS = 5
 
 def quickstart(
     out: Path, seeds: tuple[int, ...], workers: int | None, steps: int | None, command: str
-) -> dict[str, Any]:
-    """Encode, analyse, train, sample, evaluate and report; return the summary. What exists in `out` is continued."""
+) -> tuple[Ablation, Path]:
+    """Encode, analyse, train, sample, evaluate and report, or resume; return the ablation and its page."""
     claim_folder(out, "quickstart.json", {"schema": 1})
     inform("1/4 encoding the digits")
     latents = out / "latents"
@@ -38,14 +38,14 @@ def quickstart(
     inform("2/4 measuring the geometry of their latents")
     config = quickstart_ablation(store, seeds, steps)
     model = TrainingModel.of(config.train)
-    measure_geometry(store, out, Question(PATCH_SIZES, (config.train.network.hidden_size,), model))
+    measure_geometry(store, out, AnalysisConfig(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
     runs = len(config.prediction) * len(config.patch_size) * len(config.seed)
     inform(f"3/4 training {runs} systems for {config.train.steps} steps each")
-    summary = ablate(config, latents, out, workers, command)
+    ablation = ablate(config, latents, out, workers, command)
 
     inform("4/4 writing the report")
-    return {**summary, "report": str(write_report(out))}
+    return ablation, write_report(out)
 
 
 def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int | None = None) -> AblationConfig:

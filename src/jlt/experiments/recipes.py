@@ -1,4 +1,4 @@
-"""Recipes: named functions from a latent space's shape to a resolved training run (DESIGN 3).
+"""Recipes: named functions from the shape of a latent space to a resolved training run.
 
 All systems of a family differ in the prediction and the patch size and in nothing else. The loss is the matched one
 (eq. 5); the authors' own is `--loss.weighting published`, and their script's times for velocity prediction
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jlt.config import FLUX2_IMAGENET256, LatentShape, LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig
@@ -58,33 +59,21 @@ def digits(prediction: Prediction, patch_size: int, latents: LatentShape) -> Tra
     )
 
 
-def _imagenet_recipe(prediction: Prediction, size: str, patch_size: int) -> Recipe:
-    return lambda latents: imagenet256(prediction, size, patch_size, latents)
-
-
-def _digits_recipe(prediction: Prediction, patch_size: int) -> Recipe:
-    return lambda latents: digits(prediction, patch_size, latents)
-
-
+PUBLISHED: list[tuple[Prediction, str, int]] = [
+    (prediction, size, patch_size) for size in ("B", "L") for patch_size in (1, 2) for prediction in ("x", "v")
+]
 RECIPES: dict[str, Recipe] = {
-    **{
-        f"imagenet256-{system_name(prediction, size, patch_size).lower().replace('/', '')}": _imagenet_recipe(
-            prediction, size, patch_size
-        )
-        for size in ("B", "L")
-        for patch_size in (1, 2)
-        for prediction in ("x", "v")
-    },
-    "digits": _digits_recipe("x", 1),
+    **{f"imagenet256-{system_name(*run).lower().replace('/', '')}": partial(imagenet256, *run) for run in PUBLISHED},
+    "digits": partial(digits, "x", 1),
 }
 DEFAULT_LATENTS = {name: DIGITS if name == "digits" else FLUX2_IMAGENET256 for name in RECIPES}
 DEFAULT_IMAGES = {name: DIGITS_IMAGES if name == "digits" else IMAGENET_IMAGES for name in RECIPES}
 
 
 def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig:
-    """Return a recipe's run for latents of a shape, or for those it was published with; JLTError for unknown names.
+    """Return a recipe's run for latents of a shape, by default the published ones; JLTError for unknown names.
 
-    The `config.json` of a run is a recipe too: that run, whatever the latents.
+    The `config.json` of a run is a recipe too: it returns that run, for any latents.
     """
     if name.endswith(".json"):
         recorded = read_json(Path(name))
@@ -95,7 +84,7 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
 
 
 def images_of_recipe(name: str) -> int:
-    """Return how many latents a recipe was made for."""
+    """Return the number of latents that a recipe was made for."""
     return read_json(Path(name))["latents"]["count"] if name.endswith(".json") else DEFAULT_IMAGES[name]
 
 
@@ -109,7 +98,7 @@ def vary(
 ) -> TrainConfig:
     """Return a run that differs from `base` in the axes of an ablation and in nothing else.
 
-    Another width has heads of the same size, so more or fewer of them; JLTError for one that does not divide so.
+    A network of another width has heads of the same size; JLTError for a width that is no multiple of it.
     """
     network = dataclasses.replace(base.network, patch_size=patch_size)
     if width is not None:
@@ -134,4 +123,4 @@ def renamed(config: TrainConfig) -> TrainConfig:
 
 
 DIGITS_SAMPLING = SampleConfig(num=1000, steps=20, solver="heun", batch_size=100)
-"""How the quickstart's samples are drawn: without guidance, equal counts per class."""
+"""The sampling of the quickstart: without guidance, equal counts per class."""

@@ -1,37 +1,127 @@
-"""A training run as the command line starts it: in any number of processes, with those who watch it."""
+"""A training run as the command line starts it, in any number of processes, with its watchers.
+
+Watchers look at checkpoints during the training: they draw grids of samples from the same noise, and evaluate.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from jlt.config import TrainConfig, in_steps
-from jlt.experiments.watchers import watchers_of
+from jlt.config import EvaluationConfig, TrainConfig
+from jlt.errors import unknown_name
+from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.real_images import open_reference
+from jlt.evaluation.suite import require_enough
+from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_once, images_of
 from jlt.latents.store import LatentStore
 from jlt.runtime.environment import default_device
-from jlt.runtime.processes import join_group
+from jlt.runtime.processes import Group, join_group, stop_together
 from jlt.runtime.progress import inform
-from jlt.training.loop import train
+from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
+from jlt.storage.codec import to_json
+from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
+from jlt.training.loop import Watcher, train
+from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
 
 LAUNCHER_SETTINGS = {"ACCELERATE_MIXED_PRECISION": "--precision", "ACCELERATE_USE_FSDP": "--parallel fsdp"}
-"""What `accelerate launch` hands on to programs that are built on it, and our own words for it."""
+"""Environment variables that `accelerate launch` sets, and the arguments of jlt that replace them."""
 
 
 def warn_ignored_settings() -> None:
-    """Say which settings of a launcher have no effect here, where they ask for something."""
-    for name, words in LAUNCHER_SETTINGS.items():
+    """Print a warning for each setting of a launcher that has no effect."""
+    for name, option in LAUNCHER_SETTINGS.items():
         if os.environ.get(name, "no").lower() not in ("no", "false", "0"):
-            inform(f"The launcher's {name}={os.environ[name]} has no effect here: say {words}.")
+            inform(f"The launcher's {name}={os.environ[name]} has no effect: use {option} instead.")
 
 
 def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool = False) -> Path:
-    """Train a run, continuing what is there, and return the folder of its last checkpoint."""
+    """Train a run, or resume it, and return the folder of its last checkpoint."""
     device = default_device()
     warn_ignored_settings()
     store = LatentStore.open(latents)
     with join_group(device) as group:
         if verify:
             group.on_rank0(lambda: LatentStore.open_verified(latents))
-        config = in_steps(config, len(store))
         watchers = watchers_of(config, store, device, group)
         return train(config, store, run, device, group, watchers)
+
+
+def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Group) -> list[Watcher]:
+    """Return the watchers of a run's configuration; JLTError, printed once, for a reference that cannot be opened."""
+    if config.sample_every or config.evaluate_every:
+        group.on_rank0(lambda: check_sampling(config, store, device))
+    watchers: list[Watcher] = []
+    if config.sample_every:
+        watchers.append(GridWatcher(config, device))
+    if config.evaluate_every:
+        watchers.append(EvaluationWatcher(config, device, store, group))
+    return watchers
+
+
+def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None:
+    """Raise a JLTError if the samples of a run's configuration cannot be drawn from it."""
+    sample = config.evaluation.sample
+    known = [*average_names(config), "none", ""]
+    if sample.ema not in known and not (sample.ema.startswith(SIGMA_REL) and config.power_ema):
+        raise unknown_name("EMA in this run", sample.ema, known[:-1])
+    if sample.ema.startswith(SIGMA_REL):
+        parse_sigma_rel(sample.ema)
+    check_guidance(config, sample)
+    if config.evaluate_every:
+        require_enough(sample.num)
+    if sample.autoguide:
+        open_checkpoint(Path(sample.autoguide))
+    matching_autoencoder(store.manifest.autoencoder, None, device)
+
+
+class GridWatcher(Watcher):
+    """Draws a grid of samples, from the same noise and labels each time."""
+
+    def __init__(self, config: TrainConfig, device: str) -> None:
+        self._every, self._last = config.sample_every, config.steps
+        self._sample, self._device = config.evaluation.sample, device
+
+    def due(self, step: int) -> bool:
+        """Whether a grid is drawn at this step."""
+        return step > 0 and (step % self._every == 0 or step == self._last)
+
+    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
+        """Draw a checkpoint's grid into the run, unless it exists, in the first process."""
+        return group.on_rank0(lambda: self._draw(checkpoint))
+
+    def _draw(self, checkpoint: Path) -> dict[str, Any] | None:
+        opened = open_checkpoint(checkpoint)
+        path = opened.run / "samples" / f"{checkpoint.name}.png"
+        if path.exists() and path.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime:
+            return None
+        draw_grid(opened, self._sample, self._device, path)
+        return {"event": "sampled", "file": f"samples/{path.name}"}
+
+
+class EvaluationWatcher(Watcher):
+    """Measures samples against the reference, as `jlt evaluate` does, in all processes."""
+
+    def __init__(self, config: TrainConfig, device: str, store: LatentStore, group: Group) -> None:
+        """Measure or read the reference now, before the training."""
+        self._every, self._last, self._device = config.evaluate_every, config.steps, device
+        self._config: EvaluationConfig = config.evaluation
+        self._extractor = load_extractor(self._config.features, device, self._config.features_path or None)
+        real_images = self._config.reference or images_of(store)
+        exif = (store.manifest.encoding or {}).get("exif", "ignore")
+        self._reference = open_reference(real_images, self._extractor, store.manifest.resolution, exif, group)
+
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is measured."""
+        return step > 0 and (step % self._every == 0 or step == self._last)
+
+    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
+        """Measure a checkpoint and write the result into its run, unless it exists."""
+        with stop_together(group):
+            sampler = open_sampler(open_checkpoint(checkpoint), self._config.sample, self._device)
+        found = evaluate_once(sampler, self._reference, self._extractor, group)
+        if found is None:
+            return None
+        path, evaluation = found
+        return {"event": "evaluated", "file": f"evaluations/{path.name}", "metrics": to_json(evaluation.metrics)}

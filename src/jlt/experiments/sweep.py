@@ -1,10 +1,10 @@
 """Which guidance and which average of the weights a checkpoint is best sampled with: a search, then a confirmation.
 
-Few images of one seed find the region, more of them the best setting, and other images, of another seed, say how good
-it is: the least of many noisy numbers is too small, so a number that was searched by is not one to report.
+Few images of one seed find the region, more of them the best setting, and images of another seed give its number: the
+smallest of many noisy numbers is biased, so a number of the search is not one to report.
 
-A sweep folder holds `plan.json`, `points/` with a file for every measurement, and `sweep.json` at the end; the same
-words continue it. Features of images that are still to be continued lie in `.drawn/`.
+A sweep folder holds `plan.json`, `points/` with a file for every measurement, and `sweep.json` at the end. Run the same
+command again to resume. `.drawn/` holds the features of images while the search may still add to them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import datetime
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,71 +24,69 @@ from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.real_images import open_reference
 from jlt.evaluation.reference import Reference
-from jlt.evaluation.suite import Metrics
 from jlt.experiments.checkpoint_evaluation import evaluate_sampler, warn_if_few
 from jlt.experiments.search import (
-    ERROR_OF,
+    ERRORS,
     GROWTH,
-    LOWER_IS_BETTER,
-    RULE,
     Measured,
-    Setting,
+    Round,
     Stage,
     SweepConfig,
     images_after,
     search,
     to_confirm,
 )
-from jlt.report.wording import with_error
+from jlt.results import Sweep
+from jlt.results.evaluation import LOWER_IS_BETTER, Evaluation
+from jlt.results.files import read_result, write_result
+from jlt.results.sweep import (
+    Behind,
+    ConfirmationImages,
+    SearchImages,
+    Setting,
+    SweepAxes,
+    SweepPoint,
+    SweepStage,
+    SweptCheckpoint,
+)
 from jlt.runtime.environment import machine, versions
 from jlt.runtime.processes import Group, require_same_arguments
 from jlt.runtime.progress import format_seconds, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open_sampler, with_config
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, lock_folder, read_json, require_unlinked, write_json
+from jlt.storage.files import claim_folder, lock_folder, require_unlinked
 from jlt.storage.rows import require_space
 from jlt.training.averages import choose_name, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
-SCHEMA = 2
 
-
+@dataclass
 class Sweeper:
-    """Measures settings, each measurement once: what lies in the folder is read, what does not is drawn and kept."""
+    """Measures settings, each measurement once: those that the folder holds are read, others are drawn and kept."""
 
-    def __init__(
-        self,
-        config: SweepConfig,
-        out: Path,
-        sampler: ImageSampler,
-        reference: Reference,
-        extractor: FeatureExtractor,
-        group: Group,
-    ) -> None:
-        self.config, self.out, self.group = config, out, group
-        self._sampler, self._reference, self._extractor = sampler, reference, extractor
-        self._asked: Any = False
-        self._images, self._seconds = 0, 0.0
+    config: SweepConfig
+    out: Path
+    sampler: ImageSampler
+    reference: Reference
+    extractor: FeatureExtractor
+    group: Group
+    stop: Any
+    """True after a request to stop."""
+    images: int = 0
+    """Images drawn by this process, in so many `seconds`."""
+    seconds: float = 0.0
 
-    def __enter__(self) -> Sweeper:
-        self._held = contextlib.ExitStack()
-        self._asked = self._held.enter_context(stop_on_signal())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._held.close()
-
-    def measure(self, stage: str, settings: Sequence[Setting], num: int) -> list[Measured]:
-        """Measure settings by the images of the search, continuing those of the stage before."""
-        # Of the stages before this one, half as many images are there.
-        fresh = num if stage.startswith(("coarse", "refinement")) else num - num // GROWTH
-        after = images_after(self.config, len(settings), num, stage)
+    def measure(self, round_: Round, settings: Sequence[Setting], num: int) -> list[Measured]:
+        """Measure settings by the images of the search, adding to those of the stage before."""
+        # A halving has the images of the stage before.
+        fresh = num - num // GROWTH if round_.kind == "halving" else num
+        after = images_after(self.config, len(settings), num, round_)
         found = []
         for place, setting in enumerate(settings):
             found.append(self.one(setting, num, self.config.sample.seed, fresh))
             left = (len(settings) - place - 1) * fresh + after
-            self._tell(f"{stage}, {place + 1} of {len(settings)}", found[-1], left)
+            self._show(f"{round_.kind} {round_.number}, {place + 1} of {len(settings)}", found[-1], left)
         return found
 
     def confirm(self, points: Sequence[Measured]) -> list[Measured]:
@@ -96,37 +94,40 @@ class Sweeper:
         num, found = self.config.sample.num, []
         for place, point in enumerate(points):
             found.append(self.one(point.setting, num, self.config.confirm_seed, num))
-            self._tell(f"confirmation, {place + 1} of {len(points)}", found[-1], (len(points) - place - 1) * num)
+            self._show(f"confirmation, {place + 1} of {len(points)}", found[-1], (len(points) - place - 1) * num)
         if self.group.rank == 0:
-            warn_if_few(Metrics(**found[0].result["metrics"]), self._extractor)
+            warn_if_few(found[0].result.metrics, self.extractor)
         return found
 
     def one(self, setting: Setting, num: int, seed: int, fresh: int) -> Measured:
-        """Return a measurement, from its file if it was made before; Stopped if any process was asked to end."""
-        if any(self.group.gather(bool(self._asked))):
+        """Return a measurement, from its file if there is one; Stopped if any process is to stop."""
+        if any(self.group.gather(bool(self.stop))):
             raise Stopped("Stopped on request.")
         path = self.out / "points" / f"{setting.name}-seed{seed}-num{num}.json"
-        result = self.group.on_rank0(lambda: read_json(path) if path.exists() else None)
+        result = self.group.on_rank0(lambda: read_result(Evaluation, path) if path.exists() else None)
         if result is None:
             began = time.monotonic()
-            self._sampler = with_config(self._sampler, self.config.sample_config(setting, num, seed))
+            self.sampler = with_config(self.sampler, self.config.sample_config(setting, num, seed))
             place = self._drawn(setting, seed)
-            result = evaluate_sampler(self._sampler, self._reference, self._extractor, place, self.group, keep=True)
-            self.group.on_rank0(lambda: write_json(path, result))
-            self._images, self._seconds = self._images + fresh, self._seconds + time.monotonic() - began
+            result = evaluate_sampler(self.sampler, self.reference, self.extractor, place, self.group, keep=True)
+            self.group.on_rank0(lambda: write_result(path, result))
+            self.images += fresh
+            self.seconds += time.monotonic() - began
         return self._measured(setting, num, seed, result)
 
-    def _measured(self, setting: Setting, num: int, seed: int, result: dict[str, Any]) -> Measured:
-        metric, metrics = self.config.metric, result["metrics"]
-        if metrics[metric] is None:
+    def _measured(self, setting: Setting, num: int, seed: int, result: Evaluation) -> Measured:
+        metric, value = self.config.metric, result.metrics[self.config.metric]
+        if value is None:
             raise JLTError(f"{metric} cannot be measured with these features and this reference: choose another.")
-        error = metrics.get(ERROR_OF.get(metric, "")) or 0.0
-        point = Measured(setting, num, seed, metrics[metric], error, metric in LOWER_IS_BETTER, result)
-        parts = result["jackknife"]
-        return replace(point, without=tuple(parts[metric]), sizes=tuple(parts["sizes"])) if metric in parts else point
+        point = Measured(setting, num, seed, value, 0.0, metric in LOWER_IS_BETTER, result)
+        # Only this metric has a standard error; others are compared without one.
+        if metric != "frechet_distance" or result.jackknife is None:
+            return point
+        error, parts = result.metrics.frechet_distance_error or 0.0, result.jackknife
+        return replace(point, error=error, without=parts.frechet_distance, sizes=parts.sizes)
 
     def drop(self, setting: Setting) -> None:
-        """Remove the features of a setting that is out."""
+        """Remove the features of a setting that the search dropped."""
         self.group.on_rank0(lambda: shutil.rmtree(self._drawn(setting, self.config.sample.seed), ignore_errors=True))
 
     def _drawn(self, setting: Setting, seed: int) -> Path:
@@ -134,20 +135,21 @@ class Sweeper:
         require_unlinked(self.out, folder)
         return folder
 
-    def _tell(self, where: str, point: Measured, images_left: int) -> None:
+    def _show(self, where: str, point: Measured, images_left: int) -> None:
         if self.group.rank:
             return
-        value = " ".join(with_error(point.value, point.error)) if point.error else f"{point.value:.4g}"
+        error = f" ± {point.error:.2g}" if point.error else ""
         left = ""
-        if self._images and images_left:
-            left = f"; about {format_seconds(images_left * self._seconds / self._images)} left"
-        inform(f"{where}: {point.setting}: {self.config.metric.replace('_', ' ')} {value} of {point.num} images{left}")
+        if self.images and images_left:
+            left = f"; {format_seconds(images_left * self.seconds / self.images)} left"
+        value = f"{self.config.metric} {point.value:.4g}{error} ({point.num} images{left})"
+        inform(f"{where}: {point.setting.name}: {value}")
 
 
 def sweep(
     config: SweepConfig,
     path: Path,
-    reference_words: str,
+    real_images: str,
     extractor: FeatureExtractor,
     out: Path | None,
     device: str,
@@ -155,12 +157,12 @@ def sweep(
     autoencoder_path: str | None = None,
     command: str = "jlt sweep",
     features_path: Path | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Search, confirm, and return the folder and what its `sweep.json` holds; the same call continues.
+) -> tuple[Path, Sweep]:
+    """Search, confirm, and return the folder and what its `sweep.json` holds; the same call resumes.
 
-    JLTError before the first image for settings that cannot be drawn, a reference that does not fit, a folder of other
-    words, processes that mean unlike work, or a disk without room for the first stage and for the last ones; more may
-    be needed between them, and is asked for then. Stopped when any process was asked to end.
+    JLTError before the first image for settings that cannot be drawn, a reference that does not fit, a folder of
+    different arguments, processes with different arguments, or a disk without room for the first and the last stages.
+    The stages between may need more room, and check it then. Stopped if any process is to stop.
     """
     checkpoint = open_checkpoint(path)
     out = out or sweep_folder(checkpoint)
@@ -173,9 +175,9 @@ def sweep(
         require_ema(checkpoint, ema)
     first = config.sample_config(config.settings()[0], config.coarse_num, config.sample.seed)
     sampler = open_sampler(checkpoint, first, device, autoencoder_path)
-    reference = open_reference(reference_words, extractor, sampler.resolution, group=group)
-    words = {
-        "schema": SCHEMA,
+    reference = open_reference(real_images, extractor, sampler.resolution, group=group)
+    plan = {
+        "schema": Sweep.SCHEMA,
         "sweep": to_json(config),
         "checkpoint": checkpoint.sha256,
         "autoencoder": sampler.autoencoder.identity(),
@@ -183,30 +185,24 @@ def sweep(
         "reference": reference.identity(),
         "versions": versions(),
     }
-    require_same_arguments(group, words, "search")
-    group.on_rank0(lambda: claim_folder(out, "plan.json", words, allowed={"report.html"}))
+    require_same_arguments(group, plan, "search")
+    group.on_rank0(lambda: claim_folder(out, "plan.json", plan, allowed={"report.html"}))
     with contextlib.ExitStack() as held:
         group.on_rank0(lambda: held.enter_context(lock_folder(out)))
         group.on_rank0(lambda: _require_room(config, extractor, out))
-        sweeper = held.enter_context(Sweeper(config, out, sampler, reference, extractor, group))
+        sweeper = Sweeper(config, out, sampler, reference, extractor, group, held.enter_context(stop_on_signal()))
         stages = search(config, sweeper.measure, sweeper.drop)
         confirmed = sweeper.confirm(to_confirm(config, stages[-1]))
         reproduce = evaluate_command(
             checkpoint,
             config.sample_config(confirmed[0].setting, config.sample.num, config.confirm_seed),
-            reference_words,
+            real_images,
             extractor.name,
             autoencoder_path,
             features_path,
         )
-        told = {"command": command, "machine": machine(device), "latents": checkpoint.latents}
-        result = {**told, **describe(config, checkpoint, stages, confirmed), "reproduce": reproduce}
-        result = {
-            "schema": SCHEMA,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **result,
-        }
-        group.on_rank0(lambda: write_json(out / "sweep.json", result))
+        result = describe(config, checkpoint, stages, confirmed, machine(device), command, reproduce)
+        group.on_rank0(lambda: write_result(out / Sweep.FILE, result))
         group.on_rank0(lambda: shutil.rmtree(out / ".drawn", ignore_errors=True))
     return out, result
 
@@ -214,7 +210,7 @@ def sweep(
 def sweep_folder(checkpoint: Checkpoint) -> Path:
     """Return where a run keeps the sweep of a checkpoint; JLTError for a checkpoint outside of a run."""
     if not (checkpoint.run / "config.json").is_file():
-        raise UsageError(f"{checkpoint.folder} lies in no run: say with --out where the sweep goes.")
+        raise UsageError(f"{checkpoint.folder} is not in a run folder: name a folder for the sweep with --out.")
     return checkpoint.run / "sweeps" / checkpoint.folder.name
 
 
@@ -234,78 +230,81 @@ def evaluate_command(
     features_path: Path | None = None,
 ) -> str:
     """Return the command that measures one setting."""
-    words: list[Any] = ["jlt", "evaluate", "--checkpoint", checkpoint.folder, "--reference", reference]
-    words += ["--features", features]
-    if features_path:
-        words += ["--features-path", features_path]
-    if autoencoder_path:
-        words += ["--autoencoder-path", autoencoder_path]
-    for option, value in _options(sample):
+    options = {
+        "checkpoint": checkpoint.folder,
+        "reference": reference,
+        "features": features,
+        "features_path": features_path,
+        "autoencoder_path": autoencoder_path,
+        **vars(sample),
+    }
+    if sample.grid:
+        # It replaces them.
+        del options["steps"], options["shift"]
+    arguments: list[Any] = ["jlt", "evaluate"]
+    for option, value in options.items():
+        if value is None or value is False or value in ("", ()):
+            continue
         # A switch has no value.
         values = value if isinstance(value, tuple) else () if value is True else (value,)
-        words += [f"--{option.replace('_', '-')}", *values]
-    return shlex.join(map(str, words))
-
-
-def _options(sample: SampleConfig) -> Iterator[tuple[str, Any]]:
-    """Yield what has to be said of a sampling: a grid stands for steps and shift, and what is empty is left out."""
-    for entry in fields(SampleConfig):
-        value = getattr(sample, entry.name)
-        if value is not False and value not in ("", ()) and not (sample.grid and entry.name in ("steps", "shift")):
-            yield entry.name, value
+        arguments += [f"--{option.replace('_', '-')}", *values]
+    return shlex.join(map(str, arguments))
 
 
 def describe(
-    config: SweepConfig, checkpoint: Checkpoint, stages: Sequence[Stage], confirmed: Sequence[Measured]
-) -> dict[str, Any]:
-    """Return what `sweep.json` says of the measurements."""
-    best, shown = confirmed[0], stages[-1].measured[0]
-    return {
-        "title": f"Sweep of {checkpoint.config.name} at step {checkpoint.step:,}",
-        "checkpoint": {"step": checkpoint.step, "sha256": checkpoint.sha256},
-        "metric": config.metric,
-        "lower_is_better": best.lower_is_better,
-        "axes": {
-            "cfg_scale": list(config.cfg_scale),
-            "cfg_interval": [list(interval) for interval in config.cfg_interval],
-            "ema": list(config.ema),
-        },
-        "rule": RULE,
-        "search": {"seed": config.sample.seed, "coarse_num": config.coarse_num, "num": shown.num},
-        "confirmation": {"seed": config.confirm_seed, "num": config.sample.num},
-        "choice": _described(shown, shown),
-        "confirmed": [_described(point, best) | {"protocol": point.result["protocol"]} for point in confirmed],
-        "stages": [
-            {
-                "name": stage.name,
-                "num": stage.measured[0].num,
-                "kept": stage.kept,
-                "points": [
-                    _described(point, stage.measured[0]) | {"protocol": point.result["protocol"]}
-                    for point in stage.measured
-                ],
-            }
+    config: SweepConfig,
+    checkpoint: Checkpoint,
+    stages: Sequence[Stage],
+    confirmed: Sequence[Measured],
+    machine: dict[str, Any],
+    command: str,
+    reproduce: str,
+) -> Sweep:
+    """Return what `sweep.json` holds of the measurements."""
+    shown = stages[-1].measured[0]
+    return Sweep(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine=machine,
+        latents=checkpoint.latents,
+        title=f"Sweep of {checkpoint.config.name} at step {checkpoint.step:,}",
+        checkpoint=SweptCheckpoint(checkpoint.step, checkpoint.sha256),
+        metric=config.metric,
+        lower_is_better=shown.lower_is_better,
+        axes=SweepAxes(config.cfg_scale, config.cfg_interval, config.ema),
+        search=SearchImages(config.sample.seed, config.coarse_num, shown.num),
+        confirmation=ConfirmationImages(config.confirm_seed, config.sample.num),
+        choice=replace(_described(shown, shown), protocol=None),
+        confirmed=_all_described(confirmed),
+        stages=tuple(
+            SweepStage(stage.round.kind, stage.measured[0].num, stage.kept, _all_described(stage.measured))
             for stage in stages
-        ],
-    }
+        ),
+        reproduce=reproduce,
+        growth=GROWTH,
+        errors=ERRORS,
+    )
 
 
-def _described(point: Measured, best: Measured) -> dict[str, Any]:
-    return {
-        "cfg_scale": point.setting.cfg_scale,
-        "cfg_interval": list(point.setting.cfg_interval),
-        "ema": point.setting.ema,
-        "num": point.num,
-        "seed": point.seed,
-        "value": point.value,
-        "error": point.error or None,
-        "behind": None
-        if point is best
-        else {"difference": point.cost - best.cost, "error": point.difference_error(best) or None},
-        "metrics": point.result["metrics"],
-    }
+def _all_described(points: Sequence[Measured]) -> tuple[SweepPoint, ...]:
+    return tuple(_described(point, points[0]) for point in points)
 
 
-def resolve_ema(checkpoint: Checkpoint, words: Sequence[str]) -> tuple[str, ...]:
-    """Return the averages that words name; all that are stored where there are no words."""
-    return tuple(words) or tuple(checkpoint.ema_names()) or (choose_name(checkpoint, ""),)
+def _described(point: Measured, best: Measured) -> SweepPoint:
+    behind = None if point is best else Behind(point.cost - best.cost, point.difference_error(best) or None)
+    setting, result = point.setting, point.result
+    return SweepPoint(
+        *(setting.cfg_scale, setting.cfg_interval, setting.ema),
+        num=point.num,
+        seed=point.seed,
+        value=point.value,
+        error=point.error or None,
+        behind=behind,
+        metrics=result.metrics,
+        protocol=result.protocol,
+    )
+
+
+def resolve_ema(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the requested averages of the weights, by default all that are stored."""
+    return tuple(names) or tuple(checkpoint.ema_names()) or (choose_name(checkpoint, ""),)

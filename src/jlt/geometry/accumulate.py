@@ -1,4 +1,4 @@
-"""One pass over a latent store, by any number of processes, that collects what all estimates of its covariance need."""
+"""One pass over a latent store, by any number of processes, that collects the moments for all covariance estimates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXACT_DIMENSION = 2048
 
 @runtime_checkable
 class Latents(Protocol):
-    """What the analysis needs of a latent store."""
+    """The part of a latent store that the analysis needs."""
 
     @property
     def shape(self) -> LatentShape:
@@ -41,11 +41,11 @@ class Latents(Protocol):
         """Return latents and labels by number."""
 
     def identity(self) -> dict[str, Any]:
-        """Say which latents these are."""
+        """Return the identity of the store: its source, autoencoder and count."""
 
 
 class Moments:
-    """What was seen of a store: sums, whose size does not depend on how many latents it has, and a few latents."""
+    """Sums over a store, whose size does not depend on its number of latents, and a sample of its latents."""
 
     def __init__(
         self, count: int, shape: LatentShape, patch_sizes: Sequence[int], device: torch.device | str = "cpu"
@@ -72,7 +72,7 @@ class Moments:
         self.whole.update(latents.flatten(1)[:, :, None, None] if exact else latents)
 
     def merge(self, other: Moments) -> None:
-        """Add what another process has seen."""
+        """Add the moments of another process."""
         for patch_size, tokens in self.tokens.items():
             tokens.merge(other.tokens[patch_size])
         self.stationary.merge(other.stationary)
@@ -84,13 +84,14 @@ class Moments:
 def measure_moments(
     store: Latents, patch_sizes: Sequence[int], device: torch.device | str, group: Group, batch_size: int = 0
 ) -> Moments | None:
-    """Read a store once, shared among processes, and return what was seen in the first of them, None in the others.
+    """Read a store once, shared among processes, and return its moments in the first of them, None in the others.
 
-    JLTError for fewer than two latents, for some that are not finite and for a patch size that does not divide the
-    grid, in all processes; Stopped when asked to end. The number of processes and the batches move the last digits.
+    JLTError in all processes for fewer than two latents, for one that is not finite and for a patch size that does not
+    divide the grid; Stopped on request. The number of processes and the batch size change the last digits.
     """
     count, shape = len(store), store.shape
-    _require_enough(count)
+    if count < 2:
+        raise JLTError(f"The store holds {count} latents: a covariance needs at least 2, a good one thousands.")
     size = batch_size or max(1, BATCH_VALUES // (shape.channels * shape.height * shape.width))
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = Moments(count, shape, patch_sizes, device)
@@ -101,9 +102,3 @@ def measure_moments(
             mine.update(numbers.start, latents, labels)
             shown.show(group.add(seen, len(numbers)))
     return group.reduce_to_rank0(mine, Moments.merge)
-
-
-def _require_enough(count: int) -> None:
-    """Raise JLTError for a store with fewer latents than a covariance needs."""
-    if count < 2:
-        raise JLTError(f"The store holds {count} latents: a covariance needs at least 2, a good one thousands.")

@@ -1,26 +1,33 @@
 """What a predictor of limited rank loses when its output is read as a velocity (eq. 13).
 
 At a time t the best linear predictor of a target multiplies each eigen-direction of z by a coefficient (eq. 10). One of
-rank r keeps r directions and is silent in the others: it loses the explained power (eq. 12) of those it drops, times
-the squared factor with which an error of the output becomes one of the velocity (eq. 3),
+rank r keeps r directions and outputs 0 in the others: it loses the explained power (eq. 12) of those it drops, times
+the weight that the loss gives to an error of the output. For a loss in velocity space without clamp (eq. 3) that is
 
     1 / (1-t)^2  for x,    1 / t^2  for eps,    1  for v.
 
 Averaged over the training times p(t) this is the capacity curve: the excess risk, summed over directions, at ranks
-0..d. The loss weighs times besides: with `t_eps` every velocity error counts w(t) of eq. 5, as in a matched training,
-and a loss in x- or noise-space counts it (1-t)^2 or t^2 times. The velocity space and no clamp leave eq. 13 as it is.
+0..d. A clamp and a loss in x- or noise-space change the weights as eq. 5 does.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 
-from jlt.config import LossSpace, Prediction, TimestepConfig
+from jlt.config import LossConfig, Prediction, TimestepConfig
 from jlt.geometry.gaussian import Array, conditional_variance, explained_power, target_variance
+from jlt.geometry.spectrum import Spectrum
+from jlt.loss import error_gain
+from jlt.results.geometry import TrainingModel
+from jlt.timesteps import time_density
 
 NODES = 48
 """Points of Gauss and Legendre's rule on each piece of the times."""
@@ -29,83 +36,64 @@ NORMAL_REACH = 9.0
 LOGISTIC_REACH = 36.0
 """Logits beyond which a time is 0 or 1 in float64, and the density of uniform times is nothing."""
 
-Spectrum = Float64[np.ndarray, " d"]
 Curve = Float64[np.ndarray, " d_plus_1"]
 
 
 @dataclass(frozen=True)
-class Times:
-    """Training times, with probabilities that add up to one and what a squared velocity error counts at each."""
+class TimeQuadrature:
+    """Training times with probabilities that add up to one, and the loss that weighs errors at them."""
 
     t: Float64[np.ndarray, " n"]
     probability: Float64[np.ndarray, " n"]
-    loss_weight: Float64[np.ndarray, " n"]
+    loss: LossConfig
 
     def average(self, values: Float64[np.ndarray, "n *rest"]) -> Array:
-        """Average over p(t) what was computed at every time."""
+        """Average over p(t) values that are given at every time."""
         return np.asarray(np.tensordot(self.probability, values, axes=1))
 
+    def loss_weight(self, prediction: Prediction) -> Float64[np.ndarray, "n 1"]:
+        """Return the weight that the loss gives to a squared error of the output, at every time (eq. 5)."""
+        return error_gain(prediction, torch.from_numpy(self.t), self.loss).square().numpy()[:, None]
 
-def training_times(config: TimestepConfig, t_eps: float = 0.0, space: LossSpace = "v") -> Times:
+
+@functools.cache
+def training_times(model: TrainingModel) -> TimeQuadrature:
     """Return a quadrature of p(t) (eq. 6): Gauss and Legendre's rule over the logit, cut where eq. 3 and 5 are clamped.
 
-    The loss is the matched one, clamped at `t_eps`, in a space.
-
-    ValueError for uniform times without a clamp: the velocity error of a clean prediction has no mean there.
+    The loss is the matched one in the model's space.
     """
-    if config.distribution == "uniform" and t_eps == 0:
-        raise ValueError("the risk of a clean prediction is infinite at uniform times without a clamp: t_eps > 0")
-    low, high = _range(config)
-    clamps = [_logit(t, config.shift) for t in (t_eps, 1 - t_eps) if 0 < t < 1]
+    low, high = _logit_range(model.timesteps)
+    clamps = [math.log(t / (1 - t)) for t in (model.t_eps, 1 - model.t_eps) if 0 < t < 1]
     cuts = sorted({low, *(cut for cut in (*clamps, (low + high) / 2) if low < cut < high), high})
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     pieces = [(start, (end - start) / 2) for start, end in pairwise(cuts)]
-    logit = np.concatenate([start + half * (nodes + 1) for start, half in pieces])
-    weight = np.concatenate([half * weights for _, half in pieces]) * _density(logit, config)
-    u = 1 / (1 + np.exp(-logit))
-    t = u / (u + config.shift * (1 - u))
-    return Times(t, weight / weight.sum(), loss_weight(t, t_eps, space))
+    logit = torch.from_numpy(np.concatenate([start + half * (nodes + 1) for start, half in pieces]))
+    # At a time of exactly 1 a direction without variance has no regression.
+    t = logit.sigmoid().clamp_max(1 - sys.float_info.epsilon)
+    # dt/dlogit = t (1-t).
+    density = (time_density(t, model.timesteps) * t * (1 - t)).numpy()
+    weight = np.concatenate([half * weights for _, half in pieces]) * density
+    # The smallest float clamps nothing; a LossConfig has no 0.
+    loss = LossConfig(model.loss_space, "matched", model.t_eps or sys.float_info.min)
+    return TimeQuadrature(t.numpy(), weight / weight.sum(), loss)
 
 
-def _range(config: TimestepConfig) -> tuple[float, float]:
-    """Return logits beyond which nothing is left, of a function that grows as fast as 1 / (1-t)^2 or 1 / t^2 too."""
-    if config.distribution == "uniform":
-        return -LOGISTIC_REACH, LOGISTIC_REACH
-    reach = NORMAL_REACH * config.P_std + 2 * config.P_std**2
-    return max(config.P_mean - reach, -LOGISTIC_REACH), min(config.P_mean + reach, LOGISTIC_REACH)
+def _logit_range(config: TimestepConfig) -> tuple[float, float]:
+    """Return logits of t beyond which p(t) is nothing, even times a function that grows as 1 / (1-t)^2 or 1 / t^2."""
+    low, high, shift = -LOGISTIC_REACH, LOGISTIC_REACH, math.log(config.shift)
+    if config.distribution == "logit_normal":
+        reach = NORMAL_REACH * config.P_std + 2 * config.P_std**2
+        low, high = max(config.P_mean - reach, low), min(config.P_mean + reach, high)
+    return low - shift, high - shift
 
 
-def _density(logit: Float64[np.ndarray, " n"], config: TimestepConfig) -> Float64[np.ndarray, " n"]:
-    """Return the density of the logits before the shift, up to a factor."""
-    if config.distribution == "uniform":
-        return np.asarray(1 / (2 + np.exp(logit) + np.exp(-logit)))
-    return np.asarray(np.exp(-(((logit - config.P_mean) / config.P_std) ** 2) / 2))
+def direction_risk(prediction: Prediction, lam: Spectrum, times: TimeQuadrature) -> Float64[np.ndarray, "n d"]:
+    """Return the excess risk of an output of 0 in a direction, at every time and for every eigenvalue."""
+    return explained_power(prediction, lam, times.t[:, None]) * times.loss_weight(prediction)
 
 
-def _logit(t: float, shift: float) -> float:
-    """Return the logit, before the shift, of a time after it."""
-    return float(np.log(t / (1 - t)) + np.log(shift))
-
-
-def velocity_gain(prediction: Prediction, t: Array) -> Array:
-    """Return the squared factor from an error of the output to one of the velocity (eq. 3), for t inside (0, 1)."""
-    return np.asarray({"x": (1 - t) ** -2, "eps": t**-2.0, "v": np.ones_like(t)}[prediction])
-
-
-def loss_weight(t: Array, t_eps: float, space: LossSpace = "v") -> Array:
-    """Return what a squared velocity error counts in a matched training (eq. 5) whose loss is in a space (eq. 4)."""
-    clamped = ((1 - t) / np.maximum(1 - t, t_eps) * t / np.maximum(t, t_eps)) ** 2
-    return np.asarray(clamped * {"x": (1 - t) ** 2, "eps": t**2, "v": np.ones_like(t)}[space])
-
-
-def direction_risk(prediction: Prediction, lam: Spectrum, times: Times) -> Float64[np.ndarray, "n d"]:
-    """Return the excess velocity risk of being silent in a direction, at every time and for every eigenvalue."""
-    t, weight = times.t[:, None], times.loss_weight[:, None]
-    return explained_power(prediction, lam, t) * velocity_gain(prediction, t) * weight
-
-
-def capacity_curve(prediction: Prediction, lam: Spectrum, times: Times, shared: bool = False) -> Curve:
-    """Return the excess velocity risk, summed over d directions, of the best predictor of each rank 0..d (eq. 13).
+def capacity_curve(prediction: Prediction, lam: Spectrum, times: TimeQuadrature, shared: bool = False) -> Curve:
+    """Return the excess risk, summed over d directions, of the best predictor of each rank 0..d (eq. 13).
 
     It may choose other directions at every time, which only velocity makes use of; with `shared` they are the same at
     all times, as behind a bottleneck that does not know the time.
@@ -115,21 +103,19 @@ def capacity_curve(prediction: Prediction, lam: Spectrum, times: Times, shared: 
     return np.concatenate([np.cumsum(kept_first[::-1])[::-1], [0.0]])
 
 
-def width_floor(prediction: Prediction, lam: Spectrum, times: Times, width: int) -> float:
-    """Return the velocity risk, on the curve's scale, below which no network of a width comes, however deep or trained.
+def width_floor(prediction: Prediction, lam: Spectrum, times: TimeQuadrature, width: int) -> float:
+    """Return the risk, on the curve's scale, that no network of a width goes below, whatever its depth or training.
 
-    Its last layer is linear: whatever it computes, its outputs lie in one affine subspace of `width` dimensions, and
-    outside of that the error is the whole variance of the target (eq. 9). 0 for a width of a token's size or more.
+    Its last layer is linear, so its outputs lie in one affine subspace of `width` dimensions. Outside of that the error
+    is the whole variance of the target (eq. 9). 0 for a width of a token's size or more.
     """
-    t, weight = times.t[:, None], times.loss_weight[:, None]
-    silent = times.average(target_variance(prediction, lam) * velocity_gain(prediction, t) * weight)
-    return float(np.sort(silent)[: max(0, len(lam) - width)].sum())
+    dropped = times.average(target_variance(prediction, lam) * times.loss_weight(prediction))
+    return float(np.sort(dropped)[: max(0, len(lam) - width)].sum())
 
 
-def unavoidable_risk(lam: Spectrum, times: Times) -> float:
-    """Return the sum over directions, on the curve's scale, of what no predictor can go below (eq. 11 for velocity)."""
-    risk = conditional_variance("v", lam, times.t[:, None]) * times.loss_weight[:, None]
-    return float(times.average(risk).sum())
+def unavoidable_risk(lam: Spectrum, times: TimeQuadrature) -> float:
+    """Return the sum over directions, on the curve's scale, of the risk that no predictor goes below (eq. 11)."""
+    return float(times.average(conditional_variance("v", lam, times.t[:, None]) * times.loss_weight("v")).sum())
 
 
 def required_rank(curve: Curve, risk: float) -> float:

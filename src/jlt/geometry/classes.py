@@ -1,4 +1,4 @@
-"""The mean latent of each class: what is left without them is the local picture, within classes."""
+"""The mean latent of each class, whose scatter is taken out for the covariance within classes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ClassMeans:
         self._count += torch.bincount(labels, minlength=len(self._count))
 
     def merge(self, other: ClassMeans) -> None:
-        """Add what another accumulator of the same classes and shape has seen."""
+        """Add the sums of another accumulator of the same classes and shape."""
         self._sum += other._sum.to(self._sum.device)
         self._count += other._count.to(self._sum.device)
 
@@ -39,7 +39,7 @@ class ClassMeans:
 
     @property
     def counts(self) -> Float64[Tensor, " k"]:
-        """How many latents each of these classes has."""
+        """The number of latents of each of these classes."""
         return self._count[self._count > 0]
 
     @property
@@ -47,10 +47,15 @@ class ClassMeans:
         """Latents less classes: the degrees of freedom within classes."""
         return int(self._count.sum()) - len(self.counts)
 
-    def between(self, patch_size: int, centre: Float64[Tensor, " d"]) -> Float64[Tensor, "d d"]:
-        """Return the scatter of the tokens of class means about a mean token, counted as often as latents have them.
+    @property
+    def enough(self) -> bool:
+        """Whether there are several classes, with enough latents for a covariance within them."""
+        return 1 < len(self.counts) <= self.freedom
 
-        A token's own mean is that of its class at its position.
+    def between(self, patch_size: int, centre: Float64[Tensor, " d"]) -> Float64[Tensor, "d d"]:
+        """Return the scatter of the tokens of class means about a mean token, each weighted by its number of latents.
+
+        The mean of a token is that of its class at its position.
         """
         total = torch.zeros(len(centre), len(centre), dtype=torch.float64, device=centre.device)
         for part, weight in zip(self.means.split(64), self.counts.split(64), strict=True):

@@ -1,4 +1,4 @@
-"""What a linear-Gaussian world says about the three targets: closed forms per direction and time (DESIGN 2, eq. 9-12).
+"""The linear-Gaussian model of the three targets: closed forms by direction and time (eq. 9-12 of docs/notation.md).
 
 Symbols, used throughout the package:
 
@@ -11,7 +11,7 @@ Symbols, used throughout the package:
 
 In the eigenbasis of Sigma the directions are independent, so each is a scalar regression of a target on z. All
 functions broadcast lam against t, compute in float64 and raise ValueError for lam < 0, t outside [0, 1], and for
-lam = 0 at t = 1, where z is constant and a regression on it means nothing.
+lam = 0 at t = 1, where z is constant and has no regression.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def noisy_variance(lam: Array | float, t: Array | float) -> Array:
     """Return D = t^2 lam + (1-t)^2, the variance of z along a direction, positive."""
     lam, t = _eigenvalues(lam), np.asarray(t, dtype=np.float64)
     if not ((t >= 0) & (t <= 1)).all():
-        raise ValueError(f"times lie in [0, 1], got {t.min()} to {t.max()}")
+        raise ValueError(f"times must be in [0, 1], got {t.min()} to {t.max()}")
     variance = np.asarray(t**2 * lam + (1 - t) ** 2)
     if not (variance > 0).all():
         raise ValueError("lam = 0 at t = 1: the noisy latent is constant there")
@@ -50,7 +50,7 @@ def best_coefficient(prediction: Prediction, lam: Array | float, t: Array | floa
 
 
 def conditional_variance(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
-    """Return Var(target | z) along a direction (eq. 11): the squared error that no predictor can go below."""
+    """Return Var(target | z) along a direction (eq. 11): the squared error that no predictor goes below."""
     variance = noisy_variance(lam, t)
     lam, t = np.asarray(lam, dtype=np.float64), np.asarray(t, dtype=np.float64)
     numerator = {"x": lam * (1 - t) ** 2, "eps": t**2 * lam, "v": lam + 0.0 * t}[prediction]
@@ -58,7 +58,7 @@ def conditional_variance(prediction: Prediction, lam: Array | float, t: Array | 
 
 
 def explained_power(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
-    """Return coefficient^2 D (eq. 12): the variance that the best prediction has, so what a network must put out."""
+    """Return coefficient^2 D (eq. 12): the variance of the best prediction, which a network must output."""
     return np.asarray(best_coefficient(prediction, lam, t) ** 2 * noisy_variance(lam, t))
 
 

@@ -1,6 +1,6 @@
-"""What is asked of single latents and not of sums: some of them, kept in memory.
+"""Estimates from single latents, of which a sample is kept in memory.
 
-How well each eigenvalue is known, how Gaussian its direction is, and the local picture among nearest neighbours.
+The error of each eigenvalue, the kurtosis along its direction, and the covariance among nearest neighbours.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from jlt.runtime.random_numbers import random_subset
 
 SAMPLE = 4096
 SAMPLE_BYTES = 2**28
-"""At most so many latents are kept, and no more than fit these bytes in float32."""
+"""The sample has at most so many latents, and no more than fit these bytes in float32."""
 NEIGHBOURS = 16
 ANCHORS = 128
-"""Neighbourhoods, of a latent and so many nearest ones, that make the local picture."""
+"""Neighbourhoods, each of a latent and its NEIGHBOURS nearest ones."""
 PARTS = 10
-"""Groups of latents, for the errors of what is no mean."""
+"""Groups of latents for the jackknife."""
 
 
 def sample_numbers(count: int, values: int) -> Int64[np.ndarray, " m"]:
-    """Return which latents of a store, of so many values each, are kept; always the same."""
+    """Return the numbers of the sampled latents of a store with `values` values each; always the same."""
     return random_subset(count, max(2, min(SAMPLE, SAMPLE_BYTES // (4 * values))))
 
 
 class Sample:
-    """Latents of given numbers, in float32, picked out of the batches that hold them."""
+    """Latents of given numbers, in float32, taken from batches."""
 
     def __init__(self, numbers: Int64[np.ndarray, " m"], shape: tuple[int, int, int]) -> None:
         self._wanted = numbers
-        # At once, since many small pieces among large buffers would keep an allocator from giving pages back.
+        # In one piece: many small ones among large buffers would fragment the memory.
         self._kept: Float[Tensor, "m c h w"] = torch.empty(len(numbers), *shape)
         self._found = torch.zeros(len(numbers), dtype=torch.bool)
 
     def update(self, first: int, latents: Float[Tensor, "n c h w"]) -> None:
-        """Look through a batch of consecutive latents, of which the first has this number."""
+        """Take the sampled latents of a batch of consecutive ones, of which the first has this number."""
         low, high = np.searchsorted(self._wanted, (first, first + len(latents)))
         self._kept[low:high] = latents[self._wanted[low:high] - first].float().cpu()
         self._found[low:high] = True
 
     def merge(self, other: Sample) -> None:
-        """Add what another one has found."""
+        """Add the latents of another sample with the same numbers."""
         self._kept[other._found] = other._kept[other._found]
         self._found |= other._found
 
     @property
     def latents(self) -> Float[Tensor, "m c h w"]:
-        """All of them, in the order of numbers; ValueError while some have not been seen."""
+        """All of them, in the order of numbers; ValueError while some are missing."""
         if not self._found.all():
-            raise ValueError(f"{int((~self._found).sum())} of {len(self._found)} latents have not been seen")
+            raise ValueError(f"{int((~self._found).sum())} of {len(self._found)} latents are missing")
         return self._kept
 
 
@@ -63,9 +63,9 @@ class Sample:
 class DirectionMoments:
     """Per direction, estimated from a sample.
 
-    `relative_spread` is the standard deviation over latents of a latent's own mean square, over the mean of all: an
-    eigenvalue of n latents is known to `relative_spread / sqrt(n)`, whatever its distribution and however much the
-    tokens of a latent depend on each other. `excess_kurtosis` is 0 for a Gaussian; its error is by the jackknife.
+    `relative_spread` is the standard deviation over latents of a latent's own mean square, over the mean of all. An
+    eigenvalue of n latents has the relative error `relative_spread / sqrt(n)` for any distribution and any dependence
+    between the tokens of a latent. `excess_kurtosis` is 0 for a Gaussian; its error is by the jackknife.
     """
 
     relative_spread: Float64[np.ndarray, " d"]
@@ -89,7 +89,7 @@ def direction_moments(
         squares[start : start + len(part)] = along.mean(1)
         fourths[start : start + len(part)] = along.square().mean(1)
     second = squares.mean(0)
-    # The rounding of a direction without variance has no shape.
+    # A direction without variance holds rounding only.
     flat = second <= second.max() * len(second) * torch.finfo(torch.float32).eps ** 2
     spread = torch.where(flat, 0.0, squares.std(0) / second)
     kurtosis, error = _kurtosis(squares, fourths)

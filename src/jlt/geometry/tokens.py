@@ -18,8 +18,8 @@ from jlt.geometry.subsample import ANCHORS, NEIGHBOURS, DirectionMoments, direct
 from jlt.runtime.progress import track
 
 TOKEN_BATCH = 256
-FEWEST = 50
-"""Latents below which nothing is advised: how they scatter is not known either."""
+MIN_LATENTS = 50
+"""Latents below which there is no forecast, since their own scatter is not known."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def measure_tokens(moments: Moments, patch_size: int, unit: float) -> MeasuredTo
 
 
 def _enough(tokens: TokenCovariance) -> bool:
-    return tokens.count > tokens.dimension and tokens.images >= FEWEST
+    return tokens.count > tokens.dimension and tokens.images >= MIN_LATENTS
 
 
 def _independent(relative_spread: Float64[np.ndarray, " d"], tokens: TokenCovariance) -> float:
-    """Return how many independent samples would scatter as much as the latents do: from their number to the tokens'."""
+    """Return the number of independent samples with errors as large, between the numbers of latents and of tokens."""
     spread = relative_spread[relative_spread > 0]
     if not len(spread):
         return float(tokens.images)
@@ -60,7 +60,7 @@ def _independent(relative_spread: Float64[np.ndarray, " d"], tokens: TokenCovari
 
 
 def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> dict[int, Estimate]:
-    """Return the spectra of a store's tokens alone, each eigenvalue with the error of as many Gaussian latents."""
+    """Return the spectra of the tokens of a store, with the errors of as many Gaussian latents."""
     sums = {p: TokenCovariance(store.shape.channels, p, device) for p in patch_sizes}
     for start in track(range(0, len(store), TOKEN_BATCH), "spectra of the latents"):
         latents, _ = store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))
@@ -84,17 +84,17 @@ def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
 def _local_estimates(moments: Moments, patch_size: int, per_latent: float) -> list[Estimate]:
     """Return the spectra within classes and within neighbourhoods, where there are enough latents for them.
 
-    `per_latent` is how many independent samples the tokens of a latent count for.
+    `per_latent` is the number of independent samples that the tokens of a latent are worth.
     """
     tokens, classes = moments.tokens[patch_size], moments.classes
     per_image, found = tokens.count // tokens.images, []
-    if len(classes.counts) > 1 and classes.freedom >= len(classes.counts):
+    if classes.enough:
         within = (tokens.scatter - classes.between(patch_size, tokens.mean)) / (classes.freedom * per_image)
         found.append(_local_estimate("within classes", within, classes.freedom * per_latent))
     latents = moments.sample.latents
     if len(latents) >= 2 * (NEIGHBOURS + 1):
         local = neighbourhood_covariance(latents, patch_size)
-        # As many independent differences as there are latents, at most: neighbourhoods overlap.
+        # Neighbourhoods overlap, so there are at most as many independent differences as latents.
         independent = min(len(latents), ANCHORS * NEIGHBOURS)
         found.append(_local_estimate("within neighbourhoods", local.covariance, independent))
     return found

@@ -1,9 +1,9 @@
 """The leading directions of whole latents, of C H W dimensions, whose covariance is too large to be formed.
 
-Three ways, by size: the covariance itself for small latents; the Gram matrix of few latents, exact; else a sketch that
-is made in the one pass over the store (Nystrom's method: Halko, Martinsson and Tropp 2011; the single-pass form of
-Tropp, Yurtsever, Udell and Cevher 2017). A sketch's eigenvalues are never too large but for rounding, and the leading
-ones are the better the faster the spectrum falls.
+There are three ways: the covariance itself for small latents, the exact Gram matrix for few latents, else a sketch in
+the one pass over the store (Nystrom's method: Halko, Martinsson and Tropp 2011; the single-pass form of Tropp,
+Yurtsever, Udell and Cevher 2017). The eigenvalues of a sketch are never too large but for rounding, and the leading
+ones are the more accurate the faster the spectrum falls.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jlt.geometry.spectrum import Spectrum, descending
 from jlt.runtime.random_numbers import generator
 
 SKETCH = 256
-"""Random directions that a sketch is made with."""
+"""Random directions of a sketch."""
 LEADING = 64
-"""Eigenvalues that are taken from it: a quarter, so that they are close to the real ones."""
+"""Eigenvalues that are taken from it: a quarter, so that they are accurate."""
 SEED = 0
 RESOLVED = 1e-12
-"""Of the largest eigenvalue: what is smaller is left out of a sketch."""
+"""Share of the largest eigenvalue below which a sketch leaves one out."""
 
 
 class LeadingSketch:
@@ -47,7 +47,7 @@ class LeadingSketch:
         self.images += len(rows)
 
     def merge(self, other: LeadingSketch) -> None:
-        """Add what another sketch with the same directions has seen."""
+        """Add the sums of another sketch with the same directions."""
         device = self._test.device
         self._product += other._product.to(device)
         self._sum += other._sum.to(device)
@@ -65,7 +65,7 @@ class LeadingSketch:
         product = (self._product - torch.outer(self._sum, mean @ self._test)) / (self.images - 1)
         small = self._test.T @ product
         squares, vectors = torch.linalg.eigh((small + small.T) / 2)
-        # Below this a square is rounding, and what is divided by its root would be noise.
+        # A smaller square is rounding, and a quotient by its root would be noise.
         kept = squares > RESOLVED * squares[-1]
         half = product @ (vectors[:, kept] / squares[kept].sqrt())
         return descending(torch.linalg.svdvals(half).square().cpu().numpy())[:leading]

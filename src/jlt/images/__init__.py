@@ -1,1 +1,1 @@
-"""Collections of images: numbered, labelled sources, the crop, decoding, contact sheets."""
+"""Collections of images: sources of numbered, labelled images, the crop, decoding, contact sheets."""

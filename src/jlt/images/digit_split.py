@@ -1,4 +1,4 @@
-"""The digits as the bundled networks saw them: which ones trained them, and which ones they were measured on."""
+"""The digits that trained the bundled networks, and the held-out digits that measured them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
+
+from jlt.images.crop import centre_crop
+from jlt.images.digits import Digits
 
 HELD_OUT_EVERY = 6
 
@@ -23,13 +26,10 @@ class LabelledImages:
 def digit_split(size: int = 32) -> tuple[LabelledImages, LabelledImages]:
     """Return the digits for training and the held-out ones, brought to `size` pixels by the project's crop.
 
-    Within each class, in the order of the source, every sixth image is held out: all classes and all writers are on
-    both sides, and no random generator has to stay the same for ever.
+    Every sixth image of each class, in the order of the source, is held out. So both parts contain all classes and all
+    writers, and the split depends on no random generator.
     """
-    from jlt.images.crop import centre_crop
-    from jlt.images.registry import open_source
-
-    source = open_source("digits")
+    source = Digits()
     pairs = [source[index] for index in range(len(source))]
     images = torch.from_numpy(np.stack([centre_crop(image, size) for image, _ in pairs]))
     labels = torch.tensor([label for _, label in pairs])

@@ -30,7 +30,7 @@ class Digits(ImageSource):
         return Image.fromarray(self._pixels[index]), int(self._labels[index])
 
     def describe(self, index: int) -> str:
-        """Return the position among the digits."""
+        """Return the position in the set."""
         return f"digits image {index}"
 
     def identity(self) -> dict[str, Any]:
@@ -44,5 +44,5 @@ def _load_digits() -> tuple[UInt8[np.ndarray, "n 8 8"], UInt8[np.ndarray, " n"]]
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # The scans hold 0..16; 255/16 spreads them over the whole range of a byte.
+    # The scans hold 0..16; 255/16 scales them to the whole range of a byte.
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.uint8)

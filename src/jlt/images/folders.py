@@ -18,9 +18,8 @@ from jlt.images.source import ImageSource, read_image, require_index
 class ClassFolders(ImageSource):
     """A folder with one folder per class (ImageNet's layout); images may be nested to any depth within a class.
 
-    Every file that is not hidden counts as an image, whatever its name ends in: what cannot be decoded is an error with
-    a name rather than an image that is silently missing. Classes and files are sorted by name, empty classes are kept,
-    links are followed.
+    Every file that is not hidden counts as an image, whatever its suffix: a file that does not decode is a named error,
+    never a missing image. Classes and files are sorted by name, empty classes are kept, links are followed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,16 +28,15 @@ class ClassFolders(ImageSource):
         with os.scandir(self.folder) as entries:
             self.class_names = tuple(sorted(entry.name for entry in entries if _is_class_folder(entry)))
         if not self.class_names:
-            raise JLTError(f"{folder} holds no class folders: put the images of each class in a folder of its own.")
+            raise JLTError(f"{folder} holds no class folders: put the images of each class into their own folder.")
         listing, counts = bytearray(), []
         for class_name in self.class_names:
             files = sorted(_files_below(self.folder / class_name))
             listing += b"".join(os.fsencode(f"{class_name}/{file}") + b"\0" for file in files)
             counts.append(len(files))
         if not listing:
-            raise JLTError(f"{folder} holds {len(self.class_names)} class folders, and no file in any of them.")
-        # One string of all names, and a label per class boundary, keep a collection of millions small and quick to
-        # hand to another process.
+            raise JLTError(f"{folder} holds {len(self.class_names)} class folders, but no file in any of them.")
+        # One string of all names, and the class boundaries, keep millions of files small in memory and in a pickle.
         self._names = bytes(listing)
         self._ends = np.flatnonzero(np.frombuffer(listing, dtype=np.uint8) == 0)
         self._starts = np.cumsum([0, *counts])
@@ -56,7 +54,7 @@ class ClassFolders(ImageSource):
         return str(self._path(index))
 
     def identity(self) -> dict[str, Any]:
-        """Return the folder, the count and the SHA-256 of all class and file names, which leaves out the content."""
+        """Return the folder, the count and the SHA-256 of all class and file names, but not of the content."""
         classes = b"".join(os.fsencode(name) + b"\0" for name in (*self.class_names, ""))
         listing = hashlib.sha256(classes + self._names).hexdigest()
         return {"kind": "folder", "path": str(self.folder), "count": len(self), "listing_sha256": listing}
@@ -73,7 +71,7 @@ def _is_class_folder(entry: os.DirEntry[str]) -> bool:
 def _files_below(folder: Path, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:
-        raise JLTError(f"{folder} links back to {real}, a folder that it lies in: remove the link.")
+        raise JLTError(f"{folder} links back to {real}, a folder that contains it: remove the link.")
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):

@@ -10,35 +10,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int64
 from PIL import Image
 
-from jlt.errors import JLTError, UsageError
-from jlt.images.labels import numbered_classes, sorted_classes
+from jlt.errors import JLTError
 from jlt.images.sharded import ShardedSource
 from jlt.images.source import BadImageError, decode_image, read_image, require_index
 from jlt.storage.files import path_inside
 
 if TYPE_CHECKING:
-    # Imported where it is used otherwise: nothing else should pay for it.
-    from pyarrow import ChunkedArray, Schema
+    # Elsewhere imported at the place of use, so that other sources do not load it.
+    from pyarrow import DataType, Schema
     from pyarrow.parquet import ParquetFile
 
 BATCH_ROWS = 16
-"""Images that are taken from a row group at a time, and so held in memory."""
+"""Images read from a row group at a time, and so held in memory."""
 BUFFER_BYTES = 1 << 20
-"""Bytes of a row group that are read at a time."""
+"""Bytes of a row group read at a time."""
 
 
 class Parquet(ShardedSource):
     """The rows of parquet files with the columns `image` and `label`.
 
-    `image` is a struct of `bytes` and `path`, or the bytes themselves; where a row has a path alone, it is of a
-    file in the folder of the parquet file. `label` is an integer or a string. Names of integer labels are
-    `class_names`, else those that the Hub's library noted in the schema, else the numbers; strings are sorted.
+    `image` is a struct of `bytes` and `path`, or the bytes themselves. Where a row has only a path, it names a file in
+    the folder of the parquet file. `label` is an integer or a string. Integer labels are named by `class_names`, or
+    else by the names that the Hub's library writes into the schema, or else by the numbers. String labels are sorted.
 
-    Opening reads the labels and no image. Reading in ascending order keeps a few images in memory, whatever the size
-    of a row group; going back, or on by many rows, reads the row group up to there.
+    Opening reads the labels and no image. Reading in ascending order holds a few images in memory, whatever the size of
+    a row group; a step back, or over many rows, reads the row group up to that row.
     """
 
     kind = "parquet"
@@ -51,12 +50,12 @@ class Parquet(ShardedSource):
         options: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(path, files, options)
-        tables = [_Opened(file) for file in self._files]
+        tables = [_Table(file) for file in self._files]
         for table in tables[1:]:
-            if not table.columns_equal(tables[0]):
+            if table.columns != tables[0].columns:
                 raise JLTError(
                     f"{table.file.name} and {tables[0].file.name} differ in their columns image and label: "
-                    "give the files of each kind a folder of their own."
+                    "move the files of each kind to their own folder."
                 )
         groups = [(number, group) for number, table in enumerate(tables) for group in range(len(table.group_rows))]
         self._file_of_group, self._group_in_file = np.array(groups, dtype=np.int32).reshape(-1, 2).T
@@ -66,18 +65,19 @@ class Parquet(ShardedSource):
             raise JLTError(f"{path} holds parquet files without a single row.")
         self._has_paths = tables[0].has_paths
         self._cursor: _Cursor | None = None
-        self.class_names, self._labels = self._read_labels(tables, class_names)
+        code_of: dict[str, int] = {}
+        labels = np.concatenate([table.labels(code_of) for table in tables])
+        self._set_classes(labels, code_of, class_names, tables[0].class_names)
         self.listing_sha256 = self._hash_listing()
-
-    def __len__(self) -> int:
-        return int(self._group_starts[-1])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         require_index(index, self)
         label = int(self._labels[index])
         group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
         file = self._files[self._file_of_group[group]]
-        value = self._row(group, index - int(self._group_starts[group]))
+        if self._cursor is None or self._cursor.file != file:
+            self._cursor = _Cursor(file)
+        value = self._cursor.value(int(self._group_in_file[group]), index - int(self._group_starts[group]))
         content = value if isinstance(value, dict) else {"bytes": value}
         if content["bytes"] is not None:
             return decode_image(content["bytes"], lambda: self.describe(index)), label
@@ -89,34 +89,14 @@ class Parquet(ShardedSource):
         return self.__dict__ | {"_cursor": None}
 
     def describe(self, index: int) -> str:
-        """Return the file, the row in it, and the path that the row notes."""
-        number = int(np.searchsorted(self._file_starts, index, side="right")) - 1
+        """Return the file, the row in it, and the path in that row."""
+        number = self._file_number(index)
         row = index - int(self._file_starts[number])
         place = f"{self._files[number].name} row {row}"
         with contextlib.suppress(JLTError):
             if self._has_paths and (path := _read_path(self._files[number], row)):
                 return f"{place} ({path})"
         return place
-
-    def _row(self, group: int, row: int) -> Any:
-        """The value of the image column in a row of a row group, the groups of all files being counted on."""
-        file = self._files[self._file_of_group[group]]
-        if self._cursor is None or self._cursor.file != file:
-            self._cursor = _Cursor(file)
-        return self._cursor.value(int(self._group_in_file[group]), row)
-
-    def _read_labels(
-        self, tables: Sequence[_Opened], names: tuple[str, ...] | None
-    ) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
-        if not tables[0].labels_are_names:
-            labels = np.concatenate([table.label_numbers() for table in tables])
-            chosen = names if names is not None else tables[0].noted_names
-            return numbered_classes(labels, chosen, self.describe), labels.astype(np.int32)
-        if names is not None:
-            raise UsageError(f"--class-names has no meaning for {self.path}: its labels are names already.")
-        code_of: dict[str, int] = {}
-        codes = np.concatenate([table.label_codes(code_of) for table in tables])
-        return sorted_classes(codes, list(code_of))
 
     def _hash_listing(self) -> str:
         listing = hashlib.sha256(json.dumps(self.class_names).encode())
@@ -127,84 +107,70 @@ class Parquet(ShardedSource):
         return listing.hexdigest()
 
 
-class _Opened:
-    """What is read of a parquet file when its source is opened."""
+class _Table:
+    """The parts of a parquet file that are read at opening: its columns, row groups and labels."""
 
     def __init__(self, file: Path) -> None:
-        import pyarrow
+        from pyarrow import types
 
         self.file = file
-        with _sound(file), _open(file) as parquet:
-            self.schema: Schema = parquet.schema_arrow
-            self._require_columns()
+        with _reading(file), _open(file) as parquet:
+            image, label = _column_types(file, parquet.schema_arrow)
+            self.class_names = _class_names(parquet.schema_arrow)
+            self.columns = (image, label, self.class_names)
+            self.has_paths = types.is_struct(image) and image.get_field_index("path") >= 0
             metadata = parquet.metadata
             self.group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            self._labels: ChunkedArray = parquet.read(columns=["label"], use_threads=False).column("label")
-        kind = self._labels.type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        self.labels_are_names = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-        if not (self.labels_are_names or pyarrow.types.is_integer(kind)):
+            column = parquet.read(columns=["label"], use_threads=False).column("label")
+        kind = label.value_type if types.is_dictionary(label) else label
+        self._labels_are_names = types.is_string(kind) or types.is_large_string(kind)
+        if not (self._labels_are_names or types.is_integer(kind)):
             raise JLTError(f"{file} has a column label of type {kind}: integers or strings are needed.")
-        if self._labels.null_count:
-            row = self._labels.is_null().index(True).as_py()
-            raise JLTError(f"{file.name} row {row} has no label: correct it, or take the row out.")
-        self._labels = self._labels.cast(kind)
+        if column.null_count:
+            row = column.is_null().index(True).as_py()
+            raise JLTError(f"{file.name} row {row} has no label: add it, or remove the row.")
+        self._labels = column.cast(kind)
 
-    def _require_columns(self) -> None:
-        import pyarrow
-
-        names = self.schema.names
-        for column in ("image", "label"):
-            if names.count(column) != 1:
-                raise JLTError(f"{self.file} has no column {column}, but {', '.join(names)}: rename one.")
-        kind = self.schema.field("image").type
-        if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-            raise JLTError(f"{self.file} has a column image of type {kind}: the bytes of image files are needed.")
-
-    def columns_equal(self, other: _Opened) -> bool:
-        """Whether the columns that matter, and the class names that the schema notes, are the same."""
-        mine, others = ([table.schema.field(column).type for column in ("image", "label")] for table in (self, other))
-        return mine == others and self.noted_names == other.noted_names
-
-    @property
-    def has_paths(self) -> bool:
-        """Whether the images have paths beside their bytes."""
-        import pyarrow
-
-        kind = self.schema.field("image").type
-        return pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0
-
-    @property
-    def noted_names(self) -> tuple[str, ...] | None:
-        """The class names that the Hub's library (datasets) notes in the schema."""
-        noted = (self.schema.metadata or {}).get(b"huggingface", b"{}")
-        try:
-            names = json.loads(noted)["info"]["features"]["label"]["names"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        sound = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-        return tuple(names) if sound and len(set(names)) == len(names) else None
-
-    def label_numbers(self) -> Int[np.ndarray, " n"]:
-        """The labels of all rows."""
-        return self._labels.to_numpy().astype(np.int64)
-
-    def label_codes(self, code_of: dict[str, int]) -> Int[np.ndarray, " n"]:
-        """A number for the name in each row; new names get the next numbers."""
+    def labels(self, code_of: dict[str, int]) -> Int64[np.ndarray, " n"]:
+        """Return the label of each row; names become numbers by `code_of`, and new names are added to it."""
+        if not self._labels_are_names:
+            return self._labels.to_numpy().astype(np.int64)
         encoded = self._labels.combine_chunks().dictionary_encode()
         codes = [code_of.setdefault(name, len(code_of)) for name in encoded.dictionary.to_pylist()]
         return np.array(codes, dtype=np.int64)[encoded.indices.to_numpy()]
 
 
+def _column_types(file: Path, schema: Schema) -> tuple[DataType, DataType]:
+    """Return the types of the columns image and label; JLTError if one is missing or image does not hold bytes."""
+    from pyarrow import types
+
+    for column in ("image", "label"):
+        if schema.names.count(column) != 1:
+            raise JLTError(f"{file} has no column {column}, only {', '.join(schema.names)}: rename one.")
+    image, label = (schema.field(column).type for column in ("image", "label"))
+    content = image.field("bytes").type if types.is_struct(image) and image.get_field_index("bytes") >= 0 else image
+    if not (types.is_binary(content) or types.is_large_binary(content)):
+        raise JLTError(f"{file} has a column image of type {content}: the bytes of image files are needed.")
+    return image, label
+
+
+def _class_names(schema: Schema) -> tuple[str, ...] | None:
+    """Return the class names that the Hub's library (datasets) writes into the schema."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        names = features["label"]["names"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    valid = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return tuple(names) if valid and len(set(names)) == len(names) else None
+
+
 class _Cursor:
-    """One open parquet file, and a place in one of its row groups from which reading goes forwards."""
+    """One open parquet file, and a position in one of its row groups from which reading moves forward."""
 
     def __init__(self, file: Path, column: str = "image") -> None:
         self.file, self._column = file, column
-        with _sound(file):
+        with _reading(file):
             self._parquet = _open(file)
         self._group, self._start = -1, 0
         self._values: Any = []
@@ -215,27 +181,22 @@ class _Cursor:
 
     def value(self, group: int, row: int) -> Any:
         """Return the value in a row of a row group; JLTError if the file is damaged."""
-        if group != self._group or row < self._start:
-            self._seek(group)
-        while row >= self._start + len(self._values):
-            # Until there are more rows: if there are none, it is from the beginning of the group that reading goes on.
-            self._group = -1
-            with _sound(self.file):
+        with _reading(self.file):
+            if group != self._group or row < self._start:
+                self._batches = self._parquet.iter_batches(
+                    BATCH_ROWS, row_groups=[group], columns=[self._column], use_threads=False
+                )
+                self._group, self._start, self._values = group, 0, []
+            while row >= self._start + len(self._values):
+                # If this read fails, the next one starts at the beginning of the group.
+                self._group = -1
                 values = next(self._batches).column(0)
-            self._group, self._start, self._values = group, self._start + len(self._values), values
-        with _sound(self.file):
+                self._group, self._start, self._values = group, self._start + len(self._values), values
             return self._values[row - self._start].as_py()
-
-    def _seek(self, group: int) -> None:
-        with _sound(self.file):
-            self._batches = self._parquet.iter_batches(
-                BATCH_ROWS, row_groups=[group], columns=[self._column], use_threads=False
-            )
-        self._group, self._start, self._values = group, 0, []
 
 
 def _read_path(file: Path, row: int) -> str | None:
-    """The path that a row notes, read without the bytes of any image."""
+    """Return the path in a row, without reading the bytes of any image."""
     cursor = _Cursor(file, "image.path")
     group = 0
     while row >= (rows := cursor.rows(group)):
@@ -247,18 +208,18 @@ def _read_path(file: Path, row: int) -> str | None:
 def _open(file: Path) -> ParquetFile:
     from pyarrow.parquet import ParquetFile
 
-    # Without pre_buffer, and with a buffer, a row group is read a page at a time rather than whole.
+    # Without pre_buffer, and with a buffer, a row group is read one page at a time instead of whole.
     return ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
 
 
 @contextlib.contextmanager
-def _sound(file: Path) -> Iterator[None]:
-    """Make an error of reading one that names the file."""
+def _reading(file: Path) -> Iterator[None]:
+    """Turn pyarrow's errors into a JLTError that names the file."""
     import pyarrow
 
     try:
         yield
-    # StopIteration: fewer rows than the file's directory says. ValueError: text that is no UTF-8.
+    # StopIteration: fewer rows than the file's directory lists. ValueError: text that is not UTF-8.
     except (pyarrow.ArrowException, OSError, ValueError, StopIteration) as error:
         reason = str(error).partition("\n")[0] or "it ends too soon"
-        raise JLTError(f"{file} does not read as a parquet file ({reason}): fetch it or make it again.") from error
+        raise JLTError(f"{file} cannot be read as a parquet file ({reason}): download or write it again.") from error

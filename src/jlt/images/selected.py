@@ -1,4 +1,4 @@
-"""Some images of another source."""
+"""A selection of the images of another source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jlt.images.source import ImageSource, require_index
 
 
 class Selected(ImageSource):
-    """The images of `source` at the given positions, in that order; a position may come more than once."""
+    """The images of `source` at the given positions, in that order; a position may occur more than once."""
 
     def __init__(self, source: ImageSource, positions: Int64[np.ndarray, " n"]) -> None:
         self.source, self.positions = source, positions
@@ -27,7 +27,7 @@ class Selected(ImageSource):
         return self.source[int(self.positions[index])]
 
     def describe(self, index: int) -> str:
-        """Return where the image comes from."""
+        """Return the place of the image in the other source."""
         return self.source.describe(int(self.positions[index]))
 
     def identity(self) -> dict[str, Any]:

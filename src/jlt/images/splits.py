@@ -1,4 +1,4 @@
-"""Which files of a folder make up one set of images."""
+"""The files of a folder that make up one set of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jlt.errors import JLTError, UsageError, unknown_name
 
-# train-00000-of-00294, as the Hub names parquet files; older ones end in a part of their hash.
+# train-00000-of-00294, as the Hub names parquet files; older names end in a part of the file's hash.
 _OF = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?")
 # imagenet1k-train-0000, as webdataset names tar files, or 0000 alone.
 _NUMBERED = re.compile(r"(?P<split>.*?)[-_.]?\d+")
@@ -18,9 +18,9 @@ _NUMBERED = re.compile(r"(?P<split>.*?)[-_.]?\d+")
 def choose_split(files: Sequence[Path], split: str | None) -> list[Path]:
     """Return the files of one split in the order of their names.
 
-    The split is what stands before the number in a file's name; a name without a number is a split of its own.
-    UsageError if there are several splits and none was chosen, or not the chosen one. JLTError if the names say
-    that files are missing, or are left over from another version.
+    The split is the part of a file's name before the number; a name without a number is a split of its own. UsageError
+    for an unknown split, or for several splits where none is chosen. JLTError if the names show that files are missing
+    or belong to different versions.
     """
     found = Counter(_split_of(file) for file in files)
     folder = files[0].parent
@@ -36,7 +36,7 @@ def choose_split(files: Sequence[Path], split: str | None) -> list[Path]:
             raise UsageError(f"The files in {folder} name no split: leave out --split.")
         raise unknown_name("split", chosen, sorted(filter(None, found)))
     members = sorted((file for file in files if _split_of(file) == chosen), key=lambda file: file.name)
-    _require_whole(chosen, members)
+    _require_complete(chosen, members)
     return members
 
 
@@ -45,24 +45,19 @@ def _split_of(file: Path) -> str:
     return match["split"] if match else file.stem
 
 
-def _require_whole(split: str, files: Sequence[Path]) -> None:
+def _require_complete(split: str, files: Sequence[Path]) -> None:
     matches = [match for file in files if (match := _OF.fullmatch(file.stem))]
     if not matches:
         return
     folder, counts = files[0].parent, {int(match["count"]) for match in matches}
-    numbers = Counter(int(match["number"]) for match in matches)
-    twice = [number for number, times in numbers.items() if times > 1]
-    if len(counts) > 1 or len(matches) < len(files) or twice:
-        raise JLTError(f"{folder} holds files of several versions of {split}: keep those of one. {_several(files)}")
+    numbers = {int(match["number"]) for match in matches}
+    if len(counts) > 1 or len(numbers) < len(files):
+        listing = _few([file.name for file in files])
+        raise JLTError(f"{folder} holds files of several versions of {split}: keep those of one. They are {listing}.")
     count = counts.pop()
-    missing = sorted(set(range(count)) - set(numbers))
-    if missing:
+    if missing := sorted(set(range(count)) - numbers):
         names = [f"{split}-{number:0{len(matches[0]['number'])}d}" for number in missing]
-        raise JLTError(f"{folder} lacks {len(missing)} of the {count} files of {split}: fetch {_few(names)}.")
-
-
-def _several(files: Sequence[Path]) -> str:
-    return f"They are {_few([file.name for file in files])}."
+        raise JLTError(f"{folder} lacks {len(missing)} of the {count} files of {split}: download {_few(names)}.")
 
 
 def _few(names: Sequence[str]) -> str:

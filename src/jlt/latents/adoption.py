@@ -1,18 +1,18 @@
-"""Adoption: shards that another program wrote become a latent store where they lie; not a byte of them is changed.
+"""Adoption: another program's shards become a latent store in their own folder; none of their bytes change.
 
 The format is LightningDiT's (Yao et al. 2025, arXiv 2501.01423), which JLT's authors use too: every process writes
-`latents_rank{R}_shard{S}.safetensors`, numbered from 0, with `latents` (N, C, H, W), `labels` (N,) and, where there are
-flips, `latents_flip` like `latents`. Other tensors, metadata and other kinds of files are left alone.
+`latents_rank{R}_shard{S}.safetensors`, numbered from 0, with `latents` (N, C, H, W), `labels` (N,) and, for flips,
+`latents_flip` shaped like `latents`. Other tensors, metadata and other kinds of files are ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,28 +29,30 @@ from jlt.latents.shards import ShardFile, TensorEntry
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import VERIFY_THREADS, LatentStore
 from jlt.runtime.progress import inform, track
-from jlt.storage.files import difference
+from jlt.storage.codec import to_json
+from jlt.storage.files import difference, format_difference
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 DTYPES = {"F16": "float16", "F32": "float32"}
 BLOCK_BYTES = 1 << 20
-"""Bytes that each thread reads at a time; summing them in float64 takes ten times their memory."""
+"""Bytes that each thread reads at a time; their sums in float64 take ten times this memory."""
 
 
 @dataclass(frozen=True)
 class _Usual:
-    """Class, channels (None: any) and downsampling of an autoencoder at its usual place."""
+    """Class, channels (None: any) and downsampling of the autoencoder that a name alone means, and its source."""
 
     class_name: str
     channels: int | None
     downsampling: int
+    source: str | None
 
 
 USUAL = {
-    "flux2": _Usual("AutoencoderKLFlux2", 128, 16),
-    "kl": _Usual("AutoencoderKL", None, 8),
-    "tiny": _Usual("AutoencoderKLFlux2", 16, 8),
-    "pixels": _Usual("PixelAutoencoder", 3, 1),
+    "flux2": _Usual("AutoencoderKLFlux2", 128, 16, USUAL_PLACES["flux2"]),
+    "kl": _Usual("AutoencoderKL", None, 8, None),
+    "tiny": _Usual("AutoencoderKLFlux2", 16, 8, "bundled"),
+    "pixels": _Usual("PixelAutoencoder", 3, 1, "built in"),
 }
 
 
@@ -64,38 +66,35 @@ def adopt(
 ) -> StoreManifest:
     """Write the manifest that makes a latent store of a folder of shards, and return it.
 
-    Every file is read once. `autoencoder` and `autoencoder_path` say what decodes the latents; its weights are not
-    loaded. `resolution` of the images is by default the latents' height times the autoencoder's usual downsampling,
-    and classes are called by their numbers. A folder that was adopted with the same words is only opened.
+    Every file is read once. `autoencoder` and `autoencoder_path` name the decoder of the latents; its weights are not
+    loaded. `resolution` of the images is by default the latents' height times the autoencoder's usual downsampling, and
+    the default class names are the numbers. A folder that was adopted with the same arguments is only opened.
 
     JLTError if a shard is missing in the numbering, is damaged, or differs from the others in shape, number format or
     flips; if latents are not finite or not normalised; if labels do not fit the class names; if the folder holds other
-    .safetensors files (hidden ones do not count) or was adopted with other words.
+    .safetensors files that are not hidden, or was adopted with different arguments.
     """
     shards = [_inspect(path, rank) for path, rank in _numbered_shards(folder)]
-    _require_alike(shards)
-    words = {
-        **_shape_words(shards, autoencoder, autoencoder_path, resolution),
-        "class_names": _class_names(shards, class_names),
-    }
+    first = shards[0]
+    for shard in shards:
+        if shard.form != first.form:
+            raise JLTError(f"{shard.path} holds {shard.form}, but {first.path.name} {first.form}: keep one kind here.")
+    fields = _known_fields(shards, autoencoder, autoencoder_path, resolution)
+    fields["class_names"] = _class_names(shards, class_names)
     if (folder / MANIFEST_NAME).exists():
-        return _adopted_before(folder, words)
+        return _adopted_before(folder, fields)
     if not os.access(folder, os.W_OK):
-        raise JLTError(f"{folder} cannot be written to, and its {MANIFEST_NAME} belongs there.")
-    _say_unequal_ranks(shards)
-    records, sums = _read_all(folder, shards, words, threads)
-    manifest = StoreManifest(
-        **words,
-        **sums.moments(),
-        shards=records,
-    )
+        raise JLTError(f"{folder} cannot be written to, but its {MANIFEST_NAME} must be written there.")
+    _report_unequal_ranks(shards)
+    records, sums = _read_all(folder, shards, fields, threads)
+    manifest = StoreManifest(**fields, **sums.moments(), shards=records)
     write_manifest(folder, manifest)
     return manifest
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is known of a shard before its latents are read: the process that wrote it, its latents' places, labels."""
+    """The facts about a shard before its latents are read: its writer's rank, its tensors of latents, its labels."""
 
     path: Path
     rank: int
@@ -104,7 +103,7 @@ class _Shard:
 
     @property
     def form(self) -> str:
-        """What all shards of a store have in common, for comparison and for people."""
+        """The properties that all shards of a store share, as text."""
         entry = self.latents["latents"]
         flips = "with" if "latents_flip" in self.latents else "without"
         return f"{DTYPES[entry.dtype]} latents of {'x'.join(map(str, entry.shape[1:]))} {flips} flips"
@@ -116,39 +115,35 @@ def _numbered_shards(folder: Path) -> list[tuple[Path, int]]:
         raise JLTError(f"{folder} is not a folder.")
     numbered: dict[tuple[int, int], Path] = {}
     others = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(".")):
         name = SHARD_NAME.fullmatch(path.name)
-        if path.name.startswith("."):
-            continue
         if name is None:
             others.append(path.name)
-            continue
-        numbers = int(name[1]), int(name[2])
-        if numbers in numbered:
-            raise JLTError(f"{numbered[numbers]} and {path.name} have the same number: take one of them out.")
-        numbered[numbers] = path
+        elif (numbers := (int(name[1]), int(name[2]))) in numbered:
+            raise JLTError(f"{numbered[numbers]} and {path.name} have the same number: remove one of them.")
+        else:
+            numbered[numbers] = path
     if not numbered:
-        raise JLTError(f"{folder} has nothing to adopt: it holds no files named latents_rank0_shard0.safetensors etc.")
+        raise JLTError(f"{folder} holds no files named latents_rank0_shard0.safetensors etc., so it cannot be adopted.")
     if others:
         raise JLTError(f"{folder} holds {others[0]}, which is not a shard to be adopted: move it to another folder.")
-    _require_no_gaps(folder, numbered)
+    if missing := _gaps_in_numbering(numbered):
+        more = " and more" if len(missing) > 3 else ""
+        raise JLTError(f"In {folder} the numbering from 0 has gaps: {', '.join(missing[:3])}{more} missing.")
     return [(numbered[numbers], numbers[0]) for numbers in sorted(numbered)]
 
 
-def _require_no_gaps(folder: Path, numbered: Collection[tuple[int, int]]) -> None:
+def _gaps_in_numbering(numbered: Collection[tuple[int, int]]) -> list[str]:
+    """Return the missing ranks and shards; of each list of numbers at most four, since a number may be huge."""
+
+    def gaps(numbers: Collection[int]) -> Iterator[int]:
+        return itertools.islice((number for number in range(max(numbers)) if number not in numbers), 4)
+
     ranks = {rank for rank, _ in numbered}
-    missing = [f"rank {rank}" for rank in _gaps(ranks)]
+    missing = [f"rank {rank}" for rank in gaps(ranks)]
     for rank in sorted(ranks):
-        missing += [f"rank {rank} shard {shard}" for shard in _gaps({shard for r, shard in numbered if r == rank})]
-    if missing:
-        more = " and more" if len(missing) > 3 else ""
-        raise JLTError(f"In {folder} the numbering from 0 has gaps: {', '.join(missing[:3])}{more} missing.")
-
-
-def _gaps(numbers: Collection[int]) -> list[int]:
-    """Return the first numbers missing below the largest, four at most: a stray name may carry any number."""
-    below = (number for number in range(max(numbers)) if number not in numbers)
-    return list(itertools.islice(below, 4))
+        missing += [f"rank {rank} shard {shard}" for shard in gaps({shard for r, shard in numbered if r == rank})]
+    return missing
 
 
 def _inspect(path: Path, rank: int) -> _Shard:
@@ -162,7 +157,7 @@ def _inspect(path: Path, rank: int) -> _Shard:
     for name, entry in latents.items():
         if entry.dtype not in DTYPES:
             dtype = "bfloat16" if entry.dtype == "BF16" else entry.dtype
-            raise JLTError(f"{path} holds {name} in {dtype}: float16 and float32 can be adopted, so convert it first.")
+            raise JLTError(f"{path} holds {name} in {dtype}: convert it first, to float16 or float32.")
         if len(entry.shape) != 4 or 0 in entry.shape:
             raise JLTError(f"{path} holds {name} of shape {entry.shape}: (N, C, H, W) is expected, none of them 0.")
         if (entry.dtype, entry.shape) != (latents["latents"].dtype, latents["latents"].shape):
@@ -173,39 +168,45 @@ def _inspect(path: Path, rank: int) -> _Shard:
     return _Shard(path, rank, latents, file.read_array(labels))
 
 
-def _require_alike(shards: Sequence[_Shard]) -> None:
-    first = shards[0]
+def _report_unequal_ranks(shards: Sequence[_Shard]) -> None:
+    counts: Counter[int] = Counter()
     for shard in shards:
-        if shard.form != first.form:
-            raise JLTError(f"{shard.path} holds {shard.form}, and {first.path.name} {first.form}: they are no one set.")
-
-
-def _say_unequal_ranks(shards: Sequence[_Shard]) -> None:
-    counts: dict[int, int] = {}
-    for shard in shards:
-        counts[shard.rank] = counts.get(shard.rank, 0) + len(shard.labels)
+        counts[shard.rank] += len(shard.labels)
     fewest = min(counts, key=lambda rank: counts[rank])
     if counts[fewest] < max(counts.values()):
         inform(
-            f"The processes wrote different numbers of latents, rank {fewest} {counts[fewest]} and another "
-            f"{max(counts.values())}: where images are shared out evenly, that is a sign of missing last shards."
+            f"The processes wrote different numbers of latents, from {counts[fewest]} (rank {fewest}) to "
+            f"{max(counts.values())}. If the images were shared evenly, the last shards are missing."
         )
 
 
-def _shape_words(
+def _known_fields(
     shards: Sequence[_Shard], autoencoder: str, path: str | None, resolution: int | None
 ) -> dict[str, Any]:
-    """Return the fields of the manifest that follow from the shards' form and from the autoencoder."""
+    """Return the fields of the manifest that follow from the shards' form and from the autoencoder.
+
+    UsageError for an unknown autoencoder and for a path that is missing or has no use.
+    """
+    if autoencoder not in USUAL:
+        raise unknown_name("autoencoder", autoencoder, USUAL)
+    if autoencoder == "pixels" and path is not None:
+        raise UsageError(f"The autoencoder 'pixels' has no weights: leave out the path {path}.")
+    usual = USUAL[autoencoder]
+    source = path or usual.source
+    if source is None:
+        raise UsageError(
+            f"The autoencoder {autoencoder!r} is any {usual.class_name}: name the one that made the latents with "
+            "--autoencoder-path."
+        )
     entry, count = shards[0].latents["latents"], sum(len(shard.labels) for shard in shards)
     _, channels, height, width = entry.shape
-    usual, source = _usual(autoencoder, path)
     resolution = height * usual.downsampling if resolution is None else resolution
     downsampling = resolution // height
     unusual = (channels, downsampling) != (usual.channels, usual.downsampling)
     if resolution % height or downsampling < 1 or (path is None and unusual):
         raise JLTError(
             f"{shards[0].path} holds {shards[0].form}, which the autoencoder {autoencoder!r} does not make of "
-            f"{resolution} pixels: say what made them with --autoencoder, --autoencoder-path and --resolution."
+            f"{resolution} pixels: name its origin with --autoencoder, --autoencoder-path and --resolution."
         )
     identity = {
         "name": autoencoder,
@@ -217,24 +218,20 @@ def _shape_words(
         "downsampling": downsampling,
         "posterior": "mode",
     }
-    form = {"flips": "latents_flip" in shards[0].latents, "dtype": DTYPES[entry.dtype]}
-    sizes = {"resolution": resolution, "channels": channels, "height": height, "width": width, "count": count}
-    adopted = {"source": {"kind": "adopted", "count": count}, "encoding": None, "skipped": (), "made_with": ()}
-    return {"autoencoder": identity, **adopted, **sizes, **form}
-
-
-def _usual(name: str, path: str | None) -> tuple[_Usual, str]:
-    """Return what is known of an autoencoder, and where it lies; UsageError for words that do not go together."""
-    if name not in USUAL:
-        raise unknown_name("autoencoder", name, USUAL)
-    if name == "pixels" and path is not None:
-        raise UsageError(f"The autoencoder 'pixels' has no weights: leave the path {path} away.")
-    if name == "kl" and path is None:
-        raise UsageError(
-            "The autoencoder 'kl' is any AutoencoderKL: say which made the latents with --autoencoder-path."
-        )
-    in_package = {"tiny": "bundled", "pixels": "built in"}
-    return USUAL[name], path or in_package.get(name) or USUAL_PLACES[name]
+    return {
+        "autoencoder": identity,
+        "source": {"kind": "adopted", "count": count},
+        "encoding": None,
+        "skipped": (),
+        "made_with": (),
+        "resolution": resolution,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "count": count,
+        "flips": "latents_flip" in shards[0].latents,
+        "dtype": DTYPES[entry.dtype],
+    }
 
 
 def _class_names(shards: Sequence[_Shard], names: Sequence[str] | None) -> tuple[str, ...]:
@@ -246,66 +243,64 @@ def _class_names(shards: Sequence[_Shard], names: Sequence[str] | None) -> tuple
             raise JLTError(f"{shard.path} holds labels from {low} to {high}, and {classes}.")
         largest = max(largest, high)
     if names is None and largest > MOST_CLASSES:
-        raise JLTError(f"{largest} is a label: so many classes have to be named, with --class-names.")
+        raise JLTError(f"The largest label is {largest}: name the classes with --class-names.")
     return tuple(names) if names is not None else tuple(map(str, range(largest + 1)))
 
 
-def _adopted_before(folder: Path, words: dict[str, Any]) -> StoreManifest:
-    """Return the manifest of a store that is there already; JLTError if other words made it."""
+def _adopted_before(folder: Path, fields: Mapping[str, Any]) -> StoreManifest:
+    """Return the manifest of an adopted store; JLTError if it was adopted with different arguments."""
     manifest = LatentStore.open(folder).manifest
-    before = {name: getattr(manifest, name) for name in words}
-    lines = difference(*(json.loads(json.dumps(side)) for side in (before, words)))
-    if lines:
+    differences = difference({name: to_json(getattr(manifest, name)) for name in fields}, to_json(fields))
+    if differences:
         raise JLTError(
-            f"{folder} was adopted with other words ({'; '.join(lines)}): use those, or remove its {MANIFEST_NAME} to "
-            "adopt it anew."
+            f"{folder} was adopted with different arguments ({format_difference(differences)}): "
+            f"use those, or remove its {MANIFEST_NAME} to adopt it again."
         )
     return manifest
 
 
 def _read_all(
-    folder: Path, shards: Sequence[_Shard], words: dict[str, Any], threads: int
+    folder: Path, shards: Sequence[_Shard], fields: Mapping[str, Any], threads: int
 ) -> tuple[tuple[ShardRecord, ...], LatentSums]:
     """Read every file once and return their records and the sums over all, added in the shards' order."""
     records: list[ShardRecord] = []
     fingerprints: list[np.ndarray] = []
-    sums = LatentSums.zero(words["channels"])
+    sums = LatentSums.zero(fields["channels"])
     pool = ThreadPoolExecutor(threads)
     try:
         for read in track(pool.map(_read, shards), f"adopting {folder}", total=len(shards)):
-            if not records:
-                # Rather after the first shard than after all.
-                _require_normalised(read.sums, words["autoencoder"])
             records.append(read.record)
             fingerprints.append(read.fingerprints)
             sums = sums.merge(read.sums)
+            # After the first shard, and again after the last.
+            if len(records) in (1, len(shards)):
+                _require_normalised(sums, fields["autoencoder"])
     finally:
         pool.shutdown(cancel_futures=True)
-    _require_normalised(sums, words["autoencoder"])
-    repeated = words["count"] - len(np.unique(np.concatenate(fingerprints)))
+    repeated = fields["count"] - len(np.unique(np.concatenate(fingerprints)))
     if repeated:
         inform(
-            f"{repeated} of {words['count']} latents repeat others exactly, as where a DistributedSampler fills up its "
-            "last batches: they stay."
+            f"{repeated} of {fields['count']} latents are exact copies of others, as a DistributedSampler adds to fill "
+            "its last batches. They are kept."
         )
     return tuple(records), sums
 
 
-def _require_normalised(sums: LatentSums, autoencoder: dict[str, Any]) -> None:
+def _require_normalised(sums: LatentSums, autoencoder: Mapping[str, Any]) -> None:
     if autoencoder["normalisation"]["kind"] == "none":
         return
     try:
         sums.require_normalised(autoencoder["name"])
     except JLTError as error:
         raise JLTError(
-            f"{error} Shards are adopted as they are: LightningDiT's own (VA-VAE) are stored without their statistics, "
-            "which have to be applied and the result saved first."
+            f"{error} Adoption does not change latents. LightningDiT's own (VA-VAE) are stored without their "
+            "statistics: apply these and save the result first."
         ) from error
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What reading a shard whole gave; `fingerprints` are 64 bits of each latent's hash."""
+    """The result of reading a whole shard; `fingerprints` are 64 bits of each latent's hash."""
 
     record: ShardRecord
     sums: LatentSums
@@ -317,7 +312,7 @@ def _read(shard: _Shard) -> _Read:
     file = ShardFile(shard.path)
     digest, size, place = hashlib.sha256(), file.size, 0
     sums, fingerprints = LatentSums.zero(shard.latents["latents"].shape[1]), []
-    for name, entry in sorted(shard.latents.items(), key=lambda named: named[1].offset):
+    for name, entry in sorted(shard.latents.items(), key=lambda item: item[1].offset):
         for block in _blocks(file, place, entry.offset, BLOCK_BYTES):
             digest.update(block)
         place = entry.offset + entry.shape[0] * entry.row_bytes
@@ -336,7 +331,7 @@ def _read(shard: _Shard) -> _Read:
 
 
 def _blocks(file: ShardFile, start: int, stop: int, step: int) -> Iterator[memoryview]:
-    """Yield the bytes from `start` to `stop`, `step` at a time, each block in the memory of the one before."""
+    """Yield the bytes from `start` to `stop`, `step` at a time; each block overwrites the one before."""
     buffer = memoryview(bytearray(min(step, stop - start)))
     for place in range(start, stop, step):
         block = buffer[: min(step, stop - place)]

@@ -1,48 +1,50 @@
-"""What can be chosen about an encoding; free of torch, so that a command line can be built from it quickly."""
+"""The settings of an encoding; free of torch, so that the command line is built from it quickly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from jlt.config import InferencePrecision
+
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Which images go through which autoencoder, and how the latents are stored."""
+    """The images, the autoencoder, and the format of the latents."""
 
     images: str
-    """Folder of class folders, parquet or tar files; or digits."""
+    """Images: a folder of class folders, parquet or tar files, or the bundled set digits."""
     autoencoder: str
-    """flux2, kl, pixels, or tiny (bundled, for digits)."""
+    """Autoencoder: flux2, kl (any AutoencoderKL), pixels, or tiny (bundled, for digits)."""
     autoencoder_path: str | None = None
-    """Its weights: a local folder or a Hub id."""
+    """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
     split: str | None = None
-    """One of several splits in a folder (train of train-00000-of-00294)."""
+    """Split of a folder that holds several, such as train for train-00000-of-00294. Default: the only one."""
     class_names: str | None = None
-    """Text file that names the classes, one a line."""
+    """Text file with one class name per line. Default: the names that the images come with."""
     resolution: int = 256
     """Side of the centre crop in pixels."""
     exif: Literal["ignore", "apply"] = "ignore"
-    """A camera's note on rotation; the field's protocol ignores it."""
+    """Rotation recorded by a camera; the standard ImageNet protocol ignores it."""
     posterior: Literal["mode", "sample"] = "mode"
-    """What to store of kl's posterior; a sample is fixed per image."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the autoencoder's arithmetic; bfloat16 means autocast."""
+    """Mode of kl's posterior, or a sample that is fixed per image."""
+    precision: InferencePrecision = "float32"
+    """Precision of the autoencoder; bfloat16 is autocast."""
     threads: int = 2
-    """Of the autoencoder on a CPU; they decide last bits."""
+    """Threads of the autoencoder on a CPU; their number changes the last bits of the latents."""
     batch_size: int = 32
     """Images per pass through the autoencoder."""
     shard_size: int = 8192
-    """Images per file, the unit of a restart."""
+    """Images per file; an interrupted encoding repeats at most the file that it was writing."""
     flips: bool = True
-    """Whether mirrored images are stored too."""
+    """Mirrored images are stored too; --no-flips leaves them out."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Number format on disk."""
+    """Number format of the stored latents."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """Stop and name it, or list it in the manifest and go on."""
+    """Images that do not decode: stop and name the first, or skip them and list them in the manifest."""
     workers: int | None = None
-    """Processes that decode images (default: one per core)."""
+    """Processes that decode images. Default: one per core; none for a bundled set."""
     preview: bool = False
-    """First write preview.png: images over their reconstructions."""
+    """First write preview.png: images above their reconstructions."""
     repair: bool = False
-    """Make damaged shards of a finished store again, to the same bytes."""
+    """Make the damaged shards of a finished store again, with the same bytes."""

@@ -1,4 +1,4 @@
-"""Batches of a latent store, each read while the one before it is computed with."""
+"""Batches of a latent store, each read while the program computes with the one before it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from jlt.latents.store import LatentStore
 
 DEPTH = 2
-"""Buffers of one batch each: one is computed with while the other is filled. More would only even out reads that are
-slower than a step now and then; they cannot help where reading is slower than computing."""
+"""Buffers of one batch each: one is in use while the other is filled. More buffers would only smooth out occasional
+slow reads; they cannot help where reading is slower than computing."""
 
 
 @runtime_checkable
 class Request(Protocol):
-    """What a batch is asked for with, such as the draws of a training step."""
+    """The request for one batch, such as the draws of a training step."""
 
     @property
     def indices(self) -> np.ndarray:
@@ -29,7 +29,7 @@ class Request(Protocol):
 
     @property
     def flips(self) -> np.ndarray:
-        """Whether each latent is wanted flipped, bool, (n,)."""
+        """Whether to read each latent flipped, bool, (n,)."""
 
 
 R = TypeVar("R", bound=Request)
@@ -41,12 +41,11 @@ def read_ahead(
     """Yield each request with its latents, on the device in the stored dtype, and its labels, on the host.
 
     A thread draws the requests, of at most `batch_size` latents each, and reads into `DEPTH` buffers in turn. On a CPU
-    the latents lie in such a buffer: they hold until the next batch is asked for, and what has to outlive that is
-    copied. On CUDA they are the consumer's to keep: the buffer is pinned, is copied on the consumer's current stream,
-    and is read into again when that copy has finished.
+    the latents are such a buffer: they are valid until the next batch, so copy them to keep them. On CUDA they are the
+    consumer's to keep: the pinned buffer is copied on the consumer's current stream, and reused after that copy.
 
-    Nothing is skipped through: a run continues at any step by starting its requests there. What fails in the thread is
-    raised in place of the batch concerned. Closing the iterator ends the thread as soon as it has read its batch.
+    A run resumes at any step by starting its requests there. An error in the thread is raised in place of its batch.
+    Closing the iterator ends the thread as soon as it has read its batch.
     """
     device = torch.device(device)
     reader = _Reader(store, requests, [_buffer(store, batch_size, device) for _ in range(DEPTH)])
@@ -73,10 +72,10 @@ def _buffer(store: LatentStore, batch_size: int, device: torch.device) -> Tensor
 
 
 class _Reader(threading.Thread, Generic[R]):
-    """Fills free buffers in the order of the requests; neither queue ever holds more than there are buffers."""
+    """Fills free buffers in the order of the requests; neither queue ever holds more items than there are buffers."""
 
     def __init__(self, store: LatentStore, requests: Iterable[R], buffers: list[Tensor]) -> None:
-        # A daemon, so that an iterator which nobody closed does not keep the process from ending.
+        # A daemon, so that an iterator that was not closed does not keep the process alive.
         super().__init__(name="jlt-reader", daemon=True)
         self._store, self._requests = store, requests
         self._stopping = False
@@ -97,7 +96,7 @@ class _Reader(threading.Thread, Generic[R]):
                 _, labels = self._store.gather(request.indices, request.flips, buffer[: len(request.indices)])
                 self.filled.put((request, buffer, labels))
             self.filled.put(None)
-        except BaseException as error:  # the consumer waits for something, whatever went wrong
+        except BaseException as error:  # Any error, since the consumer waits for an item.
             self.filled.put(error)
 
     def stop(self) -> None:

@@ -1,16 +1,15 @@
 """The order in which training sees samples: a pure function of (seed, epoch, position).
 
 Epoch e is the permutation that sorts `size` random 64-bit keys, the raw output of the counter-based Philox generator
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by (seed, e). Sorting keys was chosen over
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by (seed, e). Rejected alternatives:
 
-- `Generator.permutation` and `torch.randperm`, whose results may change with the library's version, while the raw
-  stream of a NumPy bit generator may not: a run continues in its own order after an upgrade;
-- a format-preserving (Feistel) permutation, which needs no memory and yet is only as uniform as its rounds are many:
-  sorted random keys reach every permutation alike, at 16 bytes a sample and 0.1 s an epoch for a million samples.
+- `Generator.permutation` and `torch.randperm`: their results may change with the library's version. The raw stream of
+  a NumPy bit generator may not, so a run keeps its order after an upgrade.
+- A format-preserving (Feistel) permutation needs no memory, but many rounds to be uniform. Sorted random keys reach
+  every permutation with equal probability, at 16 bytes a sample and 0.1 s an epoch for a million samples.
 
-A jump to any position is O(1) in that position: it draws the one or two epochs that the batch lies in and nothing
-before them, so a run that continues at step 10^9 waits as long as one that begins. Drawing an epoch is O(size log size)
-once in each process that reads from it; every further batch of that epoch is a slice.
+A jump to any position has the same cost: it draws the one or two epochs of that batch and none before them. Drawing an
+epoch is O(size log size), once in each process that reads from it; every other batch of that epoch is a slice.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Int64
 
-# Keeps this stream apart from any other that is keyed by (seed, small number).
+# Separates this stream from any other that is keyed by (seed, small number).
 _STREAM = int.from_bytes(b"order", "big")
 
 
 class SampleOrder:
     """The endless sequence of samples and flips for `size` samples and a seed in [0, 2^64).
 
-    Positions count from the start of training and run on over epoch boundaries; each epoch holds every index once. Any
-    position can be asked for at any time, in any order, by any process, at the same cost.
+    Positions count from the start of training across epochs; each epoch holds every index once. Any process can read
+    any position in any order, at the same cost.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -38,7 +37,7 @@ class SampleOrder:
             raise ValueError(f"the seed has to be in [0, 2^64), got {seed}")
         self.size = size
         self.seed = seed
-        # A batch may lie across an epoch boundary, so two epochs are kept.
+        # Two epochs are kept, since a batch may span an epoch boundary.
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
     def indices(self, start: int, count: int) -> Int64[np.ndarray, " {count}"]:

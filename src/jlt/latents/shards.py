@@ -1,8 +1,8 @@
-"""One shard: the safetensors layout read and written row by row, so that no more than a batch is ever in memory.
+"""One shard: the safetensors layout read and written row by row, so that only one batch is ever in memory.
 
 The layout is 8 bytes (little-endian length), a JSON header with dtype, shape and byte range of each tensor, and the
-bytes. The safetensors library writes whole tensors only and reads through a memory map, which ends the process (SIGBUS)
-where a file got shorter or a disk fails; here that is an error with the file's name.
+tensors' bytes. The safetensors library writes whole tensors only. It reads through a memory map, which ends the process
+(SIGBUS) if a file shrinks or a disk fails; here that is an error that names the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROWS_PER_COPY = 256
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a shard: its dtype as safetensors names it, its shape, and where its bytes start in the file."""
+    """One tensor of a shard: its dtype as safetensors names it, its shape, and the offset of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Without waiting, which opening a pipe would do for ever.
+            # Non-blocking, since opening a pipe would wait for ever.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise JLTError(f"{path} cannot be read ({error.strerror}).") from error
@@ -58,7 +58,7 @@ class ShardFile:
             os.close(self._descriptor)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer with the bytes from `offset` on; JLTError if the file ends before or cannot be read."""
+        """Fill the buffer with the bytes from `offset` on; JLTError if the file is too short or cannot be read."""
         try:
             read = os.preadv(self._descriptor, [buffer], offset)
             while 0 < read < len(buffer):
@@ -80,26 +80,23 @@ class ShardFile:
         prefix = bytearray(8)
         self.read_into(memoryview(prefix), 0)
         (length,) = struct.unpack("<Q", prefix)
+        damaged = f"{self.path} is damaged or not a safetensors file"
         if length > min(size - 8, MAX_HEADER_BYTES):
-            raise JLTError(
-                f"{self.path} is damaged or not a safetensors file: its header claims {length} bytes of {size}."
-            )
+            raise JLTError(f"{damaged}: its header claims {length} bytes of {size}.")
         header = bytearray(length)
         self.read_into(memoryview(header), 8)
         try:
             fields = json.loads(header)
             fields.pop("__metadata__", None)
-            ends = _checked_ends(fields)
+            end = 8 + length + _checked_end(fields)
             entries = {
                 name: TensorEntry(field["dtype"], tuple(field["shape"]), 8 + length + field["data_offsets"][0])
                 for name, field in fields.items()
             }
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise JLTError(f"{self.path} is damaged or not a safetensors file: its header does not parse.") from error
-        if 8 + length + ends != size:
-            raise JLTError(
-                f"{self.path} is damaged: its header describes {8 + length + ends} bytes and the file has {size}."
-            )
+            raise JLTError(f"{damaged}: its header does not parse.") from error
+        if end != size:
+            raise JLTError(f"{self.path} is damaged: its header describes {end} bytes and the file has {size}.")
         return entries
 
     def read_array(self, entry: TensorEntry) -> np.ndarray:
@@ -109,18 +106,18 @@ class ShardFile:
         return values.astype(np.int64, copy=False)
 
 
-def _checked_ends(fields: dict[str, Any]) -> int:
-    """Return where the last tensor ends; ValueError unless they lie side by side and are as large as they say."""
+def _checked_end(fields: dict[str, Any]) -> int:
+    """Return the end of the last tensor; ValueError unless tensors are contiguous and of the size of their shape."""
     end = 0
     for field in sorted(fields.values(), key=lambda field: field["data_offsets"]):
         shape, (start, stop) = field["shape"], field["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            raise ValueError("sizes and places are whole numbers")
+            raise ValueError("sizes and offsets must be whole numbers")
         if start != end or stop < start:
             raise ValueError("tensors overlap or leave a gap")
         item_bytes = ITEM_BYTES.get(field["dtype"])
         if item_bytes is not None and stop - start != math.prod(shape) * item_bytes:
-            raise ValueError("a tensor is not as large as its shape says")
+            raise ValueError("a tensor's size differs from that of its shape")
         end = stop
     return end
 
@@ -148,7 +145,7 @@ class ShardWriter:
         self._file.truncate(base + end)
 
     def write(self, name: str, row: int, values: np.ndarray) -> None:
-        """Write consecutive rows, starting at `row`, of the named tensor; the array has its dtype and row shape."""
+        """Write consecutive rows of the named tensor, starting at `row`; ValueError for another dtype or shape."""
         entry = self._entries[name]
         if values.shape[1:] != entry.shape[1:] or values.nbytes != len(values) * entry.row_bytes:
             raise ValueError(
@@ -178,7 +175,7 @@ def keep_rows(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> No
                 entry = entries[name]
                 for start in range(0, shape[0], ROWS_PER_COPY):
                     count = min(ROWS_PER_COPY, shape[0] - start)
-                    # Which numbers these bytes are does not matter on the way from one file to another.
+                    # Raw bytes, since their values do not matter for a copy.
                     rows = np.empty((count, *shape[1:]), f"V{ITEM_BYTES[entry.dtype]}")
                     file.read_into(rows.data.cast("B"), entry.offset + start * entry.row_bytes)
                     writer.write(name, start, rows)

@@ -1,8 +1,7 @@
-"""The latent store: random and sequential reading of encoded images, and the check of all that is stored.
+"""The latent store: random and sequential reading of encoded images, and the verification of everything stored.
 
-Rows are read with `preadv` straight into the result, by a few threads. Next to a memory map that is as fast, asks a
-disk for a latent in one request and for several at once, keeps the resident memory independent of the store's size, and
-makes of a file that got shorter an error with its name instead of a SIGBUS.
+A few threads read rows with `preadv` straight into the result. This is as fast as a memory map, and it reads a latent
+from a disk in one request. Memory does not grow with the store, and a file that shrinks is a named error, no SIGBUS.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from jlt.config import LatentShape
 from jlt.errors import JLTError
 from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, read_manifest
 from jlt.latents.shards import ShardFile, TensorEntry
@@ -33,71 +31,60 @@ MAX_OPEN_SHARDS = 256
 VERIFY_THREADS = 8
 READING_THREADS = min(8, cores())
 BYTES_PER_THREAD = 2**22
-"""With less to read than this, handing it to another thread takes longer than reading it."""
+"""With fewer bytes, it takes longer to start another thread than to read them."""
 
 
 class LatentStore:
-    """A finished store, opened for reading; safe to read from several threads.
+    """A finished store, opened for reading; several threads may read from it at once.
 
     `open` checks the manifest, the presence and size of every shard, every shard's header and every label;
-    `open_verified` and `verify_store` read everything and check hashes too.
+    `open_verified` and `verify_store` also read everything and check the hashes. `shape` is the latents' shape and
+    number of classes, `class_names` are the names that labels index, and `labels` those of all latents in store order.
+    Do not write to `labels`.
     """
+
+    labels: Int64[np.ndarray, " n"]
 
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        # The least recently used file is closed as soon as nobody reads from it.
+        self.shape, self.class_names = manifest.shape, manifest.class_names
+        # The least recently used file is closed when no thread reads from it any more.
         self._file = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: ShardFile(folder / name))
         self._starts = np.cumsum([0, *(record.count for record in manifest.shards)])
-        self._labels = np.empty(manifest.count, dtype=np.int64)
-        # Where latents, and latents_flip if there are any, start in each shard's file.
-        names = ("latents", "latents_flip") if manifest.flips else ("latents",)
-        self._offsets = np.empty((len(names), len(manifest.shards)), dtype=np.int64)
+        self.labels = np.empty(manifest.count, dtype=np.int64)
+        # The offset of each orientation's latents in each shard's file.
+        self._offsets = np.empty((len(manifest.orientations), len(manifest.shards)), dtype=np.int64)
         for shard, record in enumerate(manifest.shards):
             file = self._file(record.file)
             header = _checked_header(file, record, manifest)
-            self._offsets[:, shard] = [header[name].offset for name in names]
-            self._labels[self._starts[shard] : self._starts[shard + 1]] = _checked_labels(file, header, manifest)
+            self._offsets[:, shard] = [header[name].offset for name in manifest.orientations]
+            self.labels[self._starts[shard] : self._starts[shard + 1]] = _checked_labels(file, header, manifest)
         self._row_bytes = header["latents"].row_bytes
         self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="jlt-store")
 
     @classmethod
     def open(cls, path: str | Path) -> LatentStore:
-        """Open the store in a folder; JLTError names what is wrong with one that is unfinished or damaged."""
+        """Open the store in a folder; JLTError if it is unfinished or damaged."""
         folder = Path(path)
         _require_finished(folder)
         manifest = read_manifest(folder)
-        _require_sound(folder, [*filter(None, map(functools.partial(_file_problem, folder), manifest.shards))])
-        _require_sound(folder, _stray_problems(folder, manifest))
+        problems = [problem for record in manifest.shards if (problem := _file_problem(folder, record))]
+        _require_undamaged(folder, problems or _stray_problems(folder, manifest))
         return cls(folder, manifest)
 
     @classmethod
     def open_verified(cls, path: str | Path) -> LatentStore:
-        """Open a store after reading it whole, as `verify_store` does; JLTError names the damaged files."""
+        """Open a store after reading all of it, as `verify_store` does; JLTError names the damaged files."""
         store = cls.open(path)
-        _require_sound(store.folder, verify_store(path))
+        _require_undamaged(store.folder, verify_store(path))
         return store
 
     def __len__(self) -> int:
         return self.manifest.count
 
-    @property
-    def shape(self) -> LatentShape:
-        """The latents' shape and number of classes."""
-        return self.manifest.shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes that labels index."""
-        return self.manifest.class_names
-
-    @property
-    def labels(self) -> Int64[np.ndarray, " n"]:
-        """The labels of all latents in store order; do not write to it."""
-        return self._labels
-
     def identity(self) -> dict[str, Any]:
-        """Return what a result file says about the latents it came from."""
+        """Return the fields by which result files identify the latents."""
         manifest = self.manifest
         return {
             "autoencoder": manifest.autoencoder,
@@ -109,7 +96,7 @@ class LatentStore:
         }
 
     def empty(self, count: int) -> Float[Tensor, "{count} c h w"]:
-        """Return memory for `count` latents in the stored dtype, of no particular content."""
+        """Return uninitialised memory for `count` latents in the stored dtype."""
         shape = self.shape
         dtype = STORED_DTYPES[self.manifest.dtype][1]
         return torch.empty((count, shape.channels, shape.height, shape.width), dtype=dtype)
@@ -122,9 +109,9 @@ class LatentStore:
     ) -> tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """Return the latents, in the stored dtype, and labels at the given indices, 0..len-1, in that order.
 
-        `flips` asks per latent for the flipped orientation. The latents are read into `out` where it is given, which
-        has to be as `empty(n)` makes it; fresh memory costs up to half the time again. IndexError for an index out of
-        range, ValueError for another `out`, JLTError if flips are asked for and not stored or a file cannot be read.
+        `flips` selects the flipped orientation per latent. `out`, as `empty(n)` returns it, receives the latents; new
+        memory instead costs up to half the time again. IndexError for an index out of range, ValueError for an
+        unsuitable `out`, JLTError for flips that are not stored or a file that cannot be read.
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices from {indices.min()} to {indices.max()} in a store of {len(self)} latents")
@@ -132,30 +119,31 @@ class LatentStore:
             raise JLTError(
                 f"The latent store {self.folder} holds no flipped latents: encode with flips, or train without."
             )
-        latents = self._checked_out(out, len(indices)) if out is not None else self.empty(len(indices))
+        latents = self.empty(len(indices)) if out is None else out
+        if out is not None:
+            self._require_like_empty(out, len(indices))
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         orientation = 0 if flips is None else flips.astype(np.int64)
         offsets = self._offsets[orientation, shards] + (indices - self._starts[shards]) * self._row_bytes
         self._read_rows(latents, shards, offsets)
-        return latents, torch.from_numpy(self._labels[indices])
+        return latents, torch.from_numpy(self.labels[indices])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]]:
         """Yield all latents, unflipped, with their labels in store order; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.gather(np.arange(start, min(start + batch_size, len(self))))
 
-    def _checked_out(self, out: Tensor, count: int) -> Tensor:
+    def _require_like_empty(self, out: Tensor, count: int) -> None:
         manifest = self.manifest
-        wanted = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
-        if (tuple(out.shape), out.dtype) != wanted or out.device.type != "cpu" or not out.is_contiguous():
+        expected = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
+        if (tuple(out.shape), out.dtype) != expected or out.device.type != "cpu" or not out.is_contiguous():
             raise ValueError(
-                f"out has to be contiguous {wanted[1]} of {wanted[0]} in host memory, got {out.dtype} of "
+                f"out has to be contiguous {expected[1]} of {expected[0]} in host memory, got {out.dtype} of "
                 f"{tuple(out.shape)} on {out.device}"
             )
-        return out
 
     def _read_rows(self, latents: Tensor, shards: np.ndarray, offsets: np.ndarray) -> None:
-        # Rows that follow each other both in the file and in the result are one read; reads go forward in each file.
+        # Rows that are consecutive in the file and in the result are one read; reads go forward in each file.
         if len(offsets) == 0:
             return
         buffer = latents.view(torch.uint8).numpy().data.cast("B")
@@ -184,11 +172,11 @@ class LatentStore:
 
 
 def verify_store(path: str | Path) -> list[str]:
-    """Read a whole store and return every problem found, each naming its file; an empty list means it is sound.
+    """Read a whole store and return every problem found, each naming its file; an empty list means it is intact.
 
-    Found are missing, additional, longer and shorter files, every change to the bytes of a shard or of the manifest,
-    and a manifest that does not fit what its shards hold. Not found is what somebody changed who also wrote the hashes
-    anew, as long as sizes, labels and positions fit each other. Hidden files are nobody's concern.
+    It finds missing, additional, longer and shorter files, every changed byte of a shard or of the manifest, and a
+    manifest that does not fit its shards. It cannot find changes by a person who also updated the hashes, if sizes,
+    labels and positions remain consistent. Hidden files are ignored.
     """
     folder = Path(path)
     try:
@@ -217,7 +205,7 @@ def _require_finished(folder: Path) -> None:
     raise JLTError(f"{folder} is not a latent store: it has no {MANIFEST_NAME}.")
 
 
-def _require_sound(folder: Path, problems: list[str]) -> None:
+def _require_undamaged(folder: Path, problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
         raise JLTError(f"The latent store {folder} is damaged: {' '.join(problems[:3])}{more}")
@@ -246,21 +234,21 @@ def _stray_problems(folder: Path, manifest: StoreManifest) -> list[str]:
 
 
 def shard_problem(folder: Path, record: ShardRecord) -> str | None:
-    """Return what is wrong with a shard of a store, after reading it whole; None if it is what was written."""
+    """Return the fault of a shard of a store, after reading all of it; None if it is intact."""
     path = folder / record.file
     if problem := _file_problem(folder, record):
         return problem
     try:
-        sound = sha256_file(path) == record.sha256
+        intact = sha256_file(path) == record.sha256
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})."
-    return None if sound else f"{path} is damaged: its SHA-256 is not the manifest's."
+    return None if intact else f"{path} is damaged: its SHA-256 is not the manifest's."
 
 
 def _check_positions(folder: Path, manifest: StoreManifest) -> None:
     """Raise JLTError unless every image of the source is stored, in order, or listed as skipped."""
     if manifest.encoding is None:
-        return  # nobody knows the positions of adopted latents
+        return  # The positions of adopted latents are unknown.
     skipped, images = [image.index for image in manifest.skipped], manifest.source.get("count")
     if manifest.count + len(skipped) != images:
         raise JLTError(
@@ -274,18 +262,16 @@ def _check_positions(folder: Path, manifest: StoreManifest) -> None:
         if entry is None or (entry.dtype, entry.shape) != ("I64", (record.count,)):
             raise JLTError(f"{file.path} does not hold the position in the source of each of its latents.")
         if not np.array_equal(file.read_array(entry), expected[: record.count]):
-            raise JLTError(f"{file.path} holds other images than those that are its turn, or not in their order.")
+            raise JLTError(f"{file.path} holds latents of the wrong images, or in the wrong order.")
         expected = expected[record.count :]
 
 
 def _checked_header(file: ShardFile, record: ShardRecord, manifest: StoreManifest) -> dict[str, TensorEntry]:
     entries = file.read_entries()
     latents = (record.count, manifest.channels, manifest.height, manifest.width)
-    names = ("latents", "latents_flip") if manifest.flips else ("latents",)
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    # Adopted shards may hold either integer.
-    expected = {"labels": (("I64", "I32"), (record.count,))}
-    expected |= dict.fromkeys(names, ((STORED_DTYPES[manifest.dtype][0],), latents))
+    # Adopted shards may hold labels of either integer type.
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"labels": (("I64", "I32"), (record.count,))}
+    expected |= dict.fromkeys(manifest.orientations, ((STORED_DTYPES[manifest.dtype][0],), latents))
     for name, (dtypes, shape) in expected.items():
         if name not in entries:
             raise JLTError(f"{file.path} holds no {name}.")

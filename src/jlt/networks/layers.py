@@ -1,4 +1,4 @@
-"""The transformer's layers (DESIGN 3).
+"""The transformer's layers.
 
 Shapes: b batch, n tokens, d hidden size, h heads, k = d / h values per head.
 """
@@ -180,20 +180,3 @@ def sincos_positions(hidden_size: int, height: int, width: int) -> Float[Tensor,
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-
-
-def patchify(z: Float[Tensor, "b c hh ww"], patch_size: int) -> Float[Tensor, "b n patch"]:
-    """Cut latents into patches, row by row; a patch's values run over channel, row, column."""
-    b, c, height, width = z.shape
-    p = patch_size
-    z = z.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-    return z.reshape(b, (height // p) * (width // p), c * p * p)
-
-
-def unpatchify(
-    patches: Float[Tensor, "b n patch"], patch_size: int, height: int, width: int
-) -> Float[Tensor, "b c hh ww"]:
-    """Invert `patchify` for a latent grid of the given height and width."""
-    b, p = len(patches), patch_size
-    patches = patches.reshape(b, height // p, width // p, -1, p, p).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(b, -1, height, width)

@@ -6,8 +6,6 @@ function below needs two there and four in the backward pass.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,56 +14,36 @@ from jaxtyping import Float
 from torch import Tensor
 
 NORM_EPS = 1e-6
-_keeps_input = False
 
 
 def rms_normalise(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """Return x / sqrt(mean(x^2) + 1e-6), the mean over the last axis, in x's precision."""
     if x.is_cuda or torch.compiler.is_compiling():
-        # A GPU's autocast would hand back float32; the kernel accumulates in float32 in either case.
+        # A GPU's autocast would return float32; the kernel accumulates in float32 in either case.
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
-    return _RMSNormalise.apply(x, _keeps_input)
-
-
-@contextlib.contextmanager
-def saving_as_on_a_gpu() -> Iterator[None]:
-    """Within, a CPU keeps for the backward pass what a GPU's fused kernel keeps: the input, and not the result.
-
-    For counting a GPU's memory where there is none; values and gradients are the same.
-    """
-    global _keeps_input
-    before, _keeps_input = _keeps_input, True
-    try:
-        yield
-    finally:
-        _keeps_input = before
+    return _RMSNormalise.apply(x)
 
 
 class _RMSNormalise(torch.autograd.Function):
     """y = x r with r = 1 / rms(x), and dL/dx = r (g - y mean(g y)) for g = dL/dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keeps_input: bool) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=max_precision(x))
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # Float32, or x's own precision where that is higher.
+        precision = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
         r = (norm.square() / x.shape[-1] + NORM_EPS).rsqrt()
         y = _multiply(x, r)
-        ctx.keeps_input = keeps_input
-        ctx.save_for_backward(x if keeps_input else y, r)
+        ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (g,) = gradients
-        kept, r = ctx.saved_tensors
-        y = _multiply(kept, r) if ctx.keeps_input else kept
+        y, r = ctx.saved_tensors
         along = (g * y).mean(dim=-1, keepdim=True, dtype=r.dtype)
-        return _multiply(torch.addcmul(g, y, along.to(y.dtype), value=-1), r), None
-
-
-def max_precision(x: Tensor) -> torch.dtype:
-    """Return float32, or the tensor's own precision where that is higher."""
-    return torch.promote_types(x.dtype, torch.float32)
+        return _multiply(torch.addcmul(g, y, along.to(y.dtype), value=-1), r)
 
 
 def _multiply(x: Tensor, factor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one network of the project: JLT and DiT are this transformer, told apart only by what its output means."""
+"""The one network of the project: JLT and DiT are this transformer and differ only in what its output means."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from jlt.networks.layers import (
     FinalLayer,
     RotaryPositions,
     TimeEmbedding,
-    patchify,
     sincos_positions,
-    unpatchify,
 )
+from jlt.patches import patchify, unpatchify
 
 
 class Transformer(nn.Module):
-    """Class-conditional transformer over latent patches (DESIGN 3): (z, t, label) -> an output shaped like z.
+    """Class-conditional transformer over latent patches: (z, t, label) -> an output shaped like z.
 
     It knows nothing of paths, prediction targets or guidance. Label `num_classes` is the null class.
     """

@@ -1,4 +1,4 @@
-"""The figures of the benchmarks of training and sampling as text, for a terminal."""
+"""The figures of the benchmarks as text, for a terminal."""
 
 from __future__ import annotations
 
@@ -9,45 +9,33 @@ from jlt.report.text_table import text_table
 from jlt.report.wording import number, percent
 from jlt.runtime.progress import format_seconds
 
-NO_ROOM = "does not fit"
+DOES_NOT_FIT = "does not fit"
 
 
 def benchmark_table(result: Mapping[str, Any]) -> str:
     """Return all that a training benchmark found, the fastest batch size of each network starred."""
-    parts = [_measured(result)]
+    first = result["measured"][0]
+    how = f"{first['precision']}, {'compiled' if first['compile'] else 'eager'}"
+    title = [f"the update, {how}", "img/s", "s/step", "GFLOP/s", "product's", "MFU", "peak GiB", "warm-up"]
+    parts = [text_table(title, [_update(entry, result["best"]) for entry in result["measured"]])]
     for name, loop in result["loop"].items():
         parts.append(text_table([f"{name}, the training loop", ""], _loop(loop)))
     for name, profile in result["profile"].items():
         parts.append(text_table([f"{name}, where a step goes", "share"], _profile(profile)))
     for name, compared in result["compare"].items():
-        batch_size = compared[0]["batch_size"]
-        title = [f"{name}, batch {batch_size}", "img/s", "against eager", "peak GiB"]
+        title = [f"{name}, batch {compared[0]['batch_size']}", "img/s", "against eager", "peak GiB"]
         parts.append(text_table(title, [_variant(entry) for entry in compared]))
     return "\n\n".join([*parts, *filter(None, [result["warning"]])])
-
-
-def _measured(result: Mapping[str, Any]) -> str:
-    first = result["measured"][0]
-    how = f"{first['precision']}, {'compiled' if first['compile'] else 'eager'}"
-    title = [f"the update, {how}", "img/s", "s/step", "GFLOP/s", "product's", "MFU", "peak GiB", "warm-up"]
-    return text_table(title, [_update(entry, result["best"]) for entry in result["measured"]])
 
 
 def _update(entry: Mapping[str, Any], best: Mapping[str, int]) -> list[str]:
     name = f"{entry['preset']}, batch {entry['batch_size']}"
     if entry["out_of_memory"]:
-        return [f"{name}: {NO_ROOM}", *[""] * 7]
+        return [f"{name}: {DOES_NOT_FIT}", *[""] * 7]
     star = " *" if best[entry["preset"]] == entry["batch_size"] else "  "
-    return [
-        name,
-        number(entry["img_per_second"]) + star,
-        number(entry["seconds_per_step"]),
-        number(entry["gflops"]),
-        number(entry["matmul_gflops"]),
-        f"{entry['mfu']:.1%}",
-        number(entry["peak_memory_gib"]),
-        format_seconds(entry["warmup_seconds"]),
-    ]
+    rates = [number(entry[key]) for key in ("seconds_per_step", "gflops", "matmul_gflops")]
+    memory, warmup = number(entry["peak_memory_gib"]), format_seconds(entry["warmup_seconds"])
+    return [name, number(entry["img_per_second"]) + star, *rates, f"{entry['mfu']:.1%}", memory, warmup]
 
 
 def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
@@ -59,7 +47,7 @@ def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
         ["against the bare update", f"{loop['ratio']:.1%}"],
         ["waiting for data", percent(loop["waiting"])],
         ["pause of a save, s", number(loop["pause_seconds"])],
-        ["writing it, beside the training, s", number(loop["write_seconds"])],
+        ["writing it during the training, s", number(loop["write_seconds"])],
         [growth, number(loop["growth_mib"])],
     ]
 
@@ -67,16 +55,15 @@ def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
 def _profile(profile: Mapping[str, Any]) -> list[list[str]]:
     if "error" in profile:
         return [[profile["error"], ""]]
-    rows = [[group, percent(share)] for group, share in profile["shares"].items()]
-    rows += [[f"  of which {name[:60]}", percent(share)] for name, share in profile["unrecognised"].items()]
+    rows = [[name[:70], percent(share)] for name, share in profile["shares"].items()]
     if profile["idle"] is not None:
-        rows.append(["besides, the device idle, of the wall time", percent(profile["idle"])])
+        rows.append(["device idle, of the wall time", percent(profile["idle"])])
     return rows
 
 
 def _variant(entry: Mapping[str, Any]) -> list[str]:
     if entry["out_of_memory"]:
-        return [f"{entry['variant']}: {NO_ROOM}", "", "", ""]
+        return [f"{entry['variant']}: {DOES_NOT_FIT}", "", "", ""]
     ratio = number(entry.get("ratio"))
     return [entry["variant"], number(entry["img_per_second"]), ratio, number(entry["peak_memory_gib"])]
 
@@ -107,7 +94,6 @@ def sample_benchmark_table(result: Mapping[str, Any]) -> str:
 
 def geometry_benchmark_table(result: Mapping[str, Any]) -> str:
     """Return what a benchmark of measuring a space found."""
-    shape = "x".join(map(str, result["shape"]))
     rows = []
     for size, entry in result["tokens"].items():
         rounds = ", ".join(number(ratio, 2) for ratio in entry["ratio_by_round"])
@@ -117,14 +103,11 @@ def geometry_benchmark_table(result: Mapping[str, Any]) -> str:
             [f"... ratio (rounds {rounds})", number(entry["ratio"], 2)],
         ]
     rows += [
-        ["a whole pass, latents per second", number(result["latents_per_second"])],
+        [f"a pass over {result['count']:,} latents, latents per second", number(result["latents_per_second"])],
         ["1,281,167 latents of ImageNet, minutes", number(result["imagenet_minutes"])],
-        *(
-            [f"peak memory, {int(count):,} latents, MiB", number(mib, 4)]
-            for count, mib in result["peak_memory_mib_by_count"].items()
-        ),
+        ["peak memory, MiB", number(result["peak_memory_mib"], 4)],
     ]
-    return text_table([f"latents of {shape}, float64", ""], rows)
+    return text_table([f"latents of {_size(result)}, float64", ""], rows)
 
 
 def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
@@ -135,10 +118,6 @@ def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
         ["ratio", f"{measured['ratio']:.1%}"],
         ["peak memory, MiB", number(measured["peak_memory_mib"], 4)],
     ]
-    rows += [
-        [f"peak memory for {int(count):,} small images, MiB", number(mib, 4)]
-        for count, mib in measured["memory_mib_by_images"].items()
-    ]
     name, precision = measured["autoencoder"]["name"], measured["precision"]
     title = f"{name}, {measured['resolution']} px, batch {measured['batch_size']}, {precision}"
     return text_table([title, ""], rows)
@@ -146,15 +125,10 @@ def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
 
 WAYS = {
     "loader": "the trainer's loader",
-    "loader_float32": "... with conversion to float32",
     "gather": "gather into new memory, not ahead",
-    "memory_map": "rows copied out of memory maps",
     "memory_copy": "copy of batches in memory",
     "per_sample_alone": "per sample through safetensors",
     "per_sample_workers": "... in worker processes",
-    "computing": "matrix products, nothing read",
-    "computing_gather": "... and gather in turn",
-    "computing_loader": "... and the loader beside them",
 }
 
 
@@ -162,20 +136,9 @@ def data_benchmark_table(measured: Mapping[str, Any]) -> str:
     """Return the figures of a benchmark of reading."""
     rates, ratios = measured["latents_per_second"], measured["loader_ratio"]
     rows = [[label, f"{rates[way]:,.0f}", number(ratios[way])] for way, label in WAYS.items()]
-    shape = "x".join(map(str, measured["shape"]))
-    title = f"{measured['latents']['count']} latents, {shape} {measured['dtype']}, batch {measured['batch_size']}"
-    opening, memory = measured["opening"], measured["epoch_memory"]
-    facts = [
-        ["reading hidden behind computing", f"{measured['hidden']:.0%}"],
-        ["opening the store", f"{opening['seconds'] * 1e3:.3g} ms"],
-        [
-            f"opening {opening['large_count']:,} latents in {opening['large_shards']} shards",
-            f"{opening['large_seconds'] * 1e3:.3g} ms",
-        ],
-        *(
-            [f"peak memory of an epoch of {memory[f'{size}_count']:,}", f"{memory[f'{size}_bytes'] / 2**20:.0f} MiB"]
-            for size in ("small", "large")
-        ),
-        ["their ratio", number(memory["ratio"])],
-    ]
-    return text_table([title, "latents/s", "loader's ratio"], rows) + "\n\n" + text_table(["besides", ""], facts)
+    latents = f"{measured['latents']['count']} latents, {_size(measured)} {measured['dtype']}"
+    return text_table([f"{latents}, batch {measured['batch_size']}", "latents/s", "loader's ratio"], rows)
+
+
+def _size(result: Mapping[str, Any]) -> str:
+    return "x".join(map(str, result["shape"]))

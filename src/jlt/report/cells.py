@@ -1,4 +1,4 @@
-"""The cells of prediction x loss space: what the network puts out and where its error is measured, apart."""
+"""The cells of prediction x loss space: what the network outputs, and the space of its loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jlt.report.palette import SYMBOL, WORDS
-from jlt.report.results import Spread, Study
+from jlt.report.study import Spread, Study
 from jlt.report.wording import listed, number
 
 Cells = Mapping[tuple[str, str], Spread]
@@ -14,18 +14,18 @@ Cells = Mapping[tuple[str, str], Spread]
 
 
 def cells(study: Study) -> dict[str, Cells]:
-    """Return the cells of every patch size and variant that has several loss spaces, under words for these."""
+    """Return the cells of every patch size and variant that has several loss spaces, by their names."""
     found: dict[str, dict[tuple[str, str], Spread]] = {}
     for system in study.systems:
-        value = None if study.final_step is None else system.measured("frechet_distance", study.final_step)
+        value = system.measured("frechet_distance", study.final_step)
         if value is not None:
-            told = f"patch {system.patch_size}{f' ({system.variant})' if system.variant else ''}"
-            found.setdefault(told, {})[system.prediction, system.loss_space] = value
-    return {told: here for told, here in found.items() if len(_spaces(here)) > 1}
+            name = f"patch {system.patch_size}{f' ({system.variant})' if system.variant else ''}"
+            found.setdefault(name, {})[system.prediction, system.loss_space] = value
+    return {name: here for name, here in found.items() if len(_spaces(here)) > 1}
 
 
 def cell_sentences(found: Mapping[str, Cells]) -> list[str]:
-    """Say how much the prediction and how much the loss space moves the distance, the other one being equal."""
+    """State how much the distance changes with the prediction, and with the loss space, the other one being equal."""
     return [text for where, here in found.items() for text in _sentences(where, here)]
 
 
@@ -37,16 +37,16 @@ def _sentences(where: str, here: Cells) -> list[str]:
         f"{SYMBOL[space]}-space": [here[p, space] for p in predictions if (p, space) in here] for space in spaces
     }
     by_space = {WORDS[p]: [here[p, space] for space in spaces if (p, space) in here] for p in predictions}
-    told = {
+    factors = {
         "From the best prediction to the worst": _factors(by_prediction, "with a loss in"),
         "From the best loss space to the worst": _factors(by_space, "for"),
     }
     grows = f"at {where} the Fréchet distance grows by a factor of"
-    return [f"{what} {grows} {text}." for what, text in told.items() if text]
+    return [f"{what} {grows} {text}." for what, text in factors.items() if text]
 
 
 def _factors(cells_by: Mapping[str, Sequence[Spread]], joined: str) -> str:
-    """Tell the factor within each group of more than one; empty without any."""
+    """Return the factor within each group of more than one, empty without any."""
     return listed([f"{number(_factor(some))} {joined} {name}" for name, some in cells_by.items() if len(some) > 1])
 
 

@@ -1,10 +1,9 @@
-"""The figure of what was expected against what was measured."""
+"""The figure of the forecasts against the measurements."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -17,10 +16,10 @@ from jlt.report.wording import listed, number, percent
 MARKERS = "osD^vPX<>"
 POWER, WIDTH = "power of the eigenvalues (0 whitened, 1 untouched)", "width of the network"
 AXES: Mapping[str, tuple[str, Callable[[Check], float | None]]] = {
-    POWER: ("the power", lambda check: check.anisotropy),
-    WIDTH: ("the width", lambda check: check.width),
+    POWER: ("the power", lambda check: check.forecast.anisotropy),
+    WIDTH: ("the width", lambda check: check.forecast.width),
 }
-"""What may be varied along a line: the label of its axis, a word for it, and where a setting lies."""
+"""Quantities along a line: the label of the axis, a short name, and the value of a setting."""
 
 
 def expected_figure(found: Sequence[Check]) -> Figure | None:
@@ -31,25 +30,25 @@ def expected_figure(found: Sequence[Check]) -> Figure | None:
     by_width = widths_differ(found)
     caption = (
         "The Fréchet distance of velocity over that of clean prediction, pair by pair of equal seeds: above 1 the "
-        "clean latent wins. Points are means over seeds, bars run from the smallest to the largest. Expected is how "
-        "many directions of a token velocity needs more than the clean latent (eq. 13), as a share of "
+        "clean latent wins. Points are means over seeds, bars run from the smallest to the largest. The expectation is "
+        "the number of directions of a token that velocity needs more than the clean latent (eq. 13), as a share of "
         f"{'the width of the network' if by_width else 'all of them'}."
     )
     return Figure("Expected and measured", (*panels, _against_expected(found, by_width)), caption)
 
 
 def _groups(found: Sequence[Check], along: str = "") -> dict[str, list[Check]]:
-    """Return the settings by what sets them apart beside the axis `along`, under words for it."""
+    """Return the settings by the quantities that differ in addition to the axis `along`, under names for these."""
     described: dict[str, Callable[[Check], str]] = {
-        "patch": lambda check: f"patch {check.patch_size}",
-        POWER: lambda check: "" if check.anisotropy is None else f"power {check.anisotropy:g}",
-        WIDTH: lambda check: f"width {check.width}",
-        "loss": lambda check: f"{SYMBOL[check.loss_space]}-space loss",
+        "patch": lambda check: f"patch {check.forecast.patch_size}",
+        POWER: lambda check: "" if check.forecast.anisotropy is None else f"power {check.forecast.anisotropy:g}",
+        WIDTH: lambda check: f"width {check.forecast.width}",
+        "loss": lambda check: f"{SYMBOL[check.forecast.loss_space]}-space loss",
     }
-    varied = [tell for name, tell in described.items() if name != along and len(set(map(tell, found))) > 1]
+    varied = [describe for name, describe in described.items() if name != along and len(set(map(describe, found))) > 1]
     groups: dict[str, list[Check]] = {}
     for check in found:
-        groups.setdefault(", ".join(filter(None, (tell(check) for tell in varied))), []).append(check)
+        groups.setdefault(", ".join(filter(None, (describe(check) for describe in varied))), []).append(check)
     return groups
 
 
@@ -64,7 +63,7 @@ def _plot(axes: Axes, x: Sequence[float], part: Sequence[Check], marker: str, la
     )  # fmt: skip
 
 
-def _finish(axes: Axes, found: Sequence[Check], groups: Mapping[str, Any]) -> None:
+def _finish(axes: Axes, found: Sequence[Check], groups: Mapping[str, object]) -> None:
     axes.axhline(1.0, color=MUTED.light, linewidth=1)
     axes.set_yscale("log")
     plain_log(axes.yaxis, [bound for check in found for bound in (check.ratio.low, check.ratio.high, 1.0)])
@@ -73,13 +72,13 @@ def _finish(axes: Axes, found: Sequence[Check], groups: Mapping[str, Any]) -> No
 
 
 def _along(found: Sequence[Check], label: str) -> Panel:
-    word, place = AXES[label]
+    name, place = AXES[label]
     groups = _groups(found, label)
 
     def paint(axes: Axes) -> None:
-        for (name, group), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
+        for (title, group), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
             part = sorted((check for check in group if place(check) is not None), key=lambda check: place(check) or 0.0)
-            _plot(axes, [place(check) or 0.0 for check in part], part, marker, name, line=True)
+            _plot(axes, [place(check) or 0.0 for check in part], part, marker, title, line=True)
         if min(place(check) or 0.0 for check in found) > 0:
             axes.set_xscale("log")
             axes.set_xticks(sorted({place(check) or 0.0 for check in found}))
@@ -89,13 +88,13 @@ def _along(found: Sequence[Check], label: str) -> Panel:
         axes.set_title("Distance of velocity over clean")
         axes.set_xlabel(label)
 
-    told = [f"{number(check.ratio.mean)} at {check.setting}" for check in found]
-    return draw(paint, f"Ratio of distances against {word}: {listed(told)}.")
+    ratios = [f"{number(check.ratio.mean)} at {check.setting}" for check in found]
+    return draw(paint, f"Ratio of distances against {name}: {listed(ratios)}.")
 
 
 def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
     def place(check: Check) -> float:
-        return check.load if by_width else check.expected
+        return check.load if by_width else check.forecast.clean_over_velocity
 
     groups = _groups(found, POWER)
 
@@ -108,5 +107,5 @@ def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
         axes.set_xlabel(f"needed beyond clean, of {'the width' if by_width else 'all directions'}")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
-    told = [f"expected {percent(place(check))}, measured {number(check.ratio.mean)}" for check in found]
-    return draw(paint, f"Ratio of distances against what was expected: {listed(told)}.")
+    pairs = [f"expected {percent(place(check))}, measured {number(check.ratio.mean)}" for check in found]
+    return draw(paint, f"Ratio of distances against the expectation: {listed(pairs)}.")

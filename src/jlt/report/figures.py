@@ -1,4 +1,4 @@
-"""The figures of a report: small panels as inline SVG, in light and in dark, in the colours of `jlt.report.palette`.
+"""What the figures of a report are made of: panels as inline SVG in light and in dark, lines, axes and legends.
 
 Imports matplotlib, so import this module only where figures are drawn.
 """
@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib as mpl
@@ -18,15 +19,13 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jlt.report import palette
-from jlt.report.cells import Cells
-from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, SYMBOL, TIME, swatch
-from jlt.report.published import SOURCE, Points, published
-from jlt.report.results import Spread, Study, System, spread
+from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, TIME, swatch
+from jlt.report.study import Spread, System, spread
 from jlt.report.wording import listed, number, percent
 
 HALF: tuple[float, float] = (4.5, 3.0)
 THIRD: tuple[float, float] = (3.4, 2.8)
-"""Panel sizes in inches, for two and for three beside each other; text stays readable when a phone shrinks them."""
+"""Panel sizes in inches, for two and for three in a row; text stays readable when a phone shrinks them."""
 
 LOG_RATIO = 5.0
 """A curve whose values span more than this ratio is drawn on a logarithmic axis."""
@@ -63,7 +62,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing as two data URIs, its size in CSS pixels and its words for those who cannot see it."""
+    """One drawing as two data URIs, its size in CSS pixels and its description for screen readers."""
 
     light: str
     dark: str
@@ -82,7 +81,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels beside each other with one legend and a caption that says what to see."""
+    """Panels in a row with one legend and a caption."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -91,7 +90,7 @@ class Figure:
 
 
 def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HALF) -> Panel:
-    """Render one axes once, as SVG, and recolour it for dark paper."""
+    """Render one axes as SVG, and recolour it for dark paper."""
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=size, layout="constrained")
         axes = canvas.subplots()
@@ -117,7 +116,7 @@ def _data_uri(svg: str) -> str:
 
 
 def plain_log(axis: Any, values: Sequence[float]) -> None:
-    """Label a logarithmic axis with plain numbers, closer together where it spans little."""
+    """Label a logarithmic axis with plain numbers, more of them if it spans few decades."""
     decades = max(values) / min(values)
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 300 else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
@@ -126,21 +125,21 @@ def plain_log(axis: Any, values: Sequence[float]) -> None:
 
 
 NOT_DRAWN = 1e-9
-"""Of the largest value of a spectrum: what is smaller is the rounding of latents, and nothing that one should see."""
+"""Share of the largest value of a spectrum below which a value is the rounding of latents."""
 
 
 def without_rounding(values: Sequence[float], largest: float) -> list[float]:
-    """Return the values of a spectrum for a logarithmic axis, not a number where they are rounding."""
+    """Return the values of a spectrum for a logarithmic axis, NaN where they are rounding."""
     return [value if value > NOT_DRAWN * largest else float("nan") for value in values]
 
 
 def drawn_only(values: Iterable[float], largest: float) -> list[float]:
-    """Return those of the values that `without_rounding` leaves."""
+    """Return the values that `without_rounding` keeps."""
     return [value for value in values if value > NOT_DRAWN * largest]
 
 
 def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
-    """Return one entry per system; loss spaces have panels of their own and share the entry."""
+    """Return one entry per system; systems that differ in the loss space alone share one."""
     entries = [LegendEntry(swatch(system.prediction, system.patch_size), system.name) for system in systems]
     return tuple(dict.fromkeys(entries))
 
@@ -162,186 +161,101 @@ def curve_style(system: System) -> dict[str, Any]:
     }
 
 
-METRIC_PANELS: Mapping[str, tuple[str, str]] = {
-    "frechet_distance": ("Fréchet distance", "lower is better"),
-    "inception_score": ("Inception score", "higher is better"),
-    "label_agreement": ("Label agreement", "higher is better"),
-}
+@dataclass(frozen=True)
+class Line:
+    """One curve of a panel, with a band from `low` to `high` around it if they are given."""
+
+    name: str
+    """Empty for a line that the description of the panel leaves out."""
+    x: Sequence[float]
+    y: Sequence[float]
+    style: Mapping[str, Any]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+    @classmethod
+    def of(cls, name: str, points: Mapping[int, Spread], style: Mapping[str, Any]) -> Line:
+        """Return the means over seeds against the step, with their ranges as a band if there are several seeds."""
+        spreads = list(points.values())
+        banded = spreads if any(point.count > 1 for point in spreads) else []
+        low, high = [point.low for point in banded], [point.high for point in banded]
+        return cls(name, list(points), [point.mean for point in spreads], style, low, high)
+
+    def draw(self, axes: Axes) -> None:
+        """Draw the line and its band."""
+        axes.plot(self.x, self.y, **self.style)
+        if self.low:
+            axes.fill_between(self.x, self.low, self.high, color=self.style["color"], alpha=0.18, linewidth=0)
 
 
-def training_figure(study: Study) -> Figure | None:
-    """Draw metrics and the loss against the training step; None before the first number.
+def step_panel(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    write: Callable[[float], str] = number,
+    linear: bool = False,
+    zero: bool = False,
+    restarts: Sequence[int] = (),
+    paint: Callable[[Axes], None] | None = None,
+    size: tuple[float, float] = HALF,
+) -> Panel | None:
+    """Draw lines over the training steps, the starts of later sessions as thin lines; None if there is no line.
 
-    Every loss space and variant has panels of its own: of several variants those of the distance and the loss alone.
+    The vertical axis begins at 0 (`zero`), or is logarithmic if the values span much and it is not `linear`.
     """
-    alike = systems_that_compare(study.systems)
-    variants = {system.variant for system in study.systems}
-    metrics = list(METRIC_PANELS)[: 1 if len(variants) > 1 else None]
-    panels: list[Panel] = []
-    for suffix, systems in alike.items():
-        drawn = [*(_metric_panel(systems, metric, suffix) for metric in metrics), _loss_panel(systems, suffix)]
-        panels.extend(panel for panel in drawn if panel)
-    if not panels:
+    if not lines:
         return None
-    seeds = max(len(system.runs) for system in study.systems)
-    band = " Lines are means over seeds, bands run from the smallest to the largest." if seeds > 1 else ""
-    several = len(study.systems) > 1
-    what = "Colour and marker name the prediction, the dash of the line the patch size." if several else ""
-    smoothing = " The loss is a moving average over a twentieth of the training."
-    look = (
-        "Look at how early the curves part, and whether the order still changes at the end."
-        if several
-        else "Look at whether the curves are still moving at the end."
-    )
-    known = any(_published(metric, system) for metric in METRIC_PANELS for system in study.systems)
-    beside = f" Dotted lines with open markers are as published ({SOURCE}), in part read off a plot." if known else ""
-    return Figure(
-        "Along the training",
-        tuple(panels),
-        f"{what}{band}{smoothing}{beside} {look}".strip(),
-        system_legend(study.systems),
-    )
+    values = [value for line in lines for value in (*line.y, *line.low, *line.high)]
+
+    def paint_all(axes: Axes) -> None:
+        for restart in restarts:
+            axes.axvline(restart, color=MUTED.light, linewidth=0.8, dashes=(1.2, 2.4))
+        for line in lines:
+            line.draw(axes)
+        if zero:
+            axes.set_ylim(0, 1.12 * max(values) or 1)
+        elif not linear:
+            log_if_wide(axes, values)
+        if zero or write is percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, write)))
+        axes.set(title=title, xlabel="training step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.margins(x=0.03)
+        if paint:
+            paint(axes)
+
+    ends = [f"{line.name} ends at {write(line.y[-1])}" for line in lines if line.name]
+    return draw(paint_all, f"{title}. Against the training step, {listed(ends)}.", size)
 
 
-def systems_that_compare(systems: Sequence[System]) -> dict[str, list[System]]:
-    """Group systems by loss space and variant, under words for these, empty where there is one of each."""
-    spaces = {system.loss_space for system in systems}
-    groups: dict[str, list[System]] = {}
-    for system in systems:
-        told = [f"{SYMBOL[system.loss_space]}-space loss"] * (len(spaces) > 1) + [system.variant] * bool(system.variant)
-        groups.setdefault(f" ({', '.join(told)})" if told else "", []).append(system)
-    return groups
-
-
-def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel | None:
-    curves: list[tuple[System, list[int], list[Spread]]] = []
-    for system in systems:
-        points = {step: value for step in system.evaluated_steps if (value := system.measured(metric, step))}
-        if points:
-            curves.append((system, list(points), list(points.values())))
-    if not any(len(steps) > 1 for _, steps, _ in curves):
-        # Single points are in the table of results.
-        return None
-    beside = {system.name: (system, known) for system, _, _ in curves if (known := _published(metric, system))}
-    name, direction = METRIC_PANELS[metric]
-    share = metric == "label_agreement"
-    write = percent if share else number
-    values = [bound for _, _, points in curves for point in points for bound in (point.low, point.high)]
-    values += [value for _, known in beside.values() for _, value in known]
-
-    def paint(axes: Axes) -> None:
-        for system, steps, points in curves:
-            _line_with_band(axes, system, steps, points)
-        for system, known in beside.values():
-            style = {**curve_style(system), "dashes": (1, 2), "markerfacecolor": "none", "linewidth": 1.2}
-            del style["markeredgecolor"], style["markeredgewidth"]
-            axes.plot(*zip(*known, strict=True), **style)
-        if not share and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
-            axes.set_yscale("log")
-            plain_log(axes.yaxis, values)
-        else:
-            axes.yaxis.set_major_formatter(
-                FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if share else f"{value:,.6g}")
-            )
-        label_steps(axes, f"{name}{suffix or f', {direction}'}")
-
-    ends = [f"{system.name} ends at {write(points[-1].mean)}" for system, _, points in curves]
-    ends += [f"{name} as published ends at {write(known[-1][1])}" for name, (_, known) in beside.items()]
-    return draw(paint, f"{name} against training step{suffix}, {direction}. {listed(ends)}.")
-
-
-def _published(metric: str, system: System) -> Points:
-    extractors = {evaluation.protocol["extractor"]["name"] for run in system.runs for evaluation in run.evaluations}
-    return published(metric, system.name, next(iter(extractors)) if len(extractors) == 1 else None)
-
-
-def _line_with_band(axes: Axes, system: System, steps: Sequence[int], points: Sequence[Spread]) -> None:
-    style = curve_style(system)
-    axes.plot(steps, [point.mean for point in points], **style)
-    if any(point.count > 1 for point in points):
-        low, high = [point.low for point in points], [point.high for point in points]
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _loss_panel(systems: Sequence[System], suffix: str) -> Panel | None:
-    curves = []
-    for system in systems:
-        by_step: dict[int, list[float]] = {}
-        for run in system.runs:
-            smooth = moving_average([logged.loss for logged in run.log.steps])
-            for logged, loss in zip(run.log.steps, smooth, strict=True):
-                by_step.setdefault(logged.step, []).append(loss)
-        steps = sorted(by_step)
-        points = [value for step in steps if (value := spread(by_step[step]))]
-        if points:
-            curves.append((system, steps, points))
-    if not curves:
-        return None
-    space = SYMBOL[systems[0].loss_space]
-    values = [point.mean for _, _, points in curves for point in points]
-
-    def paint(axes: Axes) -> None:
-        for system, steps, points in curves:
-            _line_with_band(axes, system, steps, points)
-            axes.lines[-1].set_marker("")
-        if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
-            axes.set_yscale("log")
-            plain_log(axes.yaxis, values)
-        label_steps(axes, f"Training loss{suffix or f' in {space}-space'}")
-
-    ends = [f"{system.name} ends at {number(points[-1].mean)}" for system, _, points in curves]
-    return draw(paint, f"Training loss in {space}-space against step{suffix}. {listed(ends)}.")
-
-
-def label_steps(axes: Axes, title: str) -> None:
-    """Give an axes its title, and training steps along its foot."""
-    axes.set_title(title)
-    axes.set_xlabel("training step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.margins(x=0.03)
-
-
-def moving_average(values: Sequence[float]) -> list[float]:
-    """Return the trailing mean over a twentieth of the values, shorter at the start."""
-    window = max(1, len(values) // 20)
-    return [sum(values[max(0, end - window) : end]) / min(window, end) for end in range(1, len(values) + 1)]
-
-
-def cells_figure(found: Mapping[str, Cells]) -> Figure | None:
-    """Draw the final distance in every cell of prediction x loss space, a panel per setting; None without any."""
-    if not found:
-        return None
-    caption = (
-        "Final Fréchet distance of every prediction, by the space in which its loss is measured. Points are means over "
-        "seeds, bars run from the smallest to the largest. A loss in x- or ε-space is the same squared error with "
-        "other weights over time: those of the velocity's, times the square of 1 less t or of t."
-    )
-    panels = tuple(_cells_panel(told, cells) for told, cells in found.items())
-    return Figure("Prediction and loss space", panels, caption, prediction_legend())
-
-
-def _cells_panel(told: str, cells: Cells) -> Panel:
-    spaces = [space for space in PREDICTION if any(space == there for _, there in cells)]
-
-    def paint(axes: Axes) -> None:
-        for place, prediction in enumerate(PREDICTION):
-            found = [(at, cells[prediction, space]) for at, space in enumerate(spaces) if (prediction, space) in cells]
-            bars = [[cell.mean - cell.low for _, cell in found], [cell.high - cell.mean for _, cell in found]]
-            axes.errorbar(
-                [at + 0.12 * (place - 1) for at, _ in found], [cell.mean for _, cell in found], yerr=bars, capsize=2,
-                color=PREDICTION[prediction].light, marker=palette.MARKER[prediction], markersize=5, linewidth=1.2,
-            )  # fmt: skip
+def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
+    """Make the vertical axis logarithmic if the values span more than LOG_RATIO, and return whether they do."""
+    wide = bool(values) and min(values) > 0 and max(values) / min(values) > LOG_RATIO
+    if wide:
         axes.set_yscale("log")
-        plain_log(axes.yaxis, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
-        axes.set_xticks(range(len(spaces)), [f"{SYMBOL[space]}-space" for space in spaces])
-        axes.set_xlim(-0.4, len(spaces) - 0.6)
-        axes.grid(visible=False, axis="x")
-        axes.set_title(f"Fréchet distance, {told}")
-        axes.set_xlabel("space of the loss")
+        plain_log(axes.yaxis, values)
+    return wide
 
-    values = [
-        f"{SHORT_WORDS[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
-        for (prediction, space), cell in cells.items()
+
+def _tick(value: float, write: Callable[[float], str]) -> str:
+    """Format an axis value without trailing zeros."""
+    return f"{100 * value:.4g}%" if write is percent else f"{value:,.9f}".rstrip("0").rstrip(".")
+
+
+def moving_average(values: Sequence[float | None]) -> list[float | None]:
+    """Return the trailing mean over a twentieth of the values, None where all of them are None."""
+    window = max(1, len(values) // 20)
+    totals = [0.0, *accumulate(value or 0.0 for value in values)]
+    counts = [0, *accumulate(int(value is not None) for value in values)]
+    spans = [(max(0, end - window), end) for end in range(1, len(totals))]
+    return [
+        (totals[end] - totals[start]) / (counts[end] - counts[start]) if counts[end] > counts[start] else None
+        for start, end in spans
     ]
-    return draw(paint, f"Fréchet distance by prediction and loss space, {told}: {listed(values)}.")
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known, None if there are none."""
+    found = spread(values)
+    return found.mean if found else None

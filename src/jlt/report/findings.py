@@ -1,28 +1,23 @@
-"""What was found, in words computed from the numbers, whichever way they fall; and what was not."""
+"""The findings of a page as sentences, computed from the numbers, and its limits."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from jlt.report.geometry_sentences import advice_sentences, geometry_verdict, spectrum_sentence
 from jlt.report.palette import SYMBOL, WORDS
-from jlt.report.results import Spread, Study, System
+from jlt.report.study import Spread, Study, System
 from jlt.report.wording import listed, number, percent, sentence, spread_text
 
 CLOSE_RATIO = 1.15
-"""Two Frechet distances of one seed each count as too close to call below this ratio. A convention: the spread between
-seeds is unknown then."""
+"""Two Frechet distances of one seed each are too close to call below this ratio. It is a convention: the spread between
+seeds is unknown."""
 
 CHANCE_FACTOR = 2.0
 """Label agreement below this multiple of chance counts as not recognisable."""
-
-TINY = 1e-12
-"""Errors below this, of latents of about unit variance, are rounding."""
-"""Sphericity from which a spectrum is called nearly isotropic."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,14 @@ class Comparison:
         return min(value.count for _, value in self.ranked)
 
     def separated(self, better: Spread, worse: Spread) -> bool:
-        """Say whether two numbers may be told apart: disjoint ranges over seeds, or a clear ratio of single seeds."""
+        """Whether two numbers are distinguishable: disjoint ranges over seeds, or a clear ratio of single seeds."""
         if min(better.count, worse.count) > 1:
             return better.high < worse.low
         return worse.mean > CLOSE_RATIO * better.mean
 
     @property
     def clear_winner(self) -> System | None:
-        """The system that is below all others and told apart from them, None where it is too close to call."""
+        """The system that is below all others and distinguishable from them, None if it is too close to call."""
         (first, best), *others = self.ranked
         return first if all(self.separated(best, value) for _, value in others) else None
 
@@ -59,8 +54,6 @@ class Comparison:
 def comparisons(study: Study) -> list[Comparison]:
     """Group the systems evaluated at the final step by all but the prediction; groups of one are left out."""
     groups: dict[tuple[int, str, str], list[tuple[System, Spread]]] = {}
-    if study.final_step is None:
-        return []
     for system in study.systems:
         value = system.measured("frechet_distance", study.final_step)
         if value is not None:
@@ -73,10 +66,9 @@ def comparisons(study: Study) -> list[Comparison]:
 
 
 def setting(comparison: Comparison, study: Study) -> str:
-    """Name a comparison: its patch size or its variant, both where they differ, and its loss space where it does."""
-    several = len({system.loss_space for system in study.systems}) > 1
+    """Name a comparison: its patch size or its variant, both if they differ, and its loss space if it does."""
     article = "a" if comparison.loss_space == "v" else "an"
-    loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if several else ""
+    loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if study.several_losses else ""
     if not comparison.variant:
         return f"patch {comparison.patch_size}{loss}"
     if len({system.patch_size for system in study.systems}) == 1:
@@ -111,15 +103,13 @@ def verdict(study: Study) -> str:
 
 
 def at_chance(study: Study) -> str:
-    """Say that labels are met hardly more often than by chance, empty where they are or where it is not known.
+    """State that samples show their labels hardly more often than by chance, empty if they do or if it is unknown.
 
     A Frechet distance then ranks different kinds of noise.
     """
     classes = [run.config.get("network", {}).get("num_classes") for run in study.runs]
     agreement = [
-        value.mean
-        for system in study.systems
-        if study.final_step is not None and (value := system.measured("label_agreement", study.final_step))
+        value.mean for system in study.systems if (value := system.measured("label_agreement", study.final_step))
     ]
     if not agreement or not classes or not classes[0] or max(agreement) >= CHANCE_FACTOR / classes[0]:
         return ""
@@ -130,16 +120,16 @@ def at_chance(study: Study) -> str:
 
 
 def _where(places: Sequence[str], comparisons: int) -> str:
-    """Name the settings of which something is true, all of many together."""
+    """Name the settings for which something is true, by their number if they are all of many."""
     everywhere = len(places) == comparisons > 2
     return f"in all {comparisons} comparisons" if everywhere else f"at {listed(places)}"
 
 
 def _verdict_of_one(study: Study) -> str:
-    """Say what there is where nothing can be compared."""
+    """Return the finding if nothing can be compared."""
     step = study.final_step
     if not study.systems and study.geometry is not None:
-        return _verdict_of_geometry(study.geometry["tokens"])
+        return geometry_verdict(study.geometry)
     if step is None:
         reached = max((run.reached for run in study.runs), default=0)
         return f"Nothing has been evaluated yet; training has reached step {reached:,}."
@@ -148,22 +138,6 @@ def _verdict_of_one(study: Study) -> str:
         return f"At step {step:,} no two systems are evaluated that differ in the prediction alone."
     system, value = evaluated[0]
     return f"{system.name} reaches a Fréchet distance of {spread_text(value)} at step {step:,}."
-
-
-def _verdict_of_geometry(tokens: Mapping[str, Any]) -> str:
-    smallest = min(tokens.values(), key=lambda entry: entry["patch_size"])
-    where = f"At patch {smallest['patch_size']}"
-    forecast = smallest["forecast"]
-    if forecast["call"] == "undecided":
-        return f"{where} it cannot be said from these latents which prediction wins."
-    if forecast["call"] == "even":
-        return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
-    needed = forecast["needed"][f"{forecast['stated_share']:g}"]
-    first, second = forecast["order"][:2]
-    return (
-        f"{where} {WORDS[first]} is expected to win: it needs {number(needed[first])} of {smallest['dimension']} "
-        f"directions where {WORDS[second]} needs {number(needed[second])}."
-    )
 
 
 def details(study: Study) -> list[str]:
@@ -182,9 +156,9 @@ def details(study: Study) -> list[str]:
             f"Not yet evaluated at step {study.final_step:,}: {listed(behind)}. The comparison is provisional."
         )
     if study.geometry is not None:
-        entries = list(study.geometry["tokens"].values())
-        texts.extend(geometry_sentence(entry) for entry in (entries[:1] if study.systems else entries))
-        texts.extend(advice_sentences(entries))
+        entries = list(study.geometry.tokens.values())
+        texts.extend(map(spectrum_sentence, entries[:1] if study.systems else entries))
+        texts.extend(advice_sentences(study.geometry))
     return texts
 
 
@@ -203,7 +177,7 @@ def _numbers(comparison: Comparison, study: Study) -> str:
         texts.append(f"Relative to {SYMBOL[first.prediction]}, {listed(ratios)}.")
     for system, value in close:
         why = "their ranges over seeds overlap" if comparison.seeds > 1 else "one seed cannot settle that"
-        higher = f"only {value.mean / best.mean - 1:.0%} higher" if best.mean > 0 else "not told apart"
+        higher = f"only {value.mean / best.mean - 1:.0%} higher" if best.mean > 0 else "not distinguishable from it"
         texts.append(f"{sentence(WORDS[system.prediction])} is {higher}: {why}.")
     return " ".join(texts)
 
@@ -216,13 +190,13 @@ def _about_seeds(found: Sequence[Comparison]) -> str:
             "may be chance."
         )
     return (
-        f"Numbers are means over {fewest} seeds, with the smallest and the largest in brackets; two systems count as "
-        "told apart where these ranges do not overlap."
+        f"Numbers are means over {fewest} seeds, with the smallest and the largest in brackets. Two systems count as "
+        "different if these ranges do not overlap."
     )
 
 
 def _about_the_claim(found: Sequence[Comparison], study: Study) -> list[str]:
-    """Say how clean prediction against velocity, the paper's claim, fared in each comparison."""
+    """State whether each comparison agrees with the paper's claim: clean prediction beats velocity."""
     outcome: dict[str, list[str]] = {}
     for comparison in found:
         clean, velocity = comparison.find("x"), comparison.find("v")
@@ -231,20 +205,19 @@ def _about_the_claim(found: Sequence[Comparison], study: Study) -> list[str]:
         lower, upper = sorted((clean, velocity), key=lambda value: value.mean)
         kind = "undecided" if not comparison.separated(lower, upper) else "agrees" if lower is clean else "disagrees"
         outcome.setdefault(kind, []).append(setting(comparison, study))
-    words = {"agrees": "agrees", "disagrees": "is the other way round", "undecided": "is undecided"}
-    parts = [f"{words[kind]} {_where(places, len(found))}" for kind, places in outcome.items()]
+    verbs = {"agrees": "agrees", "disagrees": "shows the opposite", "undecided": "is undecided"}
+    parts = [f"{verbs[kind]} {_where(places, len(found))}" for kind, places in outcome.items()]
     if not parts:
         return []
     return [
-        "The paper claims that clean prediction beats velocity on anisotropic latents. What was measured here "
+        "The paper claims that clean prediction beats velocity on anisotropic latents. This measurement "
         f"{listed(parts)}."
     ]
 
 
 def _about_one_run(study: Study) -> list[str]:
     system = study.systems[0]
-    values = {step: system.measured("frechet_distance", step) for step in system.evaluated_steps}
-    known = {step: value.mean for step, value in values.items() if value is not None}
+    known = {step: value.mean for step, value in system.curve("frechet_distance").items()}
     if not known:
         return []
     best = min(known, key=lambda step: known[step])
@@ -253,94 +226,8 @@ def _about_one_run(study: Study) -> list[str]:
     return [f"The lowest so far was {number(known[best])} at step {best:,}; it has risen since."]
 
 
-def geometry_sentence(entry: Mapping[str, Any]) -> str:
-    """Say what a token spectrum means for the targets."""
-    eigenvalues = entry["eigenvalues"]
-    opening = (
-        f"A token at patch {entry['patch_size']} has {entry['dimension']} directions, with variances from "
-        f"{number(eigenvalues[0], 2)} down to {number(eigenvalues[-1], 2)} (effective rank "
-        f"{number(entry['effective_rank'])})."
-    )
-    small = [lam for lam in eigenvalues if lam < 0.1]
-    if not small:
-        return f"{opening} None of them varies less than a tenth as much as the noise."
-    of_velocity = (sum(small) + len(small)) / (sum(eigenvalues) + len(eigenvalues))
-    plural = "directions vary" if len(small) > 1 else "direction varies"
-    return (
-        f"{opening} {len(small)} {plural} less than a tenth as much as the noise. They hold "
-        f"{percent(sum(small) / sum(eigenvalues))} of the variance of x but {percent(of_velocity)} of that of v, "
-        "which carries the noise there."
-    )
-
-
-def advice_sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what was advised before any training, for each patch size and width."""
-    return [
-        f"Advice at patch {entry['patch_size']}, for a width of {advice['width']}: {advice['words']}"
-        for entry in entries
-        for advice in entry["forecast"]["advice"]
-    ]
-
-
-def inside_sentences(inside: Mapping[str, Any]) -> list[str]:
-    """Say, for every further network, how its error compares with that of the first, by the variance of directions."""
-    texts = []
-    times, first = inside["times"], inside["networks"][0]
-    for network in inside["networks"][1:]:
-        parts = []
-        for mine, theirs in zip(network["bands"], first["bands"], strict=True):
-            # An untrained network is silent, which has no error at all where there is no variance.
-            ratios = [a / max(b, TINY) for a, b in zip(mine["error"], theirs["error"], strict=True)]
-            place = max(range(len(times)), key=lambda index: abs(math.log(max(ratios[index], TINY))))
-            parts.append(
-                f"{number(median(ratios), 2)} times as large in {_directions(mine)} {mine['name']} "
-                f"({number(ratios[place], 2)} times at t = {times[place]:g})"
-            )
-        texts.append(
-            f"Of tokens at patch {inside['patch_size']} the velocity error of {_network_name(network)} is, against "
-            f"that of {_network_name(first)} and as the median over times, {listed(parts)}."
-        )
-    return [*texts, *_against_optimum(inside["networks"])]
-
-
-def _against_optimum(networks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say how near networks come, where data vary least, to what a token by itself leaves unknown (eq. 11)."""
-    told, lowest = [], networks[0]["bands"][0]
-    for network in networks:
-        band = network["bands"][0]
-        optimum = [error - beyond for error, beyond in zip(band["error"], band["beyond_optimum"], strict=True)]
-        if min(optimum) <= TINY:
-            # Without any variance nothing is unknown, and whatever is put out is infinitely too much.
-            return []
-        ratio = median(error / best for error, best in zip(band["error"], optimum, strict=True))
-        told.append(f"{_network_name(network)} errs {number(ratio, 2)} times as much")
-    return [
-        f"Against what a token by itself leaves unknown (eq. 11), in {_directions(lowest)} {lowest['name']} and as the "
-        f"median over times, {listed(told)}."
-    ]
-
-
-def _directions(band: Mapping[str, Any]) -> str:
-    return f"the {band['directions']} directions" if band["directions"] > 1 else "the one direction"
-
-
-def _network_name(network: Mapping[str, Any]) -> str:
-    return f"{network['run']} ({SYMBOL[network['prediction']]}, step {network['step']:,})"
-
-
-def channels_sentence(study: Study) -> str:
-    """Say that channel variances hide the anisotropy, empty where they do not span ten times less than the spectrum."""
-    for entry in (study.geometry or {}).get("tokens", {}).values():
-        channels, anisotropy = entry["channel_variance"], entry["anisotropy"]
-        if min(channels) > 0 and (anisotropy is None or 10 * max(channels) / min(channels) < anisotropy):
-            return (
-                "Single channels span far less than directions do: the anisotropy lies across channels and positions."
-            )
-    return ""
-
-
 def name_in(protocol: Mapping[str, Any], part: str) -> str:
-    """Return the name of a part of an identity (autoencoder, extractor, source), empty where there is none."""
+    """Return the name of a part of an identity (autoencoder, extractor, source), empty if there is none."""
     value = protocol.get(part)
     if not isinstance(value, Mapping):
         return str(value or "")
@@ -348,26 +235,25 @@ def name_in(protocol: Mapping[str, Any], part: str) -> str:
 
 
 def limits(study: Study) -> list[str]:
-    """Return what this page does not show, computed from what was done."""
-    protocol = study.protocol or {}
+    """Return what this page does not show, computed from how the results were made."""
+    protocol, seeds = study.protocol, study.seeds
     texts = []
     if name_in(protocol, "extractor") == "digits":
-        accuracy = study.facts.get("classifier_accuracy")
-        known = f" (accuracy {percent(accuracy)} on digits it was not trained on)" if accuracy else ""
+        accuracy = study.ablation.classifier_accuracy if study.ablation else None
+        known = f" (accuracy {percent(accuracy)} on held-out digits)" if accuracy else ""
         texts.append(
             f"Distances and scores use the features of a small bundled digit classifier{known}, not Inception. They "
             "cannot be compared with published FID or IS values."
         )
-    seeds = max((len(system.runs) for system in study.systems), default=0)
     if seeds == 1:
-        texts.append("A single seed. How much these numbers move between seeds is not known from this page.")
+        texts.append("A single seed: this page does not show how much these numbers vary between seeds.")
     elif 1 < seeds < 5:
         texts.append(f"{seeds} seeds per system: the ranges are those of {seeds} draws, not confidence intervals.")
     count = protocol.get("count")
     if count and count < 10_000:
         texts.append(
-            f"A Fréchet distance of {count:,} samples is biased upwards. The bias is about the same for every row of a "
-            "table, so rows can be compared and a value alone says little."
+            f"A Fréchet distance of {count:,} samples is biased upwards. The bias is about the same in every row of a "
+            "table: rows can be compared, but a single value says little."
         )
     texts.extend(_limits_of_the_setting(study, protocol))
     if study.geometry is not None and not study.systems:
@@ -390,21 +276,19 @@ def limits(study: Study) -> list[str]:
 
 def _limits_of_the_setting(study: Study, protocol: Mapping[str, Any]) -> list[str]:
     texts = []
-    psnr = study.facts.get("autoencoder_psnr")
+    psnr = study.ablation.autoencoder_psnr if study.ablation else None
     if psnr:
         texts.append(
-            f"Samples are decoded by the {name_in(protocol, 'autoencoder')} autoencoder, which "
-            f"reconstructs held-out images at {number(psnr)} dB PSNR. No sample can look better than that."
+            f"Samples are decoded by the {name_in(protocol, 'autoencoder')} autoencoder, which reconstructs held-out "
+            f"images at {number(psnr)} dB PSNR. No sample can look better than that."
         )
     if len(study.systems) > 1 and study.final_step:
         texts.append(
-            f"All systems are compared after {study.final_step:,} steps of the same recipe, not after each has "
-            "converged or been tuned; another budget, width or learning rate may give another order."
+            f"All systems are compared after {study.final_step:,} steps of the same recipe; none was tuned or trained "
+            "to convergence. Another budget, width or learning rate may give another order."
         )
     if protocol.get("cfg_scale") == 1.0:
-        texts.append("Samples are drawn without guidance; what guidance would change was not measured.")
-    if len({system.loss_space for system in study.systems}) > 1:
-        texts.append(
-            "Losses in different spaces are not on one scale; their curves cannot be compared with each other."
-        )
+        texts.append("Samples are drawn without guidance; the effect of guidance was not measured.")
+    if study.several_losses:
+        texts.append("Losses in different spaces are not on one scale: their curves cannot be compared.")
     return texts

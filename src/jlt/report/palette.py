@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Colour:
-    """One role in light and in dark mode, as #rrggbb; no two roles share a light value."""
+    """One role in light and in dark mode, as #rrggbb; all light values differ."""
 
     light: str
     dark: str
@@ -19,13 +19,13 @@ LINE = Colour("#d5d9de", "#3a4048")
 PAPER = Colour("#ffffff", "#15181c")
 PANEL = Colour("#f5f6f8", "#1d2126")
 
-# Apart in hue and in lightness, so that they stay apart for colour-blind readers and in grey; a test holds this.
+# They differ in hue and in lightness, for colour-blind readers and for grey prints; a test checks it.
 PREDICTION: dict[str, Colour] = {
     "x": Colour("#1f5fbf", "#5aa9f5"),
     "eps": Colour("#b58900", "#f7e08c"),
     "v": Colour("#a3162a", "#f26d7d"),
 }
-# Ranges of time from noise to data, along matplotlib's plasma, cut where it would fade into the paper.
+# Ranges of time from noise to data: matplotlib's plasma without its palest part.
 TIME: tuple[Colour, ...] = (
     Colour("#0d0887", "#ba3388"),
     Colour("#5801a4", "#da5a6a"),
@@ -33,7 +33,7 @@ TIME: tuple[Colour, ...] = (
     Colour("#c33d80", "#fdb42f"),
     Colour("#e56a5d", "#f4ed27"),
 )
-# From good to bad, for numbers in cells; the first ones carry the colour of the paper, the others ink.
+# From good to bad, for numbers in cells; text on the first DEEP ones has the colour of the paper, on others of ink.
 DEEP = 3
 SCALE: tuple[Colour, ...] = (
     Colour("#083f3d", "#8cebdd"),
@@ -57,24 +57,28 @@ def dashes(patch_size: int) -> tuple[float, ...]:
     return _DASHES[min(patch_size.bit_length() - 1, len(_DASHES) - 1)]
 
 
+_MARKS = {
+    "": "",
+    "x": '<circle cx="17" cy="6" r="3.4"/>',
+    "eps": '<path d="M17 2 L21 9.4 L13 9.4 Z"/>',
+    "v": '<rect x="13.8" y="2.8" width="6.4" height="6.4"/>',
+    "star": '<path d="M17 0 L18.6 4.2 L23 4.4 L19.6 7.1 L20.8 11.4 L17 9 L13.2 11.4 L14.4 7.1 L11 4.4 L15.4 4.2 Z"/>',
+}
+
+
 def swatch(prediction: str | None, patch_size: int) -> str:
-    """Return a small inline SVG line for a legend in the page; it takes its colour from the page's CSS variables."""
-    colour = f"var(--{prediction})" if prediction else "var(--ink)"
-    pattern = " ".join(f"{2 * length:g}" for length in dashes(patch_size))
-    marker = {
-        "x": '<circle cx="17" cy="6" r="3.4"/>',
-        "eps": '<path d="M17 2 L21 9.4 L13 9.4 Z"/>',
-        "v": '<rect x="13.8" y="2.8" width="6.4" height="6.4"/>',
-        None: "",
-    }[prediction]
+    """Return the swatch of a system in a legend, of no prediction in the colour of the text."""
+    return line_swatch(prediction or "ink", prediction or "", dashes(patch_size))
+
+
+def line_swatch(role: str, mark: str = "", pattern: tuple[float, ...] | None = ()) -> str:
+    """Return a small inline SVG for a legend: a line with a marker, without the line if `pattern` is None.
+
+    `role` names the page's CSS variable of its colour.
+    """
+    dash = " ".join(f"{2 * length:g}" for length in pattern or ())
+    line = f'<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2" stroke-dasharray="{dash}"/>'
     return (
-        f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:{colour}">'
-        f'<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2" stroke-dasharray="{pattern}"/>'
-        f'<g fill="currentColor">{marker}</g></svg>'
+        f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:var(--{role})">'
+        f'{line if pattern is not None else ""}<g fill="currentColor">{_MARKS[mark]}</g></svg>'
     )
-
-
-def time_swatch(place: int) -> str:
-    """Return a small inline SVG line for a legend, in the colour of a range of time."""
-    line = '<line x1="1" x2="33" y1="6" y2="6" stroke="currentColor" stroke-width="2.5"/>'
-    return f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true" style="color:var(--t{place})">{line}</svg>'

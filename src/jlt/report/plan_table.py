@@ -9,7 +9,13 @@ from jlt.report.text_table import text_table
 from jlt.report.wording import number, percent
 from jlt.runtime.progress import format_seconds
 
-SECTIONS = {"work": "work", "memory": "memory of one process", "disk": "disk", "time": "time"}
+SECTIONS = {
+    "work": "work",
+    "memory": "memory of one process",
+    "disk": "disk",
+    "time": "time",
+    "measured": "measured on this machine",
+}
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -20,13 +26,13 @@ def plan_table(plan: Mapping[str, Any]) -> str:
     title = f"{config['name']} on {plan['processes']} x {where}, {config['precision']}, {config['parallel']}"
     title += ", compiled" if config["compile"] else ", eager"
     title += ", gradient checkpointing" if config["gradient_checkpointing"] else ""
-    tables = [_section(heading, plan[name]) for name, heading in SECTIONS.items()]
+    tables = [_section(heading, plan[name]) for name, heading in SECTIONS.items() if plan[name]]
     return "\n\n".join([title, *tables, _verdict(plan)])
 
 
 def _section(heading: str, figures: Mapping[str, Any]) -> str:
     rows = [[name.replace("_", " "), quantity(entry), entry["source"]] for name, entry in figures.items()]
-    return text_table([heading, "", "where from"], rows, left=(0, 2), widths={0: 25, 1: 16}).strip("\n")
+    return text_table([heading, "", "source"], rows, left=(0, 2), widths={0: 25, 1: 16}).strip("\n")
 
 
 def quantity(figure: Mapping[str, Any]) -> str:
@@ -73,16 +79,13 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     if not plan["ways_to_fit"]:
         return f"It does not fit: {total}, and there are {available}. No batch fits: take more or larger GPUs."
     ways = [
-        [_words(way["settings"]), memory(way["bytes"]), _hours(way["seconds"] / 3600)] for way in plan["ways_to_fit"]
+        [_options(way["settings"]), memory(way["bytes"]), _hours(way["seconds"] / 3600)] for way in plan["ways_to_fit"]
     ]
     table = text_table(["what would make it fit", "memory", "training"], ways).strip("\n")
     return f"It does not fit: {total}, and there are {available}.\n\n{table}"
 
 
-def _words(settings: Mapping[str, Any]) -> str:
-    """Return settings as the command line takes them."""
-    words = []
-    for name, value in settings.items():
-        option = f"--{name.replace('_', '-')}"
-        words.append(option if value is True else f"{option} {value}")
-    return " ".join(words)
+def _options(settings: Mapping[str, Any]) -> str:
+    """Return settings as options of the command line."""
+    options = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+    return " ".join(option if value is True else f"{option} {value}" for option, value in options)

@@ -1,4 +1,4 @@
-"""What the paper reports of its systems (Fu et al. 2026, arXiv 2605.27102), to be drawn beside one's own curves."""
+"""What the paper reports of its systems (Fu et al. 2026, arXiv 2605.27102), to draw next to one's own curves."""
 
 from __future__ import annotations
 

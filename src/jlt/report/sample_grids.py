@@ -1,4 +1,4 @@
-"""The pictures of a report: sample grids of systems beside each other, and those of one run along its training."""
+"""The pictures of a report: sample grids of all systems, and those of one run along its training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from jlt.errors import JLTError
-from jlt.report.results import Run
+from jlt.report.result_rows import result_rows
+from jlt.report.study import Study
 from jlt.report.wording import number
+from jlt.results.run import Run
 from jlt.storage.files import path_inside
 
 T = TypeVar("T")
@@ -25,7 +27,7 @@ LARGE_SIDE = 720
 
 @dataclass(frozen=True)
 class Grid:
-    """Decoded samples with their words."""
+    """Decoded samples with their texts."""
 
     name: str
     uri: str
@@ -36,7 +38,7 @@ class Grid:
 def picture_uri(path: Path) -> str:
     """Return a picture as a data URI: a small PNG byte for byte, a large one as WebP at a smaller size.
 
-    Raises JLTError for a file that is not a whole picture.
+    JLTError for a file that is not a whole picture.
     """
     content = path.read_bytes()
     if len(content) <= LARGE_BYTES:
@@ -53,14 +55,25 @@ def picture_uri(path: Path) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def sample_grids(study: Study) -> dict[int, list[Grid]]:
+    """Return the sample grids of the first seed that has one, by patch size."""
+    grids: dict[int, list[Grid]] = {}
+    for row in result_rows(study):
+        path = next((run.grid for run in row.system.runs if run.grid), None)
+        if path:
+            distance = f"Fréchet distance {row.cells[0].text}" + (" over seeds" if row.cells[0].span else "")
+            alt = f"Samples of {row.title}, one row per class; {distance}."
+            grids.setdefault(row.system.patch_size, []).append(Grid(row.title, picture_uri(path), distance, alt))
+    return grids
+
+
 def sample_series(run: Run) -> list[Grid]:
-    """Return the first, some and the last of the sample grids along a training; files that are gone are left out."""
+    """Return the first, some and the last of the sample grids along a training, without files that no longer exist."""
     found = [(step, path) for step, file in run.log.samples if (path := path_inside(run.folder, file)).is_file()]
     grids = []
     for step, path in spaced(found, MOST_GRIDS):
         evaluation = run.at(step)
-        distance = evaluation.metrics.get("frechet_distance") if evaluation else None
-        text = f"Fréchet distance {number(distance)}" if distance is not None else ""
+        text = f"Fréchet distance {number(evaluation.metrics.frechet_distance)}" if evaluation else ""
         grids.append(Grid(f"Step {step:,}", picture_uri(path), text, f"Samples after {step:,} training steps."))
     return grids
 

@@ -1,39 +1,29 @@
-"""How a page writes the settings and numbers of a sweep."""
+"""How a page and a terminal write the settings and numbers of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from jlt.report.wording import metric_text, number, percent, with_error
+from jlt.results import Sweep
+from jlt.results.evaluation import SHARES
+from jlt.results.sweep import WHOLE_INTERVAL, Setting, SweepPoint
 
-from jlt.report.metrics_table import SHARES
-from jlt.report.wording import number, percent, with_error
-
-Point = Mapping[str, Any]
-
-
-METRIC_NAMES = {
-    "frechet_distance": "Fréchet distance",
-    "spatial_frechet_distance": "spatial Fréchet distance",
-    "kernel_distance": "kernel distance",
-    "inception_score": "inception score",
-    "label_agreement": "label agreement",
-}
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 
-def metric_name(result: Mapping[str, Any]) -> str:
-    """Return what the search was by, in words."""
-    return METRIC_NAMES.get(result["metric"], result["metric"].replace("_", " "))
-
-
-def setting_text(point: Point, ema: bool = True) -> str:
+def setting_text(setting: Setting) -> str:
     """Write a setting as prose does: guidance 1.5 for t from 0.1 to 1 with the EMA 0.9999."""
-    low, high = point["cfg_interval"]
-    if point["cfg_scale"] == 1:
-        text = "no guidance"
-    else:
-        text = f"guidance {point['cfg_scale']:g}"
-        text += "" if (low, high) == (0, 1) else f" for t from {low:g} to {high:g}"
-    return f"{text} with {ema_text(point['ema'])}" if ema else text
+    text = "no guidance"
+    if setting.guided:
+        low, high = setting.cfg_interval
+        within = "" if setting.cfg_interval == WHOLE_INTERVAL else f" for t from {low:g} to {high:g}"
+        text = f"guidance {setting.cfg_scale:g}{within}"
+    return f"{text} with {ema_text(setting.ema)}"
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """Write the times at which guidance acts."""
+    low, high = interval
+    return "guidance at all times" if interval == WHOLE_INTERVAL else f"guidance for t from {low:g} to {high:g}"
 
 
 def ema_text(ema: str) -> str:
@@ -41,29 +31,20 @@ def ema_text(ema: str) -> str:
     return "the raw weights" if ema == "none" else f"the EMA {ema}"
 
 
-def measured_text(result: Mapping[str, Any], point: Point) -> str:
-    """Write the number that was searched by, with its error."""
-    if result["metric"] in SHARES:
-        return percent(point["value"])
-    if not point["error"]:
-        return number(point["value"], 4)
-    # No line is broken within it.
-    return " ".join(with_error(point["value"], point["error"])).replace(" ", "\N{NO-BREAK SPACE}")
+def measured_text(sweep: Sweep, point: SweepPoint) -> str:
+    """Write the metric of the search, with its error."""
+    return _with_error(point.value, point.error) if point.error else metric_text(sweep.metric, point.value, 4)
 
 
-def behind_text(result: Mapping[str, Any], point: Point) -> str:
-    """Write by how much a measurement is worse than the best beside it, with the error of the difference."""
-    behind = point["behind"]
+def behind_text(sweep: Sweep, point: SweepPoint) -> str:
+    """Write by how much a measurement is worse than the best of its table, with the error of the difference."""
+    behind = point.behind
     if behind is None:
         return "—"
-    difference, error = behind["difference"], behind["error"]
-    if result["metric"] in SHARES:
-        return percent(difference)
-    return (
-        " ".join(with_error(difference, error)).replace(" ", "\N{NO-BREAK SPACE}") if error else number(difference, 3)
-    )
+    if sweep.metric in SHARES:
+        return percent(behind.difference)
+    return _with_error(behind.difference, behind.error) if behind.error else number(behind.difference)
 
 
-def same(one: Point, other: Point) -> bool:
-    """Whether two measurements are of one setting."""
-    return all(one[key] == other[key] for key in ("cfg_scale", "cfg_interval", "ema"))
+def _with_error(value: float, error: float) -> str:
+    return NO_BREAK_SPACE.join(with_error(value, error)).replace(" ", NO_BREAK_SPACE)

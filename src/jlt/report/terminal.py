@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from jlt.report.findings import inside_sentences, verdict
+from jlt.report.findings import verdict
 from jlt.report.geometry_rows import whole_rows
+from jlt.report.geometry_sentences import advice_sentences, inside_sentences
 from jlt.report.result_rows import result_rows
-from jlt.report.results import read_study
+from jlt.report.study import read_study
 from jlt.report.text_table import TEXT_WIDTH, text_table
-from jlt.report.wording import number
+from jlt.report.wording import metric_text, number, with_error
+from jlt.results.evaluation import SPREAD_OF, Metrics
+from jlt.results.geometry import ErrorByDirection, Geometry
 
 
 def results_table(folder: Path) -> str:
-    """Return the results of an ablation or a run, a row per system, the best of columns starred, and the verdict."""
+    """Return the results of an ablation or a run: a row per system, stars at the best numbers, and the verdict."""
     study = read_study(folder)
     rows = [
         [row.title, *(f"{cell.text}{' *' if cell.best else '  '}" for cell in row.cells), row.seconds]
@@ -26,28 +27,35 @@ def results_table(folder: Path) -> str:
     return f"{text_table(header, rows)}\n\n{textwrap.fill(verdict(study), TEXT_WIDTH)}"
 
 
-def geometry_table(geometry: Mapping[str, Any]) -> str:
-    """Return the spectra of an analysis, a row per patch size, and the advice for each patch size and width."""
+def metrics_table(metrics: Metrics) -> str:
+    """Return the numbers of one evaluation, a row per metric, with its error; a dash is what could not be measured."""
+    rows = []
+    for name, value in vars(metrics).items():
+        if name in SPREAD_OF.values():
+            continue
+        error = metrics[SPREAD_OF[name]] if name in SPREAD_OF else None
+        text = f"{value:,}" if name == "count" else metric_text(name, value, 4)
+        cells = (text, "") if error is None else with_error(value, error)
+        rows.append([name.replace("_", " "), *cells])
+    return text_table(["metric", "value", ""], rows, left=(0, 2))
+
+
+def geometry_table(geometry: Geometry, inside: ErrorByDirection | None = None) -> str:
+    """Return the spectra of an analysis, a row per patch size, the advice, and the errors of networks."""
     rows = [
         [
             f"patch {size}",
-            str(entry["dimension"]),
-            number(entry["eigenvalues"][0]),
-            number(entry["eigenvalues"][-1]),
-            number(entry["effective_rank"]),
-            number(entry["participation_ratio"]),
+            str(entry.dimension),
+            number(entry.eigenvalues[0]),
+            number(entry.eigenvalues[-1]),
+            number(entry.effective_rank),
+            number(entry.participation_ratio),
         ]
-        for size, entry in geometry["tokens"].items()
+        for size, entry in geometry.tokens.items()
     ]
-    table = text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)
-    whole = [[*cells] for cells in whole_rows(geometry)]
-    if whole:
+    tables = [text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)]
+    if whole := whole_rows(geometry):
         header = ["whole latents", "directions", "effective rank", "participation", "below 0.1", "share", "known to"]
-        table += "\n\n" + text_table(header, whole)
-    advice = [
-        f"Patch {size}, width {advice['width']}: {advice['words']}"
-        for size, entry in geometry["tokens"].items()
-        for advice in entry["forecast"]["advice"]
-    ]
-    inside = inside_sentences(geometry["inside"]) if "inside" in geometry else []
-    return "\n\n".join([table, *(textwrap.fill(words, TEXT_WIDTH) for words in [*advice, *inside])])
+        tables.append(text_table(header, whole))
+    texts = [*advice_sentences(geometry), *(inside_sentences(inside) if inside else [])]
+    return "\n\n".join([*tables, *(textwrap.fill(text, TEXT_WIDTH) for text in texts)])

@@ -1,11 +1,12 @@
-"""Numbers and lists as a person writes them."""
+"""Numbers, metrics and lists as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from jlt.report.results import Spread
+from jlt.report.study import Spread
+from jlt.results.evaluation import SHARES
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -25,7 +26,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float) -> tuple[str, str]:
-    """Format a value and its error to the same decimal place, that of the error's second digit: 2.563, ± 0.031."""
+    """Format a value and its error, both to the error's second significant digit: 2.563, ± 0.031."""
     if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
         return number(value, 4), f"± {number(error, 2)}"
     place = math.floor(math.log10(error))
@@ -40,20 +41,29 @@ def percent(share: float | None) -> str:
     return f"{number(100 * share, 2)}%" if 0 < share < 0.01 else f"{100 * share:.1f}%"
 
 
-def spread_text(value: Spread | None, as_percent: bool = False) -> str:
-    """Format a mean, with the smallest and largest value where there are several seeds."""
-    if value is None:
-        return "—"
-    write = percent if as_percent else number
-    span = f" ({write(value.low)} to {write(value.high)})" if value.count > 1 else ""
-    return write(value.mean) + span
+def metric_name(metric: str) -> str:
+    """Return the name of a metric: Fréchet distance."""
+    return metric.replace("_", " ").replace("frechet", "Fréchet")
 
 
-def listed(words: Sequence[str], last: str = "and") -> str:
-    """Join words as prose does: a, b and c."""
-    if len(words) < 2:
-        return "".join(words)
-    return f"{', '.join(words[:-1])} {last} {words[-1]}"
+def metric_text(metric: str, value: float | None, digits: int = 3) -> str:
+    """Format a metric: shares as percentages, others with some significant digits."""
+    return percent(value) if metric in SHARES else number(value, digits)
+
+
+def spread_text(value: Spread) -> str:
+    """Format a mean, with the smallest and largest value if there are several seeds."""
+    return number(value.mean) + (f" ({range_text(value)})" if value.count > 1 else "")
+
+
+def range_text(value: Spread, metric: str = "") -> str:
+    """Format the smallest and the largest value over seeds, empty for a single seed."""
+    return f"{metric_text(metric, value.low)} to {metric_text(metric, value.high)}" if value.count > 1 else ""
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Join parts as prose does: a, b and c."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 def sentence(text: str) -> str:

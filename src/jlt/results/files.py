@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jlt.errors import JLTError
 from jlt.storage.codec import from_json, to_json
@@ -21,21 +21,30 @@ class ResultFile:
 
     SCHEMA: ClassVar[int]
     """Raised whenever the meaning of a field changes, or a field without a default is added or removed."""
+    ALWAYS_SEALED: ClassVar[bool] = False
+    """Whether all versions have sealed this file, so that one without a seal is damaged."""
+    UNREAD: ClassVar[frozenset[str]] = frozenset()
+    """Keys of older files of this schema that are ignored."""
 
 
 R = TypeVar("R", bound=ResultFile)
 
 
+def result_json(result: ResultFile) -> dict[str, Any]:
+    """Return a result as JSON values with the number of its schema, as its file holds it."""
+    return {"schema": result.SCHEMA, **to_json(result)}
+
+
 def write_result(path: Path, result: ResultFile) -> None:
     """Write a result atomically; NaN and infinity are a ValueError, since they are not JSON."""
-    write_text(path, sealed_text({"schema": result.SCHEMA, **to_json(result)}))
+    write_text(path, sealed_text(result_json(result)))
 
 
 def read_result(kind: type[R], path: Path) -> R:
     """Read a result; JLTError for a file that is missing, damaged, edited or of another schema."""
-    # Files of earlier versions have no seal, and some no schema number: those were of schema 1.
+    # Some files of earlier versions have no seal, and some no schema number: those were of schema 1.
     content = read_json(path)
-    if "sha256" in content:
+    if kind.ALWAYS_SEALED or "sha256" in content:
         content = read_sealed_json(path)
     schema = content.pop("schema", 1)
     if schema != kind.SCHEMA:
@@ -44,6 +53,6 @@ def read_result(kind: type[R], path: Path) -> R:
             "run the command that wrote it again."
         )
     try:
-        return from_json(kind, content)
+        return from_json(kind, {key: value for key, value in content.items() if key not in kind.UNREAD})
     except JLTError as error:
         raise JLTError(f"{path} is damaged or was written by another version: {error}") from error

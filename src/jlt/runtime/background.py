@@ -1,4 +1,4 @@
-"""Working behind: what a loop has made is used up in a thread while the loop makes the next."""
+"""Background work: a thread uses the items of a loop while the loop makes the next ones."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ POLL_SECONDS = 0.1
 
 
 class Abandoned(Exception):
-    """Raised in the thread where the next item should be, when the loop that makes them has failed."""
+    """Raised in the thread in place of the next item, after the loop that makes the items has failed."""
 
 
 class BackgroundWorker(Generic[T]):
-    """A thread that runs `use` on an iterator of the items that are put, up to `depth` of them waiting.
+    """A thread that runs `use` on an iterator over the items that are put, up to `depth` of them in a queue.
 
-    A context manager: leaving it waits until all is used up; leaving it by an exception ends the thread at its next
-    item, whatever waits. What the thread raises is raised by the next `put`, or on leaving.
+    A context manager: leaving it waits until all items are used; leaving it by an exception ends the thread at its next
+    item. An error in the thread is raised by the next `put`, or on leaving.
     """
 
     def __init__(self, use: Callable[[Iterator[T]], None], depth: int) -> None:
         self._queue: Queue[T] = Queue(depth)
         self._abandoned = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-behind")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-background")
         self._using = self._pool.submit(use, self._items())
 
     def put(self, item: T) -> None:
-        """Hand over an item, waiting while too many are there already."""
+        """Add an item to the queue; wait while it is full."""
         while not self._using.done():
             try:
                 self._queue.put(item, timeout=POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What a number must carry with it: the versions and the machine that made it."""
+"""The versions and the machine behind a result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """Return what the work ran on: processor, cores that this process may use, and device."""
+    """Return the processor, the number of cores that this process may use, and the device."""
     kind = torch.device(device)
     accelerator = torch.cuda.get_device_name(kind) if kind.type == "cuda" else kind.type
     return {"cpu": _processor(), "cores": cores(), "device": accelerator}
@@ -26,7 +26,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
 
 def cores() -> int:
     """Return how many processors this process may use."""
-    # Not every system can say which; all can say how many there are.
+    # Only some systems report the cores of a process; all report those of the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -40,7 +40,7 @@ def _processor() -> str:
 
 
 def default_device() -> str:
-    """Return `cuda` where there is a GPU and `cpu` elsewhere; processes of one machine share its GPUs out."""
+    """Return `cuda` if there is a GPU, else `cpu`; each process of a machine gets its own GPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{local_rank() % torch.cuda.device_count()}" if world_size() > 1 else "cuda"

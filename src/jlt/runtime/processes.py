@@ -1,12 +1,10 @@
-"""Several processes that do one piece of work: started by torchrun (or anything that sets the same variables).
+"""Several processes that do one piece of work, started by torchrun or any launcher that sets the same variables.
 
-Only what they must agree on goes between them, over gloo, which needs no GPU. A process that dies breaks the
-connection, so that the others fail at their next agreement instead of waiting for ever.
+They exchange only what they must agree on, over gloo, which needs no GPU. Gradients go through PyTorch's own engines.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import multiprocessing
 import os
@@ -19,18 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jlt.errors import JLTError
 from jlt.runtime.signals import Stopped, stop_on_signal, until
 from jlt.runtime.watchdog import Pulse, Watchdog
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
-# Processes may finish their shares far apart; a dead one is noticed by its connection, not by the clock.
-PATIENCE = timedelta(days=7)
+NO_TIMEOUT = timedelta(days=7)
+"""Processes may finish their shares hours apart; the watchdog notices those that are gone."""
 
 
 def rank() -> int:
-    """Return the number of this process among all, 0 where it is the only one."""
+    """Return the number of this process among all; 0 if it is the only one."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -57,95 +55,68 @@ def spawn_context() -> SpawnContext:
 
 
 def notice_dead_workers(pool: ProcessPoolExecutor) -> None:
-    """Make sure that the death of any process of a pool is noticed: call it after the last submission.
+    """Make a pool notice the death of any of its processes; call it after the last submission.
 
-    Python's pool wakes its watching thread for a submission before it starts a process for it, so that this process may
-    be overlooked until the next submission or result.
+    Python's pool wakes its watching thread before it starts a process for a submission, so the thread overlooks that
+    process until the next submission or result.
     """
     pool.submit(int)
 
 
-class Group(abc.ABC):
-    """The processes that work together, as one of them sees them: its number `rank` of `size`.
+class Group:
+    """The processes that work together, as one of them sees them: its number `rank` of `size`. Here it is alone.
 
-    `pulse` is what this process tells of its own progress.
+    `pulse` records this process's progress for the watchdog.
     """
-
-    rank: int
-    size: int
-
-    def __init__(self) -> None:
-        self.pulse = Pulse()
-        self._sections = 0
-
-    def begin(self) -> str:
-        """Return a name for a section of the work, the same in all processes: they come to sections in one order."""
-        self._sections += 1
-        return f"section {self._sections}"
-
-    @abc.abstractmethod
-    def on_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process and return its result in all; its error ends all, said once."""
-
-    @abc.abstractmethod
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes, by rank."""
-
-    @abc.abstractmethod
-    def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:
-        """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
-
-    @abc.abstractmethod
-    def add(self, name: str, amount: int) -> int:
-        """Add to a number that all processes share, and return what it is now."""
-
-    @abc.abstractmethod
-    def wait(self) -> None:
-        """Return when every process has come here; JLTError if one has died."""
-
-
-class SingleProcess(Group):
-    """A process by itself."""
 
     rank = 0
     size = 1
 
     def __init__(self) -> None:
-        super().__init__()
+        self.pulse = Pulse()
         self._counts: dict[str, int] = {}
+        self._sections = 0
+
+    def begin(self) -> str:
+        """Return a name for a section of the work, the same in all processes: all reach the sections in one order."""
+        self._sections += 1
+        return f"section {self._sections}"
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """Return the result of `work`."""
+        """Run `work` in the first process and return its result in all; its error ends all, and is printed once."""
         return work()
 
     def gather(self, value: Any) -> list[Any]:
-        """Return a list of the value."""
+        """Return the values of all processes, by rank."""
         return [value]
 
     def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:  # noqa: ARG002
-        """Return the value."""
+        """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
         return value
 
     def add(self, name: str, amount: int) -> int:
-        """Add to a number and return what it is now."""
+        """Add to a number that all processes share, and return its new value."""
         self._counts[name] = self._counts.get(name, 0) + amount
         return self._counts[name]
 
     def wait(self) -> None:
-        """Return at once."""
+        """Return when every process has called this; JLTError if one has died."""
+
+
+class SingleProcess(Group):
+    """A process by itself."""
 
 
 class DistributedGroup(Group):
-    """Several processes, connected."""
+    """Several processes, connected by gloo."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, control: ProcessGroup | None) -> None:
+        """`control` is the gloo group over which they agree; None is the default group."""
         super().__init__()
-        self._store, self.rank, self.size = store, rank, size
-        self.control: ProcessGroup | None = None
-        """The group of torch.distributed over which they agree; None is the one of all work."""
+        self._store, self.rank, self.size, self._control = store, rank, size, control
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process and return its result in all; its error ends all, said once."""
+        """Run `work` in the first process and return its result in all."""
         import torch.distributed as dist
 
         outcome: list[Any] = [None, ""]
@@ -156,7 +127,7 @@ class DistributedGroup(Group):
             except Exception as error:
                 failure, outcome = error, [None, "stopped" if isinstance(error, Stopped) else "failed"]
         with lost_process_as_error():
-            dist.broadcast_object_list(outcome, src=0, group=self.control)
+            dist.broadcast_object_list(outcome, src=0, group=self._control)
         if failure:
             raise failure
         if outcome[1] == "stopped":
@@ -171,39 +142,36 @@ class DistributedGroup(Group):
 
         values: list[Any] = [None] * self.size
         with lost_process_as_error():
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
     def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:
-        """Merge the values of all processes into that of the first, one at a time, by rank; None in the others."""
+        """Merge the values by rank into that of the first process; None in the others."""
         import torch.distributed as dist
 
         with lost_process_as_error():
             if self.rank:
-                dist.send_object_list([value], dst=0, group=self.control)
+                dist.send_object_list([value], dst=0, group=self._control)
                 return None
             for other in range(1, self.size):
                 received: list[Any] = [None]
-                dist.recv_object_list(received, src=other, group=self.control)
+                dist.recv_object_list(received, src=other, group=self._control)
                 merge(value, received[0])
         return value
 
     def add(self, name: str, amount: int) -> int:
-        """Add to a number that all processes share, and return what it is now."""
+        """Add to a shared number and return its new value."""
         return self._store.add(f"jlt/{name}", amount)
 
     def wait(self) -> None:
-        """Return when every process has come here; JLTError if one has died."""
-        import torch.distributed as dist
-
-        with lost_process_as_error():
-            dist.barrier(group=self.control)
+        """Return when every process has called this."""
+        self.gather(None)
 
 
 def rank0_value(value: T | None) -> T:
-    """Return what `Group.fold` left with the first process; ValueError in the others."""
+    """Return what `Group.reduce_to_rank0` returned in the first process; ValueError in the others."""
     if value is None:
-        raise ValueError("what was folded is with the first process")
+        raise ValueError("only the first process has the reduced value")
     return value
 
 
@@ -213,34 +181,30 @@ def lost_process_as_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_broken_connection(error):
+        import torch.distributed as dist
+
+        # gloo raises a plain RuntimeError, so only PyTorch's text tells a lost connection from other errors.
+        if not (isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "NCCL", "onnection"))):
             raise
         raise JLTError(
-            f"Another process of this work ended early, so process {rank()} ends too: see what that one said "
+            f"Another process of this work ended early, so process {rank()} ends too: see the error of that process "
             f"({str(error).strip().splitlines()[0]})."
         ) from error
 
 
-def _is_broken_connection(error: RuntimeError) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection"))
-
-
 @contextlib.contextmanager
 def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
-    """Give a block `until_stopped`, which passes items on until any process was asked to stop, has failed or hangs.
+    """Give a block `until_stopped`, which passes items on until any process receives a signal, fails or hangs.
 
-    Every process reaches the end of the block, and all leave it alike: whole, stopped, or with the error of one.
+    Every process reaches the end of the block, and all leave it alike: finished, stopped, or with the error of one.
     """
     error: Exception | None = None
     section = group.begin()
-    with stop_on_signal() as asked:
+    with stop_on_signal() as stop:
 
         def until_stopped(items: Iterable[T]) -> Iterator[T]:
-            # Whoever hangs in one item ends all; whoever is done waits for the others as long as it takes.
-            with group.pulse.stepping():
-                for item in until(items, lambda: group.add(section, int(bool(asked))) > 0):
+            with group.pulse.other_work():
+                for item in until(items, lambda: group.add(section, int(bool(stop))) > 0):
                     group.pulse.step()
                     yield item
 
@@ -249,40 +213,43 @@ def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]
         except Exception as raised:
             error = raised
             group.add(section, 1)
-        with group.pulse.busy():
-            # A request that came with the last item is one too.
-            ends = group.gather((error is not None or bool(asked), _said(error)))
-    failures = [f"Process {rank} failed ({said}), so all end." for rank, (_, said) in enumerate(ends) if said]
+        with group.pulse.other_work():
+            # A process that is done waits for the others as long as it takes. A signal during the last item counts.
+            ends = group.gather((error is not None or bool(stop), _failure(error)))
+    failures = [f"Process {rank} failed ({failure}), so all end." for rank, (_, failure) in enumerate(ends) if failure]
     if failures and (error is None or isinstance(error, Stopped)):
         raise JLTError(failures[0])
     if error is None and any(ended for ended, _ in ends):
         error = Stopped("Stopped on request.")
     if error is not None:
-        # Whoever hears that another one has gone already, since all go, is not to make an alarm of it.
+        # All leave now: a connection that breaks is no fault.
         group.pulse.leaving |= isinstance(error, Stopped)
         raise error
 
 
-def require_same_arguments(group: Group, words: Mapping[str, Any], verb: str) -> None:
-    """Raise a JLTError unless all processes mean the same work, told by JSON `words`; `verb` is what they would do."""
-    all_words = group.gather(words)
-    for rank, theirs in enumerate(all_words):
-        if lines := difference(all_words[0], theirs):
-            raise JLTError(f"Process {rank} would {verb} something else than process 0: {'; '.join(lines)}.")
-
-
-def _said(error: Exception | None) -> str | None:
+def _failure(error: Exception | None) -> str | None:
     if error is None or isinstance(error, Stopped):
         return None
     return str(error) if isinstance(error, JLTError) else f"{type(error).__name__}: {error}"
 
 
+def require_same_arguments(group: Group, arguments: Mapping[str, Any], action: str) -> None:
+    """Raise a JLTError unless all processes have the same JSON `arguments`; `action` is a verb for the message."""
+    everywhere = group.gather(arguments)
+    for rank, theirs in enumerate(everywhere):
+        if differences := difference(everywhere[0], theirs):
+            raise JLTError(
+                f"Process {rank} would {action} something else than process 0: {format_difference(differences)}. "
+                "Start all processes with the same arguments."
+            )
+
+
 @contextlib.contextmanager
 def join_group(device: str = "cpu") -> Iterator[Group]:
-    """Connect this process with those started beside it, for the duration of a block; alone, it is a group of one.
+    """Connect this process with the others of its launcher for the duration of a block; alone, it is a group of one.
 
-    They agree over gloo, and add up what lies on `device` over what is fast there. One that dies ends all, and so does
-    one that hangs where steps are told of: in a training, and between the items of `stop_together`.
+    They agree over gloo, and sum tensors on `device` over its fastest backend. A process that dies ends all, and so
+    does one that hangs in a step of a training or between the items of `stop_together`.
     """
     if world_size() == 1:
         yield SingleProcess()
@@ -296,20 +263,20 @@ def join_group(device: str = "cpu") -> Iterator[Group]:
             f"{local_world_size()} processes on this machine have {torch.cuda.device_count()} GPUs: start one for each."
         )
     store, number, size = next(iter(dist.rendezvous("env://")))
-    store.set_timeout(PATIENCE)
-    group = DistributedGroup(store, number, size)
-    with Watchdog(store.clone(), number, size, group.pulse):
-        kind = "nccl" if on_gpu else "gloo"
-        own: dict[str, Any] = {"store": dist.PrefixStore(kind, store), "rank": number, "world_size": size}
-        if on_gpu:
-            torch.cuda.set_device(device)
-            own["device_id"] = torch.device(device)
-        # Whoever is missing is noticed by the heartbeat and not by the clock.
-        dist.init_process_group(kind, timeout=PATIENCE, **own)
-        if on_gpu:
-            group.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    backend = "nccl" if on_gpu else "gloo"
+    settings: dict[str, Any] = {"store": dist.PrefixStore(backend, store), "rank": number, "world_size": size}
+    if on_gpu:
+        torch.cuda.set_device(device)
+        # With NCCL's own timeout: only the steps of a training use this group.
+        dist.init_process_group(backend, device_id=torch.device(device), **settings)
+    else:
+        dist.init_process_group(backend, timeout=NO_TIMEOUT, **settings)
+    group = DistributedGroup(
+        store, number, size, dist.new_group(backend="gloo", timeout=NO_TIMEOUT) if on_gpu else None
+    )
+    with Watchdog(number, size, group.pulse):
         yield group
-        # Whoever leaves first would seem to have died.
+        # A process that leaves early looks like one that died.
         group.wait()
-    # Not after an error: where a process is missing, taking the group down together may wait for it.
+    # Not after an error: taking the group down would wait for a process that is gone.
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Random numbers as pure functions of what they are for: a seed, a purpose, and a step, sample or image.
+"""Random numbers as pure functions of a seed, a purpose, and a step, sample or image.
 
-Nothing here depends on how many numbers were drawn before, so any process, batch size or restart draws the same.
+Nothing depends on how many numbers were drawn before, so every process, batch size and restart draws the same.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def normal_per_sample(
 
 
 def random_subset(count: int, most: int) -> Int64[np.ndarray, " m"]:
-    """Return the numbers of at most `most` of `count` images, ascending: always the same ones, chosen at random.
+    """Return the indices of at most `most` of `count` images, ascending: a fixed random choice.
 
-    Equal distances would not do: where labels repeat, as i mod K, they meet some classes and miss others.
+    Equal distances would miss classes where labels repeat, as in i mod K.
     """
     if count <= most:
         return np.arange(count)

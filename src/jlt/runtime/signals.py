@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and SIGUSR1, by which clusters warn, as a request: finish the step, save, and leave."""
+"""SIGTERM, Ctrl-C and SIGUSR1, which clusters send as a warning, as a request: finish the step, save, and leave."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import TypeVar
 T = TypeVar("T")
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 1.0
-_parent_asks: Callable[[], bool] = lambda: False  # noqa: E731
+_parent_stops: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 class Stopped(Exception):
-    """Work that ended early on request, with everything saved; the same command continues it."""
+    """Work ended early on request, with everything saved; the same command resumes it."""
 
 
 class StopRequest:
-    """Whether somebody has asked this process to stop."""
+    """Whether this process has received a stopping signal, or its parent stops it."""
 
     def __init__(self) -> None:
         self.received = False
 
     def __bool__(self) -> bool:
-        return self.received or _parent_asks()
+        return self.received or _parent_stops()
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Hold signals back for the duration of a block: processes begun in it are deaf until `follow_parent`."""
+    """Block signals during a `with` block; processes that start in it ignore them until `follow_parent`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
     try:
         yield
@@ -41,13 +41,13 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def follow_parent(parent: int, asks: Callable[[], bool] = lambda: False) -> None:
-    """In a worker process: leave the signals, which reach a whole group at once, to the parent process.
+def follow_parent(parent: int, stops: Callable[[], bool] = lambda: False) -> None:
+    """In a worker process: ignore the signals, which reach a whole process group at once, and obey the parent process.
 
-    Stop when `asks` says so, and end with a parent that was killed, so that no orphan works on beside its successor.
+    Stop when `stops` returns True. End when the parent is gone, so that no orphan works next to its successor.
     """
-    global _parent_asks
-    _parent_asks = asks
+    global _parent_stops
+    _parent_stops = stops
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING_SIGNALS)
@@ -62,10 +62,10 @@ def _leave_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn a stopping signal into a request for the duration of a block; a second Ctrl-C acts at once.
+    """Turn a stopping signal into a request during a block; a second Ctrl-C acts at once.
 
-    Others may come twice, from a cluster and from a launcher, while the work is saved. A signal that this process
-    ignores stays ignored.
+    The other signals may arrive twice, from a cluster and from a launcher, while the work is saved. A signal that this
+    process ignores stays ignored.
     """
     request = StopRequest()
     previous = {}
@@ -77,7 +77,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def remember(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         del frame
         if request.received and number == signal.SIGINT:
             restore()
@@ -85,7 +85,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.received = True
 
     for number in previous:
-        signal.signal(number, remember)
+        signal.signal(number, handle)
     try:
         yield request
     finally:
@@ -93,17 +93,17 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 def until_stopped(items: Iterable[T]) -> Iterator[T]:
-    """Yield items until somebody asks this process to stop, which raises Stopped."""
+    """Yield items; raise Stopped before the next one once this process is to stop."""
     with stop_on_signal() as stop:
         yield from until(items, lambda: bool(stop))
 
 
-def until(items: Iterable[T], asked: Callable[[], bool]) -> Iterator[T]:
-    """Yield items until `asked` says so, which raises Stopped: before the next one is made, which may take minutes."""
-    waiting = iter(items)
-    while not asked():
+def until(items: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
+    """Yield items; raise Stopped if `stop` returns True before the next one is made, which may take minutes."""
+    iterator = iter(items)
+    while not stop():
         try:
-            item = next(waiting)
+            item = next(iterator)
         except StopIteration:
             return
         yield item

@@ -1,4 +1,4 @@
-"""What this machine does while work runs on it: its rate of arithmetic, the time that work takes, and memory."""
+"""The rate of arithmetic of this machine, the time that work takes, and its memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
-"""Side of the matrices whose product gives a device's rate, where the device is fast enough for it."""
+"""Side of the matrices whose product gives a device's rate, if the device is fast enough."""
 SMALLEST_MATMUL = 256
 CLEARLY_SLOWER = 0.9
-"""Below this share of the float32 rate a bfloat16 product counts as the slower one: rates of a busy machine differ."""
+"""Below this share of the float32 rate bfloat16 counts as slower: rates of a busy machine vary."""
 PROC = Path("/proc/self")
 
 
@@ -27,8 +27,8 @@ def matmul_rate(
 ) -> float:
     """Return the best rate of a square matrix product in operations per second.
 
-    The product is repeated so often at least, and so long: on a busy machine the threads of a short one seldom run at
-    the same time, and all of a few repeats may fall into a moment in which they do not.
+    The product is repeated at least `repeats` times and for `seconds`: on a busy machine the threads of a short product
+    seldom run at the same time, so a few repeats may all be slow.
     """
     n = size or MATMUL_SIZES[torch.device(device).type]
     a, b = torch.ones(2, n, n, device=device, dtype=dtype)
@@ -41,11 +41,11 @@ def matmul_rate(
 def affordable_size(dtype: torch.dtype, device: torch.device | str, seconds: float, largest: int | None = None) -> int:
     """Return the side of the largest square matrix product, up to `largest`, that takes no more than `seconds`.
 
-    Sides are doubled from a small one, so that finding out takes about as long; the smallest is returned in any case.
+    The search doubles a small side, so it takes about `seconds` too. It returns at least the smallest side.
     """
     size = SMALLEST_MATMUL
     while size < (largest or MATMUL_SIZES[torch.device(device).type]):
-        # Eight times the arithmetic, at no more than the rate found so far.
+        # The next size takes eight times the arithmetic, at the rate of this one.
         if 8 * 2 * size**3 / matmul_rate(dtype, device, 2, size) > seconds:
             break
         size *= 2
@@ -61,7 +61,7 @@ class ProductRates:
 
     @property
     def warning(self) -> str:
-        """A sentence where bfloat16 is the slower precision; empty elsewhere."""
+        """A sentence if bfloat16 is the slower precision; otherwise empty."""
         if self.bfloat16 >= CLEARLY_SLOWER * self.float32:
             return ""
         return (
@@ -74,14 +74,14 @@ class ProductRates:
 def compare_precisions(device: torch.device | str, seconds: float = 0.2) -> ProductRates:
     """Measure products in float32 and bfloat16, each of the largest matrices at which one takes no more than `seconds`.
 
-    With smaller ones, a busy machine would measure how threads wait for each other.
+    Smaller products would measure how the threads of a busy machine wait for each other.
     """
     sizes = {dtype: affordable_size(dtype, device, seconds) for dtype in (torch.float32, torch.bfloat16)}
     return ProductRates(*(matmul_rate(dtype, device, 3, size) for dtype, size in sizes.items()))
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device | str) -> float:
-    """Return how long some work takes, on its device too."""
+    """Return how long some work takes, until its device has finished."""
     _finish(device)
     start = time.perf_counter()
     work()
@@ -90,10 +90,10 @@ def seconds_of(work: Callable[[], Any], device: torch.device | str) -> float:
 
 
 def peak_memory(device: torch.device | str) -> int:
-    """Return the peak memory in bytes: of the GPU where there is one, of the process elsewhere."""
+    """Return the peak memory in bytes: of the GPU for a GPU, of the process for a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Rather than getrusage, whose figure a process on Linux inherits from the one that started it.
+    # On Linux, getrusage reports a figure that a process inherits from its parent.
     peak = _status_bytes("VmHWM")
     if peak is not None:
         return peak
@@ -107,7 +107,7 @@ def machine_memory() -> int:
 
 
 def reset_peak_memory(device: torch.device | str) -> None:
-    """Let the peak begin anew from the present use; a process without Linux's `/proc` keeps its peak."""
+    """Reset the peak to the present use; without Linux's `/proc` the peak of a process stays."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -116,7 +116,7 @@ def reset_peak_memory(device: torch.device | str) -> None:
 
 
 def resident_memory() -> int | None:
-    """Return the host memory in bytes that this process has at present; None where the system does not say."""
+    """Return the resident host memory of this process in bytes; None if the system does not report it."""
     return _status_bytes("VmRSS")
 
 

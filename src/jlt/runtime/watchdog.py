@@ -1,9 +1,8 @@
-"""Processes that work together hear each other's pulse, so that one that dies or hangs ends all of them.
+"""The watchdog of a process that works with others: it ends the process if another one is gone, or if work hangs.
 
-Gloo notices a connection that breaks. A process that hangs does not break any, and a GPU waits for a dead one's part of
-a sum; both are noticed here, by two threads. One beats in a store that all share and listens to the next process, so
-that the load on the store does not grow with the square of their number. The other talks to nobody: it ends this
-process where the store does not answer, or where the main thread has made no step for far longer than its steps take.
+A process that dies breaks its connections, so the others fail at their next exchange. A frozen process breaks none,
+and a process that computes for long makes no exchange. So a thread exchanges beats with all others in a process group
+of its own, whose timeout bounds each exchange; the same thread compares the time of a step with earlier steps.
 """
 
 from __future__ import annotations
@@ -14,121 +13,100 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 40.0
-"""What was not heard of for so long is taken for dead: all have ended within a minute."""
+"""A process ends this long after the last beat that reached all processes."""
 SLOWER = 5.0
-"""A step that takes so many times the longest one before is taken for hanging, if that is beyond SILENT_SECONDS."""
-ALARM = "jlt/silent"
+"""A step hangs if it takes this many times as long as the longest one before, and longer than SILENT_SECONDS."""
 
 
 class Pulse:
-    """What the main thread tells of itself: that it made a step, that it is busy with something else, that it leaves.
+    """When the main thread made its last step, and how long its longest step took.
 
-    Before its second step, and while it is busy, it may take as long as it likes; who leaves is not ended any more.
+    `leaving` is True while the process ends on request: other processes may be gone already, and that is no fault.
     """
 
     def __init__(self) -> None:
-        self._last = self._longest = 0.0
-        self._busy = 0
         self.leaving = False
+        # One tuple, since the watchdog reads it at any moment: time of the last step (0: none yet), longest step.
+        self._steps = (0.0, 0.0)
 
     def step(self) -> None:
-        """Tell that a step was made."""
-        now = time.monotonic()
-        if self._last:
-            self._longest = max(self._longest, now - self._last)
-        self._last = now
+        """Record that a step is done."""
+        now, (last, longest) = time.monotonic(), self._steps
+        self._steps = (now, max(longest, now - last) if last else 0.0)
 
     @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Tell of steps for the duration of a block, be it within `busy`; they are no measure of those around it."""
-        longest, self._longest, last, self._last = self._longest, 0.0, self._last, 0.0
-        busy, self._busy = self._busy, 0
+    def other_work(self) -> Iterator[None]:
+        """Measure a block apart from the steps around it: by its own steps, or not at all before its second one."""
+        last, longest = self._steps
+        self._steps = (0.0, 0.0)
         try:
             yield
         finally:
-            # In this order: the watching thread looks at any moment.
-            self._busy, self._last = busy, time.monotonic() if last else 0.0
-            self._longest = longest
-
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Do something other than steps for the duration of a block, however long it takes."""
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._last = time.monotonic() if self._last else 0.0
-            self._busy -= 1
+            self._steps = (time.monotonic() if last else 0.0, longest)
 
     def hanging(self) -> bool:
-        """Whether the main thread has made no step for too long."""
-        if self._busy or not self._longest:
-            return False
-        return time.monotonic() - self._last > max(SILENT_SECONDS, SLOWER * self._longest)
+        """Return whether the present step takes far longer than any before it."""
+        last, longest = self._steps
+        return longest > 0 and time.monotonic() - last > max(SILENT_SECONDS, SLOWER * longest)
 
 
 class Watchdog:
-    """Two threads that beat, listen and watch for the duration of a block."""
+    """A thread that exchanges beats and watches the pulse for the duration of a block, in all processes."""
 
-    def __init__(self, store: Store, rank: int, size: int, pulse: Pulse) -> None:
-        """`store` is a connection of its own: another thread's call may hold it for long."""
-        self._store, self._rank, self._next, self._pulse = store, rank, (rank + 1) % size, pulse
+    def __init__(self, rank: int, size: int, pulse: Pulse) -> None:
+        """Every process calls this at the same point, after `init_process_group`."""
+        import torch.distributed as dist
+
+        self._rank, self._size, self._pulse = rank, size, pulse
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENT_SECONDS))
         self._left = threading.Event()
-        self._contact = time.monotonic()
-        self._threads = [
-            threading.Thread(target=work, name=f"jlt-{work.__name__.strip('_')}", daemon=True)
-            for work in (self._beat, self._watch)
-        ]
-
-    def _beat(self) -> None:
-        heard, since = -1, time.monotonic()
-        while not self._left.wait(BEAT_SECONDS):
-            try:
-                self._store.add(f"jlt/beat/{self._rank}", 1)
-                beats = self._store.add(f"jlt/beat/{self._next}", 0)
-                alarm = self._store.get(ALARM).decode() if self._store.check([ALARM]) else ""
-                now = self._contact = time.monotonic()
-                if beats != heard:
-                    heard, since = beats, now
-                elif now - since > SILENT_SECONDS and not alarm:
-                    alarm = f"process {self._next} has not been heard of for {SILENT_SECONDS:g} seconds"
-                    self._store.set(ALARM, alarm)
-            except RuntimeError:
-                alarm = "the process that held the connections together has ended"
-            if alarm:
-                self._end(alarm)
+        self._failed = False
+        self._thread = threading.Thread(target=self._watch, name="jlt-watchdog", daemon=True)
 
     def _watch(self) -> None:
-        while not self._left.wait(BEAT_SECONDS):
-            if time.monotonic() - self._contact > SILENT_SECONDS:
-                self._end(f"who holds the connections together has not answered for {SILENT_SECONDS:g} seconds")
-            if self._pulse.hanging():
-                self._end("its step takes far longer than any before, so it hangs, or waits for one that does")
+        last = time.monotonic()
+        try:
+            # Processes leave at different moments. All see in the same beat that the last one has left.
+            while self._beat() < self._size:
+                last = time.monotonic()
+                self._left.wait(BEAT_SECONDS)
+                if self._failed:
+                    return
+                if self._pulse.hanging():
+                    self._end("a step takes far longer than any before it: it hangs, or it waits for one that hangs")
+        except RuntimeError as error:
+            # A main thread that waits for the lost process gets an error of its own, which names the step.
+            if not self._left.wait(max(0.0, last + SILENT_SECONDS - time.monotonic())):
+                self._end(f"another process has died or does not answer ({str(error).strip().splitlines()[0]})")
 
-    def _end(self, alarm: str) -> None:
-        if self._left.is_set() or self._pulse.leaving:
-            return
-        print(f"[process {self._rank}] jlt: This process ends: {alarm}.", file=sys.stderr, flush=True)
-        # The other threads may be waiting, for ever, for the one that is gone.
-        os._exit(1)
+    def _beat(self) -> int:
+        """Return how many processes have left the block; RuntimeError if one is gone or does not answer."""
+        import torch
+        import torch.distributed as dist
+
+        left = torch.tensor(int(self._left.is_set()))
+        dist.all_reduce(left, group=self._group)
+        return int(left)
+
+    def _end(self, reason: str) -> None:
+        if not (self._left.is_set() or self._pulse.leaving):
+            print(f"[process {self._rank}] jlt: This process ends: {reason}.", file=sys.stderr, flush=True)
+            # The main thread may wait for ever.
+            os._exit(1)
 
     def __enter__(self) -> Watchdog:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failed = error is not None
         self._left.set()
-        for thread in self._threads:
-            # Not for ever: the store may be what does not answer.
-            thread.join(timeout=1)
+        # After an error, other processes may be gone or may never leave.
+        self._thread.join(timeout=1 if self._failed else None)

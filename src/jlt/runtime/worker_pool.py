@@ -1,4 +1,4 @@
-"""Side-by-side work in a few processes, which live no longer than their parent and stop when it asks them to."""
+"""Jobs in a few worker processes, which live no longer than their parent and stop when it does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _stopping: Event | None = None
 def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int, on_poll: Callable[[], None]) -> None:
     """Call `job` on each argument in `workers` processes, calling `on_poll` about once a second.
 
-    The first failure asks the other jobs to stop, which save, and is raised. So do SIGTERM and Ctrl-C, with Stopped.
+    After the first failure, or after SIGTERM or Ctrl-C, the other jobs save and stop. The failure or Stopped is raised.
     """
     context = spawn_context()
     stopping = context.Event()
@@ -38,11 +38,11 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
                 on_poll()
         except BrokenProcessPool as error:
             raise JLTError(
-                "A worker process was killed, most likely for want of memory: try --workers 1. "
-                "The same words continue it."
+                "A worker process was killed, most likely because memory ran out: try --workers 1. "
+                "Run the same command again to resume."
             ) from error
         finally:
-            # After success nobody is left to hear it. After a killed worker all futures break, yet others still work.
+            # After a killed worker all futures are broken, yet the other workers still run.
             stopping.set()
             pool.shutdown(wait=True, cancel_futures=True)
         if stop:
@@ -50,9 +50,9 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
 
 
 def _run(job: Callable[[Any], None], argument: Any) -> None:
-    # A job that the pool had already handed out when the stop came cannot be cancelled, but need not begin.
+    # The pool cannot cancel a job that it has already handed out.
     if _stopping is not None and _stopping.is_set():
-        raise Stopped("Not begun.")
+        raise Stopped("Stopped before the start.")
     job(argument)
 
 

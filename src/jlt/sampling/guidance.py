@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from jlt.config import Prediction, SampleConfig
 from jlt.prediction import velocity_from_output
-from jlt.sampling.solvers import Velocity, solve
+from jlt.sampling.solvers import State, Velocity, evaluated_times
+from jlt.timesteps import sampling_grid
 
 NOISE_END = 0.02
-"""Least time at which an eps-prediction is asked: sampling begins at t = 0, where its readout is 0 / 0.
+"""The earliest time at which an eps-prediction is evaluated: sampling begins at t = 0, where its readout is 0 / 0.
 
-The noise of t = 0 is taken for the z of this time. On grids of up to 50 equal steps this
-touches the first evaluation and no other.
+The noise of t = 0 is taken for the z of this time. On grids of up to 50 equal steps this changes the first evaluation
+and no other.
 """
 
 
@@ -30,10 +30,9 @@ class Denoiser:
     null_label: int
     t_eps: float = 0.0
 
-    def velocity(self, z: Float[Tensor, "b *rest"], t: float, labels: Int[Tensor, "b"]) -> Float[Tensor, "b *rest"]:
+    def velocity(self, z: State, t: float, labels: Int[Tensor, "b"]) -> State:
         """Return v^ at one time t for the whole batch (eq. 3), in z's precision."""
-        asked = max(t, NOISE_END) if self.prediction == "eps" else t
-        times = z.new_full((len(z),), asked)
+        times = z.new_full((len(z),), max(t, NOISE_END) if self.prediction == "eps" else t)
         output = self.network(z, times, labels).to(z.dtype)
         return velocity_from_output(self.prediction, output, z, times, self.t_eps)
 
@@ -57,13 +56,13 @@ def guided(
     """
     null = torch.full_like(labels, denoiser.null_label)
 
-    def branches(z: Float[Tensor, "b *rest"], t: float) -> tuple[Float[Tensor, "b *rest"], Float[Tensor, "b *rest"]]:
+    def branches(z: State, t: float) -> tuple[State, State]:
         if guide is not None:
             return denoiser.velocity(z, t, labels), guide.velocity(z, t, labels)
         v_class, v_null = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null))).chunk(2)
         return v_class, v_null
 
-    def velocity(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
+    def velocity(z: State, t: float) -> State:
         if cfg_scale == 1 or not in_interval(t, *cfg_interval):
             return denoiser.velocity(z, t, labels)
         if cfg_scale == 0:
@@ -74,14 +73,8 @@ def guided(
     return velocity
 
 
-def rows_evaluated(grid: Sequence[float], config: SampleConfig) -> int:
-    """Return how many rows a network is asked for per image: its NFE with both branches where both run."""
-    asked: list[float] = []
-
-    def record(z: Float[Tensor, "b *rest"], t: float) -> Float[Tensor, "b *rest"]:
-        asked.append(t)
-        return z
-
-    solve(config.solver, record, torch.zeros(1), grid, fresh=lambda _: torch.zeros(1))
+def rows_evaluated(config: SampleConfig) -> int:
+    """Return how many rows a network evaluates per image: its NFE, with both branches where both run."""
+    times = evaluated_times(config.solver, sampling_grid(config))
     both = config.cfg_scale not in (0, 1)
-    return sum(2 if both and in_interval(t, *config.cfg_interval) else 1 for t in asked)
+    return sum(2 if both and in_interval(t, *config.cfg_interval) else 1 for t in times)

@@ -8,31 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.load import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
-from jlt.config import SampleConfig, TrainConfig
+from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network
 from jlt.runtime.environment import versions
 from jlt.runtime.progress import inform
-from jlt.sampling.generate import (
-    SampleBatch,
-    Seen,
-    batches_of,
-    decode_to_uint8,
-    flow,
-    labels_for,
-    noise_of,
-    sample_latents,
-)
+from jlt.sampling.generate import LatentBatch, LatentSampler, batches_of, decode_to_uint8, labels_for
 from jlt.sampling.guidance import NOISE_END, Denoiser
-from jlt.sampling.solvers import Noise, network_evaluations
+from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
-from jlt.storage.files import difference
+from jlt.storage.files import difference, format_difference
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
@@ -48,7 +39,7 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Weights:
-    """A network ready to sample with, and what a protocol says of its weights."""
+    """A network ready to sample with, and what a protocol records of its weights."""
 
     denoiser: Denoiser
     identity: Mapping[str, Any]
@@ -68,62 +59,46 @@ class ImageSampler:
     def batches(self, numbers: Iterable[range] | None = None) -> Iterator[ImageBatch]:
         """Yield the images of these ranges of numbers, a batch each; without them all `config.num`, in order."""
         ranges = list(batches_of(self.config.num, self.config.batch_size)) if numbers is None else list(numbers)
-        # A compiled network would be compiled anew for a shorter last batch, which takes longer than to fill it.
+        # A compiled network would be compiled again for a shorter last batch, which takes longer than to fill it.
         filled = [range(part.start, part.start + self.config.batch_size) for part in ranges]
         drawn = self.latents(filled if self.config.compile else ranges)
         for part, batch in zip(ranges, drawn, strict=True):
             images = decode_to_uint8(self.autoencoder, batch.latents[: len(part)])
             yield ImageBatch(batch.start, images.cpu(), batch.labels[: len(part)].cpu())
 
-    def latents(self, numbers: Iterable[range] | None = None) -> Iterator[SampleBatch]:
+    def latents(self, numbers: Iterable[range] | None = None) -> Iterator[LatentBatch]:
         """Yield what `batches` decodes."""
-        train = self.checkpoint.config
-        return sample_latents(
-            self.weights.denoiser,
-            self.shape,
-            train.network.num_classes,
-            self.config,
-            self.device,
-            train.noise_scale,
-            numbers,
-            self._guide,
-        )
-
-    def begin(self, numbers: range) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, "n"], Noise]:
-        """Return the noise and the labels of numbered images, and what a stochastic solver adds at each step."""
-        train, config = self.checkpoint.config, self.config
-        labels = labels_for(config.labels, numbers, train.network.num_classes, config.seed).to(self.device)
-        noise, fresh = noise_of(config.seed, numbers, self.shape, self.device, train.noise_scale)
-        return noise, labels, fresh
-
-    def flow(
-        self, noise: Float[Tensor, "n c h w"], labels: Int[Tensor, "n"], fresh: Noise, seen: Seen | None = None
-    ) -> Float[Tensor, "n c h w"]:
-        """Carry noise of any kind to latents, as `jlt.sampling.generate.flow` does."""
-        return flow(self.weights.denoiser, noise, labels, self.config, fresh, self._guide, seen)
+        return self.latent_sampler.batches(numbers)
 
     @property
-    def _guide(self) -> Denoiser | None:
-        return self.guide.denoiser if self.guide else None
+    def latent_sampler(self) -> LatentSampler:
+        """What draws the latents."""
+        guide, scale = self.guide.denoiser if self.guide else None, self.checkpoint.config.noise_scale
+        return LatentSampler(self.weights.denoiser, self.shape, self.config, self.device, scale, guide)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The (C, H, W) of a latent."""
+    def shape(self) -> LatentShape:
+        """The shape of a latent, and the number of classes."""
         network = self.checkpoint.config.network
-        return network.channels, network.height, network.width
+        return LatentShape(network.channels, network.height, network.width, network.num_classes)
 
     @property
     def resolution(self) -> int:
         """Height of the images in pixels."""
-        return self.checkpoint.config.network.height * self.autoencoder.downsampling
+        return self.shape.height * self.autoencoder.downsampling
 
     @property
     def classes(self) -> str:
         """The kind of image source whose classes the labels are."""
         return self.checkpoint.latents["source"]["kind"]
 
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number where the latents came without names."""
+        names = self.checkpoint.latents.get("class_names") or []
+        return names[label] if label < len(names) else str(label)
+
     def protocol(self) -> dict[str, Any]:
-        """Return everything that decides which images these are; batch sizes and compilation only round otherwise."""
+        """Return everything that decides which images these are; batch sizes and compilation change rounding alone."""
         free = ("num", "batch_size", "compile", "autoguide", "autoguide_ema")
         settings = {key: value for key, value in to_json(self.config).items() if key not in free}
         guide = {"autoguide": dict(self.guide.identity)} if self.guide else {}
@@ -160,21 +135,24 @@ def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
 
     Raises JLTError as `open_sampler` does.
     """
-    checkpoint, before = sampler.checkpoint, sampler.config
+    checkpoint, device = sampler.checkpoint, sampler.device
+
+    def changed(*keys: str) -> bool:
+        return any(getattr(config, key) != getattr(sampler.config, key) for key in keys)
+
     check_guidance(checkpoint.config, config)
     weights, guide = sampler.weights, sampler.guide if config.autoguided else None
-    if (config.ema, config.t_eps, config.compile) != (before.ema, before.t_eps, before.compile):
-        weights = open_weights(checkpoint, config.ema, sampler.device, config.t_eps, config.compile)
+    if changed("ema", "t_eps", "compile"):
+        weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     if config.autoguided:
         check_guide(checkpoint, config)
-        kept = ("autoguide", "autoguide_ema", "t_eps", "compile")
-        if guide is None or any(getattr(config, key) != getattr(before, key) for key in kept):
-            guide = _open_guide(checkpoint, config, sampler.device)
+        if guide is None or changed("autoguide", "autoguide_ema", "t_eps", "compile"):
+            guide = _open_guide(checkpoint, config, device)
     return replace(sampler, weights=weights, guide=guide, config=config)
 
 
 def open_weights(checkpoint: Checkpoint, ema: str, device: str, t_eps: float = 0.0, compiled: bool = False) -> Weights:
-    """Return a checkpoint's network with the weights that words name (see `choose_weights`), as a denoiser."""
+    """Return a checkpoint's network with the weights that `ema` names (see `choose_weights`), as a denoiser."""
     train = checkpoint.config
     chosen = choose_weights(checkpoint, ema)
     network = build_network(train.network, seed=0)
@@ -195,12 +173,12 @@ def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> We
 def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
     """Return the checkpoint of the weaker network of autoguidance.
 
-    JLTError if its latents, classes or noise are not those of the other, or if the two are one.
+    JLTError if its latents, classes or noise differ from those of the other, or if both are the same weights.
     """
     guide = open_checkpoint(Path(config.autoguide)) if config.autoguide else checkpoint
     mine, theirs = (_sampled_space(side) for side in (checkpoint, guide))
-    if lines := difference(mine, theirs):
-        raise JLTError(f"{guide.folder} cannot guide, it draws something else: {'; '.join(lines)}.")
+    if differences := difference(mine, theirs):
+        raise JLTError(f"{guide.folder} cannot guide, since it draws other latents: {format_difference(differences)}.")
     require_ema(guide, config.autoguide_ema)
     mine_ema = choose_name(checkpoint, config.ema)
     if guide.sha256 == checkpoint.sha256 and choose_name(guide, config.autoguide_ema) == mine_ema:
@@ -219,7 +197,7 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
     """Raise a JLTError for labels that a run's network does not know, and guidance that it was not trained for."""
     labels_for(config.labels, range(1), train.network.num_classes, config.seed)
     if config.autoguided and config.cfg_scale == 1:
-        raise JLTError("A guide has no effect at cfg_scale 1: name another with --cfg-scale.")
+        raise JLTError("A guide has no effect at cfg_scale 1: choose another scale with --cfg-scale.")
     if config.cfg_scale != 1 and train.label_dropout == 0 and not config.autoguided:
         raise JLTError(
             "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."
@@ -229,8 +207,8 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
 def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str) -> Autoencoder:
     """Load the autoencoder that made some latents, from `path` or from where it was loaded when it made them.
 
-    JLTError if what is found decodes otherwise: by its weights, its normalisation or its sizes. Latents that were
-    adopted name no weights: any of the right sizes are taken, and a line says so.
+    JLTError if its weights, normalisation or sizes are others. Adopted latents record no weights: any autoencoder of
+    the right sizes is accepted, and a message reports it.
     """
     autoencoder = load_autoencoder(identity["name"], path or _recorded_place(identity), device)
     if coordinates := coordinates_of(identity):
@@ -238,7 +216,9 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
-        inform(f"The latents name no weights of their autoencoder: those from {found['source']} decode them unchecked.")
+        inform(
+            f"The latents record no weights of their autoencoder: those from {found['source']} decode them unchecked."
+        )
     else:
         decisive = ["weights_sha256", "normalisation", *decisive]
     for key in decisive:
@@ -251,7 +231,7 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
 
 
 def _recorded_place(identity: dict[str, Any]) -> str | None:
-    """Return the folder or Hub id of an identity; None, the usual place, if it is none or a folder that is gone."""
+    """Return the folder or Hub id of an identity; None, for the usual place, without one or if the folder is gone."""
     name, source = identity["name"], identity["source"]
     gone = Path(source).is_absolute() and not Path(source).exists()
     if source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES):

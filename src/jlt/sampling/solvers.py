@@ -1,12 +1,12 @@
 """Solvers of dz/dt = v(z, t) from noise at t = 0 to data at t = 1: a table, or a step, over a grid of times.
 
-A solver sees a velocity and never labels, networks or guidance. With x^ = z + (1-t) v the clean prediction (eq. 4), the
-exponential ones treat the linear part of
+A solver sees a velocity and never labels, networks or guidance. With the clean prediction x^ (eq. 4), the exponential
+ones treat the linear part of
 
     dz/dt = (x^ - z) / (1-t)
 
 exactly: where x^ stays the same, one step from t to s is z_s = k z_t + (s - k t) x^ with k = (1-s) / (1-t). The step
-to s = 1 returns x^ itself. No solver asks for a velocity at the grid's end, where a readout may be singular.
+to s = 1 returns x^ itself. No solver evaluates the velocity at the end of the grid, where a readout may be singular.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from jlt.config import Solver
 from jlt.errors import unknown_name
+from jlt.prediction import clean_from_velocity
+from jlt.timesteps import half_log_snr, uniform_grid
 
-Velocity = Callable[[Float[Tensor, "b *rest"], float], Float[Tensor, "b *rest"]]
-Noise = Callable[[int], Float[Tensor, "b *rest"]]
+State = Float[Tensor, "b *rest"]
+"""A batch of points z of the path, or of velocities there."""
+Velocity = Callable[[State, float], State]
+Noise = Callable[[int], State]
 """Fresh noise, of the scale of the first, for each step of a stochastic solver."""
 
 
 @dataclass(frozen=True)
 class RungeKutta:
-    """An explicit method by its tableau: stage i is asked at t + nodes[i] h, after the moves matrix[i] of the others.
+    """An explicit method by its tableau: stage i is evaluated at t + nodes[i] h, moved by matrix[i] of the stages.
 
-    Where a stage lies at the end of the step, the last step is Euler (eq. 8).
+    The last step is Euler where a stage is at the end of the step (eq. 8).
     """
 
     order: int
@@ -39,46 +44,30 @@ class RungeKutta:
     matrix: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
-    def evaluations(self, steps: int) -> int:
-        """Return the number of velocities that `steps` steps ask for."""
-        return len(self.nodes) * (steps - 1) + (1 if self._asks_at_end else len(self.nodes))
-
-    def solve(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
-    ) -> Float[Tensor, "b *rest"]:
-        """Walk the grid from noise z; `fresh` is not asked."""
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
+        """Walk the grid; no noise is added."""
         del fresh
-        intervals = list(pairwise(grid))
-        for t, t_next in intervals[:-1]:
+        *intervals, last = pairwise(grid)
+        for t, t_next in intervals:
             z = self.step(velocity, z, t, t_next)
-        last = EULER if self._asks_at_end else self
-        return last.step(velocity, z, *intervals[-1])
+        return (EULER if 1.0 in self.nodes else self).step(velocity, z, *last)
 
-    def step(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], t: float, t_next: float
-    ) -> Float[Tensor, "b *rest"]:
+    def step(self, velocity: Velocity, z: State, t: float, t_next: float) -> State:
         """Move z from t to t_next."""
         h = t_next - t
         slopes: list[Tensor] = []
         for node, row in zip(self.nodes, self.matrix, strict=True):
-            # A stage at the end of the step is asked at the grid's own time, not at one that rounding has moved.
+            # A stage at the end of the step takes the time of the grid, not one that rounding has moved.
             slopes.append(velocity(_moved(z, h, row, slopes), t_next if node == 1 else t + node * h))
         return _moved(z, h, self.weights, slopes)
 
-    @property
-    def _asks_at_end(self) -> bool:
-        return 1.0 in self.nodes
 
-
-def _moved(
-    z: Float[Tensor, "b *rest"], h: float, weights: Sequence[float], slopes: Sequence[Float[Tensor, "b *rest"]]
-) -> Float[Tensor, "b *rest"]:
+def _moved(z: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
     for weight, slope in zip(weights, slopes, strict=True):
         z = z + (h * weight) * slope if weight else z
     return z
 
 
-@dataclass(frozen=True)
 class Multistep:
     """DPM-Solver++(2M) (Lu et al. 2022): x^ is extrapolated along lambda = log t/(1-t) from this step and the last one.
 
@@ -87,43 +76,22 @@ class Multistep:
 
     order = 2
 
-    def evaluations(self, steps: int) -> int:
-        """Return the number of velocities that `steps` steps ask for."""
-        return steps
-
-    def solve(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
-    ) -> Float[Tensor, "b *rest"]:
-        """Walk the grid from noise z; `fresh` is not asked."""
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
+        """Walk the grid; no noise is added."""
         del fresh
         before: Tensor | None = None
         width_before = math.inf
         for t, t_next in pairwise(grid):
-            clean = z + (1 - t) * velocity(z, t)
-            width = _log_ratio(t_next) - _log_ratio(t)
+            clean = clean_from_velocity(velocity(z, t), z, t)
+            width = half_log_snr(t_next) - half_log_snr(t)
             extrapolated = clean
             if before is not None and math.isfinite(width) and math.isfinite(width_before):
                 extrapolated = clean + width / (2 * width_before) * (clean - before)
-            z = exponential_step(z, extrapolated, t, t_next)
+            z = _mixed(z, extrapolated, t, t_next, keep=(1 - t_next) / (1 - t))
             before, width_before = clean, width
         return z
 
 
-def _log_ratio(t: float) -> float:
-    if t <= 0:
-        return -math.inf
-    return math.log(t / (1 - t)) if t < 1 else math.inf
-
-
-def exponential_step(
-    z: Float[Tensor, "b *rest"], clean: Float[Tensor, "b *rest"], t: float, t_next: float
-) -> Float[Tensor, "b *rest"]:
-    """Move z from t to t_next along the straight path of eq. 1 that ends in `clean`."""
-    keep = (1 - t_next) / (1 - t)
-    return keep * z + (t_next - keep * t) * clean
-
-
-@dataclass(frozen=True)
 class Ancestral:
     """Each step draws z_s from its distribution given z_t and x = x^: a stochastic solver, of weak order 1.
 
@@ -134,21 +102,20 @@ class Ancestral:
 
     order = 1
 
-    def evaluations(self, steps: int) -> int:
-        """Return the number of velocities that `steps` steps ask for."""
-        return steps
-
-    def solve(
-        self, velocity: Velocity, z: Float[Tensor, "b *rest"], grid: Sequence[float], fresh: Noise
-    ) -> Float[Tensor, "b *rest"]:
-        """Walk the grid from noise z; `fresh(k)` is the noise of step k, of which the last needs none."""
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
+        """Walk the grid; every step but the last adds noise."""
         for number, (t, t_next) in enumerate(pairwise(grid)):
-            clean = z + (1 - t) * velocity(z, t)
+            clean = clean_from_velocity(velocity(z, t), z, t)
             keep = t / t_next * ((1 - t_next) / (1 - t)) ** 2
-            z = keep * z + (t_next - keep * t) * clean
+            z = _mixed(z, clean, t, t_next, keep)
             if t_next < 1:
                 z = z + math.sqrt((1 - t_next) ** 2 - (keep * (1 - t)) ** 2) * fresh(number)
         return z
+
+
+def _mixed(z: State, clean: State, t: float, t_next: float, keep: float) -> State:
+    """Return the point at t_next that keeps a share of z and has x^ in the amount of eq. 1."""
+    return keep * z + (t_next - keep * t) * clean
 
 
 EULER = RungeKutta(order=1, nodes=(0.0,), matrix=((),), weights=(1.0,))
@@ -164,23 +131,35 @@ SOLVERS: dict[Solver, RungeKutta | Multistep | Ancestral] = {
 
 
 def no_noise(step: int) -> Tensor:
-    """Stand in for fresh noise where a solver asks for none; ValueError if it does."""
-    raise ValueError(f"step {step} asks for fresh noise: a stochastic solver needs its source")
+    """Stand in for fresh noise where a solver needs none; ValueError if it does."""
+    raise ValueError(f"step {step} needs fresh noise: a stochastic solver needs its source")
 
 
 def solve(
     solver: Solver,
     velocity: Velocity,
-    noise: Float[Tensor, "b *rest"],
+    noise: State,
     grid: Sequence[float],
     fresh: Noise = no_noise,
-) -> Float[Tensor, "b *rest"]:
+) -> State:
     """Walk a grid of increasing times from noise, at its first, to its last; JLTError for an unknown solver."""
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     return SOLVERS[solver].solve(velocity, noise, grid, fresh)
 
 
+def evaluated_times(solver: Solver, grid: Sequence[float]) -> list[float]:
+    """Return the times at which `solve` evaluates the velocity, in order."""
+    times: list[float] = []
+
+    def velocity(z: State, t: float) -> State:
+        times.append(t)
+        return z
+
+    solve(solver, velocity, torch.zeros(1), grid, fresh=lambda _: torch.zeros(1))
+    return times
+
+
 def network_evaluations(solver: Solver, steps: int) -> int:
     """Return the number of function evaluations (NFE) of `solve`, for each branch of guidance."""
-    return SOLVERS[solver].evaluations(steps)
+    return len(evaluated_times(solver, uniform_grid(steps).tolist()))

@@ -1,4 +1,4 @@
-"""Rows of a large array, a block at a time: for arrays that lie in a file, no more of it is in memory."""
+"""Rows of a large array, a block at a time, so that only a block of a mapped file is in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = 1024
 
 
 def blocks(array: Shaped[np.ndarray, "n *_"], size: int = ROWS) -> Iterator[tuple[slice, Shaped[Tensor, "b *_"]]]:
-    """Yield which rows, and a copy of them as a tensor."""
+    """Yield each range of rows with a copy of them as a tensor."""
     for start in range(0, len(array), size):
         rows = slice(start, min(start + size, len(array)))
         yield rows, torch.from_numpy(np.array(array[rows]))
@@ -26,14 +26,14 @@ def take(array: Shaped[np.ndarray, "n *_"], rows: Int64[np.ndarray, " m"]) -> Sh
     """Return a copy of the given rows as a tensor."""
     taken = np.empty((len(rows), *array.shape[1:]), dtype=array.dtype)
     for start in range(0, len(rows), ROWS):
-        # What lies around a row comes into memory with it.
+        # The pages of each row come into memory whole.
         taken[start : start + ROWS] = array[rows[start : start + ROWS]]
         release(array)
     return torch.from_numpy(taken)
 
 
 def release(array: Shaped[np.ndarray, "..."]) -> None:
-    """Let go of what was read of a file that is mapped for reading; it counts as this process's memory until then."""
+    """Release the pages read from a file that is mapped read-only; they count as this process's memory until then."""
     if not isinstance(array, np.memmap) or array.mode != "r":
         return
     base: Any = array

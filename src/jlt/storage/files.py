@@ -1,6 +1,6 @@
-"""Result files: written beside and renamed, so that a reader sees the old file or the new one and never half of one.
+"""Files of results: written under a temporary name and renamed, so that a reader never sees half of one.
 
-Also what a folder of results needs: a file that says whose it is, and a lock for as long as somebody writes.
+Also what a folder of results needs: a file that identifies its work, and a lock while a process writes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlt.errors import JLTError
 
@@ -32,13 +33,13 @@ UNREADABLE_ARRAYS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What numpy and torch raise for files of arrays that are damaged or of another kind."""
+"""What numpy and torch raise for a damaged file of arrays, or for a file of another kind."""
 LONG_LIST = 8
-"""Lists with more values than this are not shown whole in a message."""
+"""A message shows no list with more values than this."""
 
 
 def why_unreadable(error: Exception) -> str:
-    """Return what is wrong with a file of arrays, without numpy's advice to run what is in it."""
+    """Return what is wrong with a file of arrays, without numpy's advice to unpickle it."""
     return "it is a pickle, or no archive of arrays" if "pickle" in str(error) else str(error)
 
 
@@ -46,7 +47,7 @@ def why_unreadable(error: Exception) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, flushed to disk and renamed to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: some writers choose their format by it.
+    # The suffix stays last, because some writers choose their format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     # What has this name already may be a link, which writing would follow.
     temporary.unlink(missing_ok=True)
@@ -114,27 +115,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a file that is missing, does not parse or holds anything else is named in a JLTError."""
+    """Read a JSON object; a JLTError names a file that is missing, does not parse or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise JLTError(f"{path} does not exist.") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise JLTError(
-            f"{path} is not readable JSON ({error}): it is damaged or was written by something else."
-        ) from error
+        raise JLTError(f"{path} is not readable JSON ({error}): it is damaged, or another program wrote it.") from error
     if not isinstance(content, dict):
-        raise JLTError(f"{path} holds no JSON object: it is damaged or was written by something else.")
+        raise JLTError(f"{path} holds no JSON object: it is damaged, or another program wrote it.")
     return content
 
 
 def sealed_text(content: Mapping[str, Any]) -> str:
-    """Return JSON that carries the SHA-256 of its own content as its last field."""
+    """Return JSON whose last field is the SHA-256 of the rest."""
     return _indented({**content, "sha256": sealed_sha256(content)})
 
 
 def sealed_sha256(content: Mapping[str, Any]) -> str:
-    """Return the hash with which `sealed_text` seals a content."""
+    """Return the hash that `sealed_text` appends."""
     return hashlib.sha256(_indented(content).encode()).hexdigest()
 
 
@@ -142,8 +141,8 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """Return the content of a sealed file, without its hash; JLTError if it was damaged or edited."""
     content = read_json(path)
     if "sha256" not in content:
-        raise JLTError(f"{path} carries no hash of itself: it was damaged or written by something else.")
-    # The bytes are compared too, since an edit may leave the parsed values as they are (1e-05 for 1E-05).
+        raise JLTError(f"{path} carries no hash of itself: it is damaged, or another program wrote it.")
+    # The bytes are compared too, since an edit may keep the parsed values (1e-05 for 1E-05).
     unchanged = path.read_bytes() == _indented(content).encode()
     recorded = content.pop("sha256")
     if not unchanged or recorded != sealed_sha256(content):
@@ -155,52 +154,66 @@ def _indented(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """Return one line per value in which two nested mappings differ, by dotted name."""
-    lines = []
+class Difference(NamedTuple):
+    """A value in which two nested mappings differ; None where one of them has no such key."""
+
+    key: str
+    """Dotted name, with the first differing place of a long list in brackets."""
+    old: Any
+    new: Any
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[Difference]:
+    """Return the values in which two nested mappings differ, in the order of their names."""
+    found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += difference(a, b, f"{where}{key}.")
+            found += difference(a, b, f"{where}{key}.")
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) > LONG_LIST:
-            # One line for all: a thousand class names may differ.
-            first = next((place for place in range(len(a)) if a[place] != b[place]), None)
-            if first is not None:
-                lines.append(f"{where}{key}[{first}]: {_short(a[first])} -> {_short(b[first])}")
+            # The first place stands for all: a thousand class names may differ.
+            places = (place for place in range(len(a)) if a[place] != b[place])
+            found += [Difference(f"{where}{key}[{first}]", a[first], b[first]) for first in itertools.islice(places, 1)]
         elif a != b:
-            lines.append(f"{where}{key}: {_short(a)} -> {_short(b)}")
-    return lines
+            found.append(Difference(f"{where}{key}", a, b))
+    return found
+
+
+def format_difference(differences: Iterable[Difference]) -> str:
+    """Return differences as a part of a sentence: `seed: 0 -> 1; steps: 10 -> 20`."""
+    return "; ".join(f"{key}: {_short(old)} -> {_short(new)}" for key, old, new in differences)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list) and len(value) > LONG_LIST:
         return f"{len(value)} values"
     text = repr(value)
-    # What tells hashes apart is at their beginning.
+    # The first digits of a hash distinguish it.
     return text if not re.fullmatch(r"'[0-9a-f]{64}'", text) else f"{text[:13]}...'"
 
 
 def claim_folder(
-    folder: Path, marker: str, words: Mapping[str, Any], free: Collection[str] = (), allowed: Collection[str] = ()
+    folder: Path, marker: str, identity: Mapping[str, Any], free: Collection[str] = (), allowed: Collection[str] = ()
 ) -> None:
-    """Make a folder the place of one piece of work, described by JSON `words` in the file `marker`.
+    """Make a folder the place of one piece of work, whose JSON `identity` goes into the file `marker`.
 
     A JLTError leaves the folder as it is: for a file, for a folder that holds anything but entries named in `allowed`,
     and for one whose marker differs in more than the `free` keys; the message shows the difference.
     """
     if folder.exists() and not folder.is_dir():
         raise JLTError(f"{folder} is a file: name a folder.")
-    words = json.loads(json.dumps(words))
+    identity = json.loads(json.dumps(identity))
     path = folder / marker
     if path.is_file():
         stored = read_json(path)
-        before, now = ({key: side[key] for key in side if key not in free} for side in (stored, words))
-        lines = difference(before, now)
-        if lines:
-            raise JLTError(f"{folder} holds other work, which differs in: {'; '.join(lines)}. Choose another folder.")
+        before, now = ({key: side[key] for key in side if key not in free} for side in (stored, identity))
+        if differences := difference(before, now):
+            raise JLTError(
+                f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
+            )
     elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
         raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
-    write_json(path, words)
+    write_json(path, identity)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it can be reached, and single files of it."""
+"""The Hugging Face Hub: whether it is reachable, and single files of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CONNECT_SECONDS = 10.0
 
 
 def require_reachable(repository: str, files: Sequence[str], remedy: str) -> None:
-    """Raise a JLTError at once where the Hub's library would try again for a minute, and then blame the repository.
+    """Raise a JLTError at once if the Hub is not reachable; its library would retry for a minute first.
 
-    Nothing is asked for where one of the files is in the Hub's cache; `remedy` ends the message with what to do.
+    There is no check if one of the files is in the Hub's cache; `remedy` ends the message with what to do.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -29,7 +29,7 @@ def require_reachable(repository: str, files: Sequence[str], remedy: str) -> Non
         socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise JLTError(
-            f"{repository} is no folder here, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
+            f"{repository} is not a local folder, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""A table on disk that is filled by number: by several processes, in any order, across restarts.
+"""A table on disk whose rows several processes write by number, in any order, across restarts.
 
-Each column is a file of plain rows. A further file holds a checksum of every row, written after it, so that a row that
-was cut short or damaged counts as not written.
+Each column is a file of plain rows. Another file holds a checksum of every row, written after the row, so an incomplete
+or damaged row counts as not written.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from jlt.storage.files import open_unlinked
 CHECKS = ".checks"
 SUFFIX = ".rows"
 FREE_SHARE = 0.02
-"""Of what is about to be written: room that is left over."""
-
+"""Share of the planned bytes that must stay free after them."""
 
 Column = tuple[type[np.generic], tuple[int, ...]]
 """The type of a column's elements and the shape of one row."""
@@ -41,14 +40,14 @@ class RowTable:
         sizes = {self._path(name): self._row_bytes(name) * count for name in columns}
         sizes[folder / CHECKS] = 4 * count
         self.holds_more = any(path.exists() and path.stat().st_size > size for path, size in sizes.items())
-        """Whether more rows than these lie there, of somebody who wants more."""
+        """Whether the files hold more rows, of a larger table."""
         missing = {path: size - (path.stat().st_size if path.exists() else 0) for path, size in sizes.items()}
         require_space(folder, sum(max(0, size) for size in missing.values()), f"{count} rows")
         for path, size in sizes.items():
             _reserve(path, size)
 
     def written(self) -> Bool[np.ndarray, " count"]:
-        """Return which rows are there and whole; reads all of them."""
+        """Return which rows are complete; reads all of them."""
         checks = np.fromfile(self.folder / CHECKS, dtype=np.uint32, count=self.count)
         found = np.flatnonzero(checks)
         done = np.zeros(self.count, dtype=bool)
@@ -79,12 +78,12 @@ class RowTable:
         }
 
     def require_full(self) -> None:
-        """Raise JLTError if rows are missing that other processes wrote."""
+        """Raise JLTError if rows of other processes are missing."""
         missing = int((~self.written()).sum())
         if missing:
             raise JLTError(
                 f"{missing} of {self.count} rows that other processes wrote are not in {self.folder}: "
-                "it must be a folder that all of them share."
+                "all processes must share this folder."
             )
 
     def remove(self) -> None:
@@ -107,7 +106,7 @@ class RowTable:
             check = 0
             for part in parts:
                 check = zlib.crc32(np.ascontiguousarray(part[row]).tobytes(), check)
-            # 0 is a row that was not written.
+            # 0 marks a row that was not written.
             sums[row] = check or 1
         return sums
 
@@ -119,7 +118,7 @@ def remove_rows(folder: Path) -> None:
 
 
 def unwritten(ranges: Iterable[range], written: Bool[np.ndarray, " count"]) -> list[range]:
-    """Return the ranges of which some row was not written."""
+    """Return the ranges in which a row is missing."""
     return [part for part in ranges if not written[part.start : part.stop].all()]
 
 
@@ -128,12 +127,12 @@ def require_space(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if size * (1 + FREE_SHARE) > free:
         raise JLTError(
-            f"{what} take {size / 1e6:,.1f} MB in {folder}, and {free / 1e6:,.1f} MB are free there: make room first."
+            f"{what} take {size / 1e6:,.1f} MB in {folder}, and only {free / 1e6:,.1f} MB are free: make room first."
         )
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Give a file at least this size, zeros where it is new, and its room on the disk where the disk can promise it."""
+    """Extend a file to this size with zeros, and reserve its space if the file system supports that."""
     descriptor = open_unlinked(path, os.O_RDWR | os.O_CREAT)
     try:
         before = os.fstat(descriptor).st_size
@@ -145,7 +144,7 @@ def _reserve(path: Path, size: int) -> None:
                 os.posix_fallocate(descriptor, 0, size)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    # A file of its full size would be taken for one that has its room.
+                    # Otherwise the next start would take the file for one whose space is reserved.
                     os.truncate(descriptor, before)
                     raise
     finally:
@@ -153,7 +152,7 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def _write_at(path: Path, offset: int, values: np.ndarray) -> None:
-    # Not through a map: a full disk is an error here and a killing signal there.
+    # Not through a map, where a full disk kills the process with a signal.
     with os.fdopen(open_unlinked(path, os.O_RDWR), "r+b") as file:
         file.seek(offset)
         file.write(values.data.cast("B"))

@@ -1,4 +1,4 @@
-"""Files of bundled weights: float16 safetensors whose metadata says what made them and what was measured."""
+"""Files of bundled weights: float16 safetensors whose metadata holds their origin and measurements."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
         return tensor.detach().to(tensor.dtype if keep else torch.float16).contiguous()
 
     rounded = {name: stored(name, tensor) for name, tensor in weights.items()}
-    # diffusers wants to be told that the tensors are PyTorch's. safetensors' own save_file makes files that only their
-    # owner can read, and an installed package is read by others.
+    # diffusers requires the format. safetensors' own save_file makes files that only their owner can read, and other
+    # users read an installed package.
     content = save(rounded, metadata={"format": "pt", **metadata})
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
@@ -48,7 +48,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over name, dtype, shape and bytes of every tensor in order of name.
 
-    It is a hash of the weights as loaded, so that one network has one hash however its files are cut or packed.
+    It is a hash of the loaded weights, so it does not depend on how they are split into files.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):

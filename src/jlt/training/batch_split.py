@@ -1,4 +1,4 @@
-"""How the global batch is shared out: batch_size = micro_batch_size * accumulation * processes."""
+"""The split of the global batch: batch_size = micro_batch_size * accumulation * processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jlt.errors import JLTError
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """What one process does for an update."""
+    """The part of one process in an update."""
 
     micro_batch_size: int
-    """Samples that go through the network at a time."""
+    """Samples in one pass through the network."""
     accumulation: int
-    """Micro-batches whose gradients are added up."""
+    """Micro-batches whose gradients are summed."""
 
     @property
     def share(self) -> int:
@@ -24,13 +24,13 @@ class BatchSplit:
 
 
 def split_batch(config: TrainConfig, processes: int) -> BatchSplit:
-    """Return the split of `config.batch_size` over processes; what is 0 follows from the rest.
+    """Return the split of `config.batch_size` over processes; a setting of 0 follows from the others.
 
-    Where micro_batch_size and accumulation are both 0, accumulation is 1. JLTError with the nearest numbers that work
-    for a product that does not come out.
+    If micro_batch_size and accumulation are both 0, accumulation is 1. JLTError, with the nearest numbers that work, if
+    the product is not the batch size.
     """
     if processes < 1:
-        raise JLTError(f"A batch is shared out among at least one process, not {processes}.")
+        raise JLTError(f"A batch needs at least one process, not {processes}.")
     batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.accumulation
     if batch % processes:
         raise JLTError(
@@ -51,7 +51,7 @@ def split_batch(config: TrainConfig, processes: int) -> BatchSplit:
 
 
 def _quotient(name: str, divisor: int, share: int) -> int:
-    """Return share / divisor; JLTError where it is not whole."""
+    """Return share / divisor; JLTError if it is not a whole number."""
     if share % divisor:
         near = " or ".join(map(str, _nearest_divisors(share, divisor)))
         raise JLTError(
@@ -68,6 +68,6 @@ def _nearest_divisors(share: int, near: int) -> list[int]:
 
 
 def _multiples(value: int, of: int) -> str:
-    """Return the nearest multiples below and above, as words."""
+    """Return the nearest multiples below and above, for a message."""
     below, above = value // of * of, -(-value // of) * of
     return f"batch_size {below} or {above}" if below else f"batch_size {above}"

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder per step that exists whole or not at all, and says by its hashes that it is sound.
+"""Checkpoints: a folder per step that exists whole or not at all, with hashes to verify it.
 
 checkpoints/step_0000500/
     network.safetensors, ema_0.99.safetensors, ..., optimizer.safetensors
@@ -46,7 +46,7 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class StepFolder:
-    """A folder of tensors on disk that belongs to a step of a run, its manifest read."""
+    """A folder of tensors that belongs to a step of a run, with its manifest: a checkpoint or a snapshot."""
 
     folder: Path
     step: int
@@ -57,12 +57,12 @@ class StepFolder:
 
     @property
     def sha256(self) -> str:
-        """Identity of what was trained: a hash over the step and the hashes of all tensors."""
+        """Identity of the trained weights: a hash over the step and the hashes of all tensors."""
         tensors = {name: sha256 for name, sha256 in self.files.items() if name.endswith(".safetensors")}
         return sealed_sha256({"step": self.step, "files": tensors})
 
     def ema_names(self) -> list[str]:
-        """Return the averages that are stored, by the words that name them."""
+        """Return the names of the stored averages."""
         return [name.removeprefix("ema_").removesuffix(".safetensors") for name in self.files if name[:4] == "ema_"]
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -72,25 +72,20 @@ class StepFolder:
 
 
 @dataclass(frozen=True)
-class SnapshotFolder(StepFolder):
-    """The power-function averages of a step."""
-
-
-@dataclass(frozen=True)
 class Checkpoint(StepFolder):
-    """Everything that a run continues from."""
+    """Everything that a run resumes from."""
 
     config: TrainConfig
     latents: Mapping[str, Any]
-    """Identity of the latent store that it was trained on, its autoencoder's included."""
+    """Identity of the latent store of the training, with its autoencoder."""
 
     @property
     def run(self) -> Path:
-        """The run folder that it lies in."""
+        """The run folder that contains it."""
         return self.folder.parent.parent
 
     def ema_names(self) -> list[str]:
-        """Return the averages that are stored in the order of the configuration, by the words that name them."""
+        """Return the names of the averages in the order of the configuration."""
         return average_names(self.config)
 
     def read_state(self) -> dict[str, Any]:
@@ -147,7 +142,7 @@ def save_snapshot(run: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path
 def _write_folder(
     final: Path, tensors: Tensors, facts: Mapping[str, Any], state: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a folder beside its place, flush it to disk, its manifest last, and rename it there."""
+    """Write a folder under a temporary name, flush it to disk, its manifest last, and rename it."""
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -182,7 +177,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_partial_saves(run: Path) -> None:
-    """Remove what killed processes left half written or half removed; no other process may be writing.
+    """Remove folders that killed processes left incomplete; no other process may be writing.
 
     JLTError if a folder that the run writes to, or one of its checkpoints or snapshots, is a link.
     """
@@ -195,7 +190,7 @@ def remove_partial_saves(run: Path) -> None:
 
 
 def average_names(config: TrainConfig) -> list[str]:
-    """Return the words that name the averages of a run, decays before power functions."""
+    """Return the names of the averages of a run, decays before power functions."""
     return [*map(repr, config.ema), *map(format_sigma_rel, config.power_ema)]
 
 
@@ -213,7 +208,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; JLTError for one that has lost its manifest."""
     folders = sorted(run.glob("checkpoints/step_*"), key=step_of)
     for folder in folders:
-        # A checkpoint appears by a rename, whole: one without a manifest was damaged later.
+        # A checkpoint appears whole, by a rename: one without a manifest was damaged later.
         if not (folder / MANIFEST).is_file():
             raise JLTError(f"{folder} has no {MANIFEST}: it is damaged; delete it to continue from the one before.")
     return folders
@@ -233,7 +228,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int) -> None:
 
 
 def remove_later_snapshots(run: Path, step: int) -> None:
-    """Remove snapshots of steps that will be taken anew."""
+    """Remove snapshots of steps that will be made again."""
     for folder in run.glob("snapshots/step_*"):
         if step_of(folder) > step:
             remove_folder(folder)
@@ -258,12 +253,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, *facts, config, manifest["latents"])
 
 
-def list_snapshots(run: Path) -> list[SnapshotFolder]:
+def list_snapshots(run: Path) -> list[StepFolder]:
     """Return the snapshots of a run, oldest first."""
     folders = sorted(run.glob("snapshots/step_*"), key=step_of)
     manifests = map(_read_manifest, folders)
     return [
-        SnapshotFolder(folder, manifest["step"], manifest["updates"], manifest["files"])
+        StepFolder(folder, manifest["step"], manifest["updates"], manifest["files"])
         for folder, manifest in zip(folders, manifests, strict=True)
     ]
 
@@ -280,12 +275,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_checkpoint_or_run(path: Path) -> bool:
-    """Return whether a folder holds a checkpoint or a run, by what lies in it."""
+    """Return whether a folder holds a checkpoint or a run, by its files."""
     return (path / "checkpoints").is_dir() or (path / "state.json").exists() or (path / "network.safetensors").exists()
 
 
 def verify_checkpoints(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, or with all of a run's and its snapshots; empty if they are sound."""
+    """Return the problems of a checkpoint, or of all checkpoints and snapshots of a run; empty if there are none."""
     folders = sorted(path.glob("checkpoints/step_*")) or [path]
     return [problem for folder in [*folders, *sorted(path.glob("snapshots/step_*"))] for problem in _problems(folder)]
 

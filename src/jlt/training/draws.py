@@ -1,4 +1,4 @@
-"""What training draws at random: pure functions of (seed, step, sample), so every process can draw its own share."""
+"""The random draws of training: pure functions of (seed, step, sample), so every process can draw its own share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StepDraws:
         )
 
     def chained(self, previous: str) -> StepDraws:
-        """Return these draws with the digest that follows from the one before."""
+        """Return these draws with the digest of theirs and of all before."""
         fingerprint = hashlib.sha256(previous.encode())
         seeds = np.array(self.noise_seeds, dtype=np.int64)
         for part in (self.indices, self.flips, self.t.numpy(), self.dropped.numpy(), seeds):
@@ -48,7 +48,7 @@ class StepDraws:
 
 
 def draw_steps(config: TrainConfig, order: SampleOrder, steps: range, digest: str) -> Iterator[StepDraws]:
-    """Yield the draws of whole batches, chained onto the digest of what came before."""
+    """Yield the draws of global batches, chained onto the digest of the draws before."""
     for step in steps:
         draws = draw_step(config, order, step).chained(digest)
         digest = draws.digest

@@ -1,4 +1,4 @@
-"""Starting from the weights of another run, whose classes and grid may be others."""
+"""Fine-tuning: the start from the weights of another run, whose classes and grid may differ."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CLASSES = "class_embedding.weight"
 def start_from(network: Transformer, config: TrainConfig) -> None:
     """Load the weights that a run starts from.
 
-    Positions are computed, so that another grid needs nothing. Another number of classes keeps the null class and
-    leaves the others as they were initialised. JLTError for another prediction and for weights of other shapes.
+    Positions are computed, so any grid fits. With another number of classes, the null class is kept and the others stay
+    as initialised. JLTError for another prediction and for weights of other shapes.
     """
     checkpoint = open_checkpoint(Path(config.init_from))
     if checkpoint.config.prediction != config.prediction:
         raise JLTError(
-            f"{checkpoint.folder} predicts {checkpoint.config.prediction}, and this run {config.prediction}: "
-            "the same output means something else. Start from a checkpoint of the same prediction."
+            f"{checkpoint.folder} predicts {checkpoint.config.prediction}, and this run predicts {config.prediction}. "
+            "Start from a checkpoint of the same prediction."
         )
     chosen = choose_weights(checkpoint, config.init_ema)
     network.load_state_dict(adapt_weights(chosen.tensors, network.state_dict(), str(checkpoint.folder)))
@@ -36,14 +36,17 @@ def start_from(network: Transformer, config: TrainConfig) -> None:
 
 
 def adapt_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return `weights` in the shapes of `target`; JLTError names what does not fit but for the number of classes."""
+    """Return `weights` in the shapes of `target`; JLTError names a shape that differs in more than the classes."""
     adapted = dict(weights)
     if CLASSES in weights and len(weights[CLASSES]) != len(target[CLASSES]):
         classes = target[CLASSES].clone()
         # The null class is the last one.
         classes[-1] = weights[CLASSES][-1]
         adapted[CLASSES] = classes
-        inform(f"{source} knows {len(weights[CLASSES]) - 1} classes: the {len(classes) - 1} of this run start anew.")
+        inform(
+            f"{source} has {len(weights[CLASSES]) - 1} classes. "
+            f"The embeddings of this run's {len(classes) - 1} classes are initialised again."
+        )
     shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (adapted, target)]
     wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
     if wrong:

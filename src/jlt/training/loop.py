@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from jlt.config import TrainConfig, in_steps
+from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import read_ahead
 from jlt.latents.order import SampleOrder
@@ -24,7 +24,7 @@ from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.runtime.signals import Stopped, StopRequest, stop_on_signal
 from jlt.storage.files import lock_folder
-from jlt.training.batch_split import split_batch
+from jlt.training.batch_split import BatchSplit, split_batch
 from jlt.training.checkpoint import (
     list_checkpoints,
     open_checkpoint,
@@ -37,11 +37,15 @@ from jlt.training.journal import Journal
 from jlt.training.meter import Meter, precision_warning
 from jlt.training.run_folder import prepare_run
 from jlt.training.saver import Saver
-from jlt.training.state import initial_state, resume
+from jlt.training.state import TrainState, initial_state, resume
 from jlt.training.step import Outcome, Stepper, Verdict, float32_products
 
 DrawnBatch = tuple[StepDraws, Float[Tensor, "share c h w"], Int64[Tensor, "share"]]
-"""The draws of this process's share of a step, with the latents and labels that they ask for."""
+"""The draws of this process's share of a step, with the latents and labels at their indices."""
+
+
+class NotFiniteError(JLTError):
+    """Too many updates in a row have a loss or a gradient that is not finite; the message names the step."""
 
 
 class Watcher(abc.ABC):
@@ -49,13 +53,13 @@ class Watcher(abc.ABC):
 
     @abc.abstractmethod
     def due(self, step: int) -> bool:
-        """Whether the checkpoint of this step is looked at: a function of the step, the same in all processes."""
+        """Whether it looks at the checkpoint of this step: a function of the step, the same in all processes."""
 
     @abc.abstractmethod
     def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
-        """Look at a checkpoint, and return what the log says of it: an `event` and its values; None if it was before.
+        """Look at a checkpoint, and return an `event` and its values for the log; None if the log has them already.
 
-        Called in every process of the group, all of which return or raise alike.
+        Every process of the group calls it, and all return or raise alike.
         """
 
 
@@ -67,110 +71,106 @@ def train(
     group: Group | None = None,
     watchers: Sequence[Watcher] = (),
 ) -> Path:
-    """Train to the run's last step, continuing from the newest checkpoint in `run`; return the last one's folder.
+    """Train to the run's last step, resuming from the newest checkpoint in `run`; return the last one's folder.
 
-    Every process of a group calls it with the same arguments but for its device. Raises JLTError where the store does
-    not fit the network, the batch does not divide, the folder holds another run or the loss stays not finite, and
-    Stopped after saving when any process was asked to end.
+    Every process of a group calls it with the same arguments but for its device. Lengths are in steps (`in_steps`).
+    Raises JLTError if the store does not fit the network, the batch does not divide, the folder holds another run or
+    the loss stays not finite; Stopped, after saving, if any process received a signal.
     """
     group = group or SingleProcess()
-    config = in_steps(config, len(store))
-    with contextlib.ExitStack() as held, float32_products(config.precision), stop_on_signal() as asked:
-        group.on_rank0(lambda: _claim(held, run, config, store, group.size))
-        return Training(config, store, run, torch.device(device), group, watchers, asked).to_the_end()
+    if config.epochs or config.optimizer.warmup_epochs is not None:
+        raise ValueError("train takes lengths in steps: resolve the epochs with jlt.config.in_steps first")
+    with contextlib.ExitStack() as held, float32_products(config.precision), stop_on_signal() as stop:
+        split = group.on_rank0(lambda: _claim(held, run, config, store, group.size))
+        complete = group.on_rank0(lambda: list_checkpoints(run))
+        state = initial_state(config, device, group, resumed=bool(complete))
+        if complete:
+            resume(state, open_checkpoint(complete[-1]), config, store.identity())
+        with Journal(run, config, state.step, group.rank) as journal:
+            try:
+                # The last session may have ended between a save and a look.
+                show_checkpoint(watchers, run, state, group, journal)
+                if state.step < config.steps:
+                    Training(config, store, run, state, split, group, journal, watchers, stop).run_steps()
+            except Stopped:
+                # A launcher may kill the other processes once the first one has left.
+                group.pulse.leaving = True
+                group.wait()
+                raise
+    return step_folder(run, state.step)
 
 
-def _claim(held: contextlib.ExitStack, run: Path, config: TrainConfig, store: LatentStore, processes: int) -> None:
+def _claim(
+    held: contextlib.ExitStack, run: Path, config: TrainConfig, store: LatentStore, processes: int
+) -> BatchSplit:
     """Refuse what cannot be trained, and make the folder this run's for as long as the stack holds."""
     check_store(config, store)
-    split_batch(config, processes)
+    split = split_batch(config, processes)
     prepare_run(run, config, store.identity())
     held.enter_context(lock_folder(run))
     remove_partial_saves(run)
+    return split
 
 
 class Training:
-    """One process's part in a run."""
+    """One process's part in the remaining steps of a run."""
 
     def __init__(
         self,
         config: TrainConfig,
         store: LatentStore,
         run: Path,
-        device: torch.device,
+        state: TrainState,
+        split: BatchSplit,
         group: Group,
+        journal: Journal,
         watchers: Sequence[Watcher],
-        asked: StopRequest,
+        stop: StopRequest,
     ) -> None:
-        self.config, self.store, self.run, self.group = config, store, run, group
-        self.split, self.watchers, self.asked = split_batch(config, group.size), watchers, asked
-        complete = group.on_rank0(lambda: list_checkpoints(run))
-        self.state = initial_state(config, device, group, resumed=bool(complete))
-        if complete:
-            resume(self.state, open_checkpoint(complete[-1]), config, store.identity())
-        self.journal = Journal(run, config, self.state.step) if group.rank == 0 else None
+        self.config, self.store, self.run, self.state, self.split = config, store, run, state, split
+        self.group, self.journal, self.watchers, self.stop = group, journal, watchers, stop
+        if group.rank == 0:
+            remove_later_snapshots(run, state.step)
+        with lost_process_as_error():
+            self.stepper = Stepper(config, state, split, group)
+        self.meter = Meter(config, state, group)
+        self.saver = Saver(run, config, store.identity(), state, group, partial(self._log, "saved"))
         self.pending: Verdict | None = None
         self.stopping = False
 
-    def to_the_end(self) -> Path:
-        """Make the remaining updates and return the folder of the last checkpoint."""
-        try:
-            with self.journal or contextlib.nullcontext():
-                # A run that ended between a save and a look.
-                self._watch()
-                if self.state.step < self.config.steps:
-                    self._train()
-        except Stopped:
-            # Whoever started the processes may kill the rest of them when the first has left.
-            self.group.pulse.leaving = True
-            self.group.wait()
-            raise
-        return step_folder(self.run, self.state.step)
-
-    def _train(self) -> None:
-        config, state, group = self.config, self.state, self.group
-        if group.rank == 0:
-            remove_later_snapshots(self.run, state.step)
-        with lost_process_as_error():
-            self.stepper = Stepper(config, state, self.split, group)
-        self.meter = Meter(config, state, self.split, group)
-        self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
-        self._log_start()
-        if self.journal is not None:
-            if warning := precision_warning(config, state.device):
-                inform(warning)
-            self.journal.show()
-        with self.saver, contextlib.closing(self._batches()) as batches:
-            while state.step < config.steps:
-                with _telling(state.step + 1):
-                    self._step(batches)
-                group.pulse.step()
-            group.pulse.leaving = True
-            self.saver.wait()
-        self._log("end", seconds=state.seconds, draws=state.draws_digest)
-
-    def _log_start(self) -> None:
+    def run_steps(self) -> None:
+        """Make the remaining updates."""
+        config, state = self.config, self.state
         self._log(
             "start",
             processes=self.group.size,
             micro_batch_size=self.split.micro_batch_size,
             accumulation=self.split.accumulation,
-            parallel=self.config.parallel,
-            device=self.state.device.type,
+            parallel=config.parallel,
+            device=state.device.type,
             matmul_gflops=self.meter.matmul_rate / 1e9,
-            initial_weights=self.state.initial_weights,
-            draws=self.state.draws_digest,
+            initial_weights=state.initial_weights,
+            draws=state.draws_digest,
         )
+        if self.group.rank == 0 and (warning := precision_warning(config.precision, state.device)):
+            inform(warning)
+        self.journal.show()
+        with self.saver, contextlib.closing(self._batches()) as batches:
+            while state.step < config.steps:
+                with _step_in_errors(state.step + 1):
+                    self._step(batches)
+                self.group.pulse.step()
+            self.group.pulse.leaving = True
+            self.saver.wait()
+        self._log("end", seconds=state.seconds, draws=state.draws_digest)
 
     def _batches(self) -> Generator[DrawnBatch, None, None]:
-        """Yield this process's share of the remaining steps; while one is computed, a thread prepares the next."""
-        share = self.split.share
-        begin = self.group.rank * share
+        """Yield this process's share of the remaining steps; a thread prepares the next one during each."""
+        share, state = self.split.share, self.state
+        mine = slice(self.group.rank * share, (self.group.rank + 1) * share)
         order = SampleOrder(len(self.store), derive_seed(self.config.seed, "order"))
-        steps = draw_steps(self.config, order, range(self.state.step, self.config.steps), self.state.draws_digest)
-        return read_ahead(
-            self.store, (draws.part(slice(begin, begin + share)) for draws in steps), share, self.state.device
-        )
+        steps = draw_steps(self.config, order, range(state.step, self.config.steps), state.draws_digest)
+        return read_ahead(self.store, (draws.part(mine) for draws in steps), share, state.device)
 
     def _step(self, batches: Iterator[DrawnBatch]) -> None:
         """Make one update; then log, save and look where it is time."""
@@ -178,7 +178,7 @@ class Training:
         before = time.perf_counter()
         draws, latents, labels = next(batches)
         self.meter.waited(time.perf_counter() - before)
-        outcome = self.stepper.differentiate(draws, latents, labels, bool(self.asked))
+        outcome = self.stepper.differentiate(draws, latents, labels, bool(self.stop))
         self._settle()
         self.pending = self.stepper.apply(outcome)
         state.draws_digest = draws.digest
@@ -196,11 +196,11 @@ class Training:
 
     @property
     def _last(self) -> bool:
-        """Whether no update follows in this process; what it says may change with `_settle`."""
+        """Whether no update follows in this session; `_settle` may change the answer."""
         return self.stopping or self.state.step == self.config.steps
 
     def _settle(self) -> None:
-        """Take in whether the last update was sound: move the averages, or count it as skipped."""
+        """Read the verdict on the last update: move the averages, or count it as skipped."""
         if self.pending is None:
             return
         verdict, self.pending = self.pending, None
@@ -215,7 +215,7 @@ class Training:
         self._report_skipped(verdict.outcome)
 
     def _report_skipped(self, outcome: Outcome) -> None:
-        """Log which processes and samples an update was skipped for; JLTError if too many were, one after the other."""
+        """Log the processes and samples for which an update was skipped; NotFiniteError after too many in a row."""
         bad = (~outcome.losses.isfinite()).cpu().numpy()
         found = self.group.gather(outcome.draws.indices[bad].tolist())
         processes = [rank for rank, samples in enumerate(found) if samples]
@@ -226,13 +226,13 @@ class Training:
         what = f"Step {outcome.step}: the loss is {loss:g} and the gradient norm {grad_norm:g}{where}{which}."
         self._log("skipped", step=outcome.step, processes=processes, samples=samples, what=what)
         if self.state.skipped_in_a_row >= self.config.max_skipped:
-            raise JLTError(
+            raise NotFiniteError(
                 f"{what} That is update {self.state.skipped_in_a_row} in a row that is not finite; none of them was "
                 "applied or saved. Lower the learning rate, or look for values in the latents that are not finite."
             )
 
     def _save(self) -> None:
-        """Write what is due at this step, and let those look who are waiting for it."""
+        """Write what is due at this step, and show it to the watchers that are due."""
         config, step = self.config, self.state.step
         self.saver.check()
         snapshot = step % config.snapshot_every == 0 and bool(config.power_ema)
@@ -241,48 +241,44 @@ class Training:
         if not (checkpoint or snapshot or self._last):
             return
         self._settle()
-        with self.group.pulse.busy():
-            # All wait, in a place where that may take long, for what the first process is still writing.
+        with self.group.pulse.other_work():
+            # The first process may still write the last save; all wait for it here, where no limit of time holds.
             self.saver.wait()
             self.group.wait()
             self.saver.save(checkpoint or self._last, snapshot)
             if watched and not self.stopping:
                 before = time.perf_counter()
                 self.saver.wait()
-                self._watch()
+                show_checkpoint(self.watchers, self.run, self.state, self.group, self.journal)
                 self.meter.pause(time.perf_counter() - before)
 
-    def _watch(self) -> None:
-        """Show the newest checkpoint to the watchers that wait for it."""
-        for watcher in self.watchers:
-            if watcher.due(self.state.step):
-                self._look(watcher)
+    def _log(self, event: str, **values: Any) -> None:
+        self.journal.write(event, **{"step": self.state.step, **values})
 
-    def _look(self, watcher: Watcher) -> None:
-        aside = self.journal.aside() if self.journal is not None else contextlib.nullcontext()
+
+def show_checkpoint(watchers: Sequence[Watcher], run: Path, state: TrainState, group: Group, journal: Journal) -> None:
+    """Show the checkpoint of the present step to the watchers that are due; their errors are only logged."""
+    for watcher in watchers:
+        if not watcher.due(state.step):
+            continue
         try:
-            with aside, float32_products("float32"):
-                seen = watcher.look(step_folder(self.run, self.state.step), self.group)
+            with journal.hidden(), float32_products("float32"):
+                seen = watcher.look(step_folder(run, state.step), group)
             if seen:
-                self._log(**seen)
+                journal.write(**{"step": state.step, **seen})
         except Stopped:
             raise
         except (Exception, SystemExit) as error:
-            # What only looks on never ends a training.
-            self._log("failed", error=f"{error or type(error).__name__}")
-        if self.state.device.type == "cuda":
-            # What the look has taken is given back, and is no part of the training's peak.
+            journal.write("failed", step=state.step, error=f"{error or type(error).__name__}")
+        if state.device.type == "cuda":
+            # The memory of the look is no part of the training's peak.
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.state.device)
-
-    def _log(self, event: str, **values: Any) -> None:
-        if self.journal is not None:
-            self.journal.write(event, **{"step": self.state.step, **values})
+            torch.cuda.reset_peak_memory_stats(state.device)
 
 
 @contextlib.contextmanager
-def _telling(step: int) -> Iterator[None]:
-    """Say in an error at which step it came."""
+def _step_in_errors(step: int) -> Iterator[None]:
+    """Name the step in an error of a block."""
     try:
         with lost_process_as_error():
             yield
@@ -291,9 +287,10 @@ def _telling(step: int) -> Iterator[None]:
             f"Step {step}: there is not enough memory ({error}). Take a smaller --micro-batch-size, "
             "--gradient-checkpointing, or --parallel fsdp with more processes."
         ) from error
+    except (NotFiniteError, Stopped):
+        raise
     except Exception as error:
-        if not str(error).startswith("Step"):
-            error.add_note(f"at step {step}")
+        error.add_note(f"at step {step}")
         raise
 
 

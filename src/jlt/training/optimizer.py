@@ -11,14 +11,14 @@ from jlt.config import OptimizerConfig, TrainConfig
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return fused AdamW whose weight decay reaches what `config.decayed` names."""
+    """Return fused AdamW with weight decay on the parameters that `config.decayed` names."""
     matrices = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
     decayed = [p for p in network.parameters() if config.decayed == "all" or p in matrices]
     others = [p for p in network.parameters() if config.decayed != "all" and p not in matrices]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     filled = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(filled, lr=config.learning_rate, betas=config.betas, fused=True)
-    # Made now and not at the first update, so that what a checkpoint holds never changes its shape.
+    # Made before the first update, so that every checkpoint has the same tensors.
     for parameter in network.parameters():
         zeros = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
@@ -26,7 +26,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of the update after `step` steps: linear warm-up, then what the schedule says."""
+    """Return the learning rate of the update after `step` steps: linear warm-up, then the schedule."""
     settings = config.optimizer
     warmup = settings.warmup_steps or 0
     if step < warmup:

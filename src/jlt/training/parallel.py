@@ -1,6 +1,6 @@
-"""One network in several processes, by PyTorch's own engines: DDP keeps all of it in each, FSDP2 a part of it.
+"""One network in several processes, by PyTorch's own engines: DDP keeps all of it in each, FSDP2 a shard.
 
-Whatever the engine, the state is read and written as whole tensors, so that checkpoints know nothing of it.
+The state is read and written as full tensors, so checkpoints do not depend on the engine.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from jlt.networks.transformer import Transformer
 from jlt.runtime.processes import Group
 
 
-def shard(network: Transformer, config: TrainConfig, group: Group) -> None:
-    """Leave in this process its part of each parameter, where the run asks for FSDP; the modules gather as they run."""
-    if config.parallel != "fsdp" or group.size == 1:
-        return
+def shard(network: Transformer, size: int) -> None:
+    """Keep only this process's shard of each parameter, of `size` by FSDP; the modules gather them as they run."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # The output is a view, and nobody writes into it.
+    # The output is a view that no code writes into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(next(network.parameters()).device.type, (group.size,))
+    mesh = init_device_mesh(next(network.parameters()).device.type, (size,))
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
@@ -45,7 +43,7 @@ class Parallel:
         self.network = network
         network.checkpoint_blocks = config.gradient_checkpointing
         if config.compile:
-            _compile(network, whole=group.size == 1)
+            _compile(network, block_by_block=group.size > 1)
         self._bfloat16 = config.precision == "bfloat16"
         self._forward: Callable[..., Tensor] = network
         self._unsynchronised: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
@@ -56,7 +54,7 @@ class Parallel:
         else:
             device = next(network.parameters()).device
             ids = [device.index] if device.type == "cuda" else None
-            # The buffers are tables that never change.
+            # The buffers are constant tables.
             ddp = nn.parallel.DistributedDataParallel(
                 network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
@@ -68,14 +66,14 @@ class Parallel:
             return self._forward(z, t, labels).float()
 
     def accumulating(self, more: bool) -> AbstractContextManager[None]:
-        """Return a context in which gradients stay in this process, if more micro-batches of the update follow."""
+        """Return a context that keeps gradients in this process, if more micro-batches of the update follow."""
         return self._unsynchronised() if more else contextlib.nullcontext()
 
     def rehearse(self, micro_batch_size: int) -> None:
-        """Make one pass on zeros and forget its gradients.
+        """Make one pass on zeros and drop its gradients.
 
-        DDP lays its buckets out anew after the first backward pass, and with them the order in which sums are taken.
-        After a rehearsal, a run that begins and one that continues add in the same order.
+        DDP rebuilds its buckets after the first backward pass, and with them the order of summation. After a rehearsal,
+        a new run and a resumed one sum in the same order.
         """
         config = self.network.config
         device = next(self.network.parameters()).device
@@ -93,32 +91,32 @@ class Parallel:
             self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
 
 
-def _compile(network: Transformer, whole: bool) -> None:
-    # Block by block, gradients are ready one after the other, and travel while the rest is computed.
-    for module in [network] if whole else network.blocks:
+def _compile(network: Transformer, block_by_block: bool) -> None:
+    # Block by block, gradients are ready one after the other, and are exchanged while the rest is computed.
+    for module in network.blocks if block_by_block else [network]:
         module.compile()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which this process may have a part; every process has to call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be sharded; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that lies in this process, sharing its memory."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor, which shares its memory; all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def put(tensor: Tensor, values: Tensor) -> None:
-    """Copy whole values into a tensor of which this process may have a part."""
+def copy_full(tensor: Tensor, values: Tensor) -> None:
+    """Copy full values into a tensor that may be sharded."""
     if isinstance(tensor, DTensor):
-        # Every process has read the same values, so each keeps its part of its own.
+        # Every process has the same values, so each takes its shard of its own copy.
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
 
 
 def sum_over(tensor: Tensor, group: Group) -> Tensor:
-    """Add up a tensor over all processes in place, without waiting for the result, and return it."""
+    """Sum a tensor over all processes in place, without waiting for the device, and return it."""
     if group.size > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -6,7 +6,7 @@ Symbols:
     theta_k                weights after update k = 1, 2, ...
     t                      updates that an average has seen
     gamma >= 0             exponent of an average; 0 is the plain mean
-    p(tau; t, gamma)       profile of an average: how much it takes from the moment tau in [0, t]; integrates to 1
+    p(tau; t, gamma)       profile of an average: its density at the moment tau in [0, t]; integrates to 1
     sigma_rel              standard deviation of p over t, in (0, 12^-1/2): the average's length
     p_i, x_i, p_r          profiles of the stored averages, their coefficients, the profile to rebuild
 
@@ -19,8 +19,8 @@ Symbols:
               = sqrt((2 gamma_a+1) (2 gamma_b+1)) / (gamma_a+gamma_b+1) * (t_a/t_b)^(gamma_b+1/2)
     (A6)  x minimises ||sum_i x_i p_i - p_r|| with sum_i x_i = 1
 
-The paper's least squares has no constraint. Its coefficients add up to less than 1 where the stored averages cover p_r
-badly, which shrinks all weights; with it, weights that stand still are rebuilt exactly.
+The paper's least squares has no constraint. Without it, the coefficients add up to less than 1 where the stored
+averages cover p_r badly, which shrinks all weights. With it, weights that do not change are rebuilt exactly.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from jlt.errors import JLTError, UsageError
 
 WIDEST = 12**-0.5
 """sigma_rel of the plain mean of all updates; a power-function average is narrower."""
-WORDS = "sigma_rel="
+SIGMA_REL = "sigma_rel="
+"""How the name of a power-function average begins."""
 
 
 class Snapshot(NamedTuple):
-    """A stored average: how many updates it has seen (1 or more), and its length (A2)."""
+    """A stored average: the number of its updates (1 or more), and its length (A2)."""
 
     updates: int
     sigma_rel: float
 
 
 class Combination(NamedTuple):
-    """How to rebuild an average: one coefficient per snapshot, and what they miss.
+    """How to rebuild an average: one coefficient per snapshot, and the residual.
 
-    residual: ||sum_i x_i p_i - p_r|| / ||p_r||, resolved down to 1e-7. It is the relative error where the weights of
-    different updates are independent; those of a training change slowly, and err less.
+    residual: ||sum_i x_i p_i - p_r|| / ||p_r||, resolved down to 1e-7. It is the relative error for weights that are
+    independent from update to update; the weights of a training change slowly, so their error is smaller.
     """
 
     coefficients: Float64[np.ndarray, " n"]
@@ -70,17 +71,10 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     return (y - sigma_rel / 3) / sigma_rel - 2
 
 
-def sigma_rel_from_gamma(gamma: float) -> float:
-    """Return the length of an average of this exponent (A2), in (0, 12^-1/2]; ValueError for gamma < 0."""
-    if not gamma >= 0:
-        raise ValueError(f"gamma is 0 or more, got {gamma}")
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 def decay(updates: int, gamma: float) -> float:
-    """Return beta_t in [0, 1), what the average keeps at update t = `updates` (A3); ValueError for t < 1 or gamma < 0.
+    """Return beta_t in [0, 1), the factor of the average at update t = `updates` (A3).
 
-    At t = 1 it is 0: an average needs no first value.
+    At t = 1 it is 0: an average needs no first value. ValueError for t < 1 or gamma < 0.
     """
     if not (updates >= 1 and gamma >= 0):
         raise ValueError(f"updates count from 1 and gamma from 0, got {updates} and {gamma}")
@@ -99,10 +93,10 @@ def cosines(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Float64[np
 def coefficients(snapshots: Sequence[Snapshot], target_updates: int, target_sigma_rel: float) -> Combination:
     """Return how to rebuild the average of length `target_sigma_rel` at update `target_updates` (A6).
 
-    Snapshots may come in any order. One taken after the target gets 0, because it contains weights that the target
-    cannot, and so does a repeated one; a snapshot that is the target gets 1, and all others 0. The residual is small at
-    updates at which snapshots were taken, and large between them: nothing stored knows the latest weights there.
-    JLTError where no snapshot was taken up to the target or a length lies outside (0, 12^-1/2), ValueError for updates
+    Snapshots may come in any order. A snapshot after the target gets 0, because it contains weights that the target
+    cannot contain; so does a repeated one. A snapshot that equals the target gets 1, and all others 0. The residual is
+    small at updates with snapshots, and large between them, where no stored average contains the latest weights.
+    JLTError if no snapshot was taken up to the target or a length lies outside (0, 12^-1/2); ValueError for updates
     below 1.
     """
     target = Snapshot(target_updates, target_sigma_rel)
@@ -112,7 +106,7 @@ def coefficients(snapshots: Sequence[Snapshot], target_updates: int, target_sigm
         return Combination(found, 0.0)
     stored = list(dict.fromkeys(snapshot for snapshot in snapshots if snapshot.updates <= target.updates))
     if not stored:
-        raise JLTError(f"No average was stored up to update {target_updates}: nothing can be rebuilt there.")
+        raise JLTError(f"No average was stored up to update {target_updates}, so none can be rebuilt there.")
     fitted, residual = _fit(stored, target)
     found[[snapshots.index(snapshot) for snapshot in stored]] = fitted
     return Combination(found, residual)
@@ -123,9 +117,9 @@ def reconstruct(
 ) -> dict[str, Float32[Tensor, "..."]]:
     """Return the sum of coefficient times snapshot, tensor by tensor, in float32 on the CPU.
 
-    stored: a coefficient and how to read that snapshot, for each. They are read one after the other, and not at all
-    where the coefficient is 0. The sum is float64, since coefficients of either sign cancel; a single coefficient of 1
-    returns the snapshot bit for bit. ValueError where all are 0, or two snapshots differ in names or shapes.
+    stored: for each snapshot its coefficient and a function that reads it. They are read one after the other, and only
+    if the coefficient is not 0. The sum is float64, since coefficients of either sign cancel; a single coefficient of 1
+    returns the snapshot bit for bit. ValueError if all are 0, or if two snapshots differ in names or shapes.
     """
     total: dict[str, Tensor] = {}
     for coefficient, read in stored:
@@ -136,16 +130,16 @@ def reconstruct(
     return {name: total.pop(name).float() for name in list(total)}
 
 
-def parse_sigma_rel(words: str) -> float:
+def parse_sigma_rel(name: str) -> float:
     """Return 0.07 for `sigma_rel=0.07`; UsageError, a JLTError, for anything else."""
     try:
-        if not words.startswith(WORDS):
+        if not name.startswith(SIGMA_REL):
             raise ValueError
-        sigma_rel = float(words.removeprefix(WORDS))
+        sigma_rel = float(name.removeprefix(SIGMA_REL))
         gamma_from_sigma_rel(sigma_rel)
     except (ValueError, JLTError) as error:
         raise UsageError(
-            f"{words!r} does not name a length: write {WORDS}0.07, with a number between 0 and {WIDEST:.4f}."
+            f"{name!r} does not name a length: write {SIGMA_REL}0.07, with a number between 0 and {WIDEST:.4f}."
         ) from error
     return sigma_rel
 
@@ -153,7 +147,7 @@ def parse_sigma_rel(words: str) -> float:
 def format_sigma_rel(sigma_rel: float) -> str:
     """Return `sigma_rel=0.07` for 0.07, in as many digits as `parse_sigma_rel` needs to return the same number."""
     gamma_from_sigma_rel(sigma_rel)
-    return f"{WORDS}{float(sigma_rel)!r}"
+    return f"{SIGMA_REL}{float(sigma_rel)!r}"
 
 
 def _times_and_exponents(
@@ -176,7 +170,7 @@ def _fit(stored: Sequence[Snapshot], target: Snapshot) -> tuple[Float64[np.ndarr
     gram, overlap = cosines(stored, stored), cosines(stored, [target])[:, 0]
     scale = _norms([target]) / _norms(stored)
     system = np.block([[gram, scale[:, None]], [scale[None, :], np.zeros((1, 1))]])
-    # Nearly equal snapshots make it nearly singular; of all solutions the smallest then shares out evenly.
+    # Nearly equal snapshots make it nearly singular; the smallest of all solutions then weights them equally.
     y = np.linalg.lstsq(system, np.append(overlap, 1.0), rcond=None)[0][:-1]
     squared = 1 - 2 * overlap @ y + y @ gram @ y
     return y * scale, math.sqrt(max(float(squared), 0.0))

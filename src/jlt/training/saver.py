@@ -1,4 +1,4 @@
-"""Saving behind the training: the state is copied to host memory, and a thread writes, hashes and flushes the copy."""
+"""Saving in the background: the state is copied to host memory, and a thread writes, hashes and flushes the copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from jlt.config import TrainConfig
 from jlt.runtime.processes import Group
 from jlt.training.checkpoint import prune_checkpoints, save_checkpoint, save_snapshot
-from jlt.training.parallel import whole
+from jlt.training.parallel import full_tensor
 from jlt.training.state import TrainState
 
 HostTensors = dict[str, dict[str, Tensor]]
@@ -24,7 +24,7 @@ HostTensors = dict[str, dict[str, Tensor]]
 class Saver:
     """Writes the checkpoints and snapshots of a run, one at a time, in the first of its processes.
 
-    A context manager: leaving it waits for what is being written. What fails while writing is raised by the next call.
+    A context manager: leaving it waits for the writer. An error of the writer is raised by the next call.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Saver:
         group: Group,
         on_saved: Callable[..., None],
     ) -> None:
-        """`on_saved` is told, by the thread that calls, of each checkpoint that is on disk: its step and the times."""
+        """`on_saved` is called, in the caller's thread, with the step and the times of each checkpoint on disk."""
         self._run, self._config, self._latents = run, config, latents
         self._state, self._writes, self._on_saved = state, group.rank == 0, on_saved
         self._buffers: HostTensors = {}
@@ -46,7 +46,7 @@ class Saver:
             self._writing = self._pool.submit(self._make_buffers, state.tensors())
 
     def save(self, checkpoint: bool, snapshot: bool) -> None:
-        """Save the state as it is now. Every process has to call it; only the copying takes their time."""
+        """Save the present state. Every process has to call it; the caller waits for the copy only."""
         start = time.perf_counter()
         averages = {f"ema_{name}": values for name, values in self._state.ema.power_averages().items()}
         copies = self._copy(self._state.tensors() if checkpoint else averages)
@@ -57,12 +57,12 @@ class Saver:
             self._writing = self._pool.submit(self._write, copies if checkpoint else {}, snapshots, facts, pause)
 
     def check(self) -> None:
-        """Raise what has failed in the meantime."""
+        """Raise the error of a writer that has failed since the last call."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Return when the writer is idle."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             if saved := writing.result():
@@ -82,16 +82,16 @@ class Saver:
         return {"step": facts["step"], "pause_seconds": round(pause, 3), "write_seconds": seconds}
 
     def _make_buffers(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        # Fresh memory costs far more than the copy: it is touched here, beside the first steps, and used again.
+        # Fresh memory costs far more than the copy, so buffers are touched here, during the first steps, and reused.
         for file, values in tensors.items():
             self._buffers[file] = {name: _host_buffer(value) for name, value in values.items()}
 
     def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> HostTensors | None:
-        """Copy tensors to the host in the first process; gathering those that are shared out takes all of them."""
+        """Copy tensors to the host in the first process; all processes gather those that are sharded."""
         copies: HostTensors = {}
         for file, values in tensors.items():
             for name, value in values.items():
-                gathered = whole(value)
+                gathered = full_tensor(value)
                 if self._writes:
                     buffer = self._buffers[file][name]
                     copies.setdefault(file, {})[name] = buffer.copy_(gathered, non_blocking=True)

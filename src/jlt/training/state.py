@@ -1,4 +1,4 @@
-"""All that changes while training, and so all that a checkpoint holds."""
+"""The state of a training: all that changes, and so all that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.networks.transformer import Transformer, build_network
-from jlt.runtime.processes import Group, SingleProcess
+from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.storage.weights import weights_sha256
@@ -19,7 +19,7 @@ from jlt.training.checkpoint import Checkpoint
 from jlt.training.ema import EMA
 from jlt.training.finetune import start_from
 from jlt.training.optimizer import build_optimizer
-from jlt.training.parallel import put, shard
+from jlt.training.parallel import copy_full, shard
 from jlt.training.run_folder import require_same_run
 
 
@@ -45,13 +45,13 @@ class TrainState:
         return next(self.network.parameters()).device
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return every tensor to save, by file and name; of those that are shared out, this process's part."""
+        """Return every tensor to save, by file and name; of sharded ones, this process's shard."""
         network = {name: weight.detach() for name, weight in self.network.state_dict().items()}
         averages = {f"ema_{name}": values for name, values in self.ema.averages.items()}
         return {"network": network, "optimizer": self._moments(), **averages}
 
     def facts(self) -> dict[str, Any]:
-        """Return what else a checkpoint holds, for `state.json`."""
+        """Return the content of `state.json`, all but the step."""
         return {
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -70,13 +70,13 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's tensors and counts in place."""
+        """Load a checkpoint's tensors and counts."""
         weights = checkpoint.read("network.safetensors")
         for name, parameter in self.network.state_dict().items():
-            put(parameter, weights[name])
+            copy_full(parameter, weights[name])
         moments = checkpoint.read("optimizer.safetensors")
         for name, value in self._moments().items():
-            put(value, moments[name])
+            copy_full(value, moments[name])
         for name in self.ema.averages:
             self.ema.load(name, checkpoint.read(f"ema_{name}.safetensors"))
         facts = checkpoint.read_state()
@@ -90,27 +90,24 @@ def initial_state(
 ) -> TrainState:
     """Return the state before the first update: a function of the configuration alone.
 
-    A run that is `resumed` will restore its weights, so those that it once started from are not needed.
+    A `resumed` run restores its weights later, so `config.init_from` is not read.
     """
     network = build_network(config.network, derive_seed(config.seed, "weights"))
     if config.init_from and not resumed:
         start_from(network, config)
     initial_weights = weights_sha256(network.state_dict())
     network.to(device)
-    shard(network, config, group or SingleProcess())
+    if config.parallel == "fsdp" and group is not None and group.size > 1:
+        shard(network, group.size)
     return TrainState(network, build_optimizer(network, config.optimizer), EMA(network, config), initial_weights)
 
 
 def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
-    """Continue from a checkpoint of this very run; JLTError if it is of another one."""
+    """Resume from a checkpoint of this run; JLTError if it is of another one."""
     require_same_run(checkpoint, config, latents)
     stored = checkpoint.read_state()
     if stored["device"] != state.device.type:
-        inform(
-            f"The run was on {stored['device']} so far: noise is a function of the kind of device, so it changes here."
-        )
+        inform(f"The run used {stored['device']} until now. Noise depends on the kind of device, so it changes here.")
     if not config.init_from and stored["initial_weights"] != state.initial_weights:
-        inform(
-            "The initial weights of this run come from another version of PyTorch; it continues from its checkpoint."
-        )
+        inform("Another version of PyTorch made the initial weights of this run; it resumes from its checkpoint.")
     state.restore(checkpoint)

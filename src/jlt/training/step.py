@@ -1,8 +1,8 @@
 """One update of the weights: draw, predict, weigh, differentiate, judge, apply; without waiting for the device.
 
-Whether an update is sound (its loss and gradient are finite) is decided on the device, where the optimiser reads it.
-The host learns of it one step later, when the device has long moved on, and then moves the averages or counts the step
-as skipped. So a run stays a step ahead of its device, and still nothing enters an average that is no update.
+The device decides whether an update's loss and gradient are finite, and the optimiser reads the verdict there. The
+host reads it one step later, and then moves the averages or counts the step as skipped. So the host stays a step ahead
+of the device, and no skipped update enters an average.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from jlt.training.state import TrainState
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step has found before it is applied; tensors lie on the device.
+    """The result of a step before its update is applied; tensors are on the device.
 
-    `loss` and `grad_norm` (before clipping) are those of the global batch, `losses` those of this process's samples;
-    `unsound` says that the update must not be applied, the same in all processes; `asked` counts the processes that
-    were asked to stop.
+    `loss` and `grad_norm` (before clipping) are those of the global batch, `losses` those of this process's samples.
+    `not_finite` says, the same in all processes, that the update must not be applied. `stop_requests` counts the
+    processes that received a signal.
     """
 
     step: int
@@ -45,8 +45,8 @@ class Outcome:
     losses: Float[Tensor, "share"]
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
-    unsound: Bool[Tensor, ""]
-    asked: Float[Tensor, ""]
+    not_finite: Bool[Tensor, ""]
+    stop_requests: Float[Tensor, ""]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Verdict:
 
     @classmethod
     def of(cls, outcome: Outcome) -> Verdict:
-        """Start to copy whether an outcome is sound, and whether anybody was asked to stop."""
-        values = torch.stack((outcome.unsound.float(), outcome.asked))
+        """Start the copy of an outcome's verdict and stop requests to the host."""
+        values = torch.stack((outcome.not_finite.float(), outcome.stop_requests))
         if values.device.type != "cuda":
             return cls(outcome, values, None)
         host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
@@ -84,30 +84,30 @@ class Stepper:
             self.parallel.rehearse(split.micro_batch_size)
 
     def differentiate(
-        self, draws: StepDraws, latents: Float[Tensor, "share c h w"], labels: Int64[Tensor, "share"], asked: bool
+        self, draws: StepDraws, latents: Float[Tensor, "share c h w"], labels: Int64[Tensor, "share"], stop: bool
     ) -> Outcome:
-        """Leave the gradient of the global batch's loss in the parameters, clipped, and return what was found."""
+        """Leave the clipped gradient of the global batch's loss in the parameters; `stop` is this process's request."""
         losses = []
         for part in micro_batches(self.split):
             more = part.stop < self.split.share
             with self.parallel.accumulating(more):
                 losses.append(self._accumulate(draws.part(part), latents[part], labels[part]))
         share = torch.cat(losses)
-        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(asked))))
-        total, failed, asked_of = sum_over(local, self.group)
+        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(stop))))
+        total, failed, stop_requests = sum_over(local, self.group)
         with record_function("jlt::clipping"):
             grad_norm = self._clip()
         loss = total / self.config.batch_size
-        unsound = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
-        return Outcome(self.state.step + 1, draws, share, loss, grad_norm, unsound, asked_of)
+        not_finite = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
+        return Outcome(self.state.step + 1, draws, share, loss, grad_norm, not_finite, stop_requests)
 
     def apply(self, outcome: Outcome) -> Verdict:
-        """Update the weights, unless the outcome is unsound."""
+        """Update the weights, unless the outcome is not finite."""
         optimizer = self.state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step)
         # The protocol of PyTorch's gradient scaler: a fused optimiser changes nothing where this is 1.
-        optimizer.grad_scale, optimizer.found_inf = None, outcome.unsound.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale, optimizer.found_inf = None, outcome.not_finite.float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -118,7 +118,7 @@ class Stepper:
         sample = interpolate(x, eps, draws.t.to(x.device, non_blocking=True))
         output = self.parallel(sample.z, sample.t, labels)
         losses = denoising_loss(self.config.prediction, output, sample, self.config.loss)
-        # Engines take the mean over processes, of which each has the same number of samples.
+        # Engines take the mean over processes, and each process has the same number of samples.
         (losses.sum() / self.split.share).backward()
         return losses.detach()
 
@@ -140,7 +140,7 @@ def micro_batches(split: BatchSplit) -> Iterator[slice]:
 def prepare_batch(
     config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Int64[Tensor, "b"]
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
-    """Return clean latents in float32, scaled noise and labels (the null class where dropped), where latents are."""
+    """Return clean float32 latents, scaled noise and labels (dropped ones the null class) on the latents' device."""
     x = latents.float()
     with record_function("jlt::noise"):
         eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
@@ -150,7 +150,7 @@ def prepare_batch(
 
 @contextlib.contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """Let a GPU multiply float32 matrices as a precision says, for the duration of a block."""
+    """Let a GPU multiply float32 matrices in TF32 for the precision `tf32`, in IEEE otherwise, during a block."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     products.fp32_precision = "tf32" if precision == "tf32" else "ieee"

@@ -1,4 +1,4 @@
-"""The log for TensorBoard and Weights & Biases, which may fail in any way without training noticing."""
+"""The log for TensorBoard and Weights & Biases; their failures never stop a training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
@@ -18,37 +18,37 @@ from jlt.storage.files import require_unlinked, write_text
 
 WANDB_PROJECT = "jlt"
 INIT_SECONDS = 30.0
-"""How long Weights & Biases may take to answer before training starts without it."""
+"""The most time for Weights & Biases to answer before training starts without it."""
 FINISH_SECONDS = 20.0
-"""How long it may take to send the rest at the end."""
+"""The most time for it to send the rest at the end."""
 
 
 class Tracker(abc.ABC):
-    """One place to which the log goes too; anything that it raises switches it off."""
+    """A service that also receives the log; any error in it switches it off."""
 
     name: str
 
     @abc.abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a step."""
+        """Log the numbers of a step."""
 
     @abc.abstractmethod
     def image(self, step: int, name: str, path: Path) -> None:
-        """Take a picture file of a step."""
+        """Log a picture file of a step."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Pass on what is still held."""
+        """Write or send the rest."""
 
 
 class Trackers:
-    """The trackers that are on. Steps must not fall; nothing here ever raises an Exception."""
+    """The trackers that are on; their methods never raise an Exception. Steps must not decrease."""
 
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self._on = list(trackers)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log numbers; nested mappings and lists become names with slashes, anything but numbers is left out."""
+        """Log the numbers of nested mappings and lists, by the names of `flat_numbers`."""
         numbers = flat_numbers(values)
         self._each(lambda tracker: tracker.log(step, numbers))
 
@@ -57,7 +57,7 @@ class Trackers:
         self._each(lambda tracker: tracker.image(step, name, path))
 
     def close(self) -> None:
-        """Pass on what is still held, and take nothing more."""
+        """Write or send the rest, and switch all off."""
         self._each(lambda tracker: tracker.close())
         self._on = []
 
@@ -67,31 +67,30 @@ class Trackers:
                 act(tracker)
             except Exception as error:
                 self._on.remove(tracker)
-                _say_off(tracker.name, error)
+                _report_off(tracker.name, error)
 
 
 def open_trackers(config: TrainConfig, run: Path, resumed_step: int) -> Trackers:
-    """Open the trackers that a run asks for, in its first process; one that cannot be opened is said and left out.
+    """Open the trackers of a run in its first process; one that cannot be opened is reported and left out.
 
-    What was logged after `resumed_step`, by a session that did not save it, is withdrawn or not shown twice.
+    Entries after `resumed_step`, from a session that did not save them, are removed or not logged twice.
     """
-    wanted: list[tuple[str, Callable[[], Tracker]]] = []
-    if processes.rank() == 0 and config.tensorboard:
-        wanted.append((TensorBoard.name, lambda: TensorBoard(run / "tensorboard", resumed_step)))
-    if processes.rank() == 0 and config.wandb != "off":
-        mode = config.wandb
-        wanted.append((WeightsAndBiases.name, lambda: WeightsAndBiases(config, run, mode)))
+    wanted: dict[str, Callable[[], Tracker]] = {}
+    if config.tensorboard:
+        wanted[TensorBoard.name] = lambda: TensorBoard(run / "tensorboard", resumed_step)
+    if config.wandb != "off":
+        wanted[WeightsAndBiases.name] = lambda: WeightsAndBiases(config, run)
     opened = []
-    for name, open_tracker in wanted:
+    for name, open_tracker in wanted.items() if processes.rank() == 0 else ():
         try:
             opened.append(open_tracker())
         except Exception as error:
-            _say_off(name, error)
+            _report_off(name, error)
     return Trackers(opened)
 
 
 def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers in nested mappings and lists by names with slashes: {"a": {"b": 1}} is {"a/b": 1.0}."""
+    """Return the numbers in nested mappings and lists by names with slashes: {"a": {"b": 1}} gives {"a/b": 1.0}."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, (list, tuple)):
@@ -103,7 +102,7 @@ def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float
     return flat
 
 
-def _say_off(name: str, error: Exception) -> None:
+def _report_off(name: str, error: Exception) -> None:
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     inform(f"{name} is off for the rest of this training: {first.rstrip('.')}.")
 
@@ -144,29 +143,29 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """One run of Weights & Biases, which a continued training continues; its files lie in RUN/wandb.
+    """One run of Weights & Biases, which a resumed training continues; its files are in RUN/wandb.
 
-    Steps that it has already seen are not taken again: a continued training repeats them bit for bit.
+    It ignores steps that it already has: a resumed training repeats them bit for bit.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, config: TrainConfig, run: Path, mode: Literal["online", "offline"]) -> None:
+    def __init__(self, config: TrainConfig, run: Path) -> None:
         _require_package("wandb")
         import wandb
 
         settings = wandb.Settings(
             silent=True,
-            # It would otherwise put itself between the program and its stdout and stderr.
+            # Otherwise it replaces stdout and stderr.
             console="off",
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
-            # An unfinished run of this process must not be mistaken for this one.
+            # Never continue another unfinished run of this process.
             reinit="create_new",
         )
         wandb.setup(settings=settings)
-        # Without a key, init would ask for one on a terminal and wait.
-        if mode == "online" and not wandb.login(prompt=False):
+        # Without a key, init would prompt for one on a terminal and wait.
+        if config.wandb == "online" and not wandb.login(prompt=False):
             raise JLTError("there is no API key (wandb login stores one; --wandb offline needs none)")
         self._picture = wandb.Image
         self._run = wandb.init(
@@ -175,7 +174,7 @@ class WeightsAndBiases(Tracker):
             id=_wandb_id(run / "wandb" / "id"),
             resume="allow",
             dir=str(run),
-            mode=mode,
+            mode=config.wandb,
             config=to_json(config),
             settings=settings,
         )
@@ -194,7 +193,7 @@ class WeightsAndBiases(Tracker):
 
 
 def _wandb_id(path: Path) -> str:
-    """Return the identity of the run that is stored in a file, made where there is none; JLTError for a link."""
+    """Return the identity of the run that a file holds, or create the file; JLTError for a link."""
     require_unlinked(path.parent.parent, path)
     if not path.exists():
         write_text(path, secrets.token_hex(8))

@@ -20,7 +20,7 @@
       },
     },
     {
-      title: "Power to put out (eq. 12)",
+      title: "Power to output (eq. 12)",
       of: (l, t) => {
         const c = coefficient(l, t), d = variance(l, t);
         return { x: c.x * c.x * d, eps: c.eps * c.eps * d, v: c.v * c.v * d };
@@ -96,8 +96,8 @@
           lines[name].setAttribute("d", path);
         }
         const last = values[values.length - 1];
-        const told = PREDICTIONS.map(name => `${name} ${last[name].toPrecision(2)}`).join(", ");
-        svg.setAttribute("aria-label", `${quantity.title} at t = ${t.toFixed(2)}; in the smallest direction: ${told}.`);
+        const shown = PREDICTIONS.map(name => `${name} ${last[name].toPrecision(2)}`).join(", ");
+        svg.setAttribute("aria-label", `${quantity.title} at t = ${t.toFixed(2)}; in the smallest direction: ${shown}.`);
       }
     }
     input.addEventListener("input", show);

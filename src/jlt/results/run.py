@@ -1,4 +1,4 @@
-"""`log.jsonl` of a run, read into frozen data: at any moment, also while it is being written."""
+"""The folder of a training run: configuration, log, evaluations and sample grid; it may still be under way."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from jlt.errors import JLTError
+from jlt.results.evaluation import Evaluation
+from jlt.results.files import read_result
+from jlt.storage.files import path_inside, read_json
 
 Event = Mapping[str, Any]
+OPTIONAL_NUMBERS = ("learning_rate", "grad_norm", "img_per_second", "mfu", "memory_gib", "waiting", "seconds")
+"""Fields of a logged step that are numbers or None."""
 
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One logged training step; what its log does not say is None or empty."""
+    """One logged training step; None or empty where the log has no value."""
 
     step: int
     loss: float
     loss_by_time: tuple[float | None, ...] = ()
-    """Mean loss in equal bins of t from 0 to 1, None where no sample fell."""
+    """Mean loss in equal bins of t from 0 to 1, None for a bin without samples."""
     learning_rate: float | None = None
     grad_norm: float | None = None
     """Before clipping."""
@@ -38,33 +43,33 @@ class LoggedStep:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run has written down so far, by ascending step."""
+    """What a run has logged so far, by ascending step."""
 
     steps: tuple[LoggedStep, ...] = ()
     starts: tuple[int, ...] = ()
-    """Steps from which training started or was continued."""
+    """Steps from which training started or was resumed."""
     skipped: tuple[int, ...] = ()
-    """Steps whose update was left out, since a loss or gradient was not finite."""
+    """Steps without an update, because a loss or gradient was not finite."""
     samples: tuple[tuple[int, str], ...] = ()
-    """Steps of the sample grids, with their files in the run folder."""
+    """Steps of the sample grids, with their files relative to the run folder."""
     session: Mapping[str, Any] = field(default_factory=dict)
-    """The start event of the latest session: processes, device and the like."""
+    """The start event of the latest session: processes, device and more."""
     ended: bool = False
-    """Whether the run has come to its last step."""
+    """Whether the run has reached its last step."""
     stopped: bool = False
-    """Whether the run was asked to leave before its last step, and has not been continued."""
+    """Whether the run was stopped before its last step, and has not been resumed."""
     seconds: float | None = None
     """Time in training of a run that has ended."""
 
     @property
     def restarts(self) -> tuple[int, ...]:
-        """Steps from which the run was continued."""
+        """Steps from which the run was resumed."""
         return tuple(step for step in self.starts if step > 0)
 
     def seconds_left(self, steps: int, batch_size: int) -> float | None:
-        """Return the time that a run of `steps` updates still needs at its present speed, None where that is unknown.
+        """Return the time that a run of `steps` updates still needs, None if it is unknown or the run has ended.
 
-        The speed is that of the latest session; a log without times is judged by its last images per second.
+        The speed is that of the latest session, for a log without times its last images per second.
         """
         if not self.steps or self.ended:
             return None
@@ -80,10 +85,60 @@ class Log:
         return None
 
 
-def read_log(path: Path) -> Log:
-    """Read a log; what a continued run does again replaces what it had done after the checkpoint it starts from.
+@dataclass(frozen=True)
+class Run:
+    """One training run, which may still be under way."""
 
-    A missing file is an empty log. Raises JLTError for a damaged one; a last line that is torn is left out.
+    folder: Path
+    seed: int
+    config: Mapping[str, Any]
+    """`config.json`, of this or another version."""
+    log: Log
+    evaluations: tuple[Evaluation, ...]
+    """By ascending step."""
+    grid: Path | None
+    """The sample grid of its last checkpoint."""
+
+    def at(self, step: int | None) -> Evaluation | None:
+        """Return the evaluation at a step, or None."""
+        return next((evaluation for evaluation in self.evaluations if evaluation.step == step), None)
+
+    @property
+    def reached(self) -> int:
+        """The last step that was logged or evaluated, 0 before the first."""
+        logged, evaluated = self.log.steps[-1:], self.evaluations[-1:]
+        return max([*(entry.step for entry in logged), *(entry.step or 0 for entry in evaluated)], default=0)
+
+    def file_of(self, evaluation: Evaluation) -> Path | None:
+        """Return the file of an evaluation."""
+        return next(
+            (path for path in evaluation_files(self.folder) if read_result(Evaluation, path) == evaluation), None
+        )
+
+
+def evaluation_files(run: Path) -> list[Path]:
+    """Return the evaluations of a run by name, so by step."""
+    return sorted((run / "evaluations").glob("step_*.json"))
+
+
+def read_run(folder: Path, seed: int) -> Run:
+    """Read a run folder; log, samples and evaluations may be missing while it is under way."""
+    evaluations = [read_result(Evaluation, path) for path in evaluation_files(folder)]
+    grid = "samples/grid.png"
+    return Run(
+        folder=folder,
+        seed=seed,
+        config=read_json(folder / "config.json"),
+        log=read_log(folder / "log.jsonl"),
+        evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step or 0)),
+        grid=path_inside(folder, grid) if (folder / grid).exists() else None,
+    )
+
+
+def read_log(path: Path) -> Log:
+    """Read a log; the steps that a resumed run repeats replace the earlier ones.
+
+    A missing file is an empty log. JLTError for a damaged one; a torn last line is left out.
     """
     events = _history(_events(path))
     starts = [place for place, event in enumerate(events) if event["event"] == "start"]
@@ -109,7 +164,7 @@ def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 
 def _history(events: Iterable[Event]) -> list[Event]:
-    """Return the events that count: each start makes those of later steps undone."""
+    """Return the events that count: each start discards those of later steps."""
     kept: list[Event] = []
     for event in events:
         if event["event"] == "start":
@@ -134,19 +189,12 @@ def _events(path: Path) -> Iterator[Event]:
 
 
 def _logged_step(event: Event) -> LoggedStep:
-    distances = {name: _number(value) for name, value in (event.get("ema_distance") or {}).items()}
     return LoggedStep(
         step=event["step"],
         loss=float(event["loss"]),
         loss_by_time=tuple(_number(value) for value in event.get("loss_by_time") or ()),
-        learning_rate=_number(event.get("learning_rate")),
-        grad_norm=_number(event.get("grad_norm")),
-        ema_distance={name: value for name, value in distances.items() if value is not None},
-        img_per_second=_number(event.get("img_per_second")),
-        mfu=_number(event.get("mfu")),
-        memory_gib=_number(event.get("memory_gib")),
-        waiting=_number(event.get("waiting")),
-        seconds=_number(event.get("seconds")),
+        ema_distance={name: value for name, value in (event.get("ema_distance") or {}).items() if _finite(value)},
+        **{name: _number(event.get(name)) for name in OPTIONAL_NUMBERS},
     )
 
 

@@ -1,0 +1,206 @@
+"""Commands that measure generated images: fetch, reference, evaluate, sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jlt.cli.command import Command, Flat, Positional, Result, command_line
+from jlt.cli.options import AutoencoderPath, CheckpointPath, FeatureOptions, MetricOptions
+from jlt.config import Metric, SampleConfig
+from jlt.errors import UsageError
+from jlt.report.page import write_report
+from jlt.report.sweep_page import sweep_table
+from jlt.report.terminal import metrics_table
+from jlt.results.files import result_json
+from jlt.runtime.processes import join_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Command):
+    """Download the Inception weights on which FID is defined.
+
+    They are stored in $JLT_CACHE, or in ~/.cache/jlt.
+
+    For example:
+      jlt fetch inception
+    """
+
+    weights: Annotated[str, Positional, tyro.conf.arg(metavar="NAME")]
+    """Name of the weights: inception."""
+
+    def run(self) -> Result:
+        from jlt.evaluation.fetch import fetch
+
+        path = fetch(self.weights)
+        return Result({"path": str(path)}, f"Fetched: {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Command):
+    """Compute the statistics of real images for evaluations.
+
+    Several processes share the work:
+      torchrun --nproc-per-node 8 -m jlt reference ...
+
+    For example:
+      jlt reference --images digits --resolution 32 --out digits.npz
+    """
+
+    images: str
+    """Images: a folder of class folders, parquet or tar files, or the bundled set digits."""
+    out: Path
+    """Statistics to write, an .npz; a .json of the same name describes them."""
+    resolution: int = 256
+    """Side in pixels to which the images are cropped and resized, that of the samples."""
+    split: str | None = None
+    """Split of a folder that holds several, such as train. Default: the only one."""
+    features: Annotated[FeatureOptions, Flat] = field(default_factory=FeatureOptions)
+
+    def run(self) -> Result:
+        from jlt.experiments.make_reference import make_reference
+        from jlt.images.registry import open_source
+        from jlt.runtime.environment import default_device
+
+        if self.resolution < 1:
+            raise UsageError("--resolution must be 1 or more.")
+        device = default_device()
+        extractor = self.features.load(device)
+        source = open_source(self.images, self.split)
+        identity = make_reference(source, extractor, self.resolution, self.out, device)
+        return Result(identity, f"Statistics of {identity['count']:,} images: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Compare generated images with real images.
+
+    Run the same command again to resume. Several processes share the work of --checkpoint:
+      torchrun --nproc-per-node 8 -m -- jlt evaluate ...
+
+    For example:
+      jlt evaluate --checkpoint run --reference digits --num 1000
+    """
+
+    checkpoint: Path | None = None
+    """Run folder (its newest checkpoint) or checkpoint folder; this or --samples is required."""
+    samples: Path | None = None
+    """Generated images instead of a checkpoint: a folder, or an .npz with `arr_0`."""
+    metrics: Annotated[MetricOptions, Flat] = field(default_factory=MetricOptions)
+    sample: Annotated[SampleConfig, Flat] = field(default_factory=lambda: SampleConfig(num=1000))
+    autoencoder_path: AutoencoderPath = None
+
+    def run(self) -> Result:
+        if (self.checkpoint is None) == (self.samples is None):
+            raise UsageError("Evaluation needs either --checkpoint or --samples.")
+        from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint, evaluate_files
+        from jlt.runtime.environment import default_device
+
+        device, samples, reference = default_device(), self.samples, self.metrics.reference
+        extractor = self.metrics.load(device)
+        with join_group(device) as group:
+            if samples is not None:
+                result = group.on_rank0(lambda: evaluate_files(samples, reference, extractor))
+            elif self.checkpoint is not None:
+                result = evaluate_checkpoint(
+                    self.checkpoint, reference, extractor, self.sample, self.autoencoder_path, group
+                )
+        return Result(result_json(result), metrics_table(result.metrics))
+
+
+@dataclass(frozen=True)
+class FixedSampling(SampleConfig):
+    """The settings of the sampler that a sweep does not vary."""
+
+    cfg_scale: tyro.conf.Suppress[tyro.conf.Fixed[float]] = 1.0
+    cfg_interval: tyro.conf.Suppress[tyro.conf.Fixed[tuple[float, float]]] = (0.0, 1.0)
+    ema: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Command):
+    """Search for the best guidance and EMA of a checkpoint.
+
+    Few images of each setting find the best region; more images from the same noise rank the settings in it. Images of
+    another seed, which no choice depends on, measure the result. Run the same command again to resume. Several
+    processes share the work:
+      torchrun --nproc-per-node 8 -m -- jlt sweep ...
+
+    For example:
+      jlt sweep --checkpoint run --cfg-scale 1 1.5 2 3 --cfg-interval 0,1 0.1,1 --ema 0.999 none
+    """
+
+    checkpoint: CheckpointPath
+    out: Path | None = None
+    """Folder of the results. Default: RUN/sweeps/step_NNNNNNN."""
+    cfg_scale: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+    """Guidance scales; 1 is unguided."""
+    cfg_interval: tuple[str, ...] = ("0,1",)
+    """Guidance intervals, each as low,high."""
+    ema: tuple[str, ...] = ()
+    """Weights: EMA decays (0.9999), lengths to rebuild (sigma_rel=0.07), or none. Default: all stored averages."""
+    coarse_num: int | None = None
+    """Images per setting in the first stage. Default: num / 20, but at least twice the dimension of the features."""
+    refine: int = 1
+    """Rounds that also try the guidance scales halfway to the neighbours of the best."""
+    confirm: int = 2
+    """Largest number of settings to confirm: the best, and those that do not differ from it significantly."""
+    confirm_seed: int | None = None
+    """Seed of the images that confirm. Default: seed + 1."""
+    metric: Metric = "frechet_distance"
+    """Metric to optimise; only frechet_distance has an error estimate."""
+    metrics: Annotated[MetricOptions, Flat] = field(default_factory=MetricOptions)
+    sample: Annotated[FixedSampling, Flat] = field(default_factory=lambda: FixedSampling(num=1000))
+    autoencoder_path: AutoencoderPath = None
+
+    def run(self) -> Result:
+        from jlt.experiments.search import SweepConfig, default_coarse_num
+        from jlt.experiments.sweep import resolve_ema, sweep
+        from jlt.runtime.environment import default_device
+        from jlt.training.checkpoint import open_checkpoint
+
+        intervals = tuple(map(parse_interval, self.cfg_interval))
+        device, checkpoint = default_device(), open_checkpoint(self.checkpoint)
+        extractor = self.metrics.load(device)
+        sample = SampleConfig(**vars(self.sample))
+        config = SweepConfig(
+            sample=sample,
+            cfg_scale=self.cfg_scale,
+            cfg_interval=intervals,
+            ema=resolve_ema(checkpoint, self.ema),
+            coarse_num=self.coarse_num or default_coarse_num(sample, extractor.dimension),
+            confirm_seed=sample.seed + 1 if self.confirm_seed is None else self.confirm_seed,
+            refine=self.refine,
+            confirm=self.confirm,
+            metric=self.metric,
+        )
+        with join_group(device) as group:
+            out, result = sweep(
+                config,
+                checkpoint.folder,
+                self.metrics.reference,
+                extractor,
+                self.out,
+                device,
+                group,
+                self.autoencoder_path,
+                command_line(),
+                self.metrics.features_path,
+            )
+            report = group.on_rank0(lambda: write_report(out))
+        return Result(
+            {**result_json(result), "folder": str(out), "report": str(report)},
+            f"{sweep_table(result)}\n\nOpen {report}",
+        )
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """Return (0.1, 1.0) for `0.1,1`."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise UsageError(f"--cfg-interval takes pairs low,high such as 0.1,1, not {text!r}.") from None
+    return low, high

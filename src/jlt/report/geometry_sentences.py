@@ -1,0 +1,213 @@
+"""What geometry.json and inside.json mean for the predictions, as sentences computed from their numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from jlt.config import Prediction
+from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.wording import listed, number, percent
+from jlt.results.geometry import (
+    Advice,
+    Band,
+    Caution,
+    CautionKind,
+    ErrorByDirection,
+    Geometry,
+    NetworkError,
+    TokenGeometry,
+)
+
+TINY = 1e-12
+"""Errors below this, of latents of about unit variance, are rounding."""
+SMALL_LOAD = 0.02
+"""Share of a network's width below which the needs of a prediction should make no difference."""
+SMALLEST_LOSS = 1e-4
+"""Loss floors below this are not worth a sentence."""
+TARGET: dict[Prediction, str] = {"x": "the clean latent", "eps": "noise", "v": "velocity"}
+CAUTIONS: dict[CautionKind, str] = {
+    "constant_channels": "Channels without variance: {channels}. Velocity prediction has to output noise there.",
+    "one_class": "All latents are of one class, so the spectrum within classes is that of all.",
+    "few_for_classes": "{latents:.0f} latents of {classes:.0f} classes are too few for a covariance within classes: it "
+    "needs twice as many latents as classes.",
+    "few_latents": "there are too few for a forecast. It needs {fewest:.0f}, and a good one thousands.",
+    "few_tokens": "{tokens:.0f} tokens cannot span {directions:.0f} directions, so the smallest eigenvalues are 0 only "
+    "for lack of data, and there is no forecast. About {enough_latents:,.0f} latents give errors of {goal:.0%}.",
+    "large_errors": "an eigenvalue is known to about {error:.0%}, and the smallest are about {smallest_bias:.0%} too "
+    "small. About {enough_latents:,.0f} latents give {goal:.0%}.",
+    "constant_directions": "{constant:.0f} of {directions:.0f} directions have no variance at all, as grey images have "
+    "none in colour. Velocity prediction has to output noise there.",
+    "few_for_frequencies": "{latents:.0f} latents cannot span {channels:.0f} channels at each spatial frequency, so "
+    "the smallest eigenvalues of the stationary spectrum are 0 only for lack of data. It needs more latents.",
+}
+BANDS = {
+    0.0: "with less than a hundredth of the noise's variance",
+    0.01: "with a hundredth to a tenth of it",
+    0.1: "with a tenth to all of it",
+    1.0: "with more than the noise",
+}
+"""Bands of directions by their lower bound."""
+
+
+# ---- geometry.json ----
+
+
+def caution_sentences(geometry: Geometry) -> list[str]:
+    """Return the reasons to trust a geometry less."""
+    return [*geometry.warnings, *map(_caution, geometry.cautions)]
+
+
+def _caution(caution: Caution) -> str:
+    numbers, named = caution.numbers, {"channels": listed([*map(str, caution.channels)])} if caution.channels else {}
+    where = "Patch size {patch_size:.0f}, {latents:.0f} latents: ".format(**numbers) if "patch_size" in numbers else ""
+    return where + CAUTIONS[caution.kind].format(**numbers, **named)
+
+
+def geometry_verdict(geometry: Geometry) -> str:
+    """Return in one sentence which prediction is expected to win at the smallest patch size."""
+    smallest = geometry.tokens[min(geometry.tokens)]
+    forecast, where = smallest.forecast, f"At patch {smallest.patch_size}"
+    if forecast.call == "undecided":
+        return f"{where} these latents do not decide which prediction wins."
+    if forecast.call == "even":
+        return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
+    needed, (first, second) = forecast.needed_directions, forecast.order[:2]
+    return (
+        f"{where} {WORDS[first]} is expected to win: it needs {number(needed[first])} of {smallest.dimension} "
+        f"directions where {WORDS[second]} needs {number(needed[second])}."
+    )
+
+
+def spectrum_sentence(entry: TokenGeometry) -> str:
+    """Say what a token spectrum means for the targets."""
+    eigenvalues = entry.eigenvalues
+    opening = (
+        f"A token at patch {entry.patch_size} has {entry.dimension} directions, with variances from "
+        f"{number(eigenvalues[0], 2)} down to {number(eigenvalues[-1], 2)} (effective rank "
+        f"{number(entry.effective_rank)})."
+    )
+    small = [lam for lam in eigenvalues if lam < 0.1]
+    if not small:
+        return f"{opening} None of them varies less than a tenth as much as the noise."
+    of_velocity = (sum(small) + len(small)) / (sum(eigenvalues) + len(eigenvalues))
+    plural = "directions vary" if len(small) > 1 else "direction varies"
+    return (
+        f"{opening} {len(small)} {plural} less than a tenth as much as the noise. They hold "
+        f"{percent(sum(small) / sum(eigenvalues))} of the variance of x but {percent(of_velocity)} of that of v, "
+        "which carries the noise there."
+    )
+
+
+def advice_sentences(geometry: Geometry) -> list[str]:
+    """Return the advice for each patch size and width."""
+    return [
+        f"Patch {entry.patch_size}, width {advice.width}: {_advice(entry, advice)}"
+        for entry in geometry.tokens.values()
+        for advice in entry.forecast.advice
+    ]
+
+
+def _advice(entry: TokenGeometry, advice: Advice) -> str:
+    """Return what a forecast means for networks of a width."""
+    forecast, width = entry.forecast, advice.width
+    needed = [f"{_rank(forecast.needed_directions[name])} for {TARGET[name]}" for name in forecast.order]
+    shares = [f"{advice.width_share[name]:.0%}" for name in forecast.order]
+    texts = [
+        *_outcome(entry, advice),
+        f"Of {entry.dimension} directions, an error within {forecast.stated_share:.0%} of the unavoidable one needs "
+        f"{listed(needed)}. That is {listed(shares)} of a width of {width}.",
+    ]
+    if width < entry.dimension:
+        floors = [
+            f"{floor:.2g} for {TARGET[name]}"
+            for name in forecast.order
+            if (floor := advice.loss_floor[name]) >= SMALLEST_LOSS
+        ]
+        above = f": its loss stays above {listed(floors)}" if floors else ""
+        texts.append(f"No network of width {width} can output {entry.dimension} directions{above}.")
+    return " ".join(texts)
+
+
+def _outcome(entry: TokenGeometry, advice: Advice) -> list[str]:
+    """Return the expected winner and the confidence."""
+    forecast = entry.forecast
+    first, second = forecast.order[:2]
+    agree = f"{forecast.confidence:.0%} of {forecast.variations} variations of the model"
+    if forecast.call == "even" and forecast.outcome == "even":
+        return [f"Clean and velocity prediction need about as much (in {agree}): the choice should hardly matter."]
+    if forecast.call == "even":
+        return ["The space is nearly isotropic: the choice between clean and velocity should hardly matter."]
+    if not forecast.enough:
+        return ["There are too few latents to decide which prediction wins."]
+    if forecast.call == "undecided":
+        return [f"The model does not decide which prediction wins: {first} comes first, but only in {agree}."]
+    texts = [
+        f"Predict {first} ({TARGET[first]}): it needs the fewest directions in {agree}.",
+        "That is the confidence of the model, not evidence that the model is right.",
+    ]
+    wide = "The network is wide for this space, so the difference may be small."
+    return [*texts, wide] if advice.width_share[second] < SMALL_LOAD else texts
+
+
+def _rank(rank: float) -> str:
+    return f"{rank:,.0f}" if rank >= 100 else f"{rank:.3g}"
+
+
+def channels_sentence(geometry: Geometry) -> str:
+    """Say that channel variances hide the anisotropy, empty where they do not span ten times less than the spectrum."""
+    for entry in geometry.tokens.values():
+        channels, anisotropy = entry.channel_variance, entry.anisotropy
+        if min(channels) > 0 and (anisotropy is None or 10 * max(channels) / min(channels) < anisotropy):
+            return "Single channels span far less than directions do: the anisotropy is across channels and positions."
+    return ""
+
+
+# ---- inside.json ----
+
+
+def inside_sentences(inside: ErrorByDirection) -> list[str]:
+    """Compare the error of every further network with that of the first, by the variance of directions."""
+    first, texts = inside.networks[0], []
+    for network in inside.networks[1:]:
+        parts = []
+        for mine, theirs in zip(network.bands, first.bands, strict=True):
+            # An untrained network outputs 0, which has no error at all where there is no variance.
+            ratios = [a / max(b, TINY) for a, b in zip(mine.error, theirs.error, strict=True)]
+            place = max(range(len(ratios)), key=lambda index: abs(math.log(max(ratios[index], TINY))))
+            parts.append(
+                f"{number(median(ratios), 2)} times as large in {_directions(mine)} "
+                f"({number(ratios[place], 2)} times at t = {inside.times[place]:g})"
+            )
+        texts.append(
+            f"Of tokens at patch {inside.patch_size} the velocity error of {_network(network)} is, against that of "
+            f"{_network(first)} and as the median over times, {listed(parts)}."
+        )
+    return [*texts, *_against_optimum(inside.networks)]
+
+
+def _against_optimum(networks: Sequence[NetworkError]) -> list[str]:
+    """Compare networks, where data vary least, with the error that a token by itself leaves unknown (eq. 11)."""
+    parts = []
+    for network in networks:
+        band = network.bands[0]
+        optimum = [error - beyond for error, beyond in zip(band.error, band.beyond_optimum, strict=True)]
+        if min(optimum) <= TINY:
+            # Without any variance nothing is unknown, and any output is infinitely too much.
+            return []
+        ratio = median(error / best for error, best in zip(band.error, optimum, strict=True))
+        parts.append(f"{number(ratio, 2)} times as large for {_network(network)}")
+    return [
+        f"Against what a token by itself leaves unknown (eq. 11), the error in {_directions(networks[0].bands[0])} is, "
+        f"as the median over times, {listed(parts)}."
+    ]
+
+
+def _directions(band: Band) -> str:
+    count = f"the {band.directions} directions" if band.directions > 1 else "the one direction"
+    return f"{count} {band.name or BANDS[band.low]}"
+
+
+def _network(network: NetworkError) -> str:
+    return f"{network.run} ({SYMBOL[network.prediction]}, step {network.step:,})"

@@ -1,0 +1,217 @@
+"""What one page shows: an ablation, a run or an analysis of latents, with evaluations of one protocol."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jlt.config import LossSpace, Prediction
+from jlt.errors import JLTError
+from jlt.results.ablation import Ablation
+from jlt.results.evaluation import Evaluation
+from jlt.results.files import read_result
+from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, SettingForecast
+from jlt.results.run import Run, read_run
+from jlt.storage.files import path_inside, read_json
+
+MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
+"""The metrics of tables and curves, in their order."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over seeds: its mean, smallest and largest value, and their count."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return mean and range of the values that are known, None if there are none."""
+    known = [value for value in values if value is not None]
+    return Spread(sum(known) / len(known), min(known), max(known), len(known)) if known else None
+
+
+@dataclass(frozen=True)
+class System:
+    """What is compared: one prediction, loss space, network and patch size, with one run per seed."""
+
+    name: str
+    prediction: Prediction
+    loss_space: LossSpace
+    patch_size: int
+    runs: tuple[Run, ...]
+    variant: str = ""
+    """The point on further axes (geometry, width) as text."""
+
+    def measured(self, metric: str, step: int | None) -> Spread | None:
+        """Return a metric over the seeds that were evaluated at a step, or None."""
+        return spread(found.metrics[metric] for run in self.runs if (found := run.at(step)))
+
+    def curve(self, metric: str) -> dict[int, Spread]:
+        """Return a metric by training step."""
+        return {step: value for step in self.evaluated_steps if (value := self.measured(metric, step))}
+
+    @property
+    def evaluated_steps(self) -> list[int]:
+        """The steps at which any seed was evaluated, ascending."""
+        return sorted({found.step or 0 for run in self.runs for found in run.evaluations})
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything one page shows; a single run is one system."""
+
+    folder: Path
+    title: str
+    systems: tuple[System, ...]
+    ablation: Ablation | None = None
+    geometry: Geometry | None = None
+    inside: ErrorByDirection | None = None
+    """The errors of trained networks, of an analysis that names some."""
+    set_aside: tuple[tuple[Run, Evaluation], ...] = ()
+    """Further evaluations of steps that have one, by another protocol; they are in no table or curve."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, system by system."""
+        return [run for system in self.systems for run in system.runs]
+
+    @property
+    def seeds(self) -> int:
+        """The largest number of runs of a system."""
+        return max((len(system.runs) for system in self.systems), default=0)
+
+    @property
+    def several_losses(self) -> bool:
+        """Whether systems differ in the space of their loss."""
+        return len({system.loss_space for system in self.systems}) > 1
+
+    @property
+    def forecasts(self) -> tuple[SettingForecast, ...]:
+        """What was expected of the settings of an ablation."""
+        return self.ablation.forecasts if self.ablation else ()
+
+    @property
+    def latents(self) -> Mapping[str, Any]:
+        """The identity of the latents, empty if no file names it."""
+        recorded = [
+            self.ablation.latents if self.ablation else None,
+            *(run.config.get("latents") for run in self.runs),
+            self.geometry.latents if self.geometry else None,
+        ]
+        return next((latents for latents in recorded if latents), {})
+
+    @property
+    def final_step(self) -> int | None:
+        """The last step at which any system was evaluated: the one that the table compares."""
+        return max((step for system in self.systems for step in system.evaluated_steps), default=None)
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """The protocol that all evaluations share, empty without any."""
+        return next((found.shared_protocol for run in self.runs for found in run.evaluations), {})
+
+
+def read_study(folder: Path) -> Study:
+    """Read an ablation (ablation.json), a run (config.json) or an analysis (geometry.json).
+
+    JLTError for any other folder, a damaged file, and evaluations whose protocols differ.
+    """
+    if (folder / Ablation.FILE).exists():
+        study = _read_ablation(folder)
+    elif (folder / "config.json").exists():
+        study = _read_single(folder)
+    elif (folder / GEOMETRY).exists():
+        geometry = read_result(Geometry, folder / GEOMETRY)
+        inside = read_result(ErrorByDirection, folder / INSIDE) if (folder / INSIDE).exists() else None
+        if inside and inside.latents != geometry.latents:
+            raise JLTError(f"{folder / INSIDE} is of other latents than {folder / GEOMETRY}.")
+        study = Study(folder, "Target geometry", systems=(), geometry=geometry, inside=inside)
+    else:
+        raise JLTError(
+            f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "
+            "(geometry.json) nor a finished sweep (sweep.json)."
+        )
+    return keep_one_protocol(study)
+
+
+def keep_one_protocol(study: Study) -> Study:
+    """Return the study with evaluations of one protocol, the most frequent; others are set aside.
+
+    JLTError with the difference if another evaluation is the only one of a run's last step: without it the page would
+    hide the result, and with it the page would compare numbers that cannot be compared.
+    """
+    everything = [(run, found) for run in study.runs for found in run.evaluations]
+    if not everything:
+        return study
+    frequency = Counter(found.method for _, found in everything)
+    main_run, main = max(everything, key=lambda item: (frequency[item[1].method], item[1].step or 0))
+    aside = [(run, found) for run, found in everything if found.method != main.method]
+    for run, found in aside:
+        later = [other for other in run.evaluations if (other.step or 0) > (found.step or 0)]
+        if not later and all(other.method != main.method for other in run.evaluations if other.step == found.step):
+            key, ours, theirs = main.differences(found)[0]
+            raise JLTError(
+                f"{main_run.file_of(main)} and {run.file_of(found)} were evaluated differently and do not belong in "
+                f"one table: {key} is {_shown(ours)} in one and {_shown(theirs)} in the other. Evaluate again with the "
+                "same arguments."
+            )
+    systems = [replace(system, runs=tuple(_by_method(run, main) for run in system.runs)) for system in study.systems]
+    return replace(study, systems=tuple(systems), set_aside=tuple(aside))
+
+
+def _by_method(run: Run, main: Evaluation) -> Run:
+    return replace(run, evaluations=tuple(found for found in run.evaluations if found.method == main.method))
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else json.dumps(value)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level with dotted keys."""
+    if isinstance(value, Mapping) and (value or not prefix):
+        return {
+            dotted: leaf
+            for key, inner in value.items()
+            for dotted, leaf in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: value}
+
+
+def _read_ablation(folder: Path) -> Study:
+    ablation = read_result(Ablation, folder / Ablation.FILE)
+    grouped: dict[tuple[str, Prediction, LossSpace, int, str], list[Run]] = {}
+    for entry in ablation.systems:
+        key = (entry.name, entry.prediction, entry.loss_space, entry.patch_size, entry.variant)
+        runs = grouped.setdefault(key, [])
+        run = path_inside(folder, entry.run)
+        # A system whose training has not begun has no folder yet.
+        if (run / "config.json").exists():
+            runs.append(read_run(run, entry.seed))
+    systems = tuple(System(*key[:4], tuple(runs), key[4]) for key, runs in grouped.items())
+    geometry = read_result(Geometry, folder / GEOMETRY) if (folder / GEOMETRY).exists() else None
+    return Study(folder, ablation.title, systems, ablation, geometry)
+
+
+def _read_single(folder: Path) -> Study:
+    path = folder / "config.json"
+    config = read_json(path)
+    try:
+        system = System(
+            name=config["name"],
+            prediction=config["prediction"],
+            loss_space=config["loss"]["space"],
+            patch_size=config["network"]["patch_size"],
+            runs=(read_run(folder, config["seed"]),),
+        )
+    except (KeyError, TypeError) as error:
+        raise JLTError(f"{path} has no {error}: it is damaged or was written by another version.") from error
+    return Study(folder, f"Training run {system.name}", systems=(system,))

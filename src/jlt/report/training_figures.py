@@ -1,0 +1,147 @@
+"""Metrics and the loss of all systems against the training step, and the final distance by prediction and loss space.
+
+Imports matplotlib, so import this module only where figures are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+from jlt.report import palette
+from jlt.report.cells import Cells
+from jlt.report.figures import (
+    Figure,
+    Line,
+    Panel,
+    curve_style,
+    draw,
+    moving_average,
+    plain_log,
+    prediction_legend,
+    step_panel,
+    system_legend,
+)
+from jlt.report.palette import PREDICTION, SHORT_WORDS, SYMBOL
+from jlt.report.published import SOURCE, Points, published
+from jlt.report.study import MEASUREMENTS, Study, System, spread
+from jlt.report.wording import listed, metric_name, number, percent, sentence
+from jlt.results.evaluation import LOWER_IS_BETTER, SHARES
+
+
+def training_figure(study: Study) -> Figure | None:
+    """Draw metrics and the loss against the training step; None before the first number.
+
+    Every loss space and variant has its own panels: with several variants only those of the distance and the loss.
+    """
+    variants = {system.variant for system in study.systems}
+    metrics = MEASUREMENTS[: 1 if len(variants) > 1 else None]
+    panels: list[Panel] = []
+    for suffix, systems in systems_that_compare(study.systems).items():
+        drawn = [*(_metric_panel(systems, metric, suffix) for metric in metrics), _loss_panel(systems, suffix)]
+        panels.extend(panel for panel in drawn if panel)
+    if not panels:
+        return None
+    several = len(study.systems) > 1
+    texts = ["Colour and marker name the prediction, the dash of the line the patch size."] if several else []
+    if study.seeds > 1:
+        texts.append("Lines are means over seeds, bands run from the smallest to the largest.")
+    texts.append("The loss is a moving average over a twentieth of the training.")
+    if any(_published(metric, system) for metric in MEASUREMENTS for system in study.systems):
+        texts.append(f"Dotted lines with open markers are as published ({SOURCE}), in part read off a plot.")
+    texts.append(
+        "Look at how early the curves part, and whether the order still changes at the end."
+        if several
+        else "Look at whether the curves still move at the end."
+    )
+    return Figure("Along the training", tuple(panels), " ".join(texts), system_legend(study.systems))
+
+
+def systems_that_compare(systems: Sequence[System]) -> dict[str, list[System]]:
+    """Group systems by loss space and variant; the keys name both for titles, empty if all systems share them."""
+    spaces = {system.loss_space for system in systems}
+    groups: dict[str, list[System]] = {}
+    for system in systems:
+        parts = [f"{SYMBOL[system.loss_space]}-space loss"] * (len(spaces) > 1) + [system.variant] * bool(
+            system.variant
+        )
+        groups.setdefault(f" ({', '.join(parts)})" if parts else "", []).append(system)
+    return groups
+
+
+def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel | None:
+    found = [(system, system.curve(metric)) for system in systems]
+    if not any(len(points) > 1 for _, points in found):
+        # Single points are in the table of results.
+        return None
+    lines = [Line.of(system.name, points, curve_style(system)) for system, points in found if points]
+    known = {
+        system.name: (system, curve) for system, points in found if points and (curve := _published(metric, system))
+    }
+    for name, (system, curve) in known.items():
+        style = {**curve_style(system), "dashes": (1, 2), "markerfacecolor": "none", "linewidth": 1.2}
+        del style["markeredgecolor"], style["markeredgewidth"]
+        steps, values = zip(*curve, strict=True)
+        lines.append(Line(f"{name} as published", steps, values, style))
+    share = metric in SHARES
+    direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
+    title = f"{sentence(metric_name(metric))}{suffix or f', {direction}'}"
+    return step_panel(title, lines, write=percent if share else number, linear=share)
+
+
+def _published(metric: str, system: System) -> Points:
+    extractors = {found.protocol["extractor"]["name"] for run in system.runs for found in run.evaluations}
+    return published(metric, system.name, next(iter(extractors)) if len(extractors) == 1 else None)
+
+
+def _loss_panel(systems: Sequence[System], suffix: str) -> Panel | None:
+    lines = []
+    for system in systems:
+        by_step: dict[int, list[float | None]] = {}
+        for run in system.runs:
+            smooth = moving_average([logged.loss for logged in run.log.steps])
+            for logged, loss in zip(run.log.steps, smooth, strict=True):
+                by_step.setdefault(logged.step, []).append(loss)
+        points = {step: value for step in sorted(by_step) if (value := spread(by_step[step]))}
+        if points:
+            lines.append(Line.of(system.name, points, {**curve_style(system), "marker": ""}))
+    return step_panel(f"Training loss{suffix or f' in {SYMBOL[systems[0].loss_space]}-space'}", lines)
+
+
+def cells_figure(found: Mapping[str, Cells]) -> Figure | None:
+    """Draw the final distance in every cell of prediction x loss space, a panel per setting; None without any."""
+    if not found:
+        return None
+    caption = (
+        "Final Fréchet distance of every prediction, by the space in which its loss is measured. Points are means over "
+        "seeds, bars run from the smallest to the largest. A loss in x-space is the squared error of the velocity "
+        "times (1 \N{MINUS SIGN} t)²; one in ε-space is the same error times t²."
+    )
+    panels = tuple(_cells_panel(where, cells) for where, cells in found.items())
+    return Figure("Prediction and loss space", panels, caption, prediction_legend())
+
+
+def _cells_panel(where: str, cells: Cells) -> Panel:
+    spaces = [space for space in PREDICTION if any(space == there for _, there in cells)]
+
+    def paint(axes: Axes) -> None:
+        for place, prediction in enumerate(PREDICTION):
+            found = [(at, cells[prediction, space]) for at, space in enumerate(spaces) if (prediction, space) in cells]
+            bars = [[cell.mean - cell.low for _, cell in found], [cell.high - cell.mean for _, cell in found]]
+            axes.errorbar(
+                [at + 0.12 * (place - 1) for at, _ in found], [cell.mean for _, cell in found], yerr=bars, capsize=2,
+                color=PREDICTION[prediction].light, marker=palette.MARKER[prediction], markersize=5, linewidth=1.2,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        plain_log(axes.yaxis, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
+        axes.set_xticks(range(len(spaces)), [f"{SYMBOL[space]}-space" for space in spaces])
+        axes.set_xlim(-0.4, len(spaces) - 0.6)
+        axes.grid(visible=False, axis="x")
+        axes.set(title=f"Fréchet distance, {where}", xlabel="space of the loss")
+
+    values = [
+        f"{SHORT_WORDS[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
+        for (prediction, space), cell in cells.items()
+    ]
+    return draw(paint, f"Fréchet distance by prediction and loss space, {where}: {listed(values)}.")

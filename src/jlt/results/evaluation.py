@@ -1,0 +1,110 @@
+"""One evaluation of samples: its numbers, and the protocol that decides with which others they may be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jlt.results.files import ResultFile
+from jlt.storage.files import Difference, difference
+
+OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
+"""Keys of a protocol that name the evaluated weights, not the method; all others must agree within a table."""
+
+
+LOWER_IS_BETTER = frozenset({"frechet_distance", "spatial_frechet_distance", "kernel_distance"})
+SHARES = frozenset({"precision", "recall", "coverage", "label_agreement"})
+"""Metrics from 0 to 1 that are written as percentages."""
+SPREAD_OF = {
+    "frechet_distance": "frechet_distance_error",
+    "inception_score": "inception_score_std",
+    "kernel_distance": "kernel_distance_std",
+}
+"""Metrics with the name of their standard error or standard deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What was measured on `count` images; None is what the extractor, the reference or the images do not allow.
+
+    `frechet_distance_error` is its standard error. `frechet_distance_bias` estimates by how much the distance is too
+    large because there are few samples. Precision, recall, density, coverage and the kernel distance use at most
+    10,000 images.
+    """
+
+    frechet_distance: float
+    frechet_distance_error: float | None = None
+    frechet_distance_bias: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    inception_score_whole: float | None = None
+    spatial_frechet_distance: float | None = None
+    kernel_distance: float | None = None
+    kernel_distance_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    label_agreement: float | None = None
+    count: int
+
+    def __getitem__(self, metric: str) -> float | None:
+        """Return a metric by its name."""
+        value: float | None = getattr(self, metric)
+        return value
+
+
+@dataclass(frozen=True)
+class Jackknife:
+    """What gives the error of the difference of two evaluations that start from the same noise."""
+
+    frechet_distance: tuple[float, ...]
+    """The distance without one group of images each."""
+    sizes: tuple[int, ...]
+    """Images of each group."""
+
+
+@dataclass(frozen=True)
+class Evaluation(ResultFile):
+    """One `evaluations/step_*.json` of a run, or one `points/*.json` of a sweep."""
+
+    SCHEMA: ClassVar[int] = 1
+
+    step: int | None
+    """Training step of the checkpoint; None for images that were not drawn from one."""
+    metrics: Metrics
+    protocol: Mapping[str, Any]
+    """Everything that decides the numbers: checkpoint, sampler, extractor, reference, versions."""
+    jackknife: Jackknife | None = None
+
+    @property
+    def shared_protocol(self) -> dict[str, Any]:
+        """The protocol without the evaluated weights, and without the coordinates that the network was trained in.
+
+        Coordinates are undone before decoding, so images are compared with images.
+        """
+        kept = {key: value for key, value in self.protocol.items() if key not in OWN_TO_A_RUN}
+        autoencoder = kept.get("autoencoder")
+        normalisation = autoencoder.get("normalisation") if isinstance(autoencoder, Mapping) else None
+        if isinstance(autoencoder, Mapping) and isinstance(normalisation, Mapping) and "coordinates" in normalisation:
+            plain = {key: value for key, value in normalisation.items() if key != "coordinates"}
+            kept["autoencoder"] = {**autoencoder, "normalisation": plain}
+        return kept
+
+    @property
+    def method(self) -> str:
+        """How it was evaluated, as text that is equal for evaluations that may be compared."""
+        kept = self.shared_protocol
+        if kept.get("autoguide", {}).get("checkpoint") == self.protocol.get("checkpoint"):
+            kept["autoguide"] = kept.get("autoguide", {}).get("ema")
+        reference = kept.get("reference", {})
+        if "images" in reference:
+            # The last digits of its moments, and so its hash, depend on how many processes measured the same images.
+            kept["reference"] = {key: value for key, value in reference.items() if key != "sha256"}
+        return json.dumps(kept, sort_keys=True)
+
+    def differences(self, other: Evaluation) -> list[Difference]:
+        """Return (dotted key, this value, the other value) of everything in which the shared protocols differ."""
+        return difference(self.shared_protocol, other.shared_protocol)

@@ -1,0 +1,328 @@
+"""What `jlt analyze` writes: geometry.json of the latents, and inside.json of the networks that learnt them.
+
+Variances are in units of the noise's. Lists over directions run from the largest eigenvalue to the smallest, tables
+have a row for each time. d is the dimension of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from jlt.config import LossSpace, Prediction, TimestepConfig, TrainConfig
+from jlt.errors import UsageError
+from jlt.results.files import ResultFile
+
+GEOMETRY = "geometry.json"
+INSIDE = "inside.json"
+
+Values = tuple[float, ...]
+Table = tuple[Values, ...]
+Outcome = Literal["x", "eps", "v", "even", "undecided"]
+"""The prediction that is expected to win; even where x and v need about as much; undecided where the model is not sure.
+"""
+CautionKind = Literal[
+    "constant_channels", "one_class", "few_for_classes", "few_latents", "few_tokens", "large_errors",
+    "constant_directions", "few_for_frequencies",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """The times, the matched loss (t_eps = 0 is eq. 13 as it stands) and the noise of the training to forecast."""
+
+    timesteps: TimestepConfig
+    t_eps: float
+    loss_space: LossSpace = "v"
+    noise_scale: float = 1.0
+    """Standard deviation of the noise, in whose units spectra are."""
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> TrainingModel:
+        """Return the model of a run, whose loss is taken as the matched one whatever its weighting is."""
+        return cls(train.timesteps, train.loss.t_eps, train.loss.space, train.noise_scale)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution == "uniform"):
+            raise UsageError(
+                "t_eps must be in [0, 0.5), and above 0 for uniform times: without a clamp the risk of a clean "
+                "prediction has no mean there."
+            )
+        if not 0 < self.noise_scale < math.inf:
+            raise UsageError(f"A scale of noise is above 0, not {self.noise_scale}.")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a forecast means for networks of one width."""
+
+    width: int
+    width_share: dict[Prediction, float]
+    """Directions needed, as a share of the width."""
+    loss_floor: dict[Prediction, float]
+    """What the training loss, a mean over elements, cannot fall below: the last layer is narrower than a token."""
+    words: str = ""
+    """The advice as text, in files of earlier versions only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """How many directions each prediction needs for the same error (eq. 13), and which one is expected to win."""
+
+    order: tuple[Prediction, ...]
+    """From the prediction that needs the fewest directions."""
+    margin: float
+    """Directions that the second needs more than the first, as a share of d."""
+    clean_over_velocity: float
+    """Directions that velocity needs more than the clean latent, as a share of d."""
+    call: Outcome
+    outcome: Outcome
+    """The outcome by the numbers alone, without regard to the confidence."""
+    confidence: float
+    """Share of the variations of the model with this outcome."""
+    sphericity: float
+    stated_share: float
+    """Excess risk over unavoidable risk that a predictor is allowed."""
+    needed: dict[str, dict[Prediction, float]]
+    """Directions needed, by the share that is allowed."""
+    advice: tuple[Advice, ...]
+
+    @property
+    def needed_directions(self) -> dict[Prediction, float]:
+        """Directions needed at the stated share."""
+        return self.needed[f"{self.stated_share:g}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenForecast(Forecast):
+    """A forecast with the capacity curves behind it."""
+
+    unavoidable_risk: float
+    ranks: tuple[int, ...]
+    """Ranks that the curves are tabulated at."""
+    curves: dict[Prediction, Values]
+    curves_one_subspace: dict[Prediction, Values]
+    """As `curves`, for directions that are the same at all times."""
+    needed_by_estimate: dict[str, dict[Prediction, float]]
+    """Directions needed at the stated share, by estimate of the covariance."""
+    enough: bool
+    """Whether there are enough latents for a forecast."""
+    variations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingForecast(Forecast):
+    """A forecast for the systems of an ablation that share all but the prediction and the seed."""
+
+    variant: str
+    anisotropy: float | None
+    """The power that eigenvalues are raised to, where it is an axis of the ablation."""
+    patch_size: int
+    loss_space: LossSpace
+    width: int
+    dimension: int
+    before_training: bool
+    """Whether it was computed before any of the systems was trained."""
+
+    @classmethod
+    def of(cls, forecast: Forecast, **setting: Any) -> SettingForecast:
+        """Return the part of a forecast that an ablation keeps, with the fields of its setting."""
+        return cls(**{entry.name: getattr(forecast, entry.name) for entry in fields(Forecast)}, **setting)
+
+    @property
+    def setting(self) -> tuple[str, int, LossSpace]:
+        """Variant, patch size and loss space of the systems that it is for."""
+        return self.variant, self.patch_size, self.loss_space
+
+
+@dataclass(frozen=True)
+class ShareBelow:
+    """The directions whose variance is below a threshold: how many, and their share of the total variance (0 to 1)."""
+
+    directions: int
+    variance_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumSummary:
+    """A spectrum in a few numbers, None where it is not known whole or nothing varies."""
+
+    effective_rank: float | None = None
+    """exp of the entropy of lam / sum(lam) (Roy and Vetterli 2007)."""
+    participation_ratio: float | None = None
+    """sum(lam)^2 / sum(lam^2)."""
+    anisotropy: float | None = None
+    """Largest over smallest eigenvalue; None (infinite) where the smallest is 0 to the rounding of latents."""
+    sphericity: float | None = None
+    """Geometric over arithmetic mean of the eigenvalues (Mauchly 1940); 1 is isotropic, 0 degenerate."""
+    share_below: dict[str, ShareBelow] = field(default_factory=dict)
+    """By threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSpectrum(SpectrumSummary):
+    """The spectrum of tokens within classes, or within neighbourhoods."""
+
+    eigenvalues: Values
+    variance_share: float
+    """Of the variance of all tokens."""
+    relative_sampling_errors: Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGeometry(SpectrumSummary):
+    """The tokens of one patch size: their spectrum, eq. 9-12 on it, and the forecast."""
+
+    patch_size: int
+    dimension: int
+    count: int
+    images: int
+    independent_samples: float
+    """Independent samples that would give errors as large, since the tokens of a latent depend on each other."""
+    relative_sampling_error: float
+    """The median over directions with variance of `relative_sampling_errors`."""
+    relative_sampling_errors: Values
+    mean: Values
+    eigenvalues: Values
+    excess_kurtosis: Values
+    excess_kurtosis_error: Values
+    sample: int
+    """Latents that the errors, the kurtosis and the neighbourhoods were estimated from."""
+    channel_variance: Values
+    local: dict[str, LocalSpectrum]
+    target_variance: dict[Prediction, Values]
+    directions: tuple[int, ...]
+    """Indices of the eigenvalues that the following tables have columns for."""
+    coefficient: dict[Prediction, Table]
+    conditional_variance: dict[Prediction, Table]
+    explained_power: dict[Prediction, Table]
+    forecast: TokenForecast
+
+
+@dataclass(frozen=True, kw_only=True)
+class StationarySpectrum(SpectrumSummary):
+    """The eigenvalues of whole latents by spatial frequency, at some ranks."""
+
+    ranks: tuple[int, ...]
+    eigenvalues: Values
+    relative_sampling_error: float
+
+
+@dataclass(frozen=True)
+class StationaryGeometry:
+    """Whole latents, as if their positions were a torus on which none is special."""
+
+    dimension: int
+    spectra: dict[str, StationarySpectrum]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeGeometry(SpectrumSummary):
+    """The leading directions of whole latents, and the variance of all others together."""
+
+    method: Literal["exact", "gram", "sketch"]
+    dimension: int
+    eigenvalues: Values
+    variance: float
+    tail_variance: float
+    relative_sampling_error: float
+
+
+@dataclass(frozen=True)
+class Caution:
+    """A reason to trust a geometry less, with the numbers behind it."""
+
+    kind: CautionKind
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Geometry(ResultFile):
+    """geometry.json: the target geometry of latents, and the forecast for one training and some widths."""
+
+    SCHEMA: ClassVar[int] = 3
+    ALWAYS_SEALED: ClassVar[bool] = True
+
+    latents: dict[str, Any]
+    """The identity of the latent store."""
+    patch_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    training: TrainingModel
+    times: Values
+    """Times of the tables."""
+    tokens: dict[int, TokenGeometry]
+    """By patch size."""
+    stationary: StationaryGeometry
+    whole: WholeGeometry
+    cautions: tuple[Caution, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """The cautions as text, in files of earlier versions only."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The velocity error of a network at every time, summed over directions with a variance from `low` up to `high`."""
+
+    directions: int
+    error: Values
+    beyond_optimum: Values
+    """The part above what a token by itself leaves unknown (eq. 11)."""
+    low: float = 0.0
+    high: float | None = None
+    """None is infinite."""
+    name: str = ""
+    """The range as text, in files of earlier versions only."""
+
+
+@dataclass(frozen=True)
+class NetworkError:
+    """The squared velocity error of a trained network, by time and direction."""
+
+    name: str
+    run: str
+    step: int
+    prediction: Prediction
+    checkpoint: str
+    """SHA-256 of its manifest."""
+    ema: str
+    error: Table
+    standard_error: Table
+    bands: tuple[Band, ...]
+    ema_rebuilt: dict[str, Any] = field(default_factory=dict)
+    """How a post-hoc EMA was combined."""
+
+
+@dataclass(frozen=True)
+class ErrorDifference:
+    """The error of a network less that of the first on the same noise, with its standard error."""
+
+    difference: Table
+    error: Table
+
+
+@dataclass(frozen=True)
+class ErrorByDirection(ResultFile):
+    """inside.json: the velocity error of trained networks by eigen-direction of the tokens and by time."""
+
+    SCHEMA: ClassVar[int] = 1
+    ALWAYS_SEALED: ClassVar[bool] = True
+
+    patch_size: int
+    latents: dict[str, Any]
+    """The identity of the latent store."""
+    count: int
+    """Latents that the networks were evaluated on."""
+    seed: int
+    times: Values
+    eigenvalues: Values
+    optimum: Table
+    """What a token by itself leaves unknown (eq. 11)."""
+    whole_optimum: Table
+    """What a whole latent as one Gaussian leaves unknown."""
+    whole_estimate: Literal["exact", "stationary"]
+    networks: tuple[NetworkError, ...]
+    beyond_the_first: tuple[ErrorDifference, ...]
+    """For every network but the first."""

@@ -1,9 +1,9 @@
 """TAEF2: the tiny distilled autoencoder of FLUX.2's latent space (Ollin Boer Bohan, `madebyollin/taef2`).
 
-Both networks have 64 channels everywhere. A block is relu(x + c(x)), where c is three 3x3 convolutions with ReLU between
-them. The three blocks at 1/8 of the resolution first add a branch with group normalisation to x. TAEF2 is distilled from
-FLUX.2's batch-normalised latents, so its own latents need no normalisation. Encoding packs 2x2 positions into channels,
-in the order of FLUX.2's autoencoder; decoding unpacks them.
+Both networks have 64 channels everywhere. A block is relu(x + c(x)), where c is three 3x3 convolutions with ReLU
+between them. The three blocks at 1/8 of the resolution first add a branch with group normalisation to x. TAEF2 is
+distilled from FLUX.2's batch-normalised latents, so its own latents need no normalisation. Encoding packs 2x2
+positions into channels, in the order of FLUX.2's autoencoder; decoding unpacks them.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ class TAEF2Autoencoder(Autoencoder):
 def load_taef2(path: str) -> TAEF2Autoencoder:
     """Load TAEF2 from a file, a folder that holds `taef2.safetensors`, or a Hub id such as `madebyollin/taef2`.
 
-    JLTError if there is none, if it cannot be read, or if it holds the weights of another network, such as TAESD and TAEF1
-    (4 and 16 latent channels).
+    JLTError if there is none, if it cannot be read, or if it holds the weights of another network, such as TAESD and
+    TAEF1 (4 and 16 latent channels).
     """
     file, source = _find_weights(path)
     weights, network = read_weights(file), TAEF2()

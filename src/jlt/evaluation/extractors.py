@@ -15,9 +15,9 @@ EXTRACTORS = ("digits", "squeezenet", "inception", "dinov2")
 def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | str | None = None) -> FeatureExtractor:
     """Load `digits`, the bundled classifier, `squeezenet`, `inception`, on which FID is defined, or `dinov2`.
 
-    `path` names weights: a file for squeezenet and inception, a folder or Hub id for dinov2; the default is the place to which they
-    are downloaded. JLTError for weights that are missing or cannot be read; UsageError for an unknown name, with the
-    nearest ones.
+    `path` names weights: a file for squeezenet and inception, a folder or Hub id for dinov2. The default for the last
+    two is the place to which they are downloaded. JLTError for weights that are missing or cannot be read; UsageError
+    for an unknown name, with the nearest ones.
     """
     if name == "digits":
         from jlt.evaluation.digit_classifier import DigitClassifier

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import textwrap
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # PyTorch warns of unusual pickles before it refuses them.
+                warnings.simplefilter("ignore")
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise JLTError(f"{file} is not a plain file of weights, and its code is not run: name another one.") from error
     # A file of another kind can fail in any way.
@@ -84,7 +88,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def require_same_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raise JLTError with the first names that are missing, unexpected or of another shape; `what` names the network."""
+    """Raise JLTError with the first names that are missing, unexpected or misshapen; `what` names the network."""
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],

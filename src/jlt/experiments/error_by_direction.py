@@ -21,9 +21,8 @@ from torch import Tensor
 from jlt.errors import JLTError, UsageError
 from jlt.geometry.accumulate import Latents, Moments
 from jlt.geometry.assemble import rows
-from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.covariance import StationaryCovariance, TokenCovariance, frequencies, multiplicity
 from jlt.geometry.gaussian import conditional_variance
-from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
 from jlt.geometry.tokens import eigenbasis
 from jlt.patches import patch_tokens, unpatchify
 from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, NetworkError

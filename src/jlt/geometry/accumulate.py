@@ -12,11 +12,8 @@ from torch import Tensor
 
 from jlt.config import LatentShape
 from jlt.errors import JLTError
-from jlt.geometry.classes import ClassMeans
-from jlt.geometry.covariance import TokenCovariance
-from jlt.geometry.stationary import StationaryCovariance
+from jlt.geometry.covariance import ClassMeans, LeadingSketch, StationaryCovariance, TokenCovariance
 from jlt.geometry.subsample import Sample, sample_numbers
-from jlt.geometry.whole import LeadingSketch
 from jlt.runtime.processes import Group, stop_together
 from jlt.runtime.progress import bar
 

@@ -29,22 +29,19 @@ class MeasuredTokens:
     tokens: TokenCovariance
     estimates: list[Estimate]
     along: DirectionMoments
-    channel_variance: Float64[np.ndarray, " c"]
-    sample: int
 
 
 def measure_tokens(moments: Moments, patch_size: int, unit: float) -> MeasuredTokens:
     """Return the spectra for one patch size, with variances divided by `unit`."""
-    tokens, latents = moments.tokens[patch_size], moments.sample.latents
+    tokens = moments.tokens[patch_size]
     eigenvalues, basis = eigenbasis(tokens)
-    along = direction_moments(latents, patch_size, tokens.mean, basis)
+    along = direction_moments(moments.sample.latents, patch_size, tokens.mean, basis)
     independent = _independent(along.relative_spread, tokens)
     error = np.where(along.relative_spread > 0, error_by_rank(independent, tokens.dimension), 0.0)
     error = np.hypot(error, along.relative_spread / np.sqrt(tokens.images))
     estimate = Estimate("tokens", eigenvalues, error, independent, _enough(tokens))
-    local = _local_estimates(moments, patch_size, independent / tokens.images)
-    estimates = [found.in_units_of(unit) for found in (estimate, *local)]
-    return MeasuredTokens(tokens, estimates, along, tokens.channel_variance.numpy(force=True) / unit, len(latents))
+    estimates = [estimate, *_local_estimates(moments, patch_size, independent / tokens.images)]
+    return MeasuredTokens(tokens, [found.in_units_of(unit) for found in estimates], along)
 
 
 def _enough(tokens: TokenCovariance) -> bool:
@@ -66,13 +63,13 @@ def token_estimates(store: Latents, patch_sizes: Sequence[int], device: str) -> 
         latents, _ = store.gather(np.arange(start, min(start + TOKEN_BATCH, len(store))))
         for tokens in sums.values():
             tokens.update(latents)
-    return {p: _token_estimate(tokens) for p, tokens in sums.items()}
+    return {p: _estimate("tokens", eigenbasis(found)[0], found.images, _enough(found)) for p, found in sums.items()}
 
 
-def _token_estimate(tokens: TokenCovariance) -> Estimate:
-    eigenvalues, _ = eigenbasis(tokens)
-    error = np.hypot(sampling_error(tokens.images), error_by_rank(tokens.images, tokens.dimension))
-    return Estimate("tokens", eigenvalues, error, tokens.images, _enough(tokens))
+def _estimate(name: str, eigenvalues: Spectrum, independent: float, enough: bool = True) -> Estimate:
+    """Return an estimate with the errors of as many independent Gaussian samples."""
+    error = np.hypot(sampling_error(independent), error_by_rank(independent, len(eigenvalues)))
+    return Estimate(name, eigenvalues, error, independent, enough)
 
 
 def eigenbasis(tokens: TokenCovariance) -> tuple[Spectrum, Tensor]:
@@ -89,18 +86,12 @@ def _local_estimates(moments: Moments, patch_size: int, per_latent: float) -> li
     tokens, classes = moments.tokens[patch_size], moments.classes
     per_image, found = tokens.count // tokens.images, []
     if classes.enough:
-        within = (tokens.scatter - classes.between(patch_size, tokens.mean)) / (classes.freedom * per_image)
-        found.append(_local_estimate("within classes", within, classes.freedom * per_latent))
+        within = tokens.scatter - classes.between_tokens(patch_size, tokens.mean)
+        eigenvalues = eigenvalues_descending((within / (classes.freedom * per_image)).numpy(force=True))
+        found.append(_estimate("within classes", eigenvalues, classes.freedom * per_latent))
     latents = moments.sample.latents
     if len(latents) >= 2 * (NEIGHBOURS + 1):
-        local = neighbourhood_covariance(latents, patch_size)
+        eigenvalues = eigenvalues_descending(neighbourhood_covariance(latents, patch_size).covariance.numpy())
         # Neighbourhoods overlap, so there are at most as many independent differences as latents.
-        independent = min(len(latents), ANCHORS * NEIGHBOURS)
-        found.append(_local_estimate("within neighbourhoods", local.covariance, independent))
+        found.append(_estimate("within neighbourhoods", eigenvalues, min(len(latents), ANCHORS * NEIGHBOURS)))
     return found
-
-
-def _local_estimate(name: str, covariance: Tensor, independent: float) -> Estimate:
-    eigenvalues = eigenvalues_descending(covariance.numpy(force=True))
-    error = np.hypot(sampling_error(independent), error_by_rank(independent, len(eigenvalues)))
-    return Estimate(name, eigenvalues, error, independent)

@@ -46,8 +46,7 @@ def render(study: Study) -> str:
     """Return the page of a study as HTML."""
     from jlt.report.expected_figures import expected_figure
     from jlt.report.figures import cells_figure, training_figure
-    from jlt.report.geometry_figures import geometry_figures
-    from jlt.report.inside_figures import inside_figures
+    from jlt.report.geometry_figures import geometry_figures, inside_figures
     from jlt.report.run_figures import run_figures
 
     # Distances of noise say nothing of what was expected.

@@ -11,7 +11,7 @@ from training_helpers import run_processes
 
 from jlt.config import LatentShape
 from jlt.errors import JLTError
-from jlt.geometry.accumulate import Moments
+from jlt.geometry.accumulate import Moments, Sample, sample_numbers
 from jlt.geometry.covariance import (
     ClassMeans,
     LeadingSketch,
@@ -21,7 +21,7 @@ from jlt.geometry.covariance import (
     multiplicity,
 )
 from jlt.geometry.spectrum import eigenvalues_descending
-from jlt.geometry.subsample import NEIGHBOURS, Sample, direction_moments, neighbourhood_covariance, sample_numbers
+from jlt.geometry.tokens import NEIGHBOURS, direction_moments, neighbourhood_covariance
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.patches import patch_tokens

@@ -92,8 +92,7 @@ def render(study: Study) -> str:
 
 def _geometry_context(study: Study) -> dict[str, Any]:
     """Return what the template shows of the geometry and of the networks' errors, None or empty without them."""
-    from jlt.report.geometry_figures import geometry_figures
-    from jlt.report.inside_figures import inside_figures
+    from jlt.report.geometry_figures import geometry_figures, inside_figures
 
     geometry, inside = study.geometry, study.inside
     errors = {

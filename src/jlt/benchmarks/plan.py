@@ -22,7 +22,7 @@ from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
 from jlt.networks.flops import training_flops
 from jlt.networks.transformer import Transformer, count_parameters
-from jlt.runtime.timing import affordable_size, machine_memory, matmul_rate, peak_memory
+from jlt.runtime.environment import affordable_size, machine_memory, matmul_rate, peak_memory
 from jlt.training.batch_split import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4

@@ -24,7 +24,7 @@ from jlt.evaluation.metrics import (
 from jlt.evaluation.real_images import KEPT
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.runtime.random_numbers import random_subset
-from jlt.storage.blocks import blocks, take
+from jlt.storage.rows import blocks, take
 
 GROUPS = 10
 """Groups of the jackknife, and the fewest images that are measured."""

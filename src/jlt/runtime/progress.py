@@ -57,8 +57,7 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        return None
+    def __exit__(self, *error: object) -> None: ...
 
     def show(self, done: float, detail: str = "", force: bool = False) -> None:
         """Show how much of the total is done, with a detail; `force` prints a plain line even soon after another."""
@@ -112,25 +111,17 @@ class PlainBar(Bar):
         reached = f"{done:,.0f}" if self._unit or not task.total else f"{done / task.total:.0%}"
         if self._unit:
             reached = f"{self._unit} {reached} of {task.total:,.0f}"
-        parts = [f"{self._description}: {reached}", f"after {format_seconds(task.elapsed or 0)}"]
-        if task.time_remaining is not None:
-            parts.append(f"{format_seconds(task.time_remaining)} left")
-        inform(", ".join(parts) + (f" ({detail})" if detail else ""))
+        left = f", {format_seconds(task.time_remaining)} left" if task.time_remaining is not None else ""
+        shown = f" ({detail})" if detail else ""
+        inform(f"{self._description}: {reached}, after {format_seconds(task.elapsed or 0)}{left}{shown}")
 
 
 def _progress(unit: str, bar_width: int = BAR_WIDTH, console: Any = None) -> Progress:
     """Return rich's progress display for one task; its console is needed for drawing alone."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich_progress
     from rich.text import Text
 
-    class WithDetail(Progress):
+    class WithDetail(rich_progress.Progress):
         """A bar and a line below it, which is cut at the edge of the terminal."""
 
         def get_renderables(self) -> Iterable[Any]:
@@ -139,11 +130,11 @@ def _progress(unit: str, bar_width: int = BAR_WIDTH, console: Any = None) -> Pro
                 yield Text(task.fields["detail"], style="dim", no_wrap=True, overflow="ellipsis")
 
     return WithDetail(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width),
-        MofNCompleteColumn() if unit else TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width),
+        rich_progress.MofNCompleteColumn() if unit else rich_progress.TaskProgressColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("left"),
         console=console,
         # From the whole session: a short window would jump at every checkpoint and evaluation.
         speed_estimate_period=math.inf,

@@ -68,10 +68,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
     process ignores stays ignored.
     """
     request = StopRequest()
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
-        previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    numbers = STOPPING_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in previous.items():

@@ -185,7 +185,7 @@ def test_a_temporary_file_and_a_log_that_are_links_change_nothing(tmp_path: Path
         temporary.write_text("{}")
     (run / "log.jsonl").symlink_to(tmp_path / "log")
     (tmp_path / "log").write_text("")
-    with Journal(run, config_for(store), 0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):
+    with Journal(run, config_for(store), 0, rank=0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):
         journal.write("start", step=0)
     assert (secret.read_text(), (tmp_path / "log").read_text()) == ("private", "")
 

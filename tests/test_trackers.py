@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from jlt.config import NetworkConfig, TrainConfig
-from jlt.training.trackers import Tracker, Trackers, flat_numbers, open_trackers
+from jlt.training.trackers import Trackers, flat_numbers, open_trackers
 
 CONFIG = TrainConfig(
     name="run", prediction="x", network=NetworkConfig(channels=4, height=4, width=4, num_classes=3), ema=(0.99,)
@@ -70,7 +70,7 @@ def init(settings, **options):
 """
 
 
-class Recorder(Tracker):
+class Recorder:
     """A tracker that fails from a given call on."""
 
     name = "Recorder"

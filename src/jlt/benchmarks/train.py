@@ -23,10 +23,9 @@ from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.training.batch_split import split_batch
 from jlt.training.draws import draw_step
 from jlt.training.state import initial_state
-from jlt.training.step import Stepper, float32_products
+from jlt.training.step import Stepper, float32_products, split_batch
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 3

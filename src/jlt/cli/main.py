@@ -16,12 +16,10 @@ import tyro
 
 from jlt.cli.benchmark import BENCHMARKS, Benchmark
 from jlt.cli.command import PARSING, Command
-from jlt.cli.evaluation import Evaluate, Fetch, Reference, Sweep
+from jlt.cli.evaluation import Evaluate, Fetch, Reference, Sample, Sweep
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
-from jlt.cli.recipe import RecipeCommand, print_settings
-from jlt.cli.sampling import Sample
-from jlt.cli.training import Plan, Train
+from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
@@ -33,20 +31,8 @@ RESUME = "Run the same command again to resume."
 
 # In the order in which the work is done, which is that of `jlt --help`.
 COMMANDS: tuple[type[Command], ...] = (
-    Quickstart,
-    Encode,
-    Verify,
-    Analyze,
-    Plan,
-    Train,
-    Sample,
-    Fetch,
-    Reference,
-    Evaluate,
-    Sweep,
-    Ablate,
-    Report,
-    Benchmark,
+    *(Quickstart, Encode, Verify, Analyze, Plan, Train, Sample),
+    *(Fetch, Reference, Evaluate, Sweep, Ablate, Report, Benchmark),
 )
 DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them."
 

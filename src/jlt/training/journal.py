@@ -1,23 +1,52 @@
-"""The journal of a run: its events go to its log, to the screen and to trackers."""
+"""The journal of a run: its events go to its log, as lines to the screen, and to trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jlt.config import TrainConfig
 from jlt.runtime.progress import Bar, bar, inform
 from jlt.storage.files import open_unlinked, write_text
-from jlt.training.display import NOTES, figures
 from jlt.training.trackers import open_trackers
 
+FIGURES: Mapping[str, Callable[[float], str]] = {
+    "loss": lambda loss: f"loss {loss:.4g}",
+    "img_per_second": lambda speed: f"{speed:,.0f} img/s" if speed >= 10 else f"{speed:.2g} img/s",
+    "mfu": lambda mfu: f"MFU {mfu:.0%}",
+    "memory_gib": lambda memory: f"{memory:.1f} GiB",
+    "learning_rate": lambda rate: f"learning rate {rate:.3g}",
+    "grad_norm": lambda norm: f"gradient {norm:.3g}",
+}
+"""The numbers of a step that are shown, in order of importance: a narrow terminal cuts off the last."""
 
-class Journal:
+WAITING_SHARE = 0.05
+"""From this share of the time on, the wait for data is shown, before everything else about speed."""
+
+NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "saved": lambda event: f"Step {event['step']:,} is saved; training paused for {event['pause_seconds']:.2g} s.",
+    "skipped": lambda event: f"{event['what']} The update is skipped.",
+    "sampled": lambda event: f"Step {event['step']:,}: samples in {event['file']}",
+    "evaluated": lambda event: f"Step {event['step']:,}: Frechet distance {event['metrics']['frechet_distance']:.4g}",
+    "failed": lambda event: f"Step {event['step']:,}: {event['error']} The training goes on.",
+}
+"""The line that stays on the screen, by event."""
+
+
+def figures(values: Mapping[str, Any]) -> str:
+    """Return the numbers of a logged step as one line, without those that are missing or None."""
+    texts = {name: write(values[name]) for name, write in FIGURES.items() if values.get(name) is not None}
+    if (waiting := values.get("waiting") or 0.0) >= WAITING_SHARE:
+        speed = f"{texts['img_per_second']}, " if "img_per_second" in texts else ""
+        texts["img_per_second"] = f"{speed}waiting for data {waiting:.0%}"
+    return ", ".join(texts.values())
+
+
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """Takes the events of a run in its first process, and ignores those of the others; a context manager.
 
     `log.jsonl` gets one object per line. Lines after the step from which the run resumes are dropped first.
@@ -82,12 +111,7 @@ class Journal:
             if shown:
                 self.show()
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.hide()
         if self._active:
             self._trackers.close()

@@ -42,8 +42,10 @@ class Parallel:
     def __init__(self, network: Transformer, config: TrainConfig, group: Group) -> None:
         self.network = network
         network.checkpoint_blocks = config.gradient_checkpointing
-        if config.compile:
-            _compile(network, block_by_block=group.size > 1)
+        # Block by block, gradients are ready one after the other, and are exchanged while the rest is computed.
+        units = network.blocks if group.size > 1 else [network]
+        for module in units if config.compile else ():
+            module.compile()
         self._bfloat16 = config.precision == "bfloat16"
         self._forward: Callable[..., Tensor] = network
         self._unsynchronised: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
@@ -89,12 +91,6 @@ class Parallel:
             yield
         finally:
             self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-
-def _compile(network: Transformer, block_by_block: bool) -> None:
-    # Block by block, gradients are ready one after the other, and are exchanged while the rest is computed.
-    for module in network.blocks if block_by_block else [network]:
-        module.compile()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -133,9 +133,7 @@ def reconstruct(
 def parse_sigma_rel(name: str) -> float:
     """Return 0.07 for `sigma_rel=0.07`; UsageError, a JLTError, for anything else."""
     try:
-        if not name.startswith(SIGMA_REL):
-            raise ValueError
-        sigma_rel = float(name.removeprefix(SIGMA_REL))
+        sigma_rel = float(name.removeprefix(SIGMA_REL)) if name.startswith(SIGMA_REL) else math.nan
         gamma_from_sigma_rel(sigma_rel)
     except (ValueError, JLTError) as error:
         raise UsageError(

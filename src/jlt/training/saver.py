@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.runtime.processes import Group
-from jlt.training.checkpoint import prune_checkpoints, save_checkpoint, save_snapshot
+from jlt.training.checkpoint import prune_checkpoints, remove_later_snapshots, save_checkpoint, save_snapshot
 from jlt.training.parallel import full_tensor
 from jlt.training.state import TrainState
 
 HostTensors = dict[str, dict[str, Tensor]]
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """Writes the checkpoints and snapshots of a run, one at a time, in the first of its processes.
 
     A context manager: leaving it waits for the writer. An error of the writer is raised by the next call.
@@ -43,6 +43,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-saver")
         self._writing: Future[Any] | None = None
         if self._writes:
+            remove_later_snapshots(run, state.step)
             self._writing = self._pool.submit(self._make_buffers, state.tensors())
 
     def save(self, checkpoint: bool, snapshot: bool) -> None:
@@ -84,7 +85,10 @@ class Saver:
     def _make_buffers(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         # Fresh memory costs far more than the copy, so buffers are touched here, during the first steps, and reused.
         for file, values in tensors.items():
-            self._buffers[file] = {name: _host_buffer(value) for name, value in values.items()}
+            self._buffers[file] = {
+                name: torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda").zero_()
+                for name, value in values.items()
+            }
 
     def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> HostTensors | None:
         """Copy tensors to the host in the first process; all processes gather those that are sharded."""
@@ -101,16 +105,7 @@ class Saver:
             torch.cuda.synchronize(self._state.device)
         return copies
 
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(wait=True)
         if error is None:
             self.wait()
-
-
-def _host_buffer(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").zero_()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import abc
 import importlib.util
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,14 @@ FINISH_SECONDS = 20.0
 """The most time for it to send the rest at the end."""
 
 
-class Tracker(abc.ABC):
-    """A service that also receives the log; any error in it switches it off."""
+@dataclass(frozen=True)
+class Tracker:
+    """A service that also receives the log: how it takes the numbers and pictures of a step, and ends."""
 
     name: str
-
-    @abc.abstractmethod
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the numbers of a step."""
-
-    @abc.abstractmethod
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Log a picture file of a step."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Write or send the rest."""
+    log: Callable[[int, Mapping[str, float]], object]
+    image: Callable[[int, str, Path], object]
+    close: Callable[[], object]
 
 
 class Trackers:
@@ -61,7 +53,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
         self._on = []
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
+    def _each(self, act: Callable[[Tracker], object]) -> None:
         for tracker in list(self._on):
             try:
                 act(tracker)
@@ -75,14 +67,16 @@ def open_trackers(config: TrainConfig, run: Path, resumed_step: int) -> Trackers
 
     Entries after `resumed_step`, from a session that did not save them, are removed or not logged twice.
     """
-    wanted: dict[str, Callable[[], Tracker]] = {}
+    wanted: list[tuple[str, str, Callable[[], Tracker]]] = []
     if config.tensorboard:
-        wanted[TensorBoard.name] = lambda: TensorBoard(run / "tensorboard", resumed_step)
+        wanted.append(("TensorBoard", "tensorboard", lambda: _tensorboard(run, resumed_step)))
     if config.wandb != "off":
-        wanted[WeightsAndBiases.name] = lambda: WeightsAndBiases(config, run)
+        wanted.append(("Weights & Biases", "wandb", lambda: _wandb(config, run)))
     opened = []
-    for name, open_tracker in wanted.items() if processes.rank() == 0 else ():
+    for name, package, open_tracker in wanted if processes.rank() == 0 else ():
         try:
+            if importlib.util.find_spec(package) is None:
+                raise JLTError(f"the package {package} is not installed (pip install 'jlt[trackers]' brings it)")
             opened.append(open_tracker())
         except Exception as error:
             _report_off(name, error)
@@ -107,94 +101,65 @@ def _report_off(name: str, error: Exception) -> None:
     inform(f"{name} is off for the rest of this training: {first.rstrip('.')}.")
 
 
-def _require_package(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise JLTError(f"the package {name} is not installed (pip install 'jlt[trackers]' brings it)")
+def _tensorboard(run: Path, resumed_step: int) -> Tracker:
+    """Open event files in a folder of the run."""
+    from torch.utils.tensorboard import SummaryWriter
 
+    folder = run / "tensorboard"
+    purge_step = resumed_step + 1 if folder.exists() else None
+    writer: Any = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
-class TensorBoard(Tracker):
-    """Event files in a folder of the run."""
-
-    name = "TensorBoard"
-
-    def __init__(self, folder: Path, resumed_step: int) -> None:
-        _require_package("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = resumed_step + 1 if folder.exists() else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write each number as a scalar."""
+    def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Write a picture."""
+    def image(step: int, name: str, path: Path) -> None:
         import numpy as np
         from PIL import Image
 
         with Image.open(path) as picture:
-            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
-    def close(self) -> None:
-        """Write the rest and close the file."""
-        self._writer.close()
+    return Tracker("TensorBoard", log, image, writer.close)
 
 
-class WeightsAndBiases(Tracker):
-    """One run of Weights & Biases, which a resumed training continues; its files are in RUN/wandb.
+def _wandb(config: TrainConfig, run: Path) -> Tracker:
+    """Open one run of Weights & Biases, which a resumed training continues; its files are in RUN/wandb.
 
     It ignores steps that it already has: a resumed training repeats them bit for bit.
     """
+    import wandb
 
-    name = "Weights & Biases"
-
-    def __init__(self, config: TrainConfig, run: Path) -> None:
-        _require_package("wandb")
-        import wandb
-
-        settings = wandb.Settings(
-            silent=True,
-            # Otherwise it replaces stdout and stderr.
-            console="off",
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-            # Never continue another unfinished run of this process.
-            reinit="create_new",
-        )
-        wandb.setup(settings=settings)
-        # Without a key, init would prompt for one on a terminal and wait.
-        if config.wandb == "online" and not wandb.login(prompt=False):
-            raise JLTError("there is no API key (wandb login stores one; --wandb offline needs none)")
-        self._picture = wandb.Image
-        self._run = wandb.init(
-            project=WANDB_PROJECT,
-            name=config.name,
-            id=_wandb_id(run / "wandb" / "id"),
-            resume="allow",
-            dir=str(run),
-            mode=config.wandb,
-            config=to_json(config),
-            settings=settings,
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log all numbers of a step at once."""
-        self._run.log(dict(values), step=step)
-
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Log a picture."""
-        self._run.log({name: self._picture(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Send the rest."""
-        self._run.finish()
-
-
-def _wandb_id(path: Path) -> str:
-    """Return the identity of the run that a file holds, or create the file; JLTError for a link."""
-    require_unlinked(path.parent.parent, path)
-    if not path.exists():
-        write_text(path, secrets.token_hex(8))
-    return path.read_text(encoding="utf-8").strip()
+    settings = wandb.Settings(
+        silent=True,
+        # Otherwise it replaces stdout and stderr.
+        console="off",
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        # Never continue another unfinished run of this process.
+        reinit="create_new",
+    )
+    wandb.setup(settings=settings)
+    # Without a key, init would prompt for one on a terminal and wait.
+    if config.wandb == "online" and not wandb.login(prompt=False):
+        raise JLTError("there is no API key (wandb login stores one; --wandb offline needs none)")
+    identity = run / "wandb" / "id"
+    require_unlinked(run, identity)
+    if not identity.exists():
+        write_text(identity, secrets.token_hex(8))
+    opened: Any = wandb.init(
+        project=WANDB_PROJECT,
+        name=config.name,
+        id=identity.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(run),
+        mode=config.wandb,
+        config=to_json(config),
+        settings=settings,
+    )
+    return Tracker(
+        "Weights & Biases",
+        lambda step, values: opened.log(dict(values), step=step),
+        lambda step, name, path: opened.log({name: wandb.Image(str(path))}, step=step),
+        opened.finish,
+    )

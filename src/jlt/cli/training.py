@@ -29,20 +29,16 @@ class RecipeCommand(Command):
         """Return the recipe for the shape of a latent store with the overrides applied."""
         from jlt.latents.manifest import read_manifest
 
-        self._require_known_options()
-        manifest = read_manifest(latents) if latents else None
-        base = resolve_recipe(self.recipe, manifest.shape if manifest else None)
-        prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
-        config = tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, **PARSING)
-        return renamed(in_steps(config, manifest.count if manifest else images_of_recipe(self.recipe)))
-
-    def _require_known_options(self) -> None:
-        """Raise UsageError for an override that is no setting, with the nearest option of the command or setting."""
         settings = option_names(TrainConfig)
         for argument in self.overrides:
             name = argument.partition("=")[0].replace("_", "-")
             if name.startswith("--") and "." not in name and name not in settings:
                 raise unknown_name("option", name, [*option_names(type(self)), *settings])
+        manifest = read_manifest(latents) if latents else None
+        base = resolve_recipe(self.recipe, manifest.shape if manifest else None)
+        prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
+        config = tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, **PARSING)
+        return renamed(in_steps(config, manifest.count if manifest else images_of_recipe(self.recipe)))
 
 
 def print_settings(command: str, recipe: str) -> None:

@@ -16,7 +16,6 @@ from jlt.errors import JLTError
 from jlt.storage.files import atomic_path
 
 ASSETS = Path(__file__).parent.parent / "assets"
-CONNECT_SECONDS = 10.0
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -72,7 +71,7 @@ def require_reachable(repository: str, files: Sequence[str], remedy: str) -> Non
         return
     hub = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=10.0).close()
     except OSError as error:
         raise JLTError(
             f"{repository} is not a local folder, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"

@@ -17,7 +17,7 @@ from jlt.runtime.progress import inform
 from jlt.storage.files import sealed_sha256
 from jlt.training import power_ema
 from jlt.training.checkpoint import Checkpoint, average_names, list_snapshots
-from jlt.training.parallel import copy_full, local_shard
+from jlt.training.parallel import local_shard
 from jlt.training.power_ema import SIGMA_REL, Snapshot, parse_sigma_rel
 
 NOTABLE_RESIDUAL = 0.05
@@ -59,12 +59,6 @@ class EMA:
         weights = _shards(self._weights)
         differences = (torch._foreach_sub(weights, _shards(average)) for average in self.averages.values())
         return torch.stack([_squared_norm(weights), *map(_squared_norm, differences)])
-
-    @torch.no_grad()
-    def load(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Replace one average by stored values of the same names and shapes."""
-        for key, average in self.averages[name].items():
-            copy_full(average, values[key])
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from jlt.config import TrainConfig
+from jlt.config import LatentShape, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import read_ahead
 from jlt.latents.order import SampleOrder
@@ -99,7 +99,15 @@ def _claim(
 
     Return the split of a batch, and the run's checkpoints.
     """
-    check_store(config, store)
+    network, latents = config.network, store.shape
+    if config.flips and not store.manifest.flips:
+        raise JLTError(f"{store.folder} holds no mirrored latents: encode with flips, or train with --no-flips.")
+    wanted = LatentShape(network.channels, network.height, network.width, network.num_classes)
+    if wanted != latents:
+        raise JLTError(
+            f"The network takes latents of {wanted.channels}x{wanted.height}x{wanted.width} with {wanted.num_classes} "
+            f"classes, the store holds {latents.channels}x{latents.height}x{latents.width} with {latents.num_classes}."
+        )
     split = split_batch(config, processes)
     prepare_run(run, config, store.identity())
     held.enter_context(lock_folder(run))
@@ -169,7 +177,7 @@ class Training:
         config, state = self.config, self.state
         before = time.perf_counter()
         draws, latents, labels = next(batches)
-        self.meter.waited(time.perf_counter() - before)
+        self.meter.waited += time.perf_counter() - before
         outcome = self.stepper.differentiate(draws, latents, labels, bool(self.stop))
         self._settle()
         self.pending = self.stepper.apply(outcome)
@@ -284,17 +292,3 @@ def _step_in_errors(step: int) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"at step {step}")
         raise
-
-
-def check_store(config: TrainConfig, store: LatentStore) -> None:
-    """Raise a JLTError unless the run was made for latents of the store's shape, classes and orientations."""
-    network, latents = config.network, store.shape
-    if config.flips and not store.manifest.flips:
-        raise JLTError(f"{store.folder} holds no mirrored latents: encode with flips, or train with --no-flips.")
-    wanted = (network.channels, network.height, network.width, network.num_classes)
-    found = (latents.channels, latents.height, latents.width, latents.num_classes)
-    if wanted != found:
-        raise JLTError(
-            f"The network takes latents of {wanted[0]}x{wanted[1]}x{wanted[2]} with {wanted[3]} classes, "
-            f"the store holds {found[0]}x{found[1]}x{found[2]} with {found[3]}."
-        )

@@ -43,12 +43,10 @@ class Meter:
         self._loss: Tensor = zeros
         self._by_time = torch.zeros(2, TIME_BINS, device=self._state.device)
         self._grad_norm: Tensor = zeros[0]
-        self._steps, self._waited = 0, 0.0
+        self._steps = 0
+        self.waited = 0.0
+        """Seconds in which steps waited for data, which the caller counts."""
         self._since = time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Count time in which the step waited for data."""
-        self._waited += seconds
 
     def pause(self, seconds: float) -> None:
         """Do not count time that other work took, such as drawing samples."""
@@ -92,7 +90,7 @@ class Meter:
             "mfu": rate * training_flops(config.network) / (self.matmul_rate * self._group.size),
             "memory_gib": peak_memory(device) / 2**30,
             "resident_gib": resident / 2**30 if resident is not None else None,
-            "waiting": self._waited / seconds,
+            "waiting": self.waited / seconds,
             "seconds": self._state.seconds,
         }
         self._reset()

@@ -51,7 +51,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         start = time.perf_counter()
         averages = {f"ema_{name}": values for name, values in self._state.ema.power_averages().items()}
         copies = self._copy(self._state.tensors() if checkpoint else averages)
-        if copies is not None:
+        if copies:
             facts = {"step": self._state.step, **self._state.facts()}
             pause = time.perf_counter() - start
             snapshots = {name: copies[name] for name in averages} if snapshot else {}
@@ -90,7 +90,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 for name, value in values.items()
             }
 
-    def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> HostTensors | None:
+    def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> HostTensors:
         """Copy tensors to the host in the first process; all processes gather those that are sharded."""
         copies: HostTensors = {}
         for file, values in tensors.items():
@@ -99,9 +99,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
                 if self._writes:
                     buffer = self._buffers[file][name]
                     copies.setdefault(file, {})[name] = buffer.copy_(gathered, non_blocking=True)
-        if not self._writes:
-            return None
-        if self._state.device.type == "cuda":
+        if copies and self._state.device.type == "cuda":
             torch.cuda.synchronize(self._state.device)
         return copies
 

@@ -58,7 +58,12 @@ class TrainState:
         """Return every tensor to save, by file and name; of sharded ones, this process's shard."""
         network = {name: weight.detach() for name, weight in self.network.state_dict().items()}
         averages = {f"ema_{name}": values for name, values in self.ema.averages.items()}
-        return {"network": network, "optimizer": self._moments(), **averages}
+        moments = {
+            f"{key}/{name}": value
+            for name, parameter in self.network.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {"network": network, "optimizer": moments, **averages}
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `state.json`, all but the step."""
@@ -71,24 +76,13 @@ class TrainState:
             "device": self.device.type,
         }
 
-    def _moments(self) -> dict[str, Tensor]:
-        return {
-            f"{key}/{name}": value
-            for name, parameter in self.network.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's tensors and counts."""
-        weights = checkpoint.read("network.safetensors")
-        for name, parameter in self.network.state_dict().items():
-            copy_full(parameter, weights[name])
-        moments = checkpoint.read("optimizer.safetensors")
-        for name, value in self._moments().items():
-            copy_full(value, moments[name])
-        for name in self.ema.averages:
-            self.ema.load(name, checkpoint.read(f"ema_{name}.safetensors"))
+        for file, tensors in self.tensors().items():
+            stored = checkpoint.read(f"{file}.safetensors")
+            for name, tensor in tensors.items():
+                copy_full(tensor, stored[name])
         facts = checkpoint.read_state()
         self.step, self.updates = checkpoint.step, facts["updates"]
         self.skipped_in_a_row, self.draws_digest = facts["skipped_in_a_row"], facts["draws"]
@@ -135,24 +129,16 @@ def _start_from(network: Transformer, config: TrainConfig) -> None:
             f"{checkpoint.folder} predicts {checkpoint.config.prediction}, and this run predicts {config.prediction}. "
             "Start from a checkpoint of the same prediction."
         )
-    chosen = choose_weights(checkpoint, config.init_ema)
-    network.load_state_dict(_adapt_weights(chosen.tensors, network.state_dict(), str(checkpoint.folder)))
-    inform(f"Starting from the weights ({chosen.ema}) of {checkpoint.folder}.")
-
-
-def _adapt_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return `weights` in the shapes of `target`: with other classes, all but the null class are initialised again."""
-    adapted = dict(weights)
+    chosen, source, target = choose_weights(checkpoint, config.init_ema), checkpoint.folder, network.state_dict()
+    weights = {name: value.float() for name, value in chosen.tensors.items()}
     if CLASSES in weights and len(weights[CLASSES]) != len(target[CLASSES]):
-        classes = target[CLASSES].clone()
-        # The null class is the last one.
-        classes[-1] = weights[CLASSES][-1]
-        adapted[CLASSES] = classes
         inform(
             f"{source} has {len(weights[CLASSES]) - 1} classes. "
-            f"The embeddings of this run's {len(classes) - 1} classes are initialised again."
+            f"The embeddings of this run's {len(target[CLASSES]) - 1} classes are initialised again."
         )
-    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (adapted, target)]
+        # All but that of the null class, which is the last one.
+        weights[CLASSES] = torch.cat((target[CLASSES][:-1], weights[CLASSES][-1:]))
+    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (weights, target)]
     wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
     if wrong:
         name = wrong[0]
@@ -161,7 +147,8 @@ def _adapt_weights(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], 
         raise JLTError(
             f"The weights of {source} do not fit this network: {name} is {found} there and {wanted} here{more}."
         )
-    return {name: value.to(torch.float32) for name, value in adapted.items()}
+    network.load_state_dict(weights)
+    inform(f"Starting from the weights ({chosen.ema}) of {source}.")
 
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:

@@ -115,15 +115,6 @@ class Verdict:
     values: Float[Tensor, "2"]
     arrived: torch.cuda.Event | None
 
-    @classmethod
-    def of(cls, outcome: Outcome) -> Verdict:
-        """Start the copy of an outcome's verdict and stop requests to the host."""
-        values = torch.stack((outcome.not_finite.float(), outcome.stop_requests))
-        if values.device.type != "cuda":
-            return cls(outcome, values, None)
-        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-        return cls(outcome, host, torch.cuda.current_stream(values.device).record_event())
-
     def read(self) -> tuple[bool, bool]:
         """Return whether the update was skipped, and whether to stop; waits for the copy."""
         if self.arrived is not None:
@@ -154,13 +145,16 @@ class Stepper:
         local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(stop))))
         total, failed, stop_requests = sum_over(local, self.group)
         with record_function("jlt::clipping"):
-            grad_norm = self._clip()
+            parameters = list(self.state.network.parameters())
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            grad_norm = full_tensor(get_total_norm(gradients))
+            clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, grad_norm)
         loss = total / self.config.batch_size
         not_finite = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
         return Outcome(self.state.step + 1, draws, share, loss, grad_norm, not_finite, stop_requests)
 
     def apply(self, outcome: Outcome) -> Verdict:
-        """Update the weights, unless the outcome is not finite."""
+        """Update the weights, unless the outcome is not finite; start the copy of the verdict to the host."""
         optimizer = self.state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step)
@@ -169,23 +163,24 @@ class Stepper:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        return Verdict.of(outcome)
+        values = torch.stack((outcome.not_finite.float(), outcome.stop_requests))
+        if values.device.type != "cuda":
+            return Verdict(outcome, values, None)
+        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+        return Verdict(outcome, host, torch.cuda.current_stream(values.device).record_event())
 
     def _accumulate(self, draws: StepDraws, latents: Tensor, labels: Tensor) -> Float[Tensor, "micro"]:
-        x, eps, labels = prepare_batch(self.config, draws, latents, labels)
+        x, config = latents.float(), self.config
+        with record_function("jlt::noise"):
+            eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
+        # The null class replaces the dropped labels.
+        labels = torch.where(draws.dropped, config.network.num_classes, labels).to(x.device, non_blocking=True)
         sample = interpolate(x, eps, draws.t.to(x.device, non_blocking=True))
         output = self.parallel(sample.z, sample.t, labels)
-        losses = denoising_loss(self.config.prediction, output, sample, self.config.loss)
+        losses = denoising_loss(config.prediction, output, sample, config.loss)
         # Engines take the mean over processes, and each process has the same number of samples.
         (losses.sum() / self.split.share).backward()
         return losses.detach()
-
-    def _clip(self) -> Float[Tensor, ""]:
-        parameters = list(self.state.network.parameters())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = full_tensor(get_total_norm(gradients))
-        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, norm)
-        return norm
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -198,17 +193,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return settings.learning_rate
     progress = (step - warmup) / max(1, config.steps - warmup)
     return settings.learning_rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-
-
-def prepare_batch(
-    config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Int64[Tensor, "b"]
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
-    """Return clean float32 latents, scaled noise and labels (dropped ones the null class) on the latents' device."""
-    x = latents.float()
-    with record_function("jlt::noise"):
-        eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
-    labels = torch.where(draws.dropped, config.network.num_classes, labels)
-    return x, eps, labels.to(x.device, non_blocking=True)
 
 
 @contextlib.contextmanager

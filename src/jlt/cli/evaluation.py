@@ -238,18 +238,8 @@ class Sweep(Command):
             metric=self.metric,
         )
         with join_group(device) as group:
-            out, result = sweep(
-                config,
-                checkpoint.folder,
-                self.metrics.reference,
-                extractor,
-                self.out,
-                device,
-                group,
-                self.autoencoder_path,
-                command_line(),
-                self.metrics.features_path,
-            )
+            work = (config, checkpoint.folder, self.metrics.reference, extractor, self.out, device, group)
+            out, result = sweep(*work, self.autoencoder_path, command_line(), self.metrics.features_path)
             report = group.on_rank0(lambda: write_report(out))
         return Result({**result, "folder": str(out), "report": str(report)}, f"{sweep_table(result)}\n\nOpen {report}")
 

@@ -208,7 +208,10 @@ def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]
             group.add(section, 1)
         with group.pulse.other_work():
             # A process that is done waits for the others as long as it takes. A signal during the last item counts.
-            ends = group.gather((error is not None or bool(stop), _failure(error)))
+            failure = None
+            if error is not None and not isinstance(error, Stopped):
+                failure = str(error) if isinstance(error, JLTError) else f"{type(error).__name__}: {error}"
+            ends = group.gather((error is not None or bool(stop), failure))
     failures = [f"Process {rank} failed ({failure}), so all end." for rank, (_, failure) in enumerate(ends) if failure]
     if failures and (error is None or isinstance(error, Stopped)):
         raise JLTError(failures[0])
@@ -218,12 +221,6 @@ def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]
         # All leave now: a connection that breaks is no fault.
         group.pulse.leaving |= isinstance(error, Stopped)
         raise error
-
-
-def _failure(error: Exception | None) -> str | None:
-    if error is None or isinstance(error, Stopped):
-        return None
-    return str(error) if isinstance(error, JLTError) else f"{type(error).__name__}: {error}"
 
 
 def require_same_arguments(group: Group, arguments: Mapping[str, Any], action: str) -> None:

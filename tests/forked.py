@@ -101,7 +101,7 @@ class Forked:
 
 def assume_rates() -> None:
     """Let a training take the machine's rate of arithmetic for granted: measuring it takes a fifth of a second."""
-    from jlt.runtime.timing import SMALLEST_MATMUL
+    from jlt.runtime.environment import SMALLEST_MATMUL
     from jlt.training import meter
 
     meter.RATE_SIZE["cpu"] = SMALLEST_MATMUL

@@ -18,8 +18,8 @@ from jlt.experiments.systems import preset, preset_config
 from jlt.networks.flops import forward_flops, training_flops
 from jlt.networks.transformer import Transformer, build_network, count_parameters
 from jlt.report.benchmark_table import benchmark_table
-from jlt.runtime import timing
-from jlt.runtime.timing import ProductRates
+from jlt.runtime import environment
+from jlt.runtime.environment import ProductRates
 from jlt.training import meter
 
 BATCH = 3
@@ -172,11 +172,11 @@ def test_a_slower_bfloat16_is_reported():
 
 def test_a_slow_device_is_measured_with_small_matrices(monkeypatch):
     # At 1 GFLOP/s the side of 512 takes 0.27 s, and that of 1024 takes 2.1 s.
-    monkeypatch.setattr(timing, "matmul_rate", lambda *_: 1e9)
-    assert timing.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
-    assert timing.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
-    assert timing.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
-    assert timing.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
+    monkeypatch.setattr(environment, "matmul_rate", lambda *_: 1e9)
+    assert environment.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
+    assert environment.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
+    assert environment.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
+    assert environment.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False), ("tf32", False)])

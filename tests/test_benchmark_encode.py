@@ -44,7 +44,7 @@ from jlt.benchmarks.encode import repeated
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
-from jlt.runtime.timing import peak_memory
+from jlt.runtime.environment import peak_memory
 torch.set_num_threads(1)
 config = EncodeConfig("digits", "pixels", resolution=8, batch_size=256, flips=False)
 with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ from jlt.latents.store import LatentStore
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
 from jlt.results.geometry import TrainingModel
-from jlt.runtime.worker_pool import run_jobs
+from jlt.runtime.workers import run_jobs
 from jlt.storage.codec import to_json
 from jlt.training import loop, state
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
@@ -373,8 +373,8 @@ def long_arguments(latents: Path, out: Path) -> list[str]:
 
 
 ATTENTIVE = """
-from jlt.runtime import worker_pool
-worker_pool.POLL_SECONDS = 0.05
+from jlt.runtime import workers
+workers.POLL_SECONDS = 0.05
 """
 """A parent that looks for a signal so often that the workers have not finished when it passes the signal on."""
 ONE_AFTER_ANOTHER = """

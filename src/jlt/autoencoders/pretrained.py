@@ -22,8 +22,7 @@ from torch import Tensor
 from jlt.autoencoders.contract import Autoencoder, Posterior
 from jlt.errors import JLTError
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.storage.hub import require_reachable
-from jlt.storage.weights import read_metadata, weights_sha256
+from jlt.storage.weights import read_metadata, require_reachable, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution

@@ -25,10 +25,9 @@ from jlt.latents.loader import DEPTH, read_ahead
 from jlt.latents.order import SampleOrder
 from jlt.latents.store import LatentStore
 from jlt.latents.write import write_store
-from jlt.runtime.environment import cores, default_device, machine, versions
+from jlt.runtime.environment import cores, default_device, machine, seconds_of, versions
 from jlt.runtime.processes import spawn_context
 from jlt.runtime.progress import inform
-from jlt.runtime.timing import seconds_of
 from jlt.storage.rows import require_space
 
 ROUNDS = 5

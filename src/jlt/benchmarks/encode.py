@@ -24,9 +24,7 @@ from jlt.images.source import ImageSource
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_job import EncodingJob
-from jlt.runtime.arithmetic import exact_arithmetic
-from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.timing import peak_memory, seconds_of
+from jlt.runtime.environment import default_device, exact_arithmetic, machine, peak_memory, seconds_of, versions
 
 ROUNDS = 3
 IMAGE_BYTES = 2**30

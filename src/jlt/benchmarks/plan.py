@@ -22,8 +22,8 @@ from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
 from jlt.networks.flops import training_flops
 from jlt.networks.transformer import Transformer, count_parameters
-from jlt.runtime.timing import affordable_size, machine_memory, matmul_rate, peak_memory
-from jlt.training.batch_split import BatchSplit, split_batch
+from jlt.runtime.environment import affordable_size, machine_memory, matmul_rate, peak_memory
+from jlt.training.step import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
 """An assumption until `jlt benchmark train` measures it on the GPU in question."""

@@ -18,15 +18,14 @@ from jlt.config import Precision, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.latents.order import SampleOrder
 from jlt.networks.flops import training_flops
-from jlt.runtime import timing
+from jlt.runtime import environment
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.training.batch_split import split_batch
 from jlt.training.draws import draw_step
 from jlt.training.state import initial_state
-from jlt.training.step import Stepper, float32_products
+from jlt.training.step import Stepper, float32_products, split_batch
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 3
@@ -54,7 +53,7 @@ def benchmark_train(
     device = default_device()
     if loop_steps:
         require_room(configs, batch_sizes, loop_steps)
-    precisions = timing.compare_precisions(device)
+    precisions = environment.compare_precisions(device)
     if precisions.warning:
         inform(precisions.warning)
     measured = [
@@ -103,14 +102,14 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
     """
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with float32_products(config.precision):
-        size = timing.affordable_size(dtype, device, PRODUCT_SECONDS)
-        rate = timing.matmul_rate(dtype, device, size=size)
+        size = environment.affordable_size(dtype, device, PRODUCT_SECONDS)
+        rate = environment.matmul_rate(dtype, device, size=size)
         step = trainer_step(config, device)
-        timing.reset_peak_memory(device)
-        warmup = sum(timing.seconds_of(step, device) for _ in range(WARMUP_STEPS))
-        seconds = statistics.median(timing.seconds_of(step, device) for _ in range(steps))
-        memory = timing.peak_memory(device)
-        rate = max(rate, timing.matmul_rate(dtype, device, size=size))
+        environment.reset_peak_memory(device)
+        warmup = sum(environment.seconds_of(step, device) for _ in range(WARMUP_STEPS))
+        seconds = statistics.median(environment.seconds_of(step, device) for _ in range(steps))
+        memory = environment.peak_memory(device)
+        rate = max(rate, environment.matmul_rate(dtype, device, size=size))
     flops = training_flops(config.network)
     return {
         "steps": steps,

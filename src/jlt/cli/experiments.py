@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from jlt.cli.command import Command, Flat, Result, command_line
-from jlt.cli.options import FeatureOptions, Folder, LatentsPath, SystemWorkers
-from jlt.cli.recipe import RecipeCommand
+from jlt.cli.command import Command, FeatureOptions, Flat, Folder, LatentsPath, Result, SystemWorkers, command_line
+from jlt.cli.training import RecipeCommand
 from jlt.config import LossSpace, Prediction, SampleConfig
 from jlt.experiments.recipes import DIGITS_SAMPLING
 from jlt.report.page import write_report

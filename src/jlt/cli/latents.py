@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from jlt.cli.command import Command, Flat, Result
-from jlt.cli.options import Folder, LatentsPath
+from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
 from jlt.config import LossSpace, TimestepConfig
 from jlt.errors import UsageError
 from jlt.latents.encode_config import EncodeConfig

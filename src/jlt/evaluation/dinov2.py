@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import Features, NetworkExtractor
-from jlt.storage.hub import require_reachable
+from jlt.storage.weights import require_reachable
 
 DEFAULT = "facebook/dinov2-large"
 INPUT_SIZE = 224

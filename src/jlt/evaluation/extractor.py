@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jlt.runtime.arithmetic import exact_arithmetic
+from jlt.runtime.environment import exact_arithmetic
 from jlt.storage.weights import weights_sha256
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.metrics import Gaussian
-from jlt.storage.blocks import blocks
+from jlt.storage.rows import blocks
 
 
 class FeatureStatistics:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.storage.blocks import blocks
+from jlt.storage.rows import blocks
 
 SEED = 2020
 """The seed of torch-fidelity, for the order of images in the inception score and the subsets of the kernel distance."""

@@ -25,7 +25,7 @@ from jlt.evaluation.real_images import KEPT
 from jlt.evaluation.reference import Reference, check_reference
 from jlt.results.evaluation import Metrics
 from jlt.runtime.random_numbers import random_subset
-from jlt.storage.blocks import blocks, take
+from jlt.storage.rows import blocks, take
 
 GROUPS = 10
 """Groups of the jackknife, and the fewest images that are measured."""

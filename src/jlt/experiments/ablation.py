@@ -30,7 +30,7 @@ from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
 from jlt.runtime.environment import default_device, machine
 from jlt.runtime.progress import inform
-from jlt.runtime.worker_pool import run_jobs
+from jlt.runtime.workers import run_jobs
 from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, difference, lock_folder, read_json
 from jlt.training.checkpoint import open_checkpoint, step_folder

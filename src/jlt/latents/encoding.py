@@ -31,11 +31,11 @@ from jlt.latents.preview import preview
 from jlt.latents.shards import ShardWriter, keep_rows
 from jlt.latents.statistics import LatentSums
 from jlt.latents.store import STATE_FOLDER, VERIFY_THREADS, LatentStore, shard_problem
-from jlt.runtime.arithmetic import exact_arithmetic
-from jlt.runtime.background import BackgroundWorker
+from jlt.runtime.environment import exact_arithmetic
 from jlt.runtime.processes import Group, join_group, require_same_arguments
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import until_stopped
+from jlt.runtime.workers import BackgroundWorker
 from jlt.storage.files import (
     atomic_path,
     difference,

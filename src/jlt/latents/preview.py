@@ -11,7 +11,7 @@ from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.decoding import PixelBatch, bad_image, load_batch
 from jlt.latents.encoding_batch import encode_batch
 from jlt.latents.encoding_job import EncodingJob
-from jlt.runtime.arithmetic import exact_arithmetic
+from jlt.runtime.environment import exact_arithmetic
 from jlt.runtime.progress import inform
 from jlt.storage.files import atomic_path
 

@@ -1,10 +1,13 @@
-"""Files of bundled weights: float16 safetensors whose metadata holds their origin and measurements."""
+"""Files of weights: bundled ones (float16 safetensors whose metadata holds their origin), and those on the Hub."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
@@ -54,3 +57,22 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
         # A scalar has no bytes to view before it has a dimension.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def require_reachable(repository: str, files: Sequence[str], remedy: str) -> None:
+    """Raise a JLTError at once if the Hub is not reachable; its library would retry for a minute first.
+
+    There is no check if one of the files is in the Hub's cache; `remedy` ends the message with what to do.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    if cached or constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=10.0).close()
+    except OSError as error:
+        raise JLTError(
+            f"{repository} is not a local folder, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
+        ) from error

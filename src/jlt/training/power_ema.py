@@ -122,9 +122,13 @@ def reconstruct(
     returns the snapshot bit for bit. ValueError if all are 0, or if two snapshots differ in names or shapes.
     """
     total: dict[str, Tensor] = {}
-    for coefficient, read in stored:
-        if coefficient != 0:
-            _add(total, float(coefficient), read())
+    for coefficient, values in ((coefficient, read()) for coefficient, read in stored if coefficient != 0):
+        if not total:
+            total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()}
+        if {name: value.shape for name, value in values.items()} != {name: sum_.shape for name, sum_ in total.items()}:
+            raise ValueError("the snapshots differ in the names or shapes of their tensors")
+        for name, value in values.items():
+            total[name].add_(value.detach().cpu(), alpha=float(coefficient))
     if not total:
         raise ValueError("there is no snapshot with a coefficient other than 0")
     return {name: total.pop(name).float() for name in list(total)}
@@ -133,9 +137,7 @@ def reconstruct(
 def parse_sigma_rel(name: str) -> float:
     """Return 0.07 for `sigma_rel=0.07`; UsageError, a JLTError, for anything else."""
     try:
-        if not name.startswith(SIGMA_REL):
-            raise ValueError
-        sigma_rel = float(name.removeprefix(SIGMA_REL))
+        sigma_rel = float(name.removeprefix(SIGMA_REL)) if name.startswith(SIGMA_REL) else math.nan
         gamma_from_sigma_rel(sigma_rel)
     except (ValueError, JLTError) as error:
         raise UsageError(
@@ -174,13 +176,3 @@ def _fit(stored: Sequence[Snapshot], target: Snapshot) -> tuple[Float64[np.ndarr
     y = np.linalg.lstsq(system, np.append(overlap, 1.0), rcond=None)[0][:-1]
     squared = 1 - 2 * overlap @ y + y @ gram @ y
     return y * scale, math.sqrt(max(float(squared), 0.0))
-
-
-def _add(total: dict[str, Tensor], coefficient: float, values: Mapping[str, Tensor]) -> None:
-    """Add a snapshot into the float64 sums; the first one makes them."""
-    if not total:
-        total.update({name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()})
-    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in total.items()}:
-        raise ValueError("the snapshots differ in the names or shapes of their tensors")
-    for name, value in values.items():
-        total[name].add_(value.detach().cpu(), alpha=coefficient)

@@ -83,9 +83,7 @@ def test_the_installed_wheel_runs_the_quickstart(installed, tmp_path):
     where = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     located = Path(run("-c", "import jlt; print(jlt.__file__)", folder=tmp_path, **where).strip())
     assert located.is_relative_to(installed)
-    summary = json.loads(
-        run("-c", FEW_IMAGES, "quickstart", "--steps", 1, "--json", folder=tmp_path, **where)
-    )
+    summary = json.loads(run("-c", FEW_IMAGES, "quickstart", "--steps", 1, "--json", folder=tmp_path, **where))
     out = tmp_path / "quickstart"
     assert {(system["prediction"], system["patch_size"]) for system in summary["systems"]} == SYSTEMS
     assert json.loads((out / "ablation.json").read_text())["systems"] == summary["systems"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -164,6 +165,9 @@ def serve(place: int) -> None:
     with contextlib.redirect_stdout(None):
         # What reads the words reads the sources for it, which it remembers.
         importlib.import_module("jlt.cli.main").main(["train", "digits", "--print-config"])
+    # Or the collector would write to every page that the processes share.
+    gc.collect()
+    gc.freeze()
     connection = socket.socket(fileno=place)
     statuses: dict[int, int] = {}
     while True:

@@ -22,8 +22,6 @@ from jlt.geometry.covariance import (
 )
 from jlt.geometry.spectrum import eigenvalues_descending
 from jlt.geometry.tokens import NEIGHBOURS, direction_moments, neighbourhood_covariance
-from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding import encode
 from jlt.patches import patch_tokens
 
 
@@ -269,11 +267,10 @@ def test_neighbourhoods_that_are_clusters_have_the_covariance_within_clusters():
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_measures_the_same_geometry(tmp_path):
-    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), tmp_path / "latents")
+def test_any_number_of_processes_measures_the_same_geometry(digit_latents, tmp_path):
     found = []
     for count in (1, 3):
         out = tmp_path / f"by-{count}"
-        run_processes(count, ["analyze", "--latents", str(tmp_path / "latents"), "--out", str(out), "--width", "64"])
+        run_processes(count, ["analyze", "--latents", str(digit_latents), "--out", str(out), "--width", "64"])
         found.append(json.loads((out / "geometry.json").read_text()))
     assert_alike(*found)

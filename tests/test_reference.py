@@ -18,8 +18,7 @@ from jlt.cli.main import main
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features
 from jlt.evaluation.feature_statistics import FeatureStatistics
-from jlt.evaluation.real_images import open_reference, reference_statistics
-from jlt.evaluation.reference import Reference, check_reference
+from jlt.evaluation.reference import Reference, check_reference, open_reference, reference_statistics
 from jlt.experiments.make_reference import make_reference
 from jlt.runtime.processes import Group, SingleProcess
 from jlt.runtime.random_numbers import random_subset

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64, UInt64
 
 from jlt.autoencoders.load import USUAL_PLACES
 from jlt.errors import JLTError, UsageError, unknown_name
-from jlt.images.labels import MOST_CLASSES
+from jlt.images.sharded import MOST_CLASSES
 from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, write_manifest
 from jlt.latents.shards import ShardFile, TensorEntry
 from jlt.latents.statistics import LatentSums

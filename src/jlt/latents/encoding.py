@@ -24,8 +24,7 @@ from jlt.images.folders import ClassFolders
 from jlt.images.registry import open_source
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding_batch import EncodedBatch, encode_batch, require_finite
-from jlt.latents.encoding_job import EncodingJob, FinishedShard
+from jlt.latents.encoding_job import EncodedBatch, EncodingJob, FinishedShard, encode_batch, require_finite
 from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, read_manifest, write_manifest
 from jlt.latents.preview import preview
 from jlt.latents.shards import ShardWriter, keep_rows

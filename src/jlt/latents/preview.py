@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from jlt.autoencoders.psnr import psnr
+from jlt.autoencoders.contract import psnr
 from jlt.errors import JLTError
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.decoding import PixelBatch, bad_image, load_batch
-from jlt.latents.encoding_batch import encode_batch
-from jlt.latents.encoding_job import EncodingJob
+from jlt.latents.encoding_job import EncodingJob, encode_batch
 from jlt.runtime.arithmetic import exact_arithmetic
 from jlt.runtime.progress import inform
 from jlt.storage.files import atomic_path

@@ -38,6 +38,9 @@ class Corners(FeatureExtractor):
     dimension = 5
     spatial_dimension = 3
 
+    def __init__(self):
+        """No network."""
+
     def __call__(self, images):
         flat = images.flatten(1).float()
         return Features(flat[:, :5], None, flat[:, 7:10])

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.errors import UsageError, unknown_name
-from jlt.evaluation.extractor import FeatureExtractor, Features, NetworkExtractor
+from jlt.evaluation.extractor import FeatureExtractor, Features
 from jlt.images.crop import centre_crop
 from jlt.images.digits import Digits
 from jlt.storage.weights import ASSETS, read_metadata
@@ -74,7 +74,7 @@ def _convolution(inputs: int, outputs: int, kernel_size: int = 3, stride: int = 
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-class DigitClassifier(NetworkExtractor):
+class DigitClassifier(FeatureExtractor):
     """A trained `DigitNetwork`; `held_out_accuracy` is its share of correct digits, 0..1, on held-out ones."""
 
     name = "digits"

@@ -24,9 +24,8 @@ from jlt.errors import JLTError
 from jlt.images.decoding import PixelBatch
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.manifest import ShardRecord, StoreManifest
+from jlt.latents.manifest import LatentSums, ShardRecord, StoreManifest
 from jlt.latents.shards import ITEM_BYTES
-from jlt.latents.statistics import LatentSums
 from jlt.latents.store import STATE_FOLDER, STORED_DTYPES, VERIFY_THREADS
 from jlt.runtime.progress import inform, track
 from jlt.runtime.random_numbers import derive_seed
@@ -164,7 +163,7 @@ class EncodingJob:
         sums = LatentSums.zero(self.autoencoder.channels)
         for facts in finished:
             sums = sums.merge(facts.sums) if facts.sums else sums
-        self.require_normalised(sums)
+        sums.require_normalised(self.autoencoder.identity())
         return StoreManifest(
             **{**self.arguments(), "class_names": self.source.class_names},
             channels=self.autoencoder.channels,
@@ -176,11 +175,6 @@ class EncodingJob:
             **sums.moments(),
             shards=shards,
         )
-
-    def require_normalised(self, sums: LatentSums) -> None:
-        """Raise a JLTError for latents that are not normalised, unless they are pixels."""
-        if self.autoencoder.identity()["normalisation"]["kind"] != "none":
-            sums.require_normalised(self.autoencoder.name)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractors import WEIGHTS_FILE, DigitClassifier, digit_split, load_extractor
-from jlt.evaluation.feature_statistics import FeatureStatistics
-from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
+from jlt.evaluation.metrics import FeatureStatistics, Gaussian, jackknife, label_agreement
 from jlt.evaluation.reference import Reference, reference_statistics
 from jlt.evaluation.suite import Columns, evaluate_images, frechet_without_groups, group_of, in_chunks, measure
 from jlt.images.registry import open_source

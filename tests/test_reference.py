@@ -17,7 +17,7 @@ from data_helpers import NoiseSource
 from jlt.cli.main import main
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.evaluation.feature_statistics import FeatureStatistics
+from jlt.evaluation.metrics import FeatureStatistics
 from jlt.evaluation.reference import Reference, check_reference, open_reference, reference_statistics
 from jlt.experiments.make_reference import make_reference
 from jlt.runtime.processes import Group, SingleProcess

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.evaluation.feature_statistics import FeatureStatistics
-from jlt.evaluation.metrics import Gaussian
+from jlt.evaluation.metrics import FeatureStatistics, Gaussian
 from jlt.images.crop import Exif
 from jlt.images.decoding import default_workers, load_batches
 from jlt.images.registry import open_source

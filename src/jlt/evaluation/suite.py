@@ -14,10 +14,10 @@ from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.evaluation.feature_statistics import FeatureStatistics
 from jlt.evaluation.image_files import LabelledBatch
 from jlt.evaluation.metrics import (
     DENSITY_NEIGHBOURS,
+    FeatureStatistics,
     Gaussian,
     inception_score,
     jackknife,

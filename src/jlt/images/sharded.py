@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +36,11 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def numbered_classes(
-    labels: Int[np.ndarray, " n"], names: Sequence[str] | None, describe: Callable[[int], str]
-) -> tuple[str, ...]:
-    """Return the class names of labels that are numbers: `names`, or else "0", "1", ... up to the largest label.
-
-    JLTError if a label is not the index of a class; it names the first such image as `describe` does.
-    """
-    limit = MOST_CLASSES if names is None else len(names)
-    outside = np.flatnonzero((labels < 0) | (labels >= limit))
-    if len(outside):
-        raise no_class(describe(int(outside[0])), int(labels[outside[0]]), limit)
-    return tuple(names) if names is not None else tuple(str(number) for number in range(int(labels.max()) + 1))
-
-
 def no_class(image: str, label: int, limit: int = MOST_CLASSES) -> JLTError:
     """Return the error for an image whose label is not in 0..limit-1."""
     if label < 0:
         return JLTError(f"{image} has the label {label}, which is no class (a test split?): choose other images.")
     return JLTError(f"{image} has the label {label}, and labels go from 0 to {limit - 1}: correct it or the names.")
-
-
-def sorted_classes(codes: Int[np.ndarray, " n"], names: Sequence[str]) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
-    """Return the class names in alphabetical order, and the label of each image, whose class is names[code]."""
-    order = sorted(range(len(names)), key=names.__getitem__)
-    label_of = np.empty(len(names), dtype=np.int32)
-    label_of[order] = np.arange(len(names))
-    return tuple(names[code] for code in order), label_of[codes]
 
 
 class ShardedSource(ImageSource):
@@ -101,15 +79,23 @@ class ShardedSource(ImageSource):
         class_names: Sequence[str] | None,
         names_in_files: Sequence[str] | None,
     ) -> None:
-        """Set the class names and the label of each image.
+        """Set the class names and the label of each image; JLTError for a label that is not the index of a class.
 
-        `code_of` is empty where labels are numbers; the user's `class_names` or else `names_in_files` name these. Where
-        labels are strings, `code_of` lists them, and `labels` are positions in that list.
+        `code_of` is empty where labels are numbers; the user's `class_names` or else `names_in_files` name these, or
+        else "0", "1", ... up to the largest label. Where labels are strings, `code_of` lists them, and `labels` are
+        positions in that list; the classes are then in alphabetical order.
         """
-        if not code_of:
-            names = class_names if class_names is not None else names_in_files
-            self.class_names, self._labels = numbered_classes(labels, names, self.describe), labels.astype(np.int32)
-        elif class_names is None:
-            self.class_names, self._labels = sorted_classes(labels, list(code_of))
-        else:
-            raise UsageError(f"--class-names does not apply to {self.path}: its labels are names already.")
+        if code_of:
+            if class_names is not None:
+                raise UsageError(f"--class-names does not apply to {self.path}: its labels are names already.")
+            label_of = {name: label for label, name in enumerate(sorted(code_of))}
+            self.class_names = tuple(label_of)
+            self._labels = np.array([label_of[name] for name in code_of], dtype=np.int32)[labels]
+            return
+        names = class_names if class_names is not None else names_in_files
+        limit = MOST_CLASSES if names is None else len(names)
+        outside = np.flatnonzero((labels < 0) | (labels >= limit))
+        if len(outside):
+            raise no_class(self.describe(int(outside[0])), int(labels[outside[0]]), limit)
+        self.class_names = tuple(map(str, range(int(labels.max()) + 1))) if names is None else tuple(names)
+        self._labels = labels.astype(np.int32)

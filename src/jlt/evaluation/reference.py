@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import FeatureExtractor, Features
+from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.metrics import FeatureStatistics, Gaussian
 from jlt.images.crop import Exif
 from jlt.images.decoding import default_workers, load_batches
@@ -240,23 +240,35 @@ def reference_statistics(
     require_same_arguments(group, protocol, "measure")
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     share = chunks[group.rank :: group.size]
-    measured, selection = _Measured.empty(extractor), random_subset(len(source), kept)
+    selection = random_subset(len(source), kept)
+    pooled, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(extractor.spatial_dimension)
+    rows: dict[int, Float32[np.ndarray, " d"]] = {}
     seen = group.begin()
     with stop_together(group) as until_stopped, bar(f"Reference features of {source.name}", len(source)) as shown:
         workers = default_workers(source, len(share), CHUNKS_PER_WORKER)
         for batch in until_stopped(load_batches(source, share, resolution, exif, workers)):
             if batch.bad:
                 raise BadImageError(batch.bad[0].image, batch.bad[0].reason)
-            measured.add(batch.rows, extractor(torch.from_numpy(batch.pixels)), selection)
+            features = extractor(torch.from_numpy(batch.pixels))
+            pooled.update(features.pooled)
+            if features.spatial is not None:
+                spatial.update(features.spatial)
+            low, high = np.searchsorted(selection, (batch.rows.start, batch.rows.stop))
+            chosen = selection[low:high]
+            rows |= zip(chosen.tolist(), features.pooled.float().cpu().numpy()[chosen - batch.rows.start], strict=True)
             shown.show(group.add(seen, len(batch.rows)))
-    parts = group.gather(measured)
+    parts = group.gather((pooled, spatial, rows))
 
     def merged() -> Reference:
+        pooled, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(extractor.spatial_dimension)
+        rows: dict[int, Float32[np.ndarray, " d"]] = {}
         # In the order of ranks.
-        whole = _Measured.empty(extractor)
-        for part in parts:
-            whole.merge(part)
-        return whole.reference(protocol)
+        for part_pooled, part_spatial, part_rows in parts:
+            pooled.merge(part_pooled)
+            spatial.merge(part_spatial)
+            rows |= part_rows
+        kept = torch.from_numpy(np.stack([rows[number] for number in sorted(rows)])) if rows else None
+        return Reference(pooled, spatial if extractor.spatial_dimension else None, kept, protocol)
 
     return group.on_rank0(merged)
 
@@ -289,37 +301,3 @@ def open_reference(
         reference = reference_statistics(source, extractor, resolution, exif, group=group)
     check_reference(reference, extractor, resolution)
     return reference
-
-
-@dataclass
-class _Measured:
-    """The statistics of one process's images, and the pooled features of its selected images by their numbers."""
-
-    pooled: FeatureStatistics
-    spatial: FeatureStatistics | None
-    kept: dict[int, Float32[np.ndarray, " d"]] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, extractor: FeatureExtractor) -> _Measured:
-        spatial = FeatureStatistics(extractor.spatial_dimension) if extractor.spatial_dimension else None
-        return cls(FeatureStatistics(extractor.dimension), spatial)
-
-    def add(self, rows: range, features: Features, selection: Int64[np.ndarray, " m"]) -> None:
-        """Add the features of the images numbered `rows`; keep those of the ascending numbers in `selection`."""
-        self.pooled.update(features.pooled)
-        if self.spatial is not None and features.spatial is not None:
-            self.spatial.update(features.spatial)
-        low, high = np.searchsorted(selection, (rows.start, rows.stop))
-        pooled = features.pooled.float().cpu().numpy()
-        for number in selection[low:high].tolist():
-            self.kept[number] = pooled[number - rows.start].copy()
-
-    def merge(self, other: _Measured) -> None:
-        self.pooled.merge(other.pooled)
-        if self.spatial is not None and other.spatial is not None:
-            self.spatial.merge(other.spatial)
-        self.kept |= other.kept
-
-    def reference(self, protocol: dict[str, Any]) -> Reference:
-        kept = [self.kept[number] for number in sorted(self.kept)]
-        return Reference(self.pooled, self.spatial, torch.from_numpy(np.stack(kept)) if kept else None, protocol)

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file
 from jlt.benchmarks import data as module
 from jlt.benchmarks.data import CLASSES, benchmark_data, random_shards
 from jlt.errors import JLTError, UsageError
-from jlt.latents.store import LatentStore
-from jlt.latents.write import write_store
+from jlt.latents.store import LatentStore, write_store
 from jlt.report.benchmark_table import data_benchmark_table
 
 SHAPE, BATCH = (4, 3, 2), 8

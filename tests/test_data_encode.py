@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 from jlt.autoencoders.load import load_autoencoder
 from jlt.errors import JLTError
 from jlt.images.registry import open_source
-from jlt.images.selected import Selected
+from jlt.images.source import Selected
 from jlt.latents import encoding as encode_module
 from jlt.latents import encoding_job as job_module
 from jlt.latents.encode_config import EncodeConfig

@@ -17,7 +17,7 @@ from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.metrics import jackknife
-from jlt.evaluation.real_images import reference_statistics
+from jlt.evaluation.reference import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
 from jlt.experiments.search import Measured, SweepConfig, default_coarse_num, keep, search, to_confirm

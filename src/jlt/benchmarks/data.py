@@ -23,8 +23,7 @@ from jlt.benchmarks.rounds import Rounds, time_in_turn
 from jlt.errors import UsageError
 from jlt.latents.loader import DEPTH, read_ahead
 from jlt.latents.order import SampleOrder
-from jlt.latents.store import LatentStore
-from jlt.latents.write import write_store
+from jlt.latents.store import LatentStore, write_store
 from jlt.runtime.environment import cores, default_device, machine, seconds_of, versions
 from jlt.runtime.processes import spawn_context
 from jlt.runtime.progress import inform

@@ -19,8 +19,7 @@ from jlt.benchmarks.rounds import time_in_turn
 from jlt.errors import UsageError
 from jlt.images.decoding import load_batch
 from jlt.images.registry import open_source
-from jlt.images.selected import Selected
-from jlt.images.source import ImageSource
+from jlt.images.source import ImageSource, Selected
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_job import EncodingJob

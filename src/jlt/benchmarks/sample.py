@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder
-from jlt.autoencoders.pretrained import Pretrained
+from jlt.autoencoders.pretrained import PretrainedAutoencoder
 from jlt.benchmarks.rounds import time_in_turn
 from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError
@@ -128,9 +128,7 @@ def _autoencoder(config: TrainConfig, path: str | None, device: str) -> Autoenco
     else:
         from diffusers import AutoencoderKLFlux2
 
-        from jlt.autoencoders.flux2 import Flux2Autoencoder
-
-        autoencoder = Flux2Autoencoder(Pretrained(AutoencoderKLFlux2(), "random weights", None), "flux2").to(device)
+        autoencoder = PretrainedAutoencoder(AutoencoderKLFlux2(), "flux2", "random weights").to(device)
     if autoencoder.channels != config.network.channels:
         raise JLTError(f"{config.name} has {config.network.channels} channels, its decoder {autoencoder.channels}.")
     return autoencoder

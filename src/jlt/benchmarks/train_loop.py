@@ -15,8 +15,7 @@ from jlt.benchmarks.data import SHARD_ROWS, random_shards
 from jlt.benchmarks.plan import count_network
 from jlt.config import TrainConfig, in_steps
 from jlt.errors import UsageError
-from jlt.latents.store import LatentStore
-from jlt.latents.write import write_store
+from jlt.latents.store import LatentStore, write_store
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.storage.rows import require_space

@@ -61,7 +61,7 @@ class Adopt(Command):
     """Text file with one class name per line. Default: the class numbers."""
 
     def run(self) -> Result:
-        from jlt.images.labels import read_class_names
+        from jlt.images.sharded import read_class_names
         from jlt.latents.adoption import adopt
 
         names = read_class_names(self.class_names) if self.class_names else None

@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import Features, NetworkExtractor
+from jlt.evaluation.extractor import FeatureExtractor, Features
 from jlt.evaluation.fetch import INCEPTION, cache_folder
 from jlt.runtime.progress import inform
 from jlt.storage.files import sha256_file
@@ -242,7 +242,7 @@ def _neighbours(
     return first, (first + 1).clamp(max=length - 1), places - first
 
 
-class InceptionExtractor(NetworkExtractor):
+class InceptionExtractor(FeatureExtractor):
     """An `InceptionNetwork` with weights, always in float32."""
 
     name = "inception"

@@ -17,7 +17,7 @@ from typing import Any
 from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
-from jlt.evaluation.real_images import open_reference
+from jlt.evaluation.reference import open_reference
 from jlt.experiments.ablation_run import AblationProgress, AblationRun
 from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of
 from jlt.experiments.coordinate_stores import store_in_coordinates

@@ -16,18 +16,14 @@ import numpy as np
 
 from jlt.config import SampleConfig
 from jlt.errors import JLTError
-from jlt.evaluation.evaluator import evaluate_images
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.feature_table import columns_of
 from jlt.evaluation.image_files import open_images
-from jlt.evaluation.real_images import open_reference
-from jlt.evaluation.reference import Reference, check_reference
-from jlt.evaluation.suite import measure, require_enough
+from jlt.evaluation.reference import Reference, check_reference, open_reference
+from jlt.evaluation.suite import columns_of, evaluate_images, measure, require_enough
 from jlt.experiments.drawn_features import drawn_features
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import reopen_source
-from jlt.images.selected import Selected
-from jlt.images.source import ImageSource
+from jlt.images.source import ImageSource, Selected
 from jlt.latents.store import LatentStore
 from jlt.results.evaluation import Evaluation, Jackknife, Metrics
 from jlt.results.files import read_result, write_result

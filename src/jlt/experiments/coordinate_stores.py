@@ -11,9 +11,8 @@ import numpy as np
 
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
 from jlt.geometry.covariance import TokenCovariance
-from jlt.latents.manifest import ShardRecord, write_manifest
+from jlt.latents.manifest import LatentSums, ShardRecord, write_manifest
 from jlt.latents.shards import ShardWriter
-from jlt.latents.statistics import LatentSums
 from jlt.latents.store import LatentStore
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder

@@ -14,8 +14,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.feature_table import arrays_of, open_table
-from jlt.evaluation.real_images import CHUNK
+from jlt.evaluation.reference import CHUNK
+from jlt.evaluation.suite import arrays_of, open_table
 from jlt.runtime.processes import Group, stop_together
 from jlt.runtime.progress import bar, inform
 from jlt.sampling.generate import batches_of

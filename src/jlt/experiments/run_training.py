@@ -12,7 +12,7 @@ from typing import Any
 from jlt.config import EvaluationConfig, TrainConfig
 from jlt.errors import unknown_name
 from jlt.evaluation.extractors import load_extractor
-from jlt.evaluation.real_images import open_reference
+from jlt.evaluation.reference import open_reference
 from jlt.evaluation.suite import require_enough
 from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_once, images_of
 from jlt.latents.store import LatentStore

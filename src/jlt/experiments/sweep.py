@@ -22,8 +22,7 @@ from typing import Any
 from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.real_images import open_reference
-from jlt.evaluation.reference import Reference
+from jlt.evaluation.reference import Reference, open_reference
 from jlt.experiments.checkpoint_evaluation import evaluate_sampler, warn_if_few
 from jlt.experiments.search import (
     ERRORS,

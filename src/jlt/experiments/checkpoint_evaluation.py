@@ -49,6 +49,14 @@ GRID_COLUMNS = 8
 """Samples of each class in a grid."""
 
 
+def reference_of(
+    store: LatentStore, real_images: str | ImageSource, extractor: FeatureExtractor, group: Group | None = None
+) -> Reference:
+    """Open the real images that samples are compared with, by default those that a store was encoded from."""
+    exif = (store.manifest.encoding or {}).get("exif", "ignore")
+    return open_reference(real_images or images_of(store), extractor, store.manifest.resolution, exif, group)
+
+
 def images_of(store: LatentStore) -> ImageSource:
     """Return the images that a store was encoded from; JLTError if they are missing or changed since."""
     try:
@@ -127,8 +135,7 @@ def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: Fea
 
 def evaluate_files(samples: Path, real_images: str, extractor: FeatureExtractor) -> Evaluation:
     """Measure the images of a folder or of an .npz against real images or their statistics."""
-    images = open_images(samples)
-    drawn = _drawn_by(samples)
+    images, drawn = open_images(samples), _drawn_by(samples)
     wanted = drawn.get("drawn", {}).get("count", len(images))
     if wanted > len(images):
         raise JLTError(f"{samples} holds {len(images)} of {wanted} images: finish the sampling first.")

@@ -89,7 +89,15 @@ class Figure:
     legend: tuple[LegendEntry, ...] = ()
 
 
-def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HALF) -> Panel:
+def figure_of(
+    title: str, panels: Iterable[Panel | None], caption: str, legend: Iterable[LegendEntry] = ()
+) -> Figure | None:
+    """Return a figure of the panels that could be drawn, None if there are none."""
+    shown = tuple(panel for panel in panels if panel)
+    return Figure(title, shown, caption, tuple(legend)) if shown else None
+
+
+def draw(paint: Callable[[Axes], object], alt: str, size: tuple[float, float] = HALF) -> Panel:
     """Render one axes as SVG, and recolour it for dark paper."""
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=size, layout="constrained")
@@ -196,7 +204,7 @@ def step_panel(
     linear: bool = False,
     zero: bool = False,
     restarts: Sequence[int] = (),
-    paint: Callable[[Axes], None] | None = None,
+    paint: Callable[[Axes], object] | None = None,
     size: tuple[float, float] = HALF,
 ) -> Panel | None:
     """Draw lines over the training steps, the starts of later sessions as thin lines; None if there is no line.

@@ -11,8 +11,15 @@ from matplotlib.patches import Rectangle
 
 from jlt.report.figures import HALF, LOG_RATIO, Figure, LegendEntry, Panel, draw, log_if_wide
 from jlt.report.palette import DEEP, INK, MUTED, PAPER, SCALE, line_swatch
-from jlt.report.sweep_wording import ema_text, interval_text, measured_text, setting_text
-from jlt.report.wording import metric_name, metric_text, sentence
+from jlt.report.wording import (
+    ema_text,
+    interval_text,
+    measured_text,
+    metric_name,
+    metric_text,
+    sentence,
+    setting_text,
+)
 from jlt.results import Sweep
 from jlt.results.sweep import WHOLE_INTERVAL, Setting, SweepPoint
 

@@ -82,21 +82,31 @@ class Sweeper:
         # A halving has the images of the stage before.
         fresh = num - num // GROWTH if round_.kind == "halving" else num
         after = images_after(self.config, len(settings), num, round_)
-        found = []
-        for place, setting in enumerate(settings):
-            found.append(self.one(setting, num, self.config.sample.seed, fresh))
-            left = (len(settings) - place - 1) * fresh + after
-            self._show(f"{round_.kind} {round_.number}, {place + 1} of {len(settings)}", found[-1], left)
-        return found
+        return self._all(f"{round_.kind} {round_.number}", settings, num, self.config.sample.seed, fresh, after)
 
     def confirm(self, points: Sequence[Measured]) -> list[Measured]:
         """Measure settings by all images of the other seed."""
-        num, found = self.config.sample.num, []
-        for place, point in enumerate(points):
-            found.append(self.one(point.setting, num, self.config.confirm_seed, num))
-            self._show(f"confirmation, {place + 1} of {len(points)}", found[-1], (len(points) - place - 1) * num)
+        num, settings = self.config.sample.num, [point.setting for point in points]
+        found = self._all("confirmation", settings, num, self.config.confirm_seed, num, 0)
         if self.group.rank == 0:
             warn_if_few(found[0].result.metrics, self.extractor)
+        return found
+
+    def _all(
+        self, name: str, settings: Sequence[Setting], num: int, seed: int, fresh: int, after: int
+    ) -> list[Measured]:
+        """Measure settings on `num` images, `fresh` of them new, with `after` images to draw after all of them."""
+        found = []
+        for place, setting in enumerate(settings, 1):
+            point = self.one(setting, num, seed, fresh)
+            found.append(point)
+            error = f" ± {point.error:.2g}" if point.error else ""
+            images_left = (len(settings) - place) * fresh + after
+            known = self.images and images_left
+            left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if known else ""
+            if self.group.rank == 0:
+                value = f"{self.config.metric} {point.value:.4g}{error} ({num} images{left})"
+                inform(f"{name}, {place} of {len(settings)}: {setting.name}: {value}")
         return found
 
     def one(self, setting: Setting, num: int, seed: int, fresh: int) -> Measured:
@@ -134,15 +144,6 @@ class Sweeper:
         folder = self.out / ".drawn" / f"{setting.name}-seed{seed}"
         require_unlinked(self.out, folder)
         return folder
-
-    def _show(self, where: str, point: Measured, images_left: int) -> None:
-        if self.group.rank:
-            return
-        error = f" ± {point.error:.2g}" if point.error else ""
-        known = self.images and images_left
-        left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if known else ""
-        value = f"{self.config.metric} {point.value:.4g}{error} ({point.num} images{left})"
-        inform(f"{where}: {point.setting.name}: {value}")
 
 
 def sweep(

@@ -224,8 +224,10 @@ def step_panel(
             axes.set_ylim(0, 1.12 * max(values) or 1)
         elif not linear:
             log_if_wide(axes, values)
-        if zero or write is percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, write)))
+        if write is percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+        elif zero:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9f}".rstrip("0").rstrip(".")))
         axes.set(title=title, xlabel="training step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -244,11 +246,6 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
         axes.set_yscale("log")
         plain_log(axes.yaxis, values)
     return wide
-
-
-def _tick(value: float, write: Callable[[float], str]) -> str:
-    """Format an axis value without trailing zeros."""
-    return f"{100 * value:.4g}%" if write is percent else f"{value:,.9f}".rstrip("0").rstrip(".")
 
 
 def moving_average(values: Sequence[float | None]) -> list[float | None]:

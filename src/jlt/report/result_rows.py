@@ -42,7 +42,10 @@ def result_rows(study: Study) -> list[Row]:
     measured = {
         metric: [system.measured(metric, study.final_step) for system in study.systems] for metric in MEASUREMENTS
     }
-    best = {metric: _best(metric, values) if len(values) > 1 else None for metric, values in measured.items()}
+    best = {}
+    for metric, values in measured.items():
+        means = [value.mean for value in values if value and len(values) > 1]
+        best[metric] = (min if metric in LOWER_IS_BETTER else max)(means, default=None)
     rows = []
     for place, system in enumerate(study.systems):
         seconds = spread(run.log.seconds for run in system.runs)
@@ -66,11 +69,6 @@ def _cell(metric: str, value: Spread | None, best: float | None) -> Cell:
     if value is None:
         return Cell("—", "", False)
     return Cell(metric_text(metric, value.mean), range_text(value, metric), value.mean == best)
-
-
-def _best(metric: str, values: list[Spread | None]) -> float | None:
-    means = [value.mean for value in values if value is not None]
-    return (min if metric in LOWER_IS_BETTER else max)(means, default=None)
 
 
 def _row_note(system: System, final: Spread | None, study: Study) -> str:

@@ -15,7 +15,7 @@ from jlt.benchmarks.train import benchmark_train
 from jlt.benchmarks.train_loop import loop_figures
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
-from jlt.experiments.systems import preset, preset_config
+from jlt.experiments.recipes import preset, preset_config
 from jlt.networks.flops import forward_flops, training_flops
 from jlt.networks.transformer import Transformer, build_network, count_parameters
 from jlt.report.benchmark_table import benchmark_table

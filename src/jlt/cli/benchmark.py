@@ -11,7 +11,7 @@ import tyro
 from jlt.cli.command import Command, Flat, Result
 from jlt.config import InferencePrecision, Precision, SampleConfig
 from jlt.errors import UsageError
-from jlt.experiments.systems import preset_config
+from jlt.experiments.recipes import preset_config
 from jlt.latents.encode_config import EncodeConfig
 from jlt.report import benchmark_table as tables
 

@@ -13,7 +13,7 @@ from jlt.cli.command import PARSING, Command, Positional, Result, option_names
 from jlt.config import TrainConfig, in_steps
 from jlt.errors import UsageError, unknown_name
 from jlt.experiments.recipes import images_of_recipe, renamed, resolve_recipe
-from jlt.report.plan_table import plan_table
+from jlt.report.benchmark_table import plan_table
 from jlt.storage.codec import to_json
 
 

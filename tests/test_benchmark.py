@@ -9,14 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jlt.benchmarks import train
-from jlt.benchmarks.profiling import profile_steps
-from jlt.benchmarks.train import benchmark_train
-from jlt.benchmarks.train_loop import loop_figures
+from jlt.benchmarks.train import benchmark_train, loop_figures, profile_steps
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.experiments.systems import preset, preset_config
-from jlt.networks.flops import forward_flops, training_flops
-from jlt.networks.transformer import Transformer, build_network, count_parameters
+from jlt.networks.transformer import Transformer, build_network, count_parameters, forward_flops, training_flops
 from jlt.report.benchmark_table import benchmark_table
 from jlt.runtime import timing
 from jlt.runtime.timing import ProductRates

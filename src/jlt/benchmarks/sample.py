@@ -17,14 +17,13 @@ from jlt.autoencoders.pretrained import Pretrained
 from jlt.benchmarks.rounds import time_in_turn
 from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError
-from jlt.networks.flops import forward_flops
-from jlt.networks.transformer import build_network
+from jlt.networks.transformer import build_network, forward_flops
 from jlt.prediction import velocity_from_output
 from jlt.runtime.environment import default_device, machine, versions
 from jlt.runtime.progress import inform
 from jlt.runtime.timing import matmul_rate, peak_memory, reset_peak_memory, seconds_of
-from jlt.sampling.generate import LatentSampler, Start, decode_to_uint8
 from jlt.sampling.guidance import Denoiser, in_interval, rows_evaluated
+from jlt.sampling.sampler import LatentSampler, Start, decode_to_uint8
 from jlt.sampling.solvers import network_evaluations
 from jlt.timesteps import sampling_grid
 

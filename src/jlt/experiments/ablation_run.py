@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.config import LossSpace, SampleConfig, TrainConfig
-from jlt.networks.flops import forward_flops, training_flops
+from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.run import evaluation_files
 from jlt.runtime.progress import bar
 from jlt.sampling.solvers import network_evaluations

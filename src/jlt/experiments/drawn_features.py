@@ -18,8 +18,7 @@ from jlt.evaluation.feature_table import arrays_of, open_table
 from jlt.evaluation.real_images import CHUNK
 from jlt.runtime.processes import Group, stop_together
 from jlt.runtime.progress import bar, inform
-from jlt.sampling.generate import batches_of
-from jlt.sampling.sampler import ImageBatch, ImageSampler
+from jlt.sampling.sampler import ImageBatch, ImageSampler, batches_of
 from jlt.storage.files import lock_folder
 from jlt.storage.rows import RowTable, unwritten
 

@@ -34,7 +34,7 @@ from jlt.networks import layers
 from jlt.networks.layers import NORM_EPS, rms_normalise
 from jlt.networks.sizes import sized_network
 from jlt.networks.transformer import build_network, count_network, count_parameters, training_flops
-from jlt.report.plan_table import plan_table, quantity
+from jlt.report.benchmark_table import plan_table, quantity
 from jlt.storage.codec import to_json
 
 GIB = 2**30

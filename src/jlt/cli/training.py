@@ -10,7 +10,7 @@ from jlt.cli.command import Result
 from jlt.cli.recipe import RecipeCommand
 from jlt.errors import UsageError
 from jlt.experiments.recipes import images_of_recipe
-from jlt.report.plan_table import plan_table
+from jlt.report.benchmark_table import plan_table
 from jlt.storage.codec import to_json
 
 

@@ -67,11 +67,6 @@ class Hardware:
     slack: float
     """Share of what the passes take that the allocator loses."""
 
-    @property
-    def is_gpu(self) -> bool:
-        """Whether kernels are a GPU's."""
-        return self.name != "cpu"
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -123,8 +118,7 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
         context = f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes"
         memory, outside = Figure(found.memory, "data sheet"), Figure(CUDA_CONTEXT, context)
         return Hardware(found.name, processes, peak, memory, outside, GPU_SLACK)
-    process = f"measured: this process now, and {CPU_SLACK:.0%} of the passes"
-    outside = Figure(peak_memory("cpu"), process)
+    outside = Figure(peak_memory("cpu"), f"measured: this process now, and {CPU_SLACK:.0%} of the passes")
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     rate = matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0))
     shared = ", shared among the processes" if processes > 1 else ""
@@ -238,8 +232,9 @@ class _Run:
     def memory(self) -> Figures:
         """Return the bytes of one process at the peak of an update, by part, with their total and what there is."""
         config, hardware = self.config, self.hardware
-        passes = run_passes(config, self.split.micro_batch_size, hardware.is_gpu)
-        saving = f"what autograd saves, {'GPU' if hardware.is_gpu else 'CPU'} normalisation"
+        gpu = hardware.name != "cpu"
+        passes = run_passes(config, self.split.micro_batch_size, gpu)
+        saving = f"what autograd saves, {'GPU' if gpu else 'CPU'} normalisation"
         if config.gradient_checkpointing:
             saving = "what autograd saves: the blocks' inputs"
         elif config.compile:

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -165,29 +165,23 @@ def measure_share(config: TrainConfig, processes: int) -> Figures:
 
 
 def profile_update(config: TrainConfig, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Return where the time of an update goes; `bare` is its measurement without the profiler."""
+    """Return where the time of an update goes; `bare` is its measurement without the profiler.
+
+    Returns `shares` of the time by name, the largest first: on a CPU each operation without those that it calls, on a
+    GPU each kernel. `idle` is the share of the bare `seconds_per_step` in which a GPU ran no kernel.
+    """
     inform(f"profiling {config.name} at batch size {config.batch_size}")
+    cuda = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with float32_products(config.precision):
         step = trainer_step(config, device)
         for _ in range(WARMUP_STEPS):
             step()
-        return profile_steps(step, PROFILED_STEPS, bare["seconds_per_step"], device)
-
-
-def profile_steps(step: Callable[[], None], steps: int, seconds_per_step: float, device: str) -> dict[str, Any]:
-    """Profile some steps on a device, after the caller has warmed it up.
-
-    Returns `shares` of the time by name, the largest first: on a CPU each operation without those that it calls, on a
-    GPU each kernel. `idle` is the share of `seconds_per_step` in which a GPU ran no kernel; these seconds are measured
-    without the profiler.
-    """
-    cuda = torch.device(device).type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(steps):
-            step()
-        if cuda:
-            torch.cuda.synchronize(device)
+        with profile(activities=activities) as profiler:
+            for _ in range(PROFILED_STEPS):
+                step()
+            if cuda:
+                torch.cuda.synchronize(device)
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
     # An annotation on a GPU spans the kernels within it, which are counted themselves.
     entries = [
@@ -199,9 +193,9 @@ def profile_steps(step: Callable[[], None], steps: int, seconds_per_step: float,
     total = sum(seconds for _, seconds in entries)
     shares = {name: seconds / total for name, seconds in entries[:LISTED_OPERATIONS]}
     return {
-        "steps": steps,
+        "steps": PROFILED_STEPS,
         "shares": {**shares, "everything else": max(0.0, 1 - sum(shares.values()))},
-        "idle": max(0.0, 1 - total / steps / seconds_per_step) if cuda else None,
+        "idle": max(0.0, 1 - total / PROFILED_STEPS / bare["seconds_per_step"]) if cuda else None,
     }
 
 
@@ -226,11 +220,11 @@ def compare_variants(config: TrainConfig, steps: int, device: str) -> list[dict[
     return entries
 
 
+@dataclass(frozen=True)
 class SavesOnce(Watcher):
     """Requests a checkpoint at one step: training waits until it is written, so that the next one need not."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    step: int
 
     def due(self, step: int) -> bool:
         """Whether this is the step."""

@@ -156,7 +156,7 @@ class EncodeBenchmark(Command):
     """Processes that decode images. Default: one per core; none for a bundled set."""
 
     def run(self) -> Result:
-        from jlt.benchmarks.encode import benchmark_encode
+        from jlt.benchmarks.data import benchmark_encode
 
         config = EncodeConfig(
             images=self.images,

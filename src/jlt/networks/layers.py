@@ -116,17 +116,13 @@ class RotaryPositions(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n s h k"], scale: Float[Tensor, "s k"]) -> Float[Tensor, "b n s h k"]:
         """Return `scale * x` turned by each token's position; s runs over queries and keys."""
-        cos, sin = self._tables(x.shape[1])
+        cos, sin = self.cos, self.sin
+        if before := x.shape[1] - len(cos):
+            cos, sin = F.pad(cos, (0, 0, before, 0), value=1.0), F.pad(sin, (0, 0, before, 0))
         # (scale x) cos + roll(scale x) sin, with the learnt scale folded into the small tables.
         cos = (cos[:, None] * scale).unsqueeze(2)
         sin = (sin[:, None] * scale.roll(self.pair_offset, dims=-1)).unsqueeze(2)
         return torch.addcmul(x * cos.to(x.dtype), x.roll(self.pair_offset, dims=-1), sin.to(x.dtype))
-
-    def _tables(self, tokens: int) -> tuple[Tensor, Tensor]:
-        before = tokens - len(self.cos)
-        if before == 0:
-            return self.cos, self.sin
-        return F.pad(self.cos, (0, 0, before, 0), value=1.0), F.pad(self.sin, (0, 0, before, 0))
 
 
 class Attention(nn.Module):

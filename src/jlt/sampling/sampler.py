@@ -74,9 +74,8 @@ class LatentSampler:
             start = self.start(indices)
             latents = self.flow(start)
             if not latents.isfinite().all():
-                raise JLTError(
-                    f"Some of the images {indices[0]} to {indices[-1]} are not finite: has training diverged?"
-                )
+                which = f"{indices[0]} to {indices[-1]}"
+                raise JLTError(f"Some of the images {which} are not finite: has training diverged?")
             yield LatentBatch(indices[0], latents, start.labels)
 
     @torch.inference_mode()
@@ -121,8 +120,7 @@ def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -
         labels = [int(part) for part in rule.split(",")]
     except ValueError:
         raise UsageError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
-    outside = [label for label in labels if not 0 <= label < num_classes]
-    if outside:
+    if outside := [label for label in labels if not 0 <= label < num_classes]:
         raise JLTError(f"There is no class {outside[0]}: the network knows the classes 0 to {num_classes - 1}.")
     return torch.tensor([labels[index % len(labels)] for index in indices])
 
@@ -231,7 +229,10 @@ def open_sampler(
     autoencoder with other weights.
     """
     check_guidance(checkpoint.config, config)
-    guide = _open_guide(checkpoint, config, device) if config.autoguided else None
+    guide = None
+    if config.autoguided:
+        weaker = check_guide(checkpoint, config)
+        guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
@@ -252,9 +253,9 @@ def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
     if changed("ema", "t_eps", "compile"):
         weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     if config.autoguided:
-        check_guide(checkpoint, config)
+        weaker = check_guide(checkpoint, config)
         if guide is None or changed("autoguide", "autoguide_ema", "t_eps", "compile"):
-            guide = _open_guide(checkpoint, config, device)
+            guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     return replace(sampler, weights=weights, guide=guide, config=config)
 
 
@@ -270,11 +271,6 @@ def open_weights(checkpoint: Checkpoint, ema: str, device: str, t_eps: float = 0
     denoiser = Denoiser(network, train.prediction, train.network.num_classes, t_eps)
     rebuilt = {"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {}
     return Weights(denoiser, {"checkpoint": checkpoint.sha256, "ema": chosen.ema, **rebuilt})
-
-
-def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> Weights:
-    guide = check_guide(checkpoint, config)
-    return open_weights(guide, config.autoguide_ema, device, config.t_eps, config.compile)
 
 
 def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
@@ -328,9 +324,8 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
-        inform(
-            f"The latents record no weights of their autoencoder: those from {found['source']} decode them unchecked."
-        )
+        unchecked = f"those from {found['source']} decode them unchecked."
+        inform(f"The latents record no weights of their autoencoder: {unchecked}")
     else:
         decisive = ["weights_sha256", "normalisation", *decisive]
     for key in decisive:

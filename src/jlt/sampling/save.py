@@ -58,7 +58,9 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     require_same_arguments(group, arguments, "draw")
     with contextlib.ExitStack() as held:
         place = group.on_rank0(lambda: _claim(held, sampler, out, form))
-        if group.on_rank0(lambda: _finished(place)):
+        if group.on_rank0(place.is_file):
+            # A kill may have left its table.
+            group.on_rank0(lambda: remove_rows(out))
             return place
         missing = group.on_rank0(lambda: _missing(sampler, place))
         with stop_together(group) as until_any_stopped:
@@ -99,13 +101,6 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
     for path in out.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
     return {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form]
-
-
-def _finished(place: Path) -> bool:
-    """Whether the array or the grid exists; its table, which a kill may have left, is then removed."""
-    if place.is_file():
-        remove_rows(place.parent)
-    return place.is_file()
 
 
 def _missing(sampler: ImageSampler, place: Path) -> list[range]:
@@ -184,9 +179,8 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     with lock_folder(out):
         ranges = batches_of(first.config.num, first.config.batch_size)
         work = [(numbers, sampler) for numbers in ranges for sampler in samplers]
-        rows = [
-            DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in track(until_stopped(work), "drawing", len(work))
-        ]
+        drawing = track(until_stopped(work), "drawing", len(work))
+        rows = [DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in drawing]
         drawn = [np.concatenate(rows[index :: len(samplers)]) for index in range(len(samplers))]
         return _save(out / f"{kind}.png", first, drawn, kind, names)
 

@@ -130,8 +130,7 @@ def _measure(store: LatentStore, count: int, batch_size: int, seconds: float) ->
         chunk = np.arange(start, min(start + batch_size, count))
         for flipped in {False, store.manifest.flips}:
             store.gather(chunk, np.full(len(chunk), flipped))
-    batches = functools.partial(batches_in_order, store, count, batch_size)
-    device = default_device()
+    batches, device = functools.partial(batches_in_order, store, count, batch_size), default_device()
     ways: dict[str, Way] = {
         "loader": _loader(store, batches(), batch_size, device),
         "gather": (store.gather(rows.indices, rows.flips) for rows in batches()),

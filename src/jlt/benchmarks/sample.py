@@ -106,11 +106,10 @@ def plain_heun(sampler: LatentSampler, start: Start) -> Float[Tensor, "n c h w"]
 
 
 def _sampler(config: TrainConfig, sample: SampleConfig, device: str) -> LatentSampler:
-    network = build_network(config.network, seed=0).to(device).eval().requires_grad_(False)
-    denoiser = Denoiser(network, config.prediction, config.network.num_classes)
     sizes = config.network
+    network = build_network(sizes, seed=0).to(device).eval().requires_grad_(False)
     shape = LatentShape(sizes.channels, sizes.height, sizes.width, sizes.num_classes)
-    return LatentSampler(denoiser, shape, sample, device)
+    return LatentSampler(Denoiser(network, config.prediction, sizes.num_classes), shape, sample, device)
 
 
 def _autoencoder(config: TrainConfig, path: str | None, device: str) -> Autoencoder:

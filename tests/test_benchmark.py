@@ -10,14 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jlt.benchmarks import train
-from jlt.benchmarks.profiling import profile_steps
-from jlt.benchmarks.train import benchmark_train
-from jlt.benchmarks.train_loop import loop_figures
+from jlt.benchmarks.train import benchmark_train, loop_figures
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.experiments.recipes import preset, preset_config
-from jlt.networks.flops import forward_flops, training_flops
-from jlt.networks.transformer import Transformer, build_network, count_parameters
+from jlt.networks.transformer import Transformer, build_network, count_parameters, forward_flops, training_flops
 from jlt.report.benchmark_table import benchmark_table
 from jlt.runtime import environment
 from jlt.runtime.environment import ProductRates
@@ -203,9 +200,8 @@ def _one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_one_thread")
 def test_matrix_products_lead_a_real_profile():
-    step = train.trainer_step(preset_config("JLT-S/1", precision="float32", batch_size=2), "cpu")
-    step()
-    found = profile_steps(step, 1, 1.0, "cpu")
+    config = preset_config("JLT-S/1", precision="float32", batch_size=2)
+    found = train.profile_update(config, {"seconds_per_step": 1.0}, "cpu")
     shares = list(found["shares"].values())
     assert sum(shares) == pytest.approx(1)
     assert shares[:-1] == sorted(shares[:-1], reverse=True)

@@ -157,7 +157,7 @@ class EncodeBenchmark(Command):
     config: Annotated[TemporaryEncoding, Flat] = TemporaryEncoding()
 
     def run(self) -> Result:
-        from jlt.benchmarks.encode import benchmark_encode
+        from jlt.benchmarks.data import benchmark_encode
 
         measured = benchmark_encode(self.config, self.num)
         return Result(measured, tables.encode_benchmark_table(measured))

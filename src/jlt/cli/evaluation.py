@@ -60,9 +60,8 @@ class Sample(Command):
         if picture and self.format != "png":
             raise UsageError("--steps-strip, --interpolate and --compare draw one PNG: leave out --format.")
         from jlt.runtime.environment import default_device
-        from jlt.sampling.pictures import save_picture
         from jlt.sampling.sampler import open_sampler
-        from jlt.sampling.save import save_samples
+        from jlt.sampling.save import save_picture, save_samples
         from jlt.training.checkpoint import open_checkpoint
 
         device = default_device()

@@ -23,7 +23,7 @@ from jlt.experiments.coordinate_stores import store_in_coordinates
 from jlt.geometry.forecast import Estimate, forecast
 from jlt.geometry.tokens import token_estimates
 from jlt.latents.store import LatentStore
-from jlt.networks.flops import forward_flops, training_flops
+from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.ablation import Ablation, Matched, SystemRun
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel

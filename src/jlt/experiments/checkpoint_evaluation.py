@@ -34,8 +34,7 @@ from jlt.runtime.environment import default_device, versions
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
-from jlt.sampling.generate import batches_of
-from jlt.sampling.sampler import ImageBatch, ImageSampler, open_sampler
+from jlt.sampling.sampler import ImageBatch, ImageSampler, batches_of, open_sampler
 from jlt.sampling.save import ARRAY, PROTOCOL
 from jlt.storage.codec import to_json
 from jlt.storage.files import LOCK, atomic_path, lock_folder, read_json, require_unlinked

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jlt.config import Precision, TrainConfig
-from jlt.networks.flops import training_flops
+from jlt.networks.transformer import training_flops
 from jlt.runtime.environment import affordable_size, compare_precisions, matmul_rate, peak_memory, resident_memory
 from jlt.runtime.processes import Group
 from jlt.training.parallel import sum_over

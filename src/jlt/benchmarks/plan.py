@@ -145,7 +145,7 @@ def make_plan(
 ) -> Plan:
     """Return the forecast of a run at a share `mfu` in (0, 1] of the peak rate; JLTError for an impossible batch."""
     if not 0 < mfu <= 1:
-        raise JLTError(f"mfu is a share of the peak rate and lies in (0, 1], not {mfu}.")
+        raise JLTError(f"mfu is a share of the peak rate and must be in (0, 1], not {mfu}.")
     run = _Run(config, latents, hardware, mfu)
     memory = run.memory()
     fits = memory["total"].value <= memory["available"].value

@@ -125,7 +125,7 @@ def capacity_curve(prediction: Prediction, lam: Spectrum, times: TimeQuadrature,
 def width_floor(prediction: Prediction, lam: Spectrum, times: TimeQuadrature, width: int) -> float:
     """Return the risk, on the curve's scale, that no network of a width goes below, whatever its depth or training.
 
-    Its last layer is linear, so its outputs lie in one affine subspace of `width` dimensions. Outside of that the error
+    Its last layer is linear, so its outputs span one affine subspace of `width` dimensions. Outside of that the error
     is the whole variance of the target (eq. 9). 0 for a width of a token's size or more.
     """
     dropped = times.average(target_variance(prediction, lam) * times.loss_weight(prediction))

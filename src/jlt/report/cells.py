@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.study import Spread, Study
 from jlt.report.wording import listed, number
 
@@ -32,7 +32,7 @@ def cell_sentences(found: Mapping[str, Cells]) -> list[str]:
         by_prediction: dict[str, list[float]] = {}
         for (prediction, space), value in here.items():
             by_space.setdefault(f"with a loss in {SYMBOL[space]}-space", []).append(value.mean)
-            by_prediction.setdefault(f"for {WORDS[prediction]}", []).append(value.mean)
+            by_prediction.setdefault(f"for {NAMES[prediction]}", []).append(value.mean)
         if len(by_prediction) > 1:
             for what, groups in (("prediction", by_space), ("loss space", by_prediction)):
                 if factors := [f"{number(_factor(means))} {name}" for name, means in groups.items() if len(means) > 1]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jlt.report import palette
-from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, TIME, swatch
+from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_NAMES, TIME, swatch
 from jlt.report.study import Spread, System, spread
 from jlt.report.wording import listed, number, percent
 
@@ -154,7 +154,7 @@ def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
 
 def prediction_legend() -> tuple[LegendEntry, ...]:
     """Return one entry per prediction, for figures of the targets themselves."""
-    return tuple(LegendEntry(swatch(prediction, 1), SHORT_WORDS[prediction]) for prediction in PREDICTION)
+    return tuple(LegendEntry(swatch(prediction, 1), SHORT_NAMES[prediction]) for prediction in PREDICTION)
 
 
 def curve_style(system: System) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.report.geometry_sentences import advice_sentences, geometry_verdict, spectrum_sentence
-from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.study import Spread, Study, System
 from jlt.report.wording import listed, number, percent, sentence, spread_text
 
@@ -92,7 +92,7 @@ def verdict(study: Study) -> str:
         where = _where(undecided, len(found))
         return f"No prediction stands out: the lowest Fréchet distances are too close to call {where}."
     best = [
-        f"{WORDS[prediction]} reaches the lowest Fréchet distance {_where(places, len(found))}"
+        f"{NAMES[prediction]} reaches the lowest Fréchet distance {_where(places, len(found))}"
         for prediction, places in winners.items()
     ]
     tail = f"; at {listed(undecided)} it is too close to call" if undecided else ""
@@ -161,8 +161,8 @@ def details(study: Study) -> list[str]:
 
 def _numbers(comparison: Comparison, study: Study) -> str:
     (first, best), *others = comparison.ranked
-    leader = f"{WORDS[first.prediction]} reaches a Fréchet distance of {spread_text(best)}"
-    rest = [f"{WORDS[system.prediction]} {spread_text(value)}" for system, value in others]
+    leader = f"{NAMES[first.prediction]} reaches a Fréchet distance of {spread_text(best)}"
+    rest = [f"{NAMES[system.prediction]} {spread_text(value)}" for system, value in others]
     texts = [f"At {setting(comparison, study)}, {listed([leader, *rest])}."]
     ratios = [
         f"{SYMBOL[system.prediction]} is {number(value.mean / best.mean, 2)} times as high"
@@ -176,7 +176,7 @@ def _numbers(comparison: Comparison, study: Study) -> str:
             continue
         why = "their ranges over seeds overlap" if comparison.seeds > 1 else "one seed cannot settle that"
         higher = f"only {value.mean / best.mean - 1:.0%} higher" if best.mean > 0 else "not distinguishable from it"
-        texts.append(f"{sentence(WORDS[system.prediction])} is {higher}: {why}.")
+        texts.append(f"{sentence(NAMES[system.prediction])} is {higher}: {why}.")
     return " ".join(texts)
 
 
@@ -257,7 +257,7 @@ def limits(study: Study) -> list[str]:
         )
     elif study.geometry is not None and not any("anisotropy" in system.variant for system in study.systems):
         texts.append(
-            "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it "
+            "The geometry is a linear-Gaussian picture of single tokens. It is shown next to the results; that it "
             "causes them is not tested here, since the latent space itself was never changed."
         )
     if study.inside is not None:

@@ -24,7 +24,7 @@ from jlt.report.figures import (
     prediction_legend,
     without_rounding,
 )
-from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_WORDS, swatch
+from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_NAMES, swatch
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import ErrorByDirection, Geometry, Table, TokenGeometry, Values
 
@@ -73,7 +73,7 @@ def _prediction_style(prediction: Prediction, points: int) -> dict[str, Any]:
 
 
 def _by_target(values: Mapping[Prediction, float], digits: int = 3) -> str:
-    return listed([f"{SHORT_WORDS[name]} {number(value, digits)}" for name, value in values.items()])
+    return listed([f"{SHORT_NAMES[name]} {number(value, digits)}" for name, value in values.items()])
 
 
 def _label_ranks(axes: Axes, title: str) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from jlt.config import Prediction
-from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import (
     Advice,
@@ -72,8 +72,8 @@ def geometry_verdict(geometry: Geometry) -> str:
         return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
     needed, (first, second) = forecast.needed_directions, forecast.order[:2]
     return (
-        f"{where} {WORDS[first]} is expected to win: it needs {number(needed[first])} of {smallest.dimension} "
-        f"directions where {WORDS[second]} needs {number(needed[second])}."
+        f"{where} {NAMES[first]} is expected to win: it needs {number(needed[first])} of {smallest.dimension} "
+        f"directions where {NAMES[second]} needs {number(needed[second])}."
     )
 
 

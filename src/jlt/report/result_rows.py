@@ -56,7 +56,7 @@ def result_rows(study: Study) -> list[Row]:
             system,
             palette.swatch(system.prediction, system.patch_size),
             ", ".join([system.name, *traits]),
-            ", ".join([palette.SHORT_WORDS[system.prediction], f"patch {system.patch_size}", *traits]),
+            ", ".join([palette.SHORT_NAMES[system.prediction], f"patch {system.patch_size}", *traits]),
             tuple(_cell(metric, values[place], best[metric]) for metric, values in measured.items()),
             format_seconds(seconds.mean) if seconds else "—",
             _row_note(system, distance, study),

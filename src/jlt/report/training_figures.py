@@ -21,7 +21,7 @@ from jlt.report.figures import (
     step_panel,
     system_legend,
 )
-from jlt.report.palette import PREDICTION, SHORT_WORDS, SYMBOL
+from jlt.report.palette import PREDICTION, SHORT_NAMES, SYMBOL
 from jlt.report.study import MEASUREMENTS, Study, System, spread
 from jlt.report.wording import listed, metric_name, number, percent, sentence
 from jlt.results.evaluation import LOWER_IS_BETTER, SHARES
@@ -149,7 +149,7 @@ def _cells_panel(where: str, cells: Cells) -> Panel:
         axes.set(title=f"Fréchet distance, {where}", xlabel="space of the loss")
 
     values = [
-        f"{SHORT_WORDS[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
+        f"{SHORT_NAMES[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
         for (prediction, space), cell in cells.items()
     ]
     return draw(paint, f"Fréchet distance by prediction and loss space, {where}: {listed(values)}.")

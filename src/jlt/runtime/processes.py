@@ -224,7 +224,7 @@ def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]
 
 
 def require_same_arguments(group: Group, arguments: Mapping[str, Any], action: str) -> None:
-    """Raise a JLTError unless all processes have the same JSON `arguments`; `action` is a verb for the message."""
+    """Raise a JLTError unless all processes have the same JSON `arguments`; `action` goes into the message."""
     everywhere = group.gather(arguments)
     for rank, theirs in enumerate(everywhere):
         if differences := difference(everywhere[0], theirs):

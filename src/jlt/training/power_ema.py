@@ -63,7 +63,7 @@ class Combination(NamedTuple):
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """Return the exponent of an average of this length, the inverse of A2; JLTError outside (0, 12^-1/2)."""
     if not 0 < sigma_rel < WIDEST:
-        raise JLTError(f"sigma_rel must lie between 0 and {WIDEST:.4f}, the plain mean; it is {sigma_rel}.")
+        raise JLTError(f"sigma_rel must be between 0 and {WIDEST:.4f}, the plain mean; it is {sigma_rel}.")
     # With h = s (gamma+2) and s = sigma_rel, A2 is the cubic h^3 + s h^2 - h + s = 0. Its largest root in closed form,
     # shifted to y = h + s/3: y^3 = 3 a y - 2 b.
     a, b = (1 + sigma_rel**2 / 3) / 3, sigma_rel**3 / 27 + 2 * sigma_rel / 3
@@ -96,7 +96,7 @@ def coefficients(snapshots: Sequence[Snapshot], target_updates: int, target_sigm
     Snapshots may come in any order. A snapshot after the target gets 0, because it contains weights that the target
     cannot contain; so does a repeated one. A snapshot that equals the target gets 1, and all others 0. The residual is
     small at updates with snapshots, and large between them, where no stored average contains the latest weights.
-    JLTError if no snapshot was taken up to the target or a length lies outside (0, 12^-1/2); ValueError for updates
+    JLTError if no snapshot was taken up to the target or a length is outside (0, 12^-1/2); ValueError for updates
     below 1.
     """
     target = Snapshot(target_updates, target_sigma_rel)

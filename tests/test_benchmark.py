@@ -28,7 +28,7 @@ PRESET = "JLT-XS/1"
 def _small_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "PRODUCT_SECONDS", 0.05)
-        patch.setattr(train, "compare_precisions", functools.cache(train.compare_precisions))
+        patch.setattr(environment, "compare_precisions", functools.cache(environment.compare_precisions))
         yield
 
 

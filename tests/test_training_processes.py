@@ -79,7 +79,7 @@ def test_a_run_continues_on_another_number_of_processes_and_keeps_its_draws(stor
 
 def test_under_torchrun_results_and_refusals_are_printed_once(store, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jlt"]
-    words = train_words(store, tmp_path / "run", "--steps", "2")
+    words = train_arguments(store, tmp_path / "run", "--steps", "2")
     codes, said = ends_of(start_processes(2, [*words, "--batch-size", "15"]))
     assert codes == [1, 1]
     assert "".join(said).count("batch_size 15 cannot be shared equally among 2 processes") == 1

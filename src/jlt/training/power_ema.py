@@ -122,16 +122,22 @@ def reconstruct(
     returns the snapshot bit for bit. ValueError if all are 0, or if two snapshots differ in names or shapes.
     """
     total: dict[str, Tensor] = {}
-    for coefficient, values in ((coefficient, read()) for coefficient, read in stored if coefficient != 0):
-        if not total:
-            total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()}
-        if {name: value.shape for name, value in values.items()} != {name: sum_.shape for name, sum_ in total.items()}:
-            raise ValueError("the snapshots differ in the names or shapes of their tensors")
-        for name, value in values.items():
-            total[name].add_(value.detach().cpu(), alpha=float(coefficient))
+    for coefficient, read in stored:
+        if coefficient != 0:
+            # In a function of its own, which lets go of a snapshot before the next one is read.
+            _add(total, float(coefficient), read())
     if not total:
         raise ValueError("there is no snapshot with a coefficient other than 0")
     return {name: total.pop(name).float() for name in list(total)}
+
+
+def _add(total: dict[str, Tensor], coefficient: float, values: Mapping[str, Tensor]) -> None:
+    if not total:
+        total.update({name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()})
+    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in total.items()}:
+        raise ValueError("the snapshots differ in the names or shapes of their tensors")
+    for name, value in values.items():
+        total[name].add_(value.detach().cpu(), alpha=coefficient)
 
 
 def parse_sigma_rel(name: str) -> float:

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 JLT_HOME ?= quickstart
+# One process of tests for each core, each with whole files; the order is that of tests/conftest.py.
+TESTS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test lint docs clean
 
@@ -9,7 +11,7 @@ quickstart: $(VENV)/.runtime
 	$(VENV)/bin/jlt quickstart --out $(JLT_HOME)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest $(TESTS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

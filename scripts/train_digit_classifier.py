@@ -17,9 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier, DigitNetwork
+from jlt.evaluation.extractors import WEIGHTS_FILE, DigitClassifier, DigitNetwork, LabelledImages, digit_split
 from jlt.evaluation.metrics import label_agreement
-from jlt.images.digit_split import LabelledImages, digit_split
 from jlt.runtime.progress import inform, track
 from jlt.storage.weights import save_weights
 

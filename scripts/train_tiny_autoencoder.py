@@ -20,10 +20,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from jlt.autoencoders.contract import psnr
 from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
-from jlt.autoencoders.psnr import psnr
-from jlt.images.digit_split import digit_split
+from jlt.evaluation.extractors import digit_split
 from jlt.runtime.progress import inform, track
 from jlt.storage.weights import ASSETS, save_weights
 

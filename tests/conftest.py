@@ -10,11 +10,6 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 install_import_hook("jlt", "typechecker.checked")
 
-import torch  # noqa: E402
-
-# Networks this small are several times slower on two threads, the more so beside other work.
-torch.set_num_threads(1)
-
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from forked import assume_rates  # noqa: E402
@@ -34,6 +29,15 @@ LONGEST = [
     "test_training_saving",
 ]
 """The files that take longest, the longest first: with one file after another for each worker, they begin the run."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A process that only gives the tests to workers needs no torch.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import torch
+
+        # Networks this small are several times slower on two threads, and slower still beside other work.
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -41,10 +42,10 @@ sys.exit(main())
 """
 
 PRELOADED = """
-jlt.cli.main jlt.latents.encoding jlt.experiments.ablation jlt.experiments.run_training
-jlt.training.loop jlt.report.page sklearn.datasets torch._dynamo torch._inductor.test_operators torch.distributed
-torch.distributed.fsdp torch.nn.parallel torch.onnx torch.profiler
+sklearn.datasets torch._dynamo torch._inductor.test_operators torch.distributed torch.distributed.fsdp torch.nn.parallel
+torch.onnx torch.profiler diffusers.models.autoencoders.autoencoder_kl_flux2 matplotlib.backends.backend_svg
 """
+"""What commands import when they first need it, besides all of the package's own modules."""
 
 
 class Forked:
@@ -101,7 +102,7 @@ class Forked:
 
 def assume_rates() -> None:
     """Let a training take the machine's rate of arithmetic for granted: measuring it takes a fifth of a second."""
-    from jlt.runtime.timing import SMALLEST_MATMUL
+    from jlt.runtime.environment import SMALLEST_MATMUL
     from jlt.training import meter
 
     meter.RATE_SIZE["cpu"] = SMALLEST_MATMUL
@@ -150,13 +151,23 @@ def _end(server: subprocess.Popen[bytes], connection: socket.socket) -> None:
 def serve(place: int) -> None:
     """Fork a process for each request until the tests end."""
     import importlib
+    import pkgutil
 
-    for name in PRELOADED.split():
+    import jlt
+    from jlt.images.digits import Digits
+
+    own = [module.name for module in pkgutil.walk_packages(jlt.__path__, "jlt.") if module.name != "jlt.__main__"]
+    for name in [*own, *PRELOADED.split()]:
         importlib.import_module(name)
     assume_rates()
+    # Its images are read once.
+    Digits()
     with contextlib.redirect_stdout(None):
         # What reads the words reads the sources for it, which it remembers.
         importlib.import_module("jlt.cli.main").main(["train", "digits", "--print-config"])
+    # Or the collector would write to every page that the processes share.
+    gc.collect()
+    gc.freeze()
     connection = socket.socket(fileno=place)
     statuses: dict[int, int] = {}
     while True:

@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.contract import Autoencoder, psnr
 from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
-from jlt.autoencoders.psnr import psnr
 from jlt.errors import JLTError
-from jlt.images.digit_split import digit_split
+from jlt.evaluation.extractors import digit_split
 from jlt.storage.weights import ASSETS, read_metadata, save_weights, weights_sha256
 
 # Nothing in it is bundled: other depths, widths and statistics than `tiny`.

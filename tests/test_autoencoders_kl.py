@@ -370,7 +370,7 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch)
         raise OSError(f"no way to {address[0]}")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
+    monkeypatch.setattr("jlt.storage.weights.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", unreachable)
     with pytest.raises(JLTError, match=r"unknown/nothing is not a local folder, and the Hub at \S+ cannot be reached"):
         load_autoencoder("kl", "unknown/nothing")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jlt.errors import JLTError
 from jlt.experiments.recipes import resolve_recipe
-from jlt.training.batch_split import BatchSplit, split_batch
+from jlt.training.step import BatchSplit, split_batch
 
 
 def config(batch_size: int, micro_batch_size: int = 0, accumulation: int = 0):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jlt.runtime.background import Abandoned, BackgroundWorker
+from jlt.runtime.workers import Abandoned, BackgroundWorker
 
 
 def threads() -> list[str]:

@@ -1,6 +1,7 @@
 """The benchmark's report against its own parts; the arithmetic it divides by against PyTorch's count of operations."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -9,17 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jlt.benchmarks import train
-from jlt.benchmarks.profiling import profile_steps
-from jlt.benchmarks.train import benchmark_train
-from jlt.benchmarks.train_loop import loop_figures
+from jlt.benchmarks.train import benchmark_train, loop_figures
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
-from jlt.experiments.systems import preset, preset_config
-from jlt.networks.flops import forward_flops, training_flops
-from jlt.networks.transformer import Transformer, build_network, count_parameters
+from jlt.experiments.recipes import preset, preset_config
+from jlt.networks.transformer import Transformer, build_network, count_parameters, forward_flops, training_flops
 from jlt.report.benchmark_table import benchmark_table
-from jlt.runtime import timing
-from jlt.runtime.timing import ProductRates
+from jlt.runtime import environment
+from jlt.runtime.environment import ProductRates
 from jlt.training import meter
 
 BATCH = 3
@@ -30,6 +28,7 @@ PRESET = "JLT-XS/1"
 def _small_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "PRODUCT_SECONDS", 0.05)
+        patch.setattr(environment, "compare_precisions", functools.cache(environment.compare_precisions))
         yield
 
 
@@ -172,11 +171,11 @@ def test_a_slower_bfloat16_is_reported():
 
 def test_a_slow_device_is_measured_with_small_matrices(monkeypatch):
     # At 1 GFLOP/s the side of 512 takes 0.27 s, and that of 1024 takes 2.1 s.
-    monkeypatch.setattr(timing, "matmul_rate", lambda *_: 1e9)
-    assert timing.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
-    assert timing.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
-    assert timing.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
-    assert timing.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
+    monkeypatch.setattr(environment, "matmul_rate", lambda *_: 1e9)
+    assert environment.affordable_size(torch.float32, "cpu", seconds=1.0) == 512
+    assert environment.affordable_size(torch.float32, "cpu", seconds=0.1) == 256
+    assert environment.affordable_size(torch.float32, "cpu", seconds=100.0) == 2048
+    assert environment.affordable_size(torch.float32, "cpu", seconds=100.0, largest=1024) == 1024
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False), ("tf32", False)])
@@ -201,9 +200,8 @@ def _one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_one_thread")
 def test_matrix_products_lead_a_real_profile():
-    step = train.trainer_step(preset_config("JLT-S/1", precision="float32", batch_size=2), "cpu")
-    step()
-    found = profile_steps(step, 1, 1.0, "cpu")
+    config = preset_config("JLT-S/1", precision="float32", batch_size=2)
+    found = train.profile_update(config, {"seconds_per_step": 1.0}, "cpu")
     shares = list(found["shares"].values())
     assert sum(shares) == pytest.approx(1)
     assert shares[:-1] == sorted(shares[:-1], reverse=True)

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file
 from jlt.benchmarks import data as module
 from jlt.benchmarks.data import CLASSES, benchmark_data, random_shards
 from jlt.errors import JLTError, UsageError
-from jlt.latents.store import LatentStore
-from jlt.latents.write import write_store
+from jlt.latents.store import LatentStore, write_store
 from jlt.report.benchmark_table import data_benchmark_table
 
 SHAPE, BATCH = (4, 3, 2), 8
@@ -69,7 +68,7 @@ from pathlib import Path
 from jlt.benchmarks.data import batches_in_order
 from jlt.latents.loader import read_ahead
 from jlt.latents.store import LatentStore
-from jlt.runtime.timing import peak_memory
+from jlt.runtime.environment import peak_memory
 store = LatentStore.open(Path(sys.argv[1]))
 batches = itertools.islice(batches_in_order(store, len(store), 256), math.ceil(len(store) / 256))
 assert sum(len(latents) for _, latents, _ in read_ahead(store, batches, 256)) >= len(store)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from jlt.autoencoders.load import load_autoencoder
-from jlt.benchmarks import encode as module
-from jlt.benchmarks.encode import benchmark_encode, repeated
+from jlt.benchmarks import data as module
+from jlt.benchmarks.data import benchmark_encode, repeated
 from jlt.errors import UsageError
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig
@@ -40,11 +40,11 @@ ENCODE = """
 import sys, tempfile, torch
 from pathlib import Path
 from jlt.autoencoders.load import load_autoencoder
-from jlt.benchmarks.encode import repeated
+from jlt.benchmarks.data import repeated
 from jlt.images.registry import open_source
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
-from jlt.runtime.timing import peak_memory
+from jlt.runtime.environment import peak_memory
 torch.set_num_threads(1)
 config = EncodeConfig("digits", "pixels", resolution=8, batch_size=256, flips=False)
 with tempfile.TemporaryDirectory() as folder:

@@ -36,13 +36,13 @@ def test_memory_does_not_grow_with_the_store():
 from jlt.benchmarks.geometry import *
 for count in (2_100, 6_300):
     reset_peak_memory("cpu")
-    measure_moments(RandomLatents(LatentShape(32, 16, 16, 10), count), [1], "cpu", SingleProcess())
+    measure_moments(RandomLatents(LatentShape(128, 16, 16, 10), count), [1], "cpu", SingleProcess())
     print(peak_memory("cpu"))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     smaller, larger = map(int, run.stdout.split())
-    # Half of the 69 MB by which the larger store is larger in float16.
-    assert larger - smaller < 34e6
+    # Half of the 275 MB by which the larger store is larger in float16.
+    assert larger - smaller < 137e6
 
 
 def test_report():

@@ -10,8 +10,6 @@ from jlt.errors import JLTError
 from jlt.experiments.coordinate_stores import NAME, measure_coordinates, store_in_coordinates
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.tokens import token_estimates
-from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore, verify_store
 from jlt.patches import patch_tokens, unpatchify
 from jlt.sampling.sampler import matching_autoencoder
@@ -88,10 +86,8 @@ def test_a_map_is_read_back_and_others_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
-    return LatentStore.open(folder / "latents")
+def digits(digit_latents):
+    return LatentStore.open(digit_latents)
 
 
 def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_path):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from data_helpers import (
     CONFIG,
-    LethalSource,
     NoiseSource,
     PatchAutoencoder,
     expected_latents,
@@ -25,11 +24,15 @@ from data_helpers import (
     noise_image,
 )
 from image_zoo import write_zoo
+from noise_source import LethalSource
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
+from jlt.autoencoders.load import load_autoencoder
 from jlt.errors import JLTError
+from jlt.images.registry import open_source
+from jlt.images.source import Selected
 from jlt.latents import encoding as encode_module
 from jlt.latents import encoding_job as job_module
 from jlt.latents.encode_config import EncodeConfig
@@ -383,18 +386,24 @@ def test_a_killed_worker_process_is_a_named_error(tmp_path: Path) -> None:
         encode_source(LethalSource(COUNT), PatchAutoencoder(), dataclasses.replace(CONFIG, workers=2), tmp_path / "s")
 
 
+def some_digits() -> Selected:
+    return Selected(open_source("digits"), np.arange(300))
+
+
 def test_bfloat16_is_autocast_and_is_in_the_manifest(tmp_path: Path) -> None:
     config = EncodeConfig("digits", "tiny", resolution=32, batch_size=256, flips=False, dtype="float32")
-    exact = encode(config, tmp_path / "float32")
-    rounded = encode(dataclasses.replace(config, precision="bfloat16"), tmp_path / "bfloat16")
+    tiny = load_autoencoder("tiny")
+    exact = encode_source(some_digits(), tiny, config, tmp_path / "float32")
+    rounding = dataclasses.replace(config, precision="bfloat16")
+    rounded = encode_source(some_digits(), tiny, rounding, tmp_path / "bfloat16")
     assert (exact.encoding or {})["precision"] == "float32"
     assert (rounded.encoding or {})["precision"] == "bfloat16"
-    one, other = (LatentStore.open(tmp_path / name).gather(np.arange(1797))[0] for name in ("float32", "bfloat16"))
+    one, other = (LatentStore.open(tmp_path / name).gather(np.arange(300))[0] for name in ("float32", "bfloat16"))
     error = (one - other).square().mean().sqrt().item()
     # A rounding to 8 bits per layer; equal latents would mean that nothing was cast.
     assert 1e-4 < error < 0.05
     with pytest.raises(JLTError, match="encoding.precision: 'bfloat16' -> 'float32'"):
-        encode(config, tmp_path / "bfloat16")
+        encode_source(some_digits(), tiny, config, tmp_path / "bfloat16")
 
 
 def test_a_preview_shows_originals_over_reconstructions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -479,13 +488,14 @@ def test_a_folder_with_every_kind_of_image(tmp_path: Path, exif: str, workers: i
 
 
 def test_threads_are_part_of_the_arguments_and_nothing_else_decides_their_number(tmp_path: Path) -> None:
-    config = EncodeConfig("digits", "tiny", resolution=32, shard_size=900, flips=False, dtype="float32")
+    config = EncodeConfig("digits", "tiny", resolution=32, shard_size=150, flips=False, dtype="float32")
     before = torch.get_num_threads()
     stores = {}
     for environment, threads in ((1, 2), (2, 2), (2, 1)):
         torch.set_num_threads(environment)
         folder = tmp_path / f"{environment}-{threads}"
-        manifest = encode(dataclasses.replace(config, threads=threads), folder)
+        config = dataclasses.replace(config, threads=threads)
+        manifest = encode_source(some_digits(), load_autoencoder("tiny"), config, folder)
         assert torch.get_num_threads() == environment
         assert (manifest.encoding or {})["threads"] == threads
         stores[environment, threads] = file_bytes(folder)

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH, read_ahead
-from jlt.latents.store import LatentStore
-from jlt.latents.write import write_store
+from jlt.latents.store import LatentStore, write_store
 from jlt.runtime.signals import Stopped, StopRequest
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
@@ -62,7 +61,7 @@ def expected(arrays: list[dict[str, np.ndarray]], request: Request) -> np.ndarra
 
 
 def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "jlt-reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("jlt-reader")]
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,8 @@ from sklearn.datasets import load_digits
 
 from jlt.errors import JLTError, UsageError
 from jlt.images.folders import ClassFolders
-from jlt.images.registry import open_source, reopen_source
-from jlt.images.selected import Selected
-from jlt.images.splits import choose_split
+from jlt.images.registry import choose_split, open_source, reopen_source
+from jlt.images.source import Selected
 
 
 def save(path: Path, value: int = 0, mode: str = "RGB", **options: object) -> None:

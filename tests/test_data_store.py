@@ -23,8 +23,7 @@ from jlt.errors import JLTError
 from jlt.images.source import SkippedImage
 from jlt.latents.manifest import ShardRecord, StoreManifest, read_manifest, write_manifest
 from jlt.latents.shards import ShardFile
-from jlt.latents.store import LatentStore, verify_store
-from jlt.latents.write import write_store
+from jlt.latents.store import LatentStore, verify_store, write_store
 from jlt.storage.files import sealed_text, sha256_file
 
 COUNT = 37

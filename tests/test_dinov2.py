@@ -127,8 +127,8 @@ def test_weights_that_cannot_be_loaded_are_named(folder, tmp_path, monkeypatch):
     with pytest.raises(JLTError, match="is no folder of DINOv2"):
         load_extractor("dinov2", path=tmp_path / "absent")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("jlt.storage.hub.getproxies", dict)
-    monkeypatch.setattr("jlt.storage.hub.socket.create_connection", unreachable)
+    monkeypatch.setattr("jlt.storage.weights.getproxies", dict)
+    monkeypatch.setattr("jlt.storage.weights.socket.create_connection", unreachable)
     with pytest.raises(JLTError, match=r"the Hub at \S+ cannot be reached.*--features-path"):
         load_extractor("dinov2", path="unknown/nothing")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')

@@ -10,8 +10,7 @@ import pytest
 
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.runtime import progress
-from jlt.training.display import figures
-from jlt.training.journal import Journal
+from jlt.training.journal import Journal, figures
 
 STEP = {
     "event": "step",

@@ -13,7 +13,7 @@ import tyro
 
 from jlt.cli.benchmark import BENCHMARKS
 from jlt.cli.main import COMMANDS, parse
-from jlt.cli.recipe import RecipeCommand
+from jlt.cli.training import RecipeCommand
 from jlt.config import TrainConfig
 from jlt.experiments.recipes import RECIPES, resolve_recipe
 

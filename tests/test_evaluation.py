@@ -11,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlt.errors import JLTError
-from jlt.evaluation.digit_classifier import WEIGHTS_FILE, DigitClassifier
-from jlt.evaluation.evaluator import evaluate_images, in_chunks
-from jlt.evaluation.extractors import load_extractor
-from jlt.evaluation.feature_statistics import FeatureStatistics
-from jlt.evaluation.metrics import Gaussian, jackknife, label_agreement
-from jlt.evaluation.real_images import reference_statistics
-from jlt.evaluation.reference import Reference
-from jlt.evaluation.suite import Columns, frechet_without_groups, group_of, measure
-from jlt.images.digit_split import digit_split
+from jlt.evaluation.extractors import WEIGHTS_FILE, DigitClassifier, digit_split, load_extractor
+from jlt.evaluation.metrics import FeatureStatistics, Gaussian, jackknife, label_agreement
+from jlt.evaluation.reference import Reference, reference_statistics
+from jlt.evaluation.suite import Columns, evaluate_images, frechet_without_groups, group_of, in_chunks, measure
 from jlt.images.registry import open_source
 from jlt.results.evaluation import Metrics
 from jlt.storage.weights import read_metadata

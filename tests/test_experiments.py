@@ -19,14 +19,13 @@ from worker_jobs import begin_job, die_or_wait
 from jlt.config import LossConfig, OptimizerConfig, SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.experiments.ablation import (
-    AblationConfig,
     ablate,
     check_matched,
     forecasts,
     prove_matched,
     require_equal,
-    systems_of,
 )
+from jlt.experiments.ablation_plan import AblationConfig, systems_of
 from jlt.experiments.quickstart import quickstart_ablation
 from jlt.experiments.recipes import resolve_recipe, vary
 from jlt.geometry.forecast import needed_ranks
@@ -38,7 +37,7 @@ from jlt.latents.store import LatentStore
 from jlt.networks.transformer import build_network
 from jlt.report.page import write_report
 from jlt.results.geometry import TrainingModel
-from jlt.runtime.worker_pool import run_jobs
+from jlt.runtime.workers import run_jobs
 from jlt.storage.codec import to_json
 from jlt.training import loop, state
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
@@ -152,7 +151,7 @@ def test_the_systems_of_an_ablation_are_matched(finished):
 
 def test_the_quickstart_measures_five_points_of_each_curve(latents, tmp_path):
     config = quickstart_ablation(LatentStore.open(latents), (0,), 30)
-    systems = systems_of(config, latents, tmp_path, "cpu")
+    systems = systems_of(config, latents, tmp_path)
     assert [system.evaluated_steps for system in systems] == [[6, 12, 18, 24, 30]] * 6
 
 
@@ -232,7 +231,7 @@ def test_a_run_with_another_setting_is_refused_by_name(latents, change, named):
 
 
 def test_planted_unequal_hashes_are_refused_within_a_group(latents, tmp_path):
-    systems = systems_of(ablation_config(latents, seed=(0, 1)), latents, tmp_path, "cpu")
+    systems = systems_of(ablation_config(latents, seed=(0, 1)), latents, tmp_path)
     hashes = {system.run.name: f"of seed {system.config.seed}" for system in systems}
     require_equal(systems, hashes, "random draws", lambda system: system.config.seed)
     with pytest.raises(JLTError, match="their random draws differ"):
@@ -254,7 +253,7 @@ def test_runs_that_were_not_matched_are_detected(finished, latents, tmp_path, mo
     """One run is replaced by one that was trained with other settings."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    systems = systems_of(ablation_config(latents), latents, out, "cpu")
+    systems = systems_of(ablation_config(latents), latents, out)
     assert prove_matched(systems, ablation_config(latents))[1].differs == ("network.patch_size", "prediction")
     odd = next(system for system in systems if system.run.name == "v-v-p1-s0")
     config = odd.config
@@ -307,7 +306,7 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch
 
 def test_every_loss_space_has_a_forecast(latents, tmp_path):
     config = ablation_config(latents, patch_size=(1,), loss_space=("x", "v"))
-    found = forecasts(systems_of(config, latents, tmp_path, "cpu"))
+    found = forecasts(systems_of(config, latents, tmp_path))
     assert [forecast.loss_space for forecast in found] == ["x", "v"]
     spectrum = token_estimates(LatentStore.open(latents), [1], "cpu")[1].eigenvalues
     for forecast in found:
@@ -373,8 +372,8 @@ def long_arguments(latents: Path, out: Path) -> list[str]:
 
 
 ATTENTIVE = """
-from jlt.runtime import worker_pool
-worker_pool.POLL_SECONDS = 0.05
+from jlt.runtime import workers
+workers.POLL_SECONDS = 0.05
 """
 """A parent that looks for a signal so often that the workers have not finished when it passes the signal on."""
 ONE_AFTER_ANOTHER = """

@@ -40,7 +40,7 @@ MODULES = """
 BEFORE_A_PROGRAM = ("contextlib", "jlt")
 LETTERS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 RUN_A_JOB = """
-from jlt.runtime.worker_pool import run_jobs
+from jlt.runtime.workers import run_jobs
 
 if __name__ == "__main__":
     run_jobs(print, ["worked"], 1, lambda: None)

@@ -11,15 +11,19 @@ from fake_results import geometry
 from jlt.config import PREDICTIONS, TimestepConfig
 from jlt.errors import UsageError
 from jlt.geometry import gaussian
-from jlt.geometry.capacity import (
+from jlt.geometry.forecast import (
+    EVEN_MARGIN,
+    MIN_CONFIDENCE,
+    Estimate,
     TimeQuadrature,
     capacity_curve,
+    forecast,
+    needed_ranks,
     required_rank,
     training_times,
     unavoidable_risk,
     width_floor,
 )
-from jlt.geometry.forecast import EVEN_MARGIN, MIN_CONFIDENCE, Estimate, forecast, needed_ranks
 from jlt.geometry.spectrum import shrunk
 from jlt.report.geometry_sentences import advice_sentences
 from jlt.results.geometry import TrainingModel

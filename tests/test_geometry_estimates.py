@@ -11,15 +11,17 @@ from training_helpers import run_processes
 
 from jlt.config import LatentShape
 from jlt.errors import JLTError
-from jlt.geometry.accumulate import Moments
-from jlt.geometry.classes import ClassMeans
-from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.accumulate import Moments, Sample, sample_numbers
+from jlt.geometry.covariance import (
+    ClassMeans,
+    LeadingSketch,
+    StationaryCovariance,
+    TokenCovariance,
+    gram_eigenvalues,
+    multiplicity,
+)
 from jlt.geometry.spectrum import eigenvalues_descending
-from jlt.geometry.stationary import StationaryCovariance, between_classes, multiplicity
-from jlt.geometry.subsample import NEIGHBOURS, Sample, direction_moments, neighbourhood_covariance, sample_numbers
-from jlt.geometry.whole import LeadingSketch, gram_eigenvalues
-from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding import encode
+from jlt.geometry.tokens import NEIGHBOURS, direction_moments, neighbourhood_covariance
 from jlt.patches import patch_tokens
 
 
@@ -89,7 +91,7 @@ def test_tokens_within_classes(patch_size):
     data, labels = latents()
     classes, tokens = class_means(data, labels), TokenCovariance(3, patch_size)
     tokens.update(data)
-    within = tokens.scatter - classes.between(patch_size, tokens.mean)
+    within = tokens.scatter - classes.between_tokens(patch_size, tokens.mean)
     rest = patch_tokens(residuals(data, labels), patch_size)
     assert classes.freedom == 60 - 4
     torch.testing.assert_close(within, rest.T @ rest, rtol=1e-9, atol=1e-8)
@@ -99,7 +101,7 @@ def test_frequencies_within_classes():
     data, labels = latents()
     classes, found = class_means(data, labels), StationaryCovariance(3, 4, 6)
     found.update(data)
-    within = found.scatter - between_classes(classes.means, classes.counts, found.mean)
+    within = found.scatter - classes.between_frequencies(found.mean)
     rest = residuals(data, labels).flatten(1).numpy()
     expected = averaged_over_shifts(rest, (3, 4, 6)) * (len(rest) - 1) / classes.freedom
     np.testing.assert_allclose(
@@ -265,11 +267,10 @@ def test_neighbourhoods_that_are_clusters_have_the_covariance_within_clusters():
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_measures_the_same_geometry(tmp_path):
-    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), tmp_path / "latents")
+def test_any_number_of_processes_measures_the_same_geometry(digit_latents, tmp_path):
     found = []
     for count in (1, 3):
         out = tmp_path / f"by-{count}"
-        run_processes(count, ["analyze", "--latents", str(tmp_path / "latents"), "--out", str(out), "--width", "64"])
+        run_processes(count, ["analyze", "--latents", str(digit_latents), "--out", str(out), "--width", "64"])
         found.append(json.loads((out / "geometry.json").read_text()))
     assert_alike(*found)

@@ -5,7 +5,7 @@ import torch
 
 from jlt.benchmarks.hardware import GPUS, find_gpu
 from jlt.errors import UsageError
-from jlt.runtime.timing import SMALLEST_MATMUL, matmul_rate
+from jlt.runtime.environment import SMALLEST_MATMUL, matmul_rate
 
 
 @pytest.mark.parametrize(("written", "name"), [("h200", "H200"), ("RTX 4090", "RTX-4090"), ("a100_80", "A100-80")])

@@ -78,7 +78,9 @@ def test_no_module_imports_torchvision_where_it_is_installed(tmp_path: Path):
         str(tmp_path)
     )
     found = json.loads(python("-c", IMPORT_ALL, PYTHONPATH=str(tmp_path)))
-    assert {"jlt.cli.main", "jlt.training.loop", "jlt.autoencoders.flux2", "jlt.report.page"} <= set(found["names"])
+    assert {"jlt.cli.main", "jlt.training.loop", "jlt.autoencoders.pretrained", "jlt.report.page"} <= set(
+        found["names"]
+    )
     assert not found["torchvision"]
 
 

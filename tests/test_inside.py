@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -114,10 +115,10 @@ def test_large_latents_have_an_optimum_by_spatial_frequency():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(digit_latents, tmp_path_factory):
     """Two short runs, of x and of v, on the same digits."""
     folder = tmp_path_factory.mktemp("inside")
-    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
+    shutil.copytree(digit_latents, folder / "latents")
     store = LatentStore.open(folder / "latents")
     base = dataclasses.replace(resolve_recipe("digits", store.shape), steps=20, batch_size=32, checkpoint_every=20)
     for name, changes in {"x": {}, "v": {"prediction": "v"}}.items():

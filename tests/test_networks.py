@@ -5,7 +5,7 @@ import torch
 
 from jlt.config import NetworkConfig
 from jlt.errors import JLTError
-from jlt.experiments.systems import preset
+from jlt.experiments.recipes import preset
 from jlt.networks.layers import RotaryPositions
 from jlt.networks.sizes import SIZES
 from jlt.networks.transformer import Transformer, build_network, count_parameters

@@ -21,7 +21,6 @@ from jlt.benchmarks.plan import (
     Figure,
     Hardware,
     checkpoints_at_once,
-    count_network,
     describe_hardware,
     describe_latents,
     make_plan,
@@ -32,11 +31,10 @@ from jlt.config import FLUX2_IMAGENET256, NetworkConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.experiments.recipes import resolve_recipe
 from jlt.networks import layers
-from jlt.networks.flops import training_flops
-from jlt.networks.normalization import NORM_EPS, rms_normalise
+from jlt.networks.layers import NORM_EPS, rms_normalise
 from jlt.networks.sizes import sized_network
-from jlt.networks.transformer import build_network, count_parameters
-from jlt.report.plan_table import plan_table, quantity
+from jlt.networks.transformer import build_network, count_network, count_parameters, training_flops
+from jlt.report.benchmark_table import plan_table, quantity
 from jlt.storage.codec import to_json
 
 GIB = 2**30
@@ -51,11 +49,7 @@ def run_config(**changes) -> TrainConfig:
 
 
 def hardware(processes: int = 1, memory: int = GIB, **changes) -> Hardware:
-    peak, total, outside = (
-        Figure(1e12, "FLOP/s", "given"),
-        Figure(memory, "bytes", "given"),
-        Figure(0, "bytes", "given"),
-    )
+    peak, total, outside = Figure(1e12, "given", "FLOP/s"), Figure(memory, "given"), Figure(0, "given")
     return dataclasses.replace(Hardware("test", processes, peak, total, outside, slack=0.0), **changes)
 
 
@@ -215,7 +209,7 @@ def test_state_is_the_parameters_times_what_is_held():
 
 
 def test_a_total_is_the_sum_of_its_parts():
-    machine = hardware(processes=2, outside=Figure(1000, "bytes", "given"), slack=0.1)
+    machine = hardware(processes=2, outside=Figure(1000, "given"), slack=0.1)
     memory = {name: figure.value for name, figure in planned(run_config(), machine).memory.items()}
     passes = ("activations", "weight_copies_and_tables", "working_memory", "latents_and_noise")
     assert memory["outside_the_network"] == pytest.approx(1000 + 0.1 * sum(memory[name] for name in passes), abs=1)
@@ -227,8 +221,8 @@ def test_fsdp_divides_the_state_and_nothing_else():
     state = ["weights", "gradients", "adamw_moments", "ema_0.9999", "ema_0.9996", "power_ema_0.05", "power_ema_0.1"]
     assert all(fsdp[name].value == pytest.approx(ddp[name].value / 4, abs=4) for name in state)
     assert all(fsdp[name].value == ddp[name].value for name in ("activations", "working_memory", "latents_and_noise"))
-    size = count_network(NETWORK)
-    assert 0 < fsdp["gathered_by_fsdp"].value < 4 * size.parameters
+    parameters = count_network(NETWORK)
+    assert 0 < fsdp["gathered_by_fsdp"].value < 4 * parameters
     assert (
         planned(run_config(parallel="fsdp"), hardware()).memory.keys()
         == planned(run_config(), hardware()).memory.keys()
@@ -273,7 +267,7 @@ def test_a_run_that_does_not_fit_lists_what_would():
 
 def test_disk_is_what_is_kept():
     config = run_config(flips=True, checkpoint_every=10, snapshot_every=25, ema=(0.9,), power_ema=(0.05, 0.1))
-    plan, parameters = planned(config, hardware()), count_network(NETWORK).parameters
+    plan, parameters = planned(config, hardware()), count_network(NETWORK)
     store = 1000 * (6 * 4 * 8 * 2 * 2 + 16)
     assert plan.disk["latent_store"].value == store
     assert plan.disk["checkpoint"].value == 4 * parameters * (1 + 2 + 1 + 2)
@@ -311,7 +305,7 @@ def test_time_follows_from_rate_and_operations():
 
 def test_a_ring_carries_the_gradients_twice():
     sent = planned(run_config(), hardware(processes=4)).time["sent_per_step"].value
-    assert sent == pytest.approx(2 * 3 / 4 * 4 * count_network(NETWORK).parameters)
+    assert sent == pytest.approx(2 * 3 / 4 * 4 * count_network(NETWORK))
     assert planned(run_config(), hardware()).time["sent_per_step"].value == 0
     fsdp = planned(run_config(parallel="fsdp", accumulation=2), hardware(processes=4)).time["sent_per_step"].value
     assert fsdp == pytest.approx(3 * sent)

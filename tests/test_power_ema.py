@@ -3,6 +3,7 @@
 Brute force is the sum over all updates with the exact weights (A4), computed here and in float64.
 """
 
+import functools
 import weakref
 
 import numpy as np
@@ -50,6 +51,7 @@ def snapshots_every(spacing, updates=UPDATES, widths=STORED):
     return [Snapshot(t, width) for t in range(spacing, updates + 1, spacing) for width in widths]
 
 
+@functools.cache
 def random_walk(updates=UPDATES, parameters=2000, seed=0):
     """Return (updates, parameters): weights that start at N(0, 1) and wander as far as that in the whole run."""
     generator = np.random.default_rng(seed)
@@ -61,7 +63,7 @@ def rebuilding_error(spacing, target, weights):
     """Return the RMS error of an average rebuilt from exact ones, and the residual."""
     snapshots = snapshots_every(spacing)
     found = coefficients(snapshots, *target)
-    averages = np.stack([exact_weights(snapshot) @ weights for snapshot in snapshots])
+    averages = np.stack([exact_weights(snapshot) for snapshot in snapshots]) @ weights
     error = found.coefficients @ averages - exact_weights(target) @ weights
     return float(np.sqrt((error**2).mean())), found.residual
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, file_bytes, make_store
@@ -17,6 +18,7 @@ from PIL import Image
 from training_helpers import ends_of, run_processes, start_processes
 
 from jlt.errors import JLTError
+from jlt.images.registry import open_source
 from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_job import EncodingJob
 from jlt.latents.store import verify_store
@@ -24,8 +26,9 @@ from jlt.runtime.environment import default_device
 from jlt.runtime.processes import Group, SingleProcess
 from jlt.runtime.watchdog import SILENT_SECONDS, Pulse
 
-ARGUMENTS = ["--images", "digits", "--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips"]
-ARGUMENTS += ["--threads", "1"]
+COUNT = 400
+ARGUMENTS = ["--autoencoder", "tiny", "--resolution", "32", "--dtype", "float32", "--no-flips", "--batch-size", "16"]
+ARGUMENTS += ["--threads", "1", "--workers", "0", "--shard-size", "32"]
 
 
 def torchrun(count: int, *arguments: str) -> list[str]:
@@ -39,48 +42,72 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words that name some digits."""
+    folder, source = tmp_path_factory.mktemp("digits"), open_source("digits")
+    for number in range(COUNT):
+        image, label = source[number]
+        (folder / str(label)).mkdir(exist_ok=True)
+        image.save(folder / str(label) / f"{number:04d}.png")
+    return ["--images", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def alone(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files that a single process makes."""
     out = tmp_path_factory.mktemp("alone") / "store"
-    arguments = [sys.executable, "-m", "jlt", "encode", *ARGUMENTS, "--shard-size", "100", "--out", str(out)]
-    subprocess.run(arguments, check=True, capture_output=True, env=environment())
+    run_processes(1, ["encode", *digits, *ARGUMENTS, "--out", str(out)])
     return file_bytes(out)
 
 
 @pytest.mark.slow
-def test_processes_under_torchrun_make_the_same_bytes(tmp_path: Path, alone: dict[str, bytes]) -> None:
-    arguments = torchrun(2, *ARGUMENTS, "--shard-size", "100", "--out", str(tmp_path / "store"))
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=120)
+def test_processes_under_torchrun_make_the_same_bytes(
+    tmp_path: Path, digits: list[str], alone: dict[str, bytes]
+) -> None:
+    words = torchrun(2, *digits, *ARGUMENTS, "--out", str(tmp_path / "store"))
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "store") == alone
-    # The result is printed once.
-    assert done.stdout.count("1797 latents") == 1
+    # The result is outputs once.
+    assert done.stdout.count(f"{COUNT} latents") == 1
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_makes_the_same_bytes(tmp_path: Path, alone: dict[str, bytes]) -> None:
-    arguments = ["encode", *ARGUMENTS, "--shard-size", "100", "--out", str(tmp_path / "store")]
-    started = start_processes(3, arguments)
-    assert sum(process.communicate(timeout=120)[0].count("1797 latents") for process in started) == 1
+def test_any_number_of_processes_makes_the_same_bytes(
+    tmp_path: Path, digits: list[str], alone: dict[str, bytes]
+) -> None:
+    words = ["encode", *digits, *ARGUMENTS, "--out", str(tmp_path / "store")]
+    started = start_processes(3, words)
+    assert sum(process.communicate(timeout=120)[0].count(f"{COUNT} latents") for process in started) == 1
     assert [process.returncode for process in started] == [0, 0, 0]
     assert file_bytes(tmp_path / "store") == alone
 
 
+SLOWLY = """
+import time
+from jlt.latents import encoding_job
+write = encoding_job.write_text
+encoding_job.write_text = lambda *arguments: (write(*arguments), time.sleep(0.3))[0]
+"""
+
+
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(tmp_path: Path, alone: dict[str, bytes]) -> None:
+def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
+    tmp_path: Path, digits: list[str], alone: dict[str, bytes]
+) -> None:
     out = tmp_path / "store"
-    arguments = [*ARGUMENTS, "--shard-size", "100", "--out", str(out)]
-    with subprocess.Popen(torchrun(2, *arguments), stderr=subprocess.DEVNULL, env=environment()) as run:
-        deadline = time.monotonic() + 60
-        while not list((out / ".encoding").glob("shard-*.json")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        killed = workers_of(run.pid)[-1]
-        os.kill(killed, signal.SIGKILL)
-        began = time.monotonic()
-        assert run.wait(timeout=60) != 0
-        assert time.monotonic() - began < 60
+    words = ["encode", *digits, *ARGUMENTS, "--out", str(out)]
+    started = start_processes(2, words, SLOWLY)
+    deadline = time.monotonic() + 60
+    while not list((out / ".encoding").glob("shard-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started[1].kill()
+    began = time.monotonic()
+    codes, outputs = ends_of(started, timeout=60)
+    assert time.monotonic() - began < 60
+    assert codes == [1, -signal.SIGKILL], outputs
     assert not (out / "manifest.json").exists()
-    run_processes(3, ["encode", *arguments])
+    run_processes(3, words)
     assert file_bytes(out) == alone
 
 
@@ -101,23 +128,22 @@ def test_an_error_of_one_process_is_printed_by_it_and_ends_all(tmp_path: Path) -
     for number in range(8):
         Image.new("RGB", (8, 8), (30 * number, 200, 9)).save(folder / f"{number}.png")
     (folder / "6.png").write_bytes(b"not an image")
-    arguments = ["--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8", "--shard-size", "2"]
-    arguments += ["--workers", "0", "--out", str(tmp_path / "store")]
+    words = ["encode", "--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8"]
+    words += ["--shard-size", "2", "--workers", "0", "--out", str(tmp_path / "store")]
     began = time.monotonic()
-    done = subprocess.run(torchrun(2, *arguments), capture_output=True, text=True, env=environment(), timeout=120)
+    codes, outputs = ends_of(start_processes(2, words))
     assert time.monotonic() - began < 60
-    assert done.returncode == 1
-    assert f"[process 1] jlt: {folder / '6.png'}" in done.stderr
-    # The one traceback is torchrun's own.
-    assert done.stderr.count("Traceback") == 1
-    run_processes(2, ["encode", *arguments, "--on-bad-image", "skip"])
+    assert codes == [1, 1], outputs
+    assert f"[process 1] jlt: {folder / '6.png'}" in outputs[1]
+    assert "Traceback" not in "".join(outputs)
+    run_processes(2, [*words, "--on-bad-image", "skip"])
     assert verify_store(tmp_path / "store") == []
 
 
 @pytest.mark.slow
-def test_refusals_are_printed_once(tmp_path: Path) -> None:
+def test_refusals_are_printed_once(tmp_path: Path, digits: list[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    codes, outputs = ends_of(start_processes(2, ["encode", *ARGUMENTS, "--out", str(tmp_path)]))
+    codes, outputs = ends_of(start_processes(2, ["encode", *digits, *ARGUMENTS, "--out", str(tmp_path)]))
     assert codes == [1, 1]
     assert "".join(outputs).count("holds other files") == 1
 
@@ -136,7 +162,7 @@ class Pair(SingleProcess):
 
 
 def test_processes_that_found_different_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = EncodingJob(NoiseSource(36), PatchAutoencoder(), CONFIG, tmp_path).words()
+    other = EncodingJob(NoiseSource(36), PatchAutoencoder(), CONFIG, tmp_path).arguments()
 
     @contextlib.contextmanager
     def join_group() -> object:
@@ -170,7 +196,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images that take a while to decode."""
     folder = tmp_path_factory.mktemp("photographs") / "class"
     folder.mkdir()
-    noise = Image.effect_noise((900, 900), 60).convert("RGB")
+    noise = Image.effect_noise((500, 500), 60).convert("RGB")
     for number in range(120):
         noise.rotate(number, expand=False).save(folder / f"{number:03d}.jpg", quality=95)
     return folder.parent
@@ -185,8 +211,7 @@ def photograph_arguments(photographs: Path, out: Path) -> list[str]:
 def uninterrupted(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the photographs, encoded by an undisturbed process."""
     out = tmp_path_factory.mktemp("uninterrupted") / "store"
-    arguments = [sys.executable, "-m", "jlt", *photograph_arguments(photographs, out)]
-    subprocess.run(arguments, check=True, capture_output=True, env=environment())
+    run_processes(1, photograph_arguments(photographs, out))
     return file_bytes(out)
 
 
@@ -197,15 +222,16 @@ def test_a_signal_leaves_no_process_behind_and_the_same_command_resumes(
 ) -> None:
     out = tmp_path / "store"
     arguments = photograph_arguments(photographs, out)
-    # A shell lets what it starts in the background ignore Ctrl-C, these tests included.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "jlt", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as run:
+    run = forked.start(arguments, environment())
+    try:
         deadline = time.monotonic() + 60
         while len(list((out / ".encoding").glob("shard-*.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         children = workers_of(run.pid)
         run.send_signal(signal_number)
         _, outputs = run.communicate(timeout=30)
+    finally:
+        run.kill()
     assert len(children) >= 2
     if signal_number == signal.SIGKILL:
         assert run.returncode == -signal.SIGKILL

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import NoiseSource
+from training_helpers import start_processes
 
 from jlt.cli.main import main
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.evaluation.feature_statistics import FeatureStatistics
-from jlt.evaluation.real_images import open_reference, reference_statistics
-from jlt.evaluation.reference import Reference, check_reference
+from jlt.evaluation.metrics import FeatureStatistics
+from jlt.evaluation.reference import Reference, check_reference, open_reference, reference_statistics
 from jlt.experiments.make_reference import make_reference
 from jlt.runtime.processes import Group, SingleProcess
 from jlt.runtime.random_numbers import random_subset
@@ -38,6 +36,9 @@ class Corners(FeatureExtractor):
     name = "corners"
     dimension = 5
     spatial_dimension = 3
+
+    def __init__(self):
+        """No network."""
 
     def __call__(self, images):
         flat = images.flatten(1).float()
@@ -389,9 +390,9 @@ def test_the_command_makes_what_evaluation_takes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_real_processes_make_one_file(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jlt"]
-    arguments = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
-    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1,797 images") == 1
+    words = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
+    started = start_processes(2, words)
+    printed = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "".join(stdout for stdout, _ in printed).count("1,797 images") == 1
     assert Reference.load(tmp_path / "stats.npz").count == 1797

@@ -23,8 +23,8 @@ from jlt.images.digits import Digits
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.store import LatentStore
-from jlt.sampling import pictures
-from jlt.sampling.sampler import ImageSampler, open_sampler
+from jlt.sampling import save
+from jlt.sampling.sampler import ImageSampler, LatentSampler, open_sampler
 from jlt.sampling.save import save_samples
 from jlt.storage import rows
 from jlt.storage.files import lock_folder
@@ -116,7 +116,7 @@ def test_autoguidance_from_an_earlier_checkpoint_and_from_other_weights(checkpoi
         # Where the guide has no effect, it leaves the image as it is.
         off = sampler(num=2, cfg_interval=(0.999, 1.0), **way)
         plain = sampler(num=2, cfg_interval=(0.999, 1.0))
-        assert torch.equal(next(off.latents()).latents, next(plain.latents()).latents)
+        assert torch.equal(next(off.latent_sampler.batches()).latents, next(plain.latent_sampler.batches()).latents)
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,9 @@ def test_an_array_and_its_images_need_room_before_the_first(sampler, tmp_path, m
 
 def test_a_compiled_network_sees_batches_of_one_size(sampler, monkeypatch):
     plain, seen = [batch.images for batch in sampler(num=9, batch_size=4).batches()], []
-    drawing, latents = sampler(num=9, batch_size=4), ImageSampler.latents
+    drawing, batches = sampler(num=9, batch_size=4), LatentSampler.batches
     compiled = dataclasses.replace(drawing, config=dataclasses.replace(drawing.config, compile=True))
-    monkeypatch.setattr(ImageSampler, "latents", lambda self, numbers: latents(self, seen.extend(numbers) or numbers))
+    monkeypatch.setattr(LatentSampler, "batches", lambda self, numbers: batches(self, seen.extend(numbers) or numbers))
     filled = list(compiled.batches())
     assert [len(part) for part in seen] == [4, 4, 4]
     assert [len(batch.labels) for batch in filled] == [4, 4, 1]
@@ -337,11 +337,11 @@ def test_what_a_kill_leaves_half_written_is_no_image(sampler, whole, tmp_path):
 
 def test_a_strip_ends_with_the_image_and_an_interpolation_begins_with_it(sampler, whole):
     drawing, images = sampler(num=5, batch_size=5), stack(whole).astype(int)
-    strip = pictures._strip(drawing, range(4))
+    strip = save._strip(drawing, range(4))
     assert strip.shape[:2] == (4, len(sampling_grid(drawing.config)))
     assert abs(strip[:, -1] - images[:4]).max() <= 1
-    between = pictures._interpolation(drawing, range(4))
-    assert between.shape[:2] == (2, pictures.COLUMNS)
+    between = save._interpolation(drawing, range(4))
+    assert between.shape[:2] == (2, save.COLUMNS)
     assert abs(between[:, 0] - images[:4:2]).max() <= 1
 
 
@@ -349,12 +349,12 @@ def test_a_picture_is_drawn_of_two_checkpoints(checkpoint, sampler, tmp_path):
     config = dataclasses.replace(CONFIG, num=4, batch_size=2)
     checkpoints = checkpoint, open_checkpoint(checkpoint.folder.with_name("step_0000030"))
     samplers = [open_sampler(one, config) for one in checkpoints]
-    for kind in pictures.TITLES:
-        written = pictures.save_picture(samplers, tmp_path / kind, kind, ["later", "earlier"])
+    for kind in save.TITLES:
+        written = save.save_picture(samplers, tmp_path / kind, kind, ["later", "earlier"])
         with Image.open(written) as picture:
             assert picture.size[0] > 4 * 96
     with pytest.raises(JLTError, match="must be even"):
-        pictures.save_picture([sampler(num=3)], tmp_path / "odd", "interpolation")
+        save.save_picture([sampler(num=3)], tmp_path / "odd", "interpolation")
 
 
 # ---- the sheet ----

@@ -11,11 +11,12 @@ import torch
 from jlt.config import PREDICTIONS, LatentShape, SampleConfig
 from jlt.errors import JLTError
 from jlt.path import expand_time
-from jlt.sampling.generate import LatentSampler, labels_for
 from jlt.sampling.guidance import Denoiser, guided, in_interval, rows_evaluated
-from jlt.sampling.solvers import SOLVERS, network_evaluations, solve
+from jlt.sampling.sampler import LatentSampler, labels_for
+from jlt.sampling.solvers import network_evaluations, solve
 from jlt.timesteps import sampling_grid, uniform_grid
 
+ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "dpmpp_2m": 2, "ancestral": 1}
 SHAPE = LatentShape(2, 2, 2, num_classes=10)
 MEAN = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([4.0, 0.25, 0.01], dtype=torch.float64)
@@ -61,7 +62,7 @@ def orders(errors):
 def test_order_of_convergence(solver, shift):
     # Eq. 8 ends Heun with one Euler step, whose local error is of second order, so the order stays 2.
     found = orders([error(solver, steps, shift) for steps in (160, 320, 640)])
-    assert found == pytest.approx([SOLVERS[solver].order] * 2, abs=0.15)
+    assert found == pytest.approx([ORDERS[solver]] * 2, abs=0.15)
 
 
 def curved_velocity(z, t):
@@ -82,7 +83,6 @@ def curved_error(solver, steps):
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
 def test_order_of_convergence_on_a_curved_flow(solver, order):
-    assert SOLVERS[solver].order == order
     assert orders([curved_error(solver, steps) for steps in (80, 160, 320)]) == pytest.approx([order] * 2, abs=0.15)
 
 
@@ -98,7 +98,7 @@ def test_the_multistep_solver_is_of_second_order_in_lambda():
         )
         found = solve("dpmpp_2m", exact_velocity, first * MEAN + spread[0] * noise, grid.sigmoid().tolist())
         errors.append((found - last * MEAN - spread[1] * noise).abs().mean().item())
-    assert orders(errors) == pytest.approx([SOLVERS["dpmpp_2m"].order] * 2, abs=0.15)
+    assert orders(errors) == pytest.approx([ORDERS["dpmpp_2m"]] * 2, abs=0.15)
 
 
 def test_the_multistep_solver_needs_fewer_evaluations_on_the_usual_grid():
@@ -124,7 +124,7 @@ def impulses(steps):
 
 def test_the_stochastic_solver_has_the_exact_variance_in_the_limit():
     errors = [abs(impulses(steps).square().sum() - VARIANCE[0]).item() for steps in (80, 160, 320)]
-    assert orders(errors) == pytest.approx([SOLVERS["ancestral"].order] * 2, abs=0.15)
+    assert orders(errors) == pytest.approx([ORDERS["ancestral"]] * 2, abs=0.15)
     # It forgets the noise that it began with, which a flow carries to the end.
     assert impulses(80)[0].abs() < 1e-9
 

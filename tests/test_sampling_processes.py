@@ -19,8 +19,6 @@ from jlt.experiments.checkpoint_evaluation import evaluate_files
 from jlt.experiments.make_reference import make_reference
 from jlt.experiments.recipes import resolve_recipe
 from jlt.images.digits import Digits
-from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.storage.files import lock_folder
 from jlt.training.loop import train
@@ -30,10 +28,10 @@ ARGUMENTS = ["--num", "200", "--batch-size", "24", "--steps", "3", "--cfg-scale"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(digit_latents, tmp_path_factory):
     """A folder with a small run on digits and a reference."""
     folder = tmp_path_factory.mktemp("processes")
-    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False), folder / "latents")
+    shutil.copytree(digit_latents, folder / "latents")
     store = LatentStore.open(folder / "latents")
     small = {"steps": 30, "batch_size": 16, "checkpoint_every": 15, "keep_last": 0}
     config = dataclasses.replace(resolve_recipe("digits", store.shape), **small)

@@ -17,7 +17,7 @@ from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.metrics import jackknife
-from jlt.evaluation.real_images import reference_statistics
+from jlt.evaluation.reference import reference_statistics
 from jlt.experiments import sweep as sweeping
 from jlt.experiments.recipes import resolve_recipe
 from jlt.experiments.search import Measured, SweepConfig, default_coarse_num, keep, search, to_confirm
@@ -453,7 +453,7 @@ def test_other_settings_of_an_open_sampler_are_those_of_one_that_is_opened_for_t
         assert ours.autoencoder is sampler.autoencoder
         same = (config.ema, config.t_eps) == (sampler.config.ema, sampler.config.t_eps)
         assert (ours.weights is sampler.weights) == same
-        assert next(ours.latents()).latents.equal(next(theirs.latents()).latents)
+        assert next(ours.latent_sampler.batches()).latents.equal(next(theirs.latent_sampler.batches()).latents)
         sampler = ours
 
 

@@ -11,8 +11,8 @@ from real_inputs import REAL, needs_real, photographs
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from jlt.autoencoders.contract import psnr
 from jlt.autoencoders.load import load_autoencoder
-from jlt.autoencoders.psnr import psnr
 from jlt.autoencoders.taef2 import TAEF2, load_taef2
 from jlt.errors import JLTError
 

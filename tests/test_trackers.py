@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from jlt.config import NetworkConfig, TrainConfig
-from jlt.training.trackers import Tracker, Trackers, flat_numbers, open_trackers
+from jlt.training.journal import Tracker, Trackers, flat_numbers, open_trackers
 
 CONFIG = TrainConfig(
     name="run", prediction="x", network=NetworkConfig(channels=4, height=4, width=4, num_classes=3), ema=(0.99,)
@@ -70,14 +70,13 @@ def init(settings, **options):
 """
 
 
-class Recorder(Tracker):
+class Recorder:
     """A tracker that fails from a given call on."""
-
-    name = "Recorder"
 
     def __init__(self, fails_at: int = 1000) -> None:
         self.calls: list[str] = []
         self.fails_at = fails_at
+        self.tracker = Tracker("Recorder", self.log, self.image, self.close)
 
     def _note(self, what: str) -> None:
         self.calls.append(what)
@@ -126,7 +125,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
     picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken, sound = Recorder(fails_at=2), Recorder()
-    trackers = Trackers([broken, sound])
+    trackers = Trackers([broken.tracker, sound.tracker])
     for step in (1, 2, 3):
         trackers.log(step, {"loss": 0.5})
     trackers.image(3, "samples", picture)
@@ -163,9 +162,7 @@ def test_other_processes_than_the_first_open_none(tmp_path: Path, calls: Path, m
 
 
 def test_importing_loads_neither_tracker() -> None:
-    code = (
-        "import sys, jlt.training.trackers; print([m for m in ('wandb', 'tensorboard', 'torch') if m in sys.modules])"
-    )
+    code = "import sys, jlt.training.journal; print([m for m in ('wandb', 'tensorboard', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -80,9 +80,9 @@ def test_a_run_continues_on_another_number_of_processes_and_keeps_its_draws(stor
 def test_under_torchrun_results_and_refusals_are_printed_once(store, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jlt"]
     options = train_arguments(store, tmp_path / "run", "--steps", "2")
-    done = subprocess.run([*launcher, *options, "--batch-size", "15"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.count("batch_size 15 cannot be shared equally among 2 processes") == 1
+    codes, outputs = ends_of(start_processes(2, [*options, "--batch-size", "15"]))
+    assert codes == [1, 1]
+    assert "".join(outputs).count("batch_size 15 cannot be shared equally among 2 processes") == 1
     assert not (tmp_path / "run").exists()
     done = subprocess.run([*launcher, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -12,11 +12,10 @@ from jlt.config import OptimizerConfig, TimestepConfig, in_steps
 from jlt.errors import JLTError
 from jlt.latents.store import LatentStore
 from jlt.training.averages import choose_weights
-from jlt.training.batch_split import split_batch
 from jlt.training.checkpoint import open_checkpoint, save_checkpoint, step_folder
 from jlt.training.loop import train
-from jlt.training.optimizer import build_optimizer, learning_rate
-from jlt.training.state import initial_state
+from jlt.training.state import build_optimizer, initial_state
+from jlt.training.step import learning_rate, split_batch
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 16])

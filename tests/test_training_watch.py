@@ -14,8 +14,6 @@ from jlt.evaluation.extractors import load_extractor
 from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint
 from jlt.experiments.recipes import images_of_recipe, resolve_recipe
 from jlt.experiments.run_training import train_and_watch, warn_ignored_settings
-from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding import encode
 from jlt.runtime.processes import stop_together
 from jlt.runtime.signals import Stopped
 from jlt.storage.codec import to_json
@@ -91,10 +89,8 @@ def test_a_stop_during_a_look_ends_the_run_with_its_checkpoint(store, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits") / "latents"
-    encode(EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False, dtype="float32"), folder)
-    return folder
+def digits(digit_latents):
+    return digit_latents
 
 
 SAMPLE = SampleConfig(num=20, steps=2, batch_size=20)

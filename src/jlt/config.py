@@ -229,9 +229,9 @@ class EvaluationConfig:
     reference: str = ""
     """Real images, or an .npz of their statistics. Default: the images that the latents were encoded from."""
     features: str = "digits"
-    """Feature extractor: digits, inception (on which FID is defined) or dinov2."""
+    """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
     features_path: str = ""
-    """Weights of the extractor: a file for inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
+    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
-"""Autoencoders by name."""
+"""Autoencoders by name, and pixels as their own latents."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder, Posterior
+from jlt.autoencoders.pretrained import load_pretrained
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.storage.weights import ASSETS
 
@@ -22,7 +27,7 @@ SOURCES_IN_PACKAGE = ("bundled", "built in")
 def load_autoencoder(
     name: str, path: str | None = None, device: torch.device | str = "cpu", posterior: Posterior = "mode"
 ) -> Autoencoder:
-    """Load `flux2`, `kl` (any `AutoencoderKL`), `tiny` (bundled, FLUX.2's class at a small size) or `pixels`.
+    """Load `flux2`, `taef2`, `kl` (any `AutoencoderKL`), `tiny` (bundled, FLUX.2's class, small) or `pixels`.
 
     `path` is a folder or Hub id with other weights than the usual ones; `kl` has no usual ones. `posterior` selects the
     mode of the latent distribution or a sample of it, which only `kl` supports. UsageError for an unknown name, with
@@ -34,8 +39,6 @@ def load_autoencoder(
     if posterior == "sample" and name != "kl":
         raise UsageError(f"The autoencoder {name!r} stores the mode: --posterior sample is for kl.")
     if name == "pixels":
-        from jlt.autoencoders.pixels import PixelAutoencoder
-
         if path is not None:
             raise JLTError(f"The autoencoder 'pixels' has no weights: leave out the path {path}.")
         return PixelAutoencoder().to(device)
@@ -43,19 +46,43 @@ def load_autoencoder(
         from jlt.autoencoders.taef2 import load_taef2
 
         return load_taef2(path or USUAL_PLACES[name]).to(device)
-    if name == "kl":
-        from jlt.autoencoders.kl import load_kl
-
-        if path is None:
-            raise UsageError(
-                "The autoencoder 'kl' is any AutoencoderKL of diffusers: name one with --autoencoder-path, a folder or "
-                "a Hub id such as stabilityai/sd-vae-ft-mse, stabilityai/sdxl-vae or black-forest-labs/FLUX.1-schnell."
-            )
-        return load_kl(name, path, posterior).to(device)
-    from jlt.autoencoders.flux2 import load_flux2
-
-    autoencoder = load_flux2(name, path or USUAL_PLACES[name])
+    if name == "kl" and path is None:
+        raise UsageError(
+            "The autoencoder 'kl' is any AutoencoderKL of diffusers: name one with --autoencoder-path, a folder or "
+            "a Hub id such as stabilityai/sd-vae-ft-mse, stabilityai/sdxl-vae or black-forest-labs/FLUX.1-schnell."
+        )
+    autoencoder = load_pretrained(name, path or USUAL_PLACES[name], posterior)
     if name == "tiny" and path is None:
         # The identity does not depend on where the package is installed.
         autoencoder.source = "bundled"
     return autoencoder.to(device)
+
+
+class PixelAutoencoder(Autoencoder):
+    """The identity map: a latent is the image in [-1, 1], one position per pixel, not normalised."""
+
+    name = "pixels"
+    source = "built in"
+    channels = 3
+    downsampling = 1
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def encode(
+        self,
+        images: Float[Tensor, "n 3 h w"],
+        noise_seeds: Sequence[int] | None = None,  # noqa: ARG002
+    ) -> Float[Tensor, "n 3 h w"]:
+        """Return the images themselves."""
+        return images.to(self.device, torch.float32)
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 h w"]:
+        """Return the latents clamped to [-1, 1]; JLTError unless they have 3 channels."""
+        self.check_latents(latents)
+        return latents.to(self.device, torch.float32).clamp(-1, 1)
+
+    def to(self, device: torch.device | str) -> PixelAutoencoder:
+        """Make encode and decode return their results on `device`."""
+        self.device = torch.device(device)
+        return self

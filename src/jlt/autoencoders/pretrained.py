@@ -1,11 +1,16 @@
-"""The common part of diffusers' autoencoders: complete loading, the posterior, the identity.
+"""The autoencoders of diffusers: complete loading, the posterior, the normalisation, the identity.
 
 z is the model's own latent, before normalisation: the mode of its Gaussian posterior or a sample, mean + std * noise.
+A latent is (z - mean) * scale / std per channel, after p x p positions of z became channels; decoding is the reverse.
+
+- `AutoencoderKL` (Stable Diffusion 1 to 3, SDXL, FLUX.1): p is 1, and the configuration gives the scale and one shift
+  factor, or a mean and std per channel, which then replace the shift as in diffusers' SDXL pipelines.
+- `AutoencoderKLFlux2` (FLUX.2, and the small bundled one): p is 2 for FLUX.2. Positions go into channels in the order
+  (B, C, H/p, p, W/p, p) -> (B, C, p, p, H/p, W/p). Mean and std are batch-norm statistics among the weights.
 """
 
 from __future__ import annotations
 
-import abc
 import functools
 import textwrap
 import warnings
@@ -18,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from jlt.autoencoders.contract import Autoencoder, Posterior
 from jlt.errors import JLTError
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.storage.hub import require_reachable
-from jlt.storage.weights import read_metadata, weights_sha256
+from jlt.storage.weights import read_metadata, require_reachable, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -32,37 +37,57 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A model of diffusers, its source (a full path or a Hub id), and the PSNR in dB that its file states."""
+class _Normalisation:
+    """Mean, std, scale and p of a latent, and as JSON values those of its numbers that are not weights."""
 
-    model: Any
-    source: str
-    held_out_psnr: float | None
+    mean: Float[Tensor, "1 c 1 1"]
+    std: Float[Tensor, "1 c 1 1"]
+    identity: dict[str, Any]
+    scale: float = 1.0
+    patch_size: int = 1
+
+
+def _batch_norm(vae: Any) -> _Normalisation:
+    std = (vae.bn.running_var.float() + vae.bn.eps).sqrt()
+    identity = {"kind": "batch_norm", "eps": vae.bn.eps}
+    mean = _per_channel(vae.bn.running_mean)
+    return _Normalisation(mean, _per_channel(std), identity, patch_size=vae.config.patch_size[0])
+
+
+def _scaling(vae: Any, source: str) -> _Normalisation:
+    config, channels = vae.config, vae.config.latent_channels
+    identity = {"kind": "scale", "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
+    mean, std = [config.shift_factor or 0.0] * channels, [1.0] * channels
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = list(config.latents_mean), list(config.latents_std)
+        identity |= {"mean": mean, "std": std}
+    if not len(mean) == len(std) == channels:
+        raise JLTError(
+            f"{source} has {channels} latent channels but {len(mean)} means and {len(std)} deviations: "
+            "its config.json is damaged."
+        )
+    return _Normalisation(
+        _per_channel(torch.tensor(mean)), _per_channel(torch.tensor(std)), identity, scale=config.scaling_factor
+    )
+
+
+def _per_channel(values: Float[Tensor, " c"]) -> Float[Tensor, "1 c 1 1"]:
+    return values.float().view(1, -1, 1, 1)
 
 
 class PretrainedAutoencoder(Autoencoder):
-    """A frozen autoencoder of diffusers; subclasses define the normalisation of z and set their sizes."""
+    """A frozen `AutoencoderKL` or `AutoencoderKLFlux2` of any size; `source` is a full path or a Hub id."""
 
-    def __init__(self, pretrained: Pretrained, name: str, posterior: Posterior = "mode") -> None:
+    def __init__(
+        self, model: Any, name: str, source: str, posterior: Posterior = "mode", held_out_psnr: float | None = None
+    ) -> None:
         # Convolutions are faster on channels-last memory, on this project's CPUs by a third.
-        self._vae = pretrained.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.name = name
-        self.source = pretrained.source
-        self.held_out_psnr = pretrained.held_out_psnr
-        self.posterior = posterior
+        self._vae = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.name, self.source, self.posterior, self.held_out_psnr = name, source, posterior, held_out_psnr
+        self._normalisation = _batch_norm(model) if hasattr(model, "bn") else _scaling(model, source)
+        self.channels = self._normalisation.mean.shape[1]
+        self.downsampling = self._normalisation.patch_size * 2 ** (len(model.config.block_out_channels) - 1)
         self.device = self._vae.device
-
-    @abc.abstractmethod
-    def normalise(self, z: Float[Tensor, "n z zh zw"]) -> Float[Tensor, "n c h w"]:
-        """Return the float32 latents of z."""
-
-    @abc.abstractmethod
-    def denormalise(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n z zh zw"]:
-        """Return the z of float32 latents: the reverse of `normalise`."""
-
-    @abc.abstractmethod
-    def normalisation(self) -> dict[str, Any]:
-        """Return the kind of the normalisation, and its numbers that are not weights, as JSON values."""
 
     @torch.no_grad()
     def encode(
@@ -77,13 +102,17 @@ class PretrainedAutoencoder(Autoencoder):
         images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         distribution = self._vae.encode(images).latent_dist
         z = distribution.mode().float() if self.posterior == "mode" else _sample(distribution, noise_seeds)
-        return self.normalise(z).contiguous()
+        n = self._normalisation
+        packed = functional.pixel_unshuffle(z, n.patch_size)
+        return ((packed - n.mean.to(z.device)) * n.scale / n.std.to(z.device)).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
         """Return the decoded images, clamped to [-1, 1]; JLTError for a wrong channel count."""
         self.check_latents(latents)
-        z = self.denormalise(latents.to(self.device, torch.float32))
+        n, latents = self._normalisation, latents.to(self.device, torch.float32)
+        packed = latents * n.std.to(self.device) / n.scale + n.mean.to(self.device)
+        z = functional.pixel_shuffle(packed, n.patch_size)
         images = self._vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
         return images.float().clamp(-1, 1).contiguous()
 
@@ -93,7 +122,7 @@ class PretrainedAutoencoder(Autoencoder):
             **super().identity(),
             "class": type(self._vae).__name__,
             "weights_sha256": self._weights_sha256,
-            "normalisation": self.normalisation(),
+            "normalisation": self._normalisation.identity,
             "held_out_psnr": self.held_out_psnr,
         }
 
@@ -116,12 +145,15 @@ def _sample(distribution: DiagonalGaussianDistribution, seeds: Sequence[int] | N
     return mean + std * normal_per_sample(seeds, mean.shape[1:]).to(mean.device)
 
 
-def load_pretrained(model_class: type[Any], path: str) -> Pretrained:
-    """Load a model that diffusers saved, from a folder or Hub id or from `vae` in it.
+def load_pretrained(name: str, path: str, posterior: Posterior = "mode") -> PretrainedAutoencoder:
+    """Load `kl`, an `AutoencoderKL`, or else an `AutoencoderKLFlux2`, from a folder or Hub id or from `vae` in it.
 
     JLTError if there is none, if it is of another class or cannot be read, or if weights are missing or unexpected.
     Only safetensors are read, so no pickled code runs.
     """
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2
+
+    model_class: Any = AutoencoderKL if name == "kl" else AutoencoderKLFlux2
     kind = model_class.__name__
     location, subfolders = _places(path)
     with _as_jlt_error(path, kind):
@@ -146,7 +178,7 @@ def load_pretrained(model_class: type[Any], path: str) -> Pretrained:
         raise JLTError(f"{path} encodes images of {channels} channels: an autoencoder of RGB images is needed.")
     weights = Path(location, subfolder or "", WEIGHTS_FILE)
     psnr = read_metadata(weights).get("held_out_psnr") if weights.is_file() else None
-    return Pretrained(model, location, float(psnr) if psnr else None)
+    return PretrainedAutoencoder(model, name, location, posterior, float(psnr) if psnr else None)
 
 
 @contextmanager

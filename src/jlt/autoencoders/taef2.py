@@ -21,8 +21,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
-from jlt.storage.hub import hub_file
-from jlt.storage.weights import read_weights, require_same_tensors, weights_sha256
+from jlt.storage.weights import hub_file, read_weights, require_same_tensors, weights_sha256
 
 WIDTH = 64
 LATENTS = 32
@@ -136,18 +135,8 @@ class TAEF2Autoencoder(Autoencoder):
         return (2 * rgb - 1).clamp(-1, 1).contiguous()
 
     def identity(self) -> dict[str, Any]:
-        """Return names, sizes and the hash of all weights; the latents are FLUX.2's normalised ones as they are."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "class": "TAEF2",
-            "weights_sha256": self._weights_sha256,
-            "normalisation": {"kind": "none"},
-            "posterior": self.posterior,
-            "channels": self.channels,
-            "downsampling": self.downsampling,
-            "held_out_psnr": self.held_out_psnr,
-        }
+        """Return names, sizes and the hash of all weights; the latents need no normalisation."""
+        return {**super().identity(), "class": "TAEF2", "weights_sha256": self._weights_sha256}
 
     def to(self, device: torch.device | str) -> TAEF2Autoencoder:
         """Move the weights in place and return the autoencoder."""

@@ -1,4 +1,7 @@
-"""Speed of reading latents on this machine: the trainer's loader against other ways, all in the same run."""
+"""Speed of making and reading latents on this machine, against other ways in the same run.
+
+Encoding is measured against the autoencoder's bare forward on the same images, the trainer's loader against others.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.load import load_autoencoder
 from jlt.benchmarks.rounds import Rounds, time_in_turn
 from jlt.errors import UsageError
+from jlt.images.decoding import load_batch
+from jlt.images.registry import open_source
+from jlt.images.source import ImageSource, Selected
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode_source
+from jlt.latents.encoding_job import EncodingJob
 from jlt.latents.loader import DEPTH, read_ahead
 from jlt.latents.order import SampleOrder
-from jlt.latents.store import LatentStore
-from jlt.latents.write import write_store
-from jlt.runtime.environment import cores, default_device, machine, versions
+from jlt.latents.store import LatentStore, write_store
+from jlt.runtime.environment import cores, default_device, exact_arithmetic, machine, peak_memory, seconds_of, versions
 from jlt.runtime.processes import spawn_context
 from jlt.runtime.progress import inform
-from jlt.runtime.timing import seconds_of
 from jlt.storage.rows import require_space
 
 ROUNDS = 5
@@ -40,6 +50,9 @@ COPIED_BATCHES = 8
 READ_BEFORE = 4
 """Batches taken before each measurement: a way may have read them ahead while the others were measured."""
 WORKER_TIMEOUT_SECONDS = 120
+ENCODING_ROUNDS = 3
+IMAGE_BYTES = 2**30
+"""Images that the bare forward keeps in memory; where there are more, it goes through these again."""
 
 Way = Generator[Any, None, None]
 """Yields batch after batch."""
@@ -113,8 +126,7 @@ def _measure(store: LatentStore, count: int, batch_size: int, seconds: float) ->
         chunk = np.arange(start, min(start + batch_size, count))
         for flipped in {False, store.manifest.flips}:
             store.gather(chunk, np.full(len(chunk), flipped))
-    batches = functools.partial(batches_in_order, store, count, batch_size)
-    device = default_device()
+    batches, device = functools.partial(batches_in_order, store, count, batch_size), default_device()
     ways: dict[str, Way] = {
         "loader": _loader(store, batches(), batch_size, device),
         "gather": (store.gather(rows.indices, rows.flips) for rows in batches()),
@@ -186,3 +198,72 @@ def _per_sample(store: LatentStore, batches: Iterator[Rows], workers: int) -> Wa
         timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
     )
     yield from loader
+
+
+def repeated(source: ImageSource, count: int) -> ImageSource:
+    """Return a source repeated, or cut, to a number of images."""
+    return Selected(source, np.arange(count) % len(source))
+
+
+def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
+    """Encode `num` images to a temporary store, and pass the same images through the autoencoder alone, in turn.
+
+    Both make the stored orientations of every image. The bare forward goes from images to latents in memory; encoding
+    goes from the source to a store that is flushed and hashed.
+    """
+    if num < 1:
+        raise UsageError("A benchmark needs at least one image.")
+    source = repeated(open_source(config.images, config.split, config.class_names), num)
+    autoencoder = load_autoencoder(config.autoencoder, config.autoencoder_path, default_device(), config.posterior)
+    images = _images(EncodingJob(source, autoencoder, config, Path()))
+    ways = {
+        "bare": functools.partial(_bare_seconds, autoencoder, images, config),
+        "encoding": functools.partial(_encoding_seconds, source, autoencoder, config),
+    }
+    rounds = time_in_turn(ways, ENCODING_ROUNDS, "encoding")
+    bare_rate, rate = num / rounds.seconds("bare"), num / rounds.seconds("encoding")
+    return {
+        "autoencoder": autoencoder.identity(),
+        "images": num,
+        **{name: getattr(config, name) for name in ("resolution", "batch_size", "precision", "threads")},
+        "orientations": 1 + config.flips,
+        "img_per_second": rate,
+        "bare_img_per_second": bare_rate,
+        "ratio": rate / bare_rate,
+        "ratio_by_round": rounds.ratios("encoding", "bare"),
+        "peak_memory_mib": peak_memory(autoencoder.device.type) / 2**20,
+        "machine": machine(autoencoder.device),
+        "versions": versions(),
+    }
+
+
+def _images(job: EncodingJob) -> list[Float[Tensor, "_ 3 s s"]]:
+    """Return every batch of images in [-1, 1]; beyond `IMAGE_BYTES` the first ones again."""
+    config = job.config
+    batches = [rows for shard in range(job.num_shards) for rows in job.batches(shard)]
+    kept = max(1, IMAGE_BYTES // (4 * config.batch_size * 3 * config.resolution**2))
+    loaded = [load_batch(job.source, rows, config.resolution, config.exif).pixels for rows in batches[:kept]]
+    images = [torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1 for pixels in loaded]
+    return [images[number % kept][: len(rows)].to(job.autoencoder.device) for number, rows in enumerate(batches)]
+
+
+def _bare_seconds(autoencoder: Autoencoder, images: list[Float[Tensor, "_ 3 s s"]], config: EncodeConfig) -> float:
+    device = autoencoder.device.type
+
+    def encode() -> None:
+        for batch in images:
+            for _ in range(1 + config.flips):
+                autoencoder.encode(batch, range(len(batch)))
+
+    with (
+        exact_arithmetic(config.threads),
+        torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"),
+    ):
+        return seconds_of(encode, device)
+
+
+def _encoding_seconds(source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig) -> float:
+    with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as folder:
+        start = time.perf_counter()
+        encode_source(source, autoencoder, config, Path(folder) / "store")
+        return time.perf_counter() - start

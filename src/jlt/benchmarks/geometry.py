@@ -16,9 +16,8 @@ from jlt.config import FLUX2_IMAGENET256, LatentShape
 from jlt.geometry.accumulate import BATCH_VALUES, measure_moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.patches import patch_tokens
-from jlt.runtime.environment import default_device, machine, versions
+from jlt.runtime.environment import default_device, machine, peak_memory, reset_peak_memory, seconds_of, versions
 from jlt.runtime.processes import SingleProcess
-from jlt.runtime.timing import peak_memory, reset_peak_memory, seconds_of
 
 ROUNDS = 5
 DISTINCT = 512

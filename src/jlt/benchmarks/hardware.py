@@ -27,38 +27,33 @@ class GPU:
 
     def peak(self, precision: Precision) -> float:
         """Return the peak rate in a precision."""
-        return {"bfloat16": self.bfloat16, "tf32": self.tf32, "float32": self.float32}[precision]
-
-
-def _gpu(name: str, memory_gb: int, bfloat16: float, tf32: float, float32: float) -> GPU:
-    """Return a GPU from a data sheet's units: GB and TFLOP/s."""
-    return GPU(name, memory_gb * 10**9, bfloat16 * 1e12, tf32 * 1e12, float32 * 1e12)
+        return getattr(self, precision)
 
 
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("A100-40", 40, 312, 156, 19.5),
-        _gpu("A100-80", 80, 312, 156, 19.5),
-        _gpu("A10", 24, 125, 62.5, 31.2),
-        _gpu("A40", 48, 149.7, 74.8, 37.4),
-        _gpu("RTX-A6000", 48, 154.8, 77.4, 38.7),
-        _gpu("RTX-3090", 24, 71, 35.6, 35.6),
-        _gpu("L4", 24, 121, 60, 30.3),
-        _gpu("L40", 48, 181, 90.5, 90.5),
-        _gpu("L40S", 48, 362, 183, 91.6),
-        _gpu("RTX-4090", 24, 165.2, 82.6, 82.6),
-        _gpu("RTX-6000-Ada", 48, 364.2, 182.1, 91.1),
-        _gpu("RTX-5090", 32, 209.5, 104.8, 104.8),
-        _gpu("H100", 80, 989.4, 494.7, 66.9),
-        _gpu("H100-PCIe", 80, 756, 378, 51.2),
-        _gpu("H100-NVL", 94, 835, 417, 60),
-        _gpu("H200", 141, 989.4, 494.7, 66.9),
-        _gpu("H200-NVL", 141, 835, 417, 60),
-        _gpu("B200", 180, 2250, 1125, 75),
+    name: GPU(name, memory_gb * 10**9, *(tflops * 1e12 for tflops in rates))
+    for name, memory_gb, *rates in (
+        ("A100-40", 40, 312, 156, 19.5),
+        ("A100-80", 80, 312, 156, 19.5),
+        ("A10", 24, 125, 62.5, 31.2),
+        ("A40", 48, 149.7, 74.8, 37.4),
+        ("RTX-A6000", 48, 154.8, 77.4, 38.7),
+        ("RTX-3090", 24, 71, 35.6, 35.6),
+        ("L4", 24, 121, 60, 30.3),
+        ("L40", 48, 181, 90.5, 90.5),
+        ("L40S", 48, 362, 183, 91.6),
+        ("RTX-4090", 24, 165.2, 82.6, 82.6),
+        ("RTX-6000-Ada", 48, 364.2, 182.1, 91.1),
+        ("RTX-5090", 32, 209.5, 104.8, 104.8),
+        ("H100", 80, 989.4, 494.7, 66.9),
+        ("H100-PCIe", 80, 756, 378, 51.2),
+        ("H100-NVL", 94, 835, 417, 60),
+        ("H200", 141, 989.4, 494.7, 66.9),
+        ("H200-NVL", 141, 835, 417, 60),
+        ("B200", 180, 2250, 1125, 75),
     )
 }
-"""H100 and H200 without a suffix are the SXM modules."""
+"""By name; the table has GB, and TFLOP/s in bfloat16, TF32 and float32. H100 and H200 without a suffix are SXM ones."""
 
 
 def find_gpu(name: str) -> GPU:

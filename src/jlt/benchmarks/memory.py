@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jlt.config import NetworkConfig
-from jlt.networks.flops import tokens_in_block
 from jlt.networks.layers import FREQUENCIES
+from jlt.networks.transformer import tokens_in_block
 
 FLOAT32, BFLOAT16 = 4, 2
 

@@ -6,7 +6,6 @@ measurement, a formula or an assumption.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,14 +15,13 @@ import torch
 
 from jlt.benchmarks.hardware import find_gpu
 from jlt.benchmarks.memory import FLOAT32, PassMemory, pass_memory
-from jlt.config import NetworkConfig, Parallel, TrainConfig
+from jlt.config import Parallel, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
-from jlt.networks.flops import training_flops
-from jlt.networks.transformer import Transformer, count_parameters
-from jlt.runtime.timing import affordable_size, machine_memory, matmul_rate, peak_memory
-from jlt.training.batch_split import BatchSplit, split_batch
+from jlt.networks.transformer import count_network, training_flops
+from jlt.runtime.environment import affordable_size, machine_memory, matmul_rate, peak_memory
+from jlt.training.step import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
 """An assumption until `jlt benchmark train` measures it on the GPU in question."""
@@ -43,16 +41,14 @@ CPU_SLACK = 0.25
 LABEL_BYTES = 16
 """A label and a position in the source, stored with each latent."""
 
-Unit = Literal["count", "bytes", "seconds", "hours", "FLOP", "FLOP/s", "per second", "share"]
-
 
 @dataclass(frozen=True)
 class Figure:
     """A number with its unit and where it comes from."""
 
     value: float
-    unit: Unit
     source: str
+    unit: Literal["count", "bytes", "seconds", "hours", "FLOP", "FLOP/s", "per second", "share"] = "bytes"
 
 
 Figures = Mapping[str, Figure]
@@ -71,11 +67,6 @@ class Hardware:
     slack: float
     """Share of what the passes take that the allocator loses."""
 
-    @property
-    def is_gpu(self) -> bool:
-        """Whether kernels are a GPU's."""
-        return self.name != "cpu"
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -84,14 +75,6 @@ class Latents:
     count: int
     value_bytes: int
     store: Figure
-
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """Parameters of a network and of one of its blocks."""
-
-    parameters: int
-    block_parameters: int
 
 
 @dataclass(frozen=True)
@@ -131,17 +114,16 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
         raise JLTError(f"A run needs at least one process, not {processes}.")
     if gpu.lower() != "cpu":
         found = find_gpu(gpu)
-        peak = Figure(found.peak(config.precision), "FLOP/s", f"data sheet: dense {config.precision}")
+        peak = Figure(found.peak(config.precision), f"data sheet: dense {config.precision}", "FLOP/s")
         context = f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes"
-        memory, outside = Figure(found.memory, "bytes", "data sheet"), Figure(CUDA_CONTEXT, "bytes", context)
+        memory, outside = Figure(found.memory, "data sheet"), Figure(CUDA_CONTEXT, context)
         return Hardware(found.name, processes, peak, memory, outside, GPU_SLACK)
-    process = f"measured: this process now, and {CPU_SLACK:.0%} of the passes"
-    outside = Figure(peak_memory("cpu"), "bytes", process)
+    outside = Figure(peak_memory("cpu"), f"measured: this process now, and {CPU_SLACK:.0%} of the passes")
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     rate = matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0))
     shared = ", shared among the processes" if processes > 1 else ""
-    peak = Figure(rate / processes, "FLOP/s", f"measured here: a matrix product{shared}")
-    memory = Figure(machine_memory() // processes, "bytes", f"this machine's{shared}")
+    peak = Figure(rate / processes, f"measured here: a matrix product{shared}", "FLOP/s")
+    memory = Figure(machine_memory() // processes, f"this machine's{shared}")
     return Hardware("cpu", processes, peak, memory, outside, CPU_SLACK)
 
 
@@ -151,19 +133,11 @@ def describe_latents(config: TrainConfig, images: int, manifest: StoreManifest |
     if manifest:
         stored = sum(shard.bytes for shard in manifest.shards)
         size = {"float16": 2, "float32": 4}[manifest.dtype]
-        return Latents(manifest.count, size, Figure(stored, "bytes", "the store's manifest"))
+        return Latents(manifest.count, size, Figure(stored, "the store's manifest"))
     values = network.channels * network.height * network.width
     total = images * (values * 2 * (2 if config.flips else 1) + LABEL_BYTES)
     source = f"{images:,} x {network.channels}x{network.height}x{network.width} x 2 bytes"
-    return Latents(images, 2, Figure(total, "bytes", source + (", both orientations" if config.flips else "")))
-
-
-@functools.cache
-def count_network(config: NetworkConfig) -> NetworkSize:
-    """Return a network's size, counted without making its weights."""
-    with torch.device("meta"):
-        network = Transformer(config)
-    return NetworkSize(count_parameters(network), count_parameters(network.blocks[0]))
+    return Latents(images, 2, Figure(total, source + (", both orientations" if config.flips else "")))
 
 
 def make_plan(
@@ -171,7 +145,7 @@ def make_plan(
 ) -> Plan:
     """Return the forecast of a run at a share `mfu` in (0, 1] of the peak rate; JLTError for an impossible batch."""
     if not 0 < mfu <= 1:
-        raise JLTError(f"mfu is a share of the peak rate and lies in (0, 1], not {mfu}.")
+        raise JLTError(f"mfu is a share of the peak rate and must be in (0, 1], not {mfu}.")
     run = _Run(config, latents, hardware, mfu)
     memory = run.memory()
     fits = memory["total"].value <= memory["available"].value
@@ -204,7 +178,7 @@ class _Run:
         return split_batch(self.config, self.hardware.processes)
 
     @property
-    def size(self) -> NetworkSize:
+    def parameters(self) -> int:
         return count_network(self.config.network)
 
     def work(self) -> Figures:
@@ -212,15 +186,15 @@ class _Run:
         config, images = self.config, self.latents.count
         flops, processed = training_flops(config.network), config.steps * config.batch_size
         return {
-            "parameters": Figure(self.size.parameters, "count", "counted on the network"),
-            "operations_per_image": Figure(flops, "FLOP", "products of the network, three forwards"),
-            "operations_of_the_run": Figure(flops * processed, "FLOP", "per image x images seen"),
-            "steps": Figure(config.steps, "count", "the run's settings"),
-            "images_seen": Figure(processed, "count", "steps x batch size"),
-            "epochs": Figure(processed / images, "count", f"images seen / {images:,} latents"),
-            "batch_size": Figure(config.batch_size, "count", "the run's settings"),
-            "micro_batch_size": Figure(self.split.micro_batch_size, "count", "batch size / accumulation / processes"),
-            "accumulation": Figure(self.split.accumulation, "count", "micro-batches per update"),
+            "parameters": Figure(self.parameters, "counted on the network", "count"),
+            "operations_per_image": Figure(flops, "products of the network, three forwards", "FLOP"),
+            "operations_of_the_run": Figure(flops * processed, "per image x images seen", "FLOP"),
+            "steps": Figure(config.steps, "the run's settings", "count"),
+            "images_seen": Figure(processed, "steps x batch size", "count"),
+            "epochs": Figure(processed / images, f"images seen / {images:,} latents", "count"),
+            "batch_size": Figure(config.batch_size, "the run's settings", "count"),
+            "micro_batch_size": Figure(self.split.micro_batch_size, "batch size / accumulation / processes", "count"),
+            "accumulation": Figure(self.split.accumulation, "micro-batches per update", "count"),
         }
 
     def time(self) -> Figures:
@@ -231,11 +205,11 @@ class _Run:
         rate += ", x 3/4 for recomputed blocks" if self.config.gradient_checkpointing else ""
         return {
             "peak_rate": self.hardware.peak,
-            "mfu": Figure(self.mfu, "share", assumed),
-            "img_per_second": Figure(self.config.batch_size / step, "per second", rate),
-            "seconds_per_step": Figure(step, "seconds", "batch size / images per second"),
-            "hours": Figure(hours, "hours", "steps x seconds per step; no saving, sampling, evaluation"),
-            "gpu_hours": Figure(hours * self.hardware.processes, "hours", "hours x processes"),
+            "mfu": Figure(self.mfu, assumed, "share"),
+            "img_per_second": Figure(self.config.batch_size / step, rate, "per second"),
+            "seconds_per_step": Figure(step, "batch size / images per second", "seconds"),
+            "hours": Figure(hours, "steps x seconds per step; no saving, sampling, evaluation", "hours"),
+            "gpu_hours": Figure(hours * self.hardware.processes, "hours x processes", "hours"),
             "sent_per_step": self.sent_per_step(),
         }
 
@@ -249,17 +223,18 @@ class _Run:
     def sent_per_step(self) -> Figure:
         """Return the bytes that each process sends for an update, in rings: (W-1)/W of the weights per collective."""
         processes = self.hardware.processes
-        ring = self.size.parameters * FLOAT32 * (processes - 1) / processes
+        ring = self.parameters * FLOAT32 * (processes - 1) / processes
         if self.config.parallel == "ddp":
-            return Figure(2 * ring, "bytes", "ring all-reduce: 2 (W-1)/W x gradients, per process")
+            return Figure(2 * ring, "ring all-reduce: 2 (W-1)/W x gradients, per process")
         source = "fsdp: two gathers, one scatter of (W-1)/W per micro-batch"
-        return Figure(3 * ring * self.split.accumulation, "bytes", source)
+        return Figure(3 * ring * self.split.accumulation, source)
 
     def memory(self) -> Figures:
         """Return the bytes of one process at the peak of an update, by part, with their total and what there is."""
         config, hardware = self.config, self.hardware
-        passes = run_passes(config, self.split.micro_batch_size, hardware.is_gpu)
-        saving = f"what autograd saves, {'GPU' if hardware.is_gpu else 'CPU'} normalisation"
+        gpu = hardware.name != "cpu"
+        passes = run_passes(config, self.split.micro_batch_size, gpu)
+        saving = f"what autograd saves, {'GPU' if gpu else 'CPU'} normalisation"
         if config.gradient_checkpointing:
             saving = "what autograd saves: the blocks' inputs"
         elif config.compile:
@@ -268,66 +243,59 @@ class _Run:
         values = config.network.channels * config.network.height * config.network.width * self.split.micro_batch_size
         stored = DEPTH * self.split.accumulation * self.latents.value_bytes
         batch = {
-            "activations": Figure(passes.activations, "bytes", saving),
-            "weight_copies_and_tables": Figure(passes.copies_and_tables, "bytes", copies),
-            "working_memory": Figure(passes.working, "bytes", "by formula: peak of the passes above what is saved"),
+            "activations": Figure(passes.activations, saving),
+            "weight_copies_and_tables": Figure(passes.copies_and_tables, copies),
+            "working_memory": Figure(passes.working, "by formula: peak of the passes above what is saved"),
             "latents_and_noise": Figure(
-                values * (stored + BATCH_TENSORS * FLOAT32),
-                "bytes",
-                "two stored batches; x, eps, z, target in float32",
+                values * (stored + BATCH_TENSORS * FLOAT32), "two stored batches; x, eps, z, target in float32"
             ),
         }
         outside = int(hardware.outside.value + hardware.slack * sum(part.value for part in batch.values()))
         parts = {**self.state(passes), **batch, "outside_the_network": replace(hardware.outside, value=outside)}
-        total = Figure(sum(part.value for part in parts.values()), "bytes", "sum of the above")
+        total = Figure(sum(part.value for part in parts.values()), "sum of the above")
         return {**parts, "total": total, "available": hardware.memory}
 
     def state(self, passes: PassMemory) -> dict[str, Figure]:
         """Return weights, gradients, moments and averages, all in float32."""
-        config, size, processes = self.config, self.size, self.hardware.processes
+        config, parameters, processes = self.config, self.parameters, self.hardware.processes
         sharded = config.parallel == "fsdp" and processes > 1
-        whole = size.parameters * FLOAT32
+        whole = parameters * FLOAT32
         share = -(-whole // processes) if sharded else whole
         how = f"parameters x 4 bytes / {processes} processes" if sharded else "parameters x 4 bytes"
-        gradients = Figure(share, "bytes", how)
+        gradients = Figure(share, how)
         if processes == 1 and self.split.accumulation == 1:
             # They appear as activations are freed: the peak grows where they are more than those.
             exceeding = max(0, share - passes.saved)
-            gradients = Figure(exceeding, "bytes", "what of them exceeds the activations they replace")
+            gradients = Figure(exceeding, "what of them exceeds the activations they replace")
         averages = [f"ema_{decay:g}" for decay in config.ema] + [f"power_ema_{width:g}" for width in config.power_ema]
         figures = {
-            "weights": Figure(share, "bytes", how),
+            "weights": Figure(share, how),
             "gradients": gradients,
-            "adamw_moments": Figure(MOMENTS * share, "bytes", f"2 x {how}"),
-            **{name: Figure(share, "bytes", how) for name in averages},
+            "adamw_moments": Figure(MOMENTS * share, f"2 x {how}"),
+            **{name: Figure(share, how) for name in averages},
         }
         if sharded:
-            outside_blocks = size.parameters - config.network.depth * size.block_parameters
-            gathered = FLOAT32 * (outside_blocks + 3 * size.block_parameters)
-            source = "assumption: two blocks' weights, one's gradients whole"
-            figures["gathered_by_fsdp"] = Figure(gathered, "bytes", source)
+            # What is outside the blocks, and three of them.
+            block = count_network(replace(config.network, depth=config.network.depth + 1)) - parameters
+            gathered = FLOAT32 * (parameters + (3 - config.network.depth) * block)
+            figures["gathered_by_fsdp"] = Figure(gathered, "assumption: two blocks' weights, one's gradients whole")
         return figures
 
     def disk(self) -> Figures:
         """Return what the run puts on disk: its latents, the checkpoints that it keeps and the snapshots."""
-        config, weights = self.config, self.size.parameters * FLOAT32
+        config, weights = self.config, self.parameters * FLOAT32
         tensors = 1 + MOMENTS + len(config.ema) + len(config.power_ema)
         at_once, snapshots = checkpoints_at_once(config), config.steps // config.snapshot_every * len(config.power_ema)
         checkpoints, needed = at_once * tensors * weights, "store + checkpoints + snapshots"
         return {
             "latent_store": self.latents.store,
-            "checkpoint": Figure(tensors * weights, "bytes", "network, both moments, every average in float32"),
-            "checkpoints_at_once": Figure(at_once, "count", "kept by keep_last, keep_every, and the one being written"),
-            "checkpoints": Figure(checkpoints, "bytes", "checkpoints at once x checkpoint"),
-            "snapshots_written": Figure(snapshots, "count", "every snapshot_every steps, one per power_ema"),
-            "snapshots": Figure(snapshots * weights, "bytes", "snapshots written x parameters x 4 bytes"),
-            "disk_needed": Figure(self.latents.store.value + checkpoints + snapshots * weights, "bytes", needed),
+            "checkpoint": Figure(tensors * weights, "network, both moments, every average in float32"),
+            "checkpoints_at_once": Figure(at_once, "kept by keep_last, keep_every, and the one being written", "count"),
+            "checkpoints": Figure(checkpoints, "checkpoints at once x checkpoint"),
+            "snapshots_written": Figure(snapshots, "every snapshot_every steps, one per power_ema", "count"),
+            "snapshots": Figure(snapshots * weights, "snapshots written x parameters x 4 bytes"),
+            "disk_needed": Figure(self.latents.store.value + checkpoints + snapshots * weights, needed),
         }
-
-    @property
-    def share(self) -> int:
-        """The images of a process in an update."""
-        return self.config.batch_size // self.hardware.processes
 
     def with_settings(self, **settings: Any) -> _Run:
         """Return the run with other settings."""
@@ -335,11 +303,12 @@ class _Run:
 
     def with_micro_batch(self, size: int) -> _Run:
         """Return the run with another micro-batch for the same batch."""
-        return self.with_settings(micro_batch_size=size, accumulation=self.share // size)
+        return self.with_settings(micro_batch_size=size, accumulation=self.split.share // size)
 
     def largest_micro_batch(self) -> int:
         """Return the largest micro-batch that fits and divides each process's share; 0 where none does."""
-        divisors = (size for size in range(self.share, 0, -1) if self.share % size == 0)
+        share = self.split.share
+        divisors = (size for size in range(share, 0, -1) if share % size == 0)
         available = self.hardware.memory.value
         return next((n for n in divisors if self.with_micro_batch(n).memory()["total"].value <= available), 0)
 

@@ -13,18 +13,24 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder
-from jlt.autoencoders.pretrained import Pretrained
+from jlt.autoencoders.pretrained import PretrainedAutoencoder
 from jlt.benchmarks.rounds import time_in_turn
 from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError
-from jlt.networks.flops import forward_flops
-from jlt.networks.transformer import build_network
+from jlt.networks.transformer import build_network, forward_flops
 from jlt.prediction import velocity_from_output
-from jlt.runtime.environment import default_device, machine, versions
+from jlt.runtime.environment import (
+    default_device,
+    machine,
+    matmul_rate,
+    peak_memory,
+    reset_peak_memory,
+    seconds_of,
+    versions,
+)
 from jlt.runtime.progress import inform
-from jlt.runtime.timing import matmul_rate, peak_memory, reset_peak_memory, seconds_of
-from jlt.sampling.generate import LatentSampler, Start, decode_to_uint8
 from jlt.sampling.guidance import Denoiser, in_interval, rows_evaluated
+from jlt.sampling.sampler import LatentSampler, Start, decode_to_uint8
 from jlt.sampling.solvers import network_evaluations
 from jlt.timesteps import sampling_grid
 
@@ -107,11 +113,10 @@ def plain_heun(sampler: LatentSampler, start: Start) -> Float[Tensor, "n c h w"]
 
 
 def _sampler(config: TrainConfig, sample: SampleConfig, device: str) -> LatentSampler:
-    network = build_network(config.network, seed=0).to(device).eval().requires_grad_(False)
-    denoiser = Denoiser(network, config.prediction, config.network.num_classes)
     sizes = config.network
+    network = build_network(sizes, seed=0).to(device).eval().requires_grad_(False)
     shape = LatentShape(sizes.channels, sizes.height, sizes.width, sizes.num_classes)
-    return LatentSampler(denoiser, shape, sample, device)
+    return LatentSampler(Denoiser(network, config.prediction, sizes.num_classes), shape, sample, device)
 
 
 def _autoencoder(config: TrainConfig, path: str | None, device: str) -> Autoencoder:
@@ -121,9 +126,7 @@ def _autoencoder(config: TrainConfig, path: str | None, device: str) -> Autoenco
     else:
         from diffusers import AutoencoderKLFlux2
 
-        from jlt.autoencoders.flux2 import Flux2Autoencoder
-
-        autoencoder = Flux2Autoencoder(Pretrained(AutoencoderKLFlux2(), "random weights", None), "flux2").to(device)
+        autoencoder = PretrainedAutoencoder(AutoencoderKLFlux2(), "flux2", "random weights").to(device)
     if autoencoder.channels != config.network.channels:
         raise JLTError(f"{config.name} has {config.network.channels} channels, its decoder {autoencoder.channels}.")
     return autoencoder

@@ -1,37 +1,53 @@
-"""Speed of training on this machine: the trainer's own update, against a matrix product in the same run."""
+"""Speed of training on this machine: the trainer's own update, against a matrix product in the same run.
+
+At the fastest batch size also the training loop, against its bare update, and where the time of a step goes.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
+import math
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from jlt.benchmarks.plan import Figure, Figures, count_network
-from jlt.benchmarks.profiling import profile_steps
-from jlt.benchmarks.train_loop import benchmark_loop, require_room
-from jlt.config import Precision, TrainConfig
+from jlt.benchmarks.data import SHARD_ROWS, random_shards
+from jlt.benchmarks.plan import Figure, Figures
+from jlt.config import Precision, TrainConfig, in_steps
 from jlt.errors import JLTError, UsageError
 from jlt.latents.order import SampleOrder
-from jlt.networks.flops import training_flops
-from jlt.runtime import timing
+from jlt.latents.store import LatentStore, write_store
+from jlt.networks.transformer import count_network, training_flops
+from jlt.runtime import environment
 from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.processes import SingleProcess
+from jlt.runtime.processes import Group, SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.training.batch_split import split_batch
+from jlt.storage.rows import require_space
 from jlt.training.draws import draw_step
+from jlt.training.loop import Watcher, train
 from jlt.training.state import initial_state
-from jlt.training.step import Stepper, float32_products
+from jlt.training.step import Stepper, float32_products, split_batch
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 3
 PRODUCT_SECONDS = 2.0
 """How long one matrix product may take, which a benchmark repeats a dozen times."""
+LISTED_OPERATIONS = 15
+"""Operations of a profile that are listed; the rest is one entry."""
+WINDOWS = 4
+"""Lines of the loop's log. The first warms up, the next ones give the speed, and the last two save a checkpoint."""
+MOST_LATENTS = 4000
+"""Random latents that the loop trains on."""
 
 
 def benchmark_train(
@@ -54,7 +70,7 @@ def benchmark_train(
     device = default_device()
     if loop_steps:
         require_room(configs, batch_sizes, loop_steps)
-    precisions = timing.compare_precisions(device)
+    precisions = environment.compare_precisions(device)
     if precisions.warning:
         inform(precisions.warning)
     measured = [
@@ -103,18 +119,18 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
     """
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with float32_products(config.precision):
-        size = timing.affordable_size(dtype, device, PRODUCT_SECONDS)
-        rate = timing.matmul_rate(dtype, device, size=size)
+        size = environment.affordable_size(dtype, device, PRODUCT_SECONDS)
+        rate = environment.matmul_rate(dtype, device, size=size)
         step = trainer_step(config, device)
-        timing.reset_peak_memory(device)
-        warmup = sum(timing.seconds_of(step, device) for _ in range(WARMUP_STEPS))
-        seconds = statistics.median(timing.seconds_of(step, device) for _ in range(steps))
-        memory = timing.peak_memory(device)
-        rate = max(rate, timing.matmul_rate(dtype, device, size=size))
+        environment.reset_peak_memory(device)
+        warmup = sum(environment.seconds_of(step, device) for _ in range(WARMUP_STEPS))
+        seconds = statistics.median(environment.seconds_of(step, device) for _ in range(steps))
+        memory = environment.peak_memory(device)
+        rate = max(rate, environment.matmul_rate(dtype, device, size=size))
     flops = training_flops(config.network)
     return {
         "steps": steps,
-        "parameters": count_network(config.network).parameters,
+        "parameters": count_network(config.network),
         "network": asdict(config.network),
         "img_per_second": config.batch_size / seconds,
         "seconds_per_step": seconds,
@@ -140,20 +156,45 @@ def measure_share(config: TrainConfig, processes: int) -> Figures:
         raise JLTError("An update does not fit on this machine: leave --measure out.") from None
     source = "measured here: the update of one process alone"
     return {
-        "peak_memory": Figure(found["peak_memory_gib"] * 2**30, "bytes", source),
-        "seconds_per_step": Figure(found["seconds_per_step"], "seconds", source),
-        "mfu": Figure(found["mfu"], "share", "of a matrix product in the same run"),
+        "peak_memory": Figure(found["peak_memory_gib"] * 2**30, source),
+        "seconds_per_step": Figure(found["seconds_per_step"], source, "seconds"),
+        "mfu": Figure(found["mfu"], "of a matrix product in the same run", "share"),
     }
 
 
 def profile_update(config: TrainConfig, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Return where the time of an update goes; `bare` is its measurement without the profiler."""
+    """Return where the time of an update goes; `bare` is its measurement without the profiler.
+
+    Returns `shares` of the time by name, the largest first: on a CPU each operation without those that it calls, on a
+    GPU each kernel. `idle` is the share of the bare `seconds_per_step` in which a GPU ran no kernel.
+    """
     inform(f"profiling {config.name} at batch size {config.batch_size}")
+    cuda = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with float32_products(config.precision):
         step = trainer_step(config, device)
         for _ in range(WARMUP_STEPS):
             step()
-        return profile_steps(step, PROFILED_STEPS, bare["seconds_per_step"], device)
+        with profile(activities=activities) as profiler:
+            for _ in range(PROFILED_STEPS):
+                step()
+            if cuda:
+                torch.cuda.synchronize(device)
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    # An annotation on a GPU spans the kernels within it, which are counted themselves.
+    entries = [
+        (entry.key, (entry.self_device_time_total if cuda else entry.self_cpu_time_total) / 1e6)
+        for entry in profiler.key_averages()
+        if entry.device_type == kind and not (cuda and entry.is_user_annotation)
+    ]
+    entries.sort(key=lambda entry: -entry[1])
+    total = sum(seconds for _, seconds in entries)
+    shares = {name: seconds / total for name, seconds in entries[:LISTED_OPERATIONS]}
+    return {
+        "steps": PROFILED_STEPS,
+        "shares": {**shares, "everything else": max(0.0, 1 - sum(shares.values()))},
+        "idle": max(0.0, 1 - total / PROFILED_STEPS / bare["seconds_per_step"]) if cuda else None,
+    }
 
 
 def compare_variants(config: TrainConfig, steps: int, device: str) -> list[dict[str, Any]]:
@@ -175,6 +216,89 @@ def compare_variants(config: TrainConfig, steps: int, device: str) -> list[dict[
         if rate and not entry["out_of_memory"]:
             entry["ratio"] = entry["img_per_second"] / rate
     return entries
+
+
+@dataclass(frozen=True)
+class SavesOnce(Watcher):
+    """Requests a checkpoint at one step: training waits until it is written, so that the next one need not."""
+
+    step: int
+
+    def due(self, step: int) -> bool:
+        """Whether this is the step."""
+        return step == self.step
+
+    def look(self, checkpoint: Path, group: Group) -> None:
+        """Do nothing."""
+
+
+def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Train on a temporary store of random latents, and read speed, waiting, pause and memory from the run's log.
+
+    `bare` is what the update alone measured, with its `img_per_second`. The pause is that of the second save: the first
+    may wait until its buffers are made. Errors are those of `jlt.training.loop.train`.
+    """
+    inform(f"training {config.name} for {steps} steps at batch size {config.batch_size}")
+    config = loop_config(config, steps)
+    with tempfile.TemporaryDirectory(prefix="jlt-benchmark-") as temporary:
+        latents, run = Path(temporary) / "latents", Path(temporary) / "run"
+        network, count = config.network, min(MOST_LATENTS, config.batch_size * config.steps)
+        shape = (network.channels, network.height, network.width)
+        write_store(latents, random_shards(count, shape, SHARD_ROWS, network.num_classes), network.num_classes)
+        config = in_steps(config, count)
+        save_once = SavesOnce(config.steps - config.log_every)
+        train(config, LatentStore.open(latents), run, device, watchers=[save_once])
+        log = (run / "log.jsonl").read_text(encoding="utf-8")
+    return loop_figures([json.loads(line) for line in log.splitlines()], bare["img_per_second"])
+
+
+def loop_figures(log: Sequence[Mapping[str, Any]], bare_img_per_second: float) -> dict[str, Any]:
+    """Return the figures of a log of `WINDOWS` lines with two saves.
+
+    img_per_second, waiting (share of the time, 0 to 1) and ratio (loop over bare update) are those of the windows in
+    which nothing was warmed up or saved; pauses are in seconds, and growth is that of resident memory in MiB from the
+    first line to the last (None where the system does not say).
+    """
+    lines = [entry for entry in log if entry["event"] == "step"]
+    saves = [entry for entry in log if entry["event"] == "saved"]
+    undisturbed = lines[1:-1]
+    # The windows are of equally many steps: their mean speed is a harmonic one, and their times go as its inverse.
+    speed = statistics.harmonic_mean([line["img_per_second"] for line in undisturbed])
+    waited = sum(line["waiting"] / line["img_per_second"] for line in undisturbed)
+    first, last = (line.get("resident_gib") for line in (lines[0], lines[-1]))
+    return {
+        "steps": lines[-1]["step"],
+        "img_per_second": speed,
+        "ratio": speed / bare_img_per_second,
+        "waiting": waited / sum(1 / line["img_per_second"] for line in undisturbed),
+        "first_pause_seconds": saves[0]["pause_seconds"],
+        "pause_seconds": saves[1]["pause_seconds"],
+        "write_seconds": saves[1]["write_seconds"],
+        "growth_mib": None if first is None or last is None else (last - first) * 1024,
+        "growth_steps": lines[-1]["step"] - lines[0]["step"],
+    }
+
+
+def loop_config(config: TrainConfig, steps: int) -> TrainConfig:
+    """Return a training of `WINDOWS` log lines that saves at its end; UsageError for fewer steps than that."""
+    if steps < WINDOWS:
+        raise UsageError(f"The training loop is measured over at least {WINDOWS} steps, or 0 to leave it out.")
+    window = steps // WINDOWS
+    total = window * WINDOWS
+    return replace(config, steps=total, log_every=window, checkpoint_every=total, snapshot_every=total + 1, keep_last=1)
+
+
+def require_room(configs: Sequence[TrainConfig], batch_sizes: Sequence[int], steps: int) -> None:
+    """Raise a JLTError unless the disk has space for the largest store with two checkpoints, and steps suffice."""
+    needed = 0
+    for config in configs:
+        network = loop_config(config, steps).network
+        # Weights, two moments and the averages, twice: an old checkpoint is removed when the new one is complete.
+        checkpoints = 2 * 4 * count_network(network) * (3 + len(config.ema) + len(config.power_ema))
+        latents = 2 * 2 * math.prod((network.channels, network.height, network.width))
+        needed = max(needed, checkpoints + latents * min(MOST_LATENTS, max(batch_sizes) * steps))
+    what = "The files of the training loop (none with --loop-steps 0)"
+    require_space(Path(tempfile.gettempdir()), needed, what)
 
 
 def trainer_step(config: TrainConfig, device: str) -> Callable[[], None]:

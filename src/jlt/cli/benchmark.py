@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from jlt.cli.command import Command, Flat, Result
 from jlt.config import InferencePrecision, Precision, SampleConfig
 from jlt.errors import UsageError
-from jlt.experiments.systems import preset_config
+from jlt.experiments.recipes import preset_config
 from jlt.latents.encode_config import EncodeConfig
 from jlt.report import benchmark_table as tables
 
@@ -130,6 +132,18 @@ class DataBenchmark(Command):
         return Result(measured, tables.data_benchmark_table(measured))
 
 
+@dataclass(frozen=True)
+class TemporaryEncoding(EncodeConfig):
+    """The settings of an encoding into a temporary store."""
+
+    images: str = "digits"
+    """Images, as for jlt encode; they are repeated up to --num."""
+    autoencoder: str = "tiny"
+    """Autoencoder: flux2, kl, pixels or tiny."""
+    preview: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+    repair: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeBenchmark(Command):
     """Measure encoding, against the autoencoder's forward pass.
@@ -138,36 +152,14 @@ class EncodeBenchmark(Command):
       jlt benchmark encode --autoencoder flux2 --images photos --num 64
     """
 
-    images: str = "digits"
-    """Images, as for jlt encode; they are repeated up to --num."""
     num: int = 256
     """Number of images to encode."""
-    autoencoder: str = "tiny"
-    """Autoencoder: flux2, kl, pixels or tiny."""
-    autoencoder_path: str | None = None
-    """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
-    resolution: int = 256
-    """Side of the centre crop in pixels."""
-    batch_size: int = 32
-    """Images per pass through the autoencoder."""
-    precision: InferencePrecision = "float32"
-    """Precision of the autoencoder; bfloat16 is autocast."""
-    workers: int | None = None
-    """Processes that decode images. Default: one per core; none for a bundled set."""
+    config: Annotated[TemporaryEncoding, Flat] = TemporaryEncoding()
 
     def run(self) -> Result:
-        from jlt.benchmarks.encode import benchmark_encode
+        from jlt.benchmarks.data import benchmark_encode
 
-        config = EncodeConfig(
-            images=self.images,
-            autoencoder=self.autoencoder,
-            autoencoder_path=self.autoencoder_path,
-            resolution=self.resolution,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            workers=self.workers,
-        )
-        measured = benchmark_encode(config, self.num)
+        measured = benchmark_encode(self.config, self.num)
         return Result(measured, tables.encode_benchmark_table(measured))
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the base class, the result, and how options are parsed and shown."""
+"""What the commands share: the base class, the result, common options, and how options are parsed and shown."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+if TYPE_CHECKING:
+    from jlt.evaluation.extractor import FeatureExtractor
+
 Positional = tyro.conf.Positional
-Flat = tyro.conf.arg(name="")
+Flat = arg(name="")
 """Marks a data class whose fields are options of the command itself, without a prefix."""
+CheckpointPath = Annotated[Path, arg(help="Run folder (its newest checkpoint) or checkpoint folder.")]
+LatentsPath = Annotated[Path, arg(help="Folder of the latent store.")]
+AutoencoderPath = Annotated[
+    str | None,
+    arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents."),
+]
+Folder = Annotated[Path, Positional, arg(metavar="DIR")]
+SystemWorkers = Annotated[int | None, arg(help="Systems that train at the same time. Default: 2 on a CPU, 1 on a GPU.")]
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,30 @@ class Command:
     def run(self) -> Result:
         """Do the work; a JLTError states what is wrong and what to do."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """The feature extractor of the metrics."""
+
+    features: str = "digits"
+    """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
+    features_path: Path | None = None
+    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
+
+    def load(self, device: str) -> FeatureExtractor:
+        """Load the extractor onto a device; JLTError for an unknown name and for weights that are missing."""
+        from jlt.evaluation.extractors import load_extractor
+
+        return load_extractor(self.features, device, self.features_path)
+
+
+@dataclass(frozen=True)
+class MetricOptions(FeatureOptions):
+    """The feature extractor of the metrics, and the real images that samples are compared with."""
+
+    reference: str = "digits"
+    """Real images: an .npz of their statistics (jlt reference), a folder of class folders, or the bundled digits."""
 
 
 def command_line() -> str:
@@ -75,7 +112,7 @@ def _plain_field(entry: StructFieldSpec) -> StructFieldSpec:
         return entry
     hint: Any = get_args(entry.type)[0] if get_origin(entry.type) is Annotated else entry.type
     metavar = next(kind.__name__.upper() for kind in get_args(hint)) if entry.default is None else None
-    plain: Any = Annotated[entry.type, tyro.conf.arg(help_behavior_hint="", metavar=metavar)]
+    plain: Any = Annotated[entry.type, arg(help_behavior_hint="", metavar=metavar)]
     return dataclasses.replace(entry, type=plain)
 
 

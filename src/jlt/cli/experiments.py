@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from jlt.cli.command import Command, Flat, Result, command_line
-from jlt.cli.options import FeatureOptions, Folder, LatentsPath, SystemWorkers
-from jlt.cli.recipe import RecipeCommand
-from jlt.config import LossSpace, Prediction, SampleConfig
+from jlt.cli.command import Command, FeatureOptions, Flat, Folder, LatentsPath, Result, SystemWorkers, command_line
+from jlt.cli.training import RecipeCommand
+from jlt.config import SampleConfig
+from jlt.experiments.ablation_plan import AblationAxes, AblationConfig
 from jlt.experiments.recipes import DIGITS_SAMPLING
 from jlt.report.page import write_report
 from jlt.report.terminal import results_table
+from jlt.results.ablation import Ablation
+from jlt.results.files import result_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,13 @@ class Quickstart(Command):
 
     def run(self) -> Result:
         from jlt.experiments.quickstart import quickstart
-        from jlt.results.files import result_json
 
-        ablation, report = quickstart(self.out, self.seeds, self.workers, self.steps, command_line())
-        data = {**result_json(ablation), "report": str(report)}
-        return Result(data, f"{results_table(self.out)}\n\nOpen {report}")
+        return _outcome(*quickstart(self.out, self.seeds, self.workers, self.steps, command_line()))
+
+
+def _outcome(ablation: Ablation, report: Path) -> Result:
+    data = {**result_json(ablation), "report": str(report)}
+    return Result(data, f"{results_table(report.parent)}\n\nOpen {report}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +61,7 @@ class Ablate(RecipeCommand):
     latents: LatentsPath
     out: Path
     """Folder of the runs, results and report."""
-    prediction: tuple[Prediction, ...] = ("x", "v")
-    """Axis: predictions, x, eps or v."""
-    loss_space: tuple[LossSpace, ...] = ("v",)
-    """Axis: spaces of the loss."""
-    patch_size: tuple[int, ...] = (1,)
-    """Axis: patch sizes."""
-    seed: tuple[int, ...] = (0,)
-    """Axis: seeds of the training."""
-    anisotropy: tuple[float, ...] = ()
-    """Axis: coordinates in which eigenvalues are raised to these powers; 0 is whitened, 1 is unchanged."""
-    width: tuple[int, ...] = ()
-    """Axis: network widths. Default: that of the recipe."""
+    axes: Annotated[AblationAxes, Flat] = field(default_factory=AblationAxes)
     evaluations: int = 6
     """Points of each training curve."""
     reference: str = ""
@@ -79,28 +72,21 @@ class Ablate(RecipeCommand):
     workers: SystemWorkers = None
 
     def run(self) -> Result:
-        from jlt.experiments.ablation import AblationConfig, ablate
-        from jlt.results.files import result_json
+        from jlt.experiments.ablation import ablate
 
         config = AblationConfig(
+            **vars(self.axes),
             train=self.resolve(self.latents),
-            prediction=self.prediction,
-            loss_space=self.loss_space,
-            patch_size=self.patch_size,
-            seed=self.seed,
             sample=self.sample,
             evaluations=self.evaluations,
             extractor=self.features.features,
             features_path=str(self.features.features_path or ""),
             reference=self.reference,
-            anisotropy=self.anisotropy,
-            width=self.width,
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,
         )
         ablation = ablate(config, self.latents, self.out, self.workers, command_line())
-        report = write_report(self.out)
-        return Result({**result_json(ablation), "report": str(report)}, f"{results_table(self.out)}\n\nOpen {report}")
+        return _outcome(ablation, write_report(self.out))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from jlt.cli.command import Command, Flat, Result
-from jlt.cli.options import Folder, LatentsPath
+from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
 from jlt.config import LossSpace, TimestepConfig
 from jlt.errors import UsageError
 from jlt.latents.encode_config import EncodeConfig
@@ -53,7 +52,7 @@ class Adopt(Command):
     adopt: Path
     """Folder of latents_rank*_shard*.safetensors."""
     autoencoder: str = "flux2"
-    """Autoencoder that made the latents and decodes samples: flux2, kl, pixels or tiny."""
+    """Autoencoder that made the latents and decodes samples: flux2, taef2, kl, pixels or tiny."""
     autoencoder_path: str | None = None
     """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
     resolution: int | None = None
@@ -62,7 +61,7 @@ class Adopt(Command):
     """Text file with one class name per line. Default: the class numbers."""
 
     def run(self) -> Result:
-        from jlt.images.labels import read_class_names
+        from jlt.images.sharded import read_class_names
         from jlt.latents.adoption import adopt
 
         names = read_class_names(self.class_names) if self.class_names else None

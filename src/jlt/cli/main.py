@@ -16,37 +16,21 @@ import tyro
 
 from jlt.cli.benchmark import BENCHMARKS, Benchmark
 from jlt.cli.command import PARSING, Command
-from jlt.cli.evaluation import Evaluate, Fetch, Reference, Sweep
+from jlt.cli.evaluation import Evaluate, Fetch, Reference, Sample, Sweep
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
-from jlt.cli.recipe import RecipeCommand, print_settings
-from jlt.cli.sampling import Sample
-from jlt.cli.training import Plan, Train
+from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
 from jlt.runtime.signals import Stopped
 
-STOPPED = os.EX_TEMPFAIL
-"""Exit code of work that was stopped on request and is saved: a job scheduler runs it again."""
 RESUME = "Run the same command again to resume."
 
 # In the order in which the work is done, which is that of `jlt --help`.
 COMMANDS: tuple[type[Command], ...] = (
-    Quickstart,
-    Encode,
-    Verify,
-    Analyze,
-    Plan,
-    Train,
-    Sample,
-    Fetch,
-    Reference,
-    Evaluate,
-    Sweep,
-    Ablate,
-    Report,
-    Benchmark,
+    *(Quickstart, Encode, Verify, Analyze, Plan, Train, Sample),
+    *(Fetch, Reference, Evaluate, Sweep, Ablate, Report, Benchmark),
 )
 DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them."
 
@@ -66,8 +50,9 @@ def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: st
     if not name.startswith("-") and name not in commands:
         raise unknown_name("command" if prog == "jlt" else "benchmark", name, commands)
     # The list of commands shows the first line of each; the help of a command shows its whole docstring.
+    summaries = {key: (inspect.getdoc(command) or "").partition("\n")[0] for key, command in commands.items()}
     branches = [
-        Annotated[command, tyro.conf.subcommand(key, description=None if key == name else _summary(command))]
+        Annotated[command, tyro.conf.subcommand(key, description=None if key == name else summaries[key])]
         for key, command in commands.items()
     ]
     union: Any = Union[tuple(branches)]  # noqa: UP007
@@ -84,10 +69,6 @@ def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: st
         return dataclasses.replace(command, overrides=tuple(rest))
     # tyro explains unknown arguments only where it does not return them.
     return tyro.cli(union, args=arguments, **options) if rest else command
-
-
-def _summary(command: type[Command]) -> str:
-    return (inspect.getdoc(command) or "").splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +123,8 @@ def _print_error(error: BaseException) -> int:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     print(f"{process}{sentence}{notes}", file=sys.stderr, flush=True)
     if isinstance(error, Stopped):
-        return STOPPED
+        # A job scheduler runs it again.
+        return os.EX_TEMPFAIL
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -1,17 +1,51 @@
-"""Commands that plan and train: plan, train."""
+"""Commands that plan and train a recipe: plan, train; and what commands on a recipe share."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from jlt.cli.command import Result
-from jlt.cli.recipe import RecipeCommand
-from jlt.errors import UsageError
-from jlt.experiments.recipes import images_of_recipe
-from jlt.report.plan_table import plan_table
+import tyro
+
+from jlt.cli.command import PARSING, Command, Positional, Result, option_names
+from jlt.config import TrainConfig, in_steps
+from jlt.errors import UsageError, unknown_name
+from jlt.experiments.recipes import images_of_recipe, renamed, resolve_recipe
+from jlt.report.benchmark_table import plan_table
 from jlt.storage.codec import to_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeCommand(Command):
+    """A command whose remaining arguments override settings of a recipe."""
+
+    recipe: Annotated[str, Positional, tyro.conf.arg(metavar="RECIPE")]
+    """Name of a recipe, such as digits or imagenet256-jlt-b1, or the config.json of a run."""
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def resolve(self, latents: Path | None) -> TrainConfig:
+        """Return the recipe for the shape of a latent store with the overrides applied."""
+        from jlt.latents.manifest import read_manifest
+
+        settings = option_names(TrainConfig)
+        for argument in self.overrides:
+            name = argument.partition("=")[0].replace("_", "-")
+            if name.startswith("--") and "." not in name and name not in settings:
+                raise unknown_name("option", name, [*option_names(type(self)), *settings])
+        manifest = read_manifest(latents) if latents else None
+        base = resolve_recipe(self.recipe, manifest.shape if manifest else None)
+        prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
+        config = tyro.cli(TrainConfig, args=self.overrides, default=base, prog=prog, **PARSING)
+        return renamed(in_steps(config, manifest.count if manifest else images_of_recipe(self.recipe)))
+
+
+def print_settings(command: str, recipe: str) -> None:
+    """Print the help of a recipe's settings, with their values as defaults, and exit."""
+    prog, description = f"jlt {command} {recipe}", "Settings of the recipe, which the command can override."
+    base = resolve_recipe(recipe)
+    tyro.cli(TrainConfig, args=["--help"], default=base, prog=prog, description=description, **PARSING)
 
 
 @dataclass(frozen=True, kw_only=True)

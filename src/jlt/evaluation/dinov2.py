@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import Features, NetworkExtractor
-from jlt.storage.hub import require_reachable
+from jlt.evaluation.extractor import FeatureExtractor, Features
+from jlt.storage.weights import require_reachable
 
 DEFAULT = "facebook/dinov2-large"
 INPUT_SIZE = 224
@@ -29,7 +29,7 @@ POSITION_OFFSET = 0.1
 REMEDY = "name a folder that transformers saved, or a Hub id that can be reached, with --features-path."
 
 
-class DinoExtractor(NetworkExtractor):
+class DinoExtractor(FeatureExtractor):
     """A DINOv2 vision transformer with weights, always in float32."""
 
     name = "dinov2"

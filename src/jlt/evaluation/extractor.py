@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jlt.runtime.arithmetic import exact_arithmetic
+from jlt.runtime.environment import exact_arithmetic
 from jlt.storage.weights import weights_sha256
 
 T = TypeVar("T")
@@ -37,37 +37,25 @@ class FeatureExtractor(abc.ABC):
 
     `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 without these outputs.
     `classes_of` is the kind of image source that has the same classes, or None. `held_out_accuracy` is the share of
-    correct classes, 0..1, on held-out images that the weights' file states, or None.
+    correct classes, 0..1, on held-out images that the weights' file states, or None. `resize` names the rule for images
+    of another size than `input_size`.
     """
 
     name: str
+    input_size: int
     dimension: int
     num_classes: int = 0
     spatial_dimension: int = 0
     classes_of: str | None = None
     held_out_accuracy: float | None = None
-
-    @abc.abstractmethod
-    def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
-        """Return the features of RGB images 0..255 of any size, on the extractor's device."""
-
-    @abc.abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return JSON values that identify the extractor: name, weights_sha256, input_size, dimension."""
-
-    @abc.abstractmethod
-    def to(self, device: torch.device | str) -> FeatureExtractor:
-        """Move the weights in place and return the extractor."""
-
-
-class NetworkExtractor(FeatureExtractor):
-    """An extractor that is one torch module; `resize` names its rule for images of another size."""
-
-    input_size: int
     resize: str | None = None
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network.eval().requires_grad_(False)
+
+    @abc.abstractmethod
+    def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
+        """Return the features of RGB images 0..255 of any size, on the extractor's device."""
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +68,7 @@ class NetworkExtractor(FeatureExtractor):
         identity = {"name": self.name, "weights_sha256": self._weights_sha256, **sizes}
         return {**identity, "resize": self.resize} if self.resize else identity
 
-    def to(self, device: torch.device | str) -> NetworkExtractor:
+    def to(self, device: torch.device | str) -> FeatureExtractor:
         """Move the weights in place and return the extractor."""
         self._network.to(device)
         return self

@@ -11,9 +11,7 @@ max pooling in the last block that no paper describes.
 
 from __future__ import annotations
 
-import pickle
 import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +23,11 @@ from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import Features, NetworkExtractor
+from jlt.evaluation.extractor import FeatureExtractor, Features
 from jlt.evaluation.fetch import INCEPTION, cache_folder
 from jlt.runtime.progress import inform
 from jlt.storage.files import sha256_file
-from jlt.storage.weights import weights_sha256
+from jlt.storage.weights import read_weights, require_same_tensors, weights_sha256
 
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
@@ -242,7 +240,7 @@ def _neighbours(
     return first, (first + 1).clamp(max=length - 1), places - first
 
 
-class InceptionExtractor(NetworkExtractor):
+class InceptionExtractor(FeatureExtractor):
     """An `InceptionNetwork` with weights, always in float32."""
 
     name = "inception"
@@ -275,12 +273,13 @@ class InceptionExtractor(NetworkExtractor):
                 "with --features-path FILE."
             )
         _check_hash(file)
-        weights = _read_weights(file)
+        weights = read_weights(file)
         # On the meta device, since random initial values for 24 million weights take longer than reading them.
         with torch.device("meta"):
             network = InceptionNetwork()
         expected = network.state_dict()
-        _check_names(file, weights, expected)
+        compared = {name: tensor for name, tensor in expected.items() if COUNTER not in name or name in weights}
+        require_same_tensors(file, weights, compared, "Inception as pytorch-fid names them")
         counters = {name: torch.zeros((), dtype=torch.int64) for name in expected if COUNTER in name}
         network.load_state_dict({**counters, **{name: tensor.float() for name, tensor in weights.items()}}, assign=True)
         return cls(network)
@@ -313,37 +312,3 @@ def _check_hash(file: Path) -> None:
             f"{file} is not the published file of weights (SHA-256 {INCEPTION.sha256}...): do not compare its results "
             "with published FIDs."
         )
-
-
-def _read_weights(file: Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            content = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise JLTError(f"{file} is not a plain file of weights; its code was not run: name another file.") from error
-    # For other files these readers raise many types of exceptions.
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise JLTError(f"{file} could not be read as a file of weights ({reason}): name another file.") from error
-    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise JLTError(f"{file} holds no named tensors: name a file of weights.")
-    return content
-
-
-def _check_names(file: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise JLTError with the first names that are missing, unexpected or of another shape."""
-    missing = [name for name in expected if name not in weights and COUNTER not in name]
-    unexpected = [name for name in weights if name not in expected]
-    misshapen = [
-        f"{name} of {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if faults := [f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names]:
-        raise JLTError(f"{file} does not hold the weights of Inception as pytorch-fid names them: {'; '.join(faults)}.")

@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.feature_statistics import FeatureStatistics
-from jlt.evaluation.metrics import Gaussian
+from jlt.evaluation.metrics import FeatureStatistics, Gaussian
+from jlt.images.crop import Exif
+from jlt.images.decoding import default_workers, load_batches
+from jlt.images.registry import open_source
+from jlt.images.source import BadImageError, ImageSource
+from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
+from jlt.runtime.progress import bar, inform
+from jlt.runtime.random_numbers import random_subset
 from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
 
 SCHEMA = 2
@@ -205,3 +211,93 @@ def _check_dimension(what: str, theirs: int, mine: int, name: str) -> None:
             f"The reference has {what} of dimension {theirs}, the extractor {name!r} gives {mine}: make a reference "
             "with this extractor."
         )
+
+
+CHUNK = 64
+"""Images per call of an extractor. Chunks are fixed by the images' numbers, since last digits depend on the chunk."""
+KEPT = 10_000
+"""Images whose features are kept for precision, recall and the like: 80 MB of 2048 dimensions."""
+CHUNKS_PER_WORKER = 16
+"""With fewer chunks, a worker takes longer to start than to work."""
+
+
+def reference_statistics(
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    resolution: int,
+    exif: Exif = "ignore",
+    kept: int = KEPT,
+    group: Group | None = None,
+) -> Reference:
+    """Measure all images of a source, brought to `resolution` pixels by the ADM crop.
+
+    The processes of `group` share the images and all return the same result; their number changes last digits of the
+    moments. BadImageError for an image that does not decode, JLTError for processes with different arguments, Stopped
+    on a request to stop.
+    """
+    group = group or SingleProcess()
+    protocol = reference_protocol(source, extractor, resolution, exif)
+    require_same_arguments(group, protocol, "measure")
+    chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
+    share = chunks[group.rank :: group.size]
+    selection = random_subset(len(source), kept)
+    pooled, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(extractor.spatial_dimension)
+    rows: dict[int, Float32[np.ndarray, " d"]] = {}
+    seen = group.begin()
+    with stop_together(group) as until_stopped, bar(f"Reference features of {source.name}", len(source)) as shown:
+        workers = default_workers(source, len(share), CHUNKS_PER_WORKER)
+        for batch in until_stopped(load_batches(source, share, resolution, exif, workers)):
+            if batch.bad:
+                raise BadImageError(batch.bad[0].image, batch.bad[0].reason)
+            features = extractor(torch.from_numpy(batch.pixels))
+            pooled.update(features.pooled)
+            if features.spatial is not None:
+                spatial.update(features.spatial)
+            low, high = np.searchsorted(selection, (batch.rows.start, batch.rows.stop))
+            chosen = selection[low:high]
+            rows |= zip(chosen.tolist(), features.pooled.float().cpu().numpy()[chosen - batch.rows.start], strict=True)
+            shown.show(group.add(seen, len(batch.rows)))
+    parts = group.gather((pooled, spatial, rows))
+
+    def merged() -> Reference:
+        pooled, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(extractor.spatial_dimension)
+        rows: dict[int, Float32[np.ndarray, " d"]] = {}
+        # In the order of ranks.
+        for part_pooled, part_spatial, part_rows in parts:
+            pooled.merge(part_pooled)
+            spatial.merge(part_spatial)
+            rows |= part_rows
+        kept = torch.from_numpy(np.stack([rows[number] for number in sorted(rows)])) if rows else None
+        return Reference(pooled, spatial if extractor.spatial_dimension else None, kept, protocol)
+
+    return group.on_rank0(merged)
+
+
+def reference_protocol(
+    source: ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
+) -> dict[str, Any]:
+    """Return the protocol of a reference: its extractor, its images and their size."""
+    protocol = {"extractor": extractor.identity(), "images": source.identity(), "resolution": resolution}
+    return protocol if exif == "ignore" else {**protocol, "exif": exif}
+
+
+def open_reference(
+    images: str | ImageSource,
+    extractor: FeatureExtractor,
+    resolution: int,
+    exif: Exif = "ignore",
+    group: Group | None = None,
+) -> Reference:
+    """Read statistics from a file, or measure those of a source of images.
+
+    JLTError for those of another extractor or of images of another size.
+    """
+    if isinstance(images, str) and images.endswith(SUFFIXES):
+        reference = Reference.load(Path(images))
+        if not reference.protocol:
+            inform(f"{images} does not record the extractor and the image size of its statistics: they are unchecked.")
+    else:
+        source = open_source(images) if isinstance(images, str) else images
+        reference = reference_statistics(source, extractor, resolution, exif, group=group)
+    check_reference(reference, extractor, resolution)
+    return reference

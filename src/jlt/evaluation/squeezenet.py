@@ -14,7 +14,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.errors import UsageError
 from jlt.evaluation.dinov2 import imagenet_input
-from jlt.evaluation.extractor import Features, NetworkExtractor
+from jlt.evaluation.extractor import FeatureExtractor, Features
 from jlt.storage.weights import read_weights, require_same_tensors
 
 WEIGHTS_FILE = "squeezenet1_1.safetensors"
@@ -56,7 +56,7 @@ class SqueezeNet(nn.Module):
         return features.mean(dim=(2, 3)), self.classifier(features).relu().mean(dim=(2, 3))
 
 
-class SqueezeNetExtractor(NetworkExtractor):
+class SqueezeNetExtractor(FeatureExtractor):
     """A `SqueezeNet` with weights, always in float32."""
 
     name = "squeezenet"

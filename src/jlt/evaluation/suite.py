@@ -1,19 +1,23 @@
-"""Columns of features, one row per image -> numbers."""
+"""Existing images -> their features on disk, one row per image -> numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.feature_statistics import FeatureStatistics
+from jlt.evaluation.extractor import FeatureExtractor, Features
+from jlt.evaluation.image_files import LabelledBatch
 from jlt.evaluation.metrics import (
     DENSITY_NEIGHBOURS,
+    FeatureStatistics,
     Gaussian,
     inception_score,
     jackknife,
@@ -21,11 +25,10 @@ from jlt.evaluation.metrics import (
     label_agreement,
     overlap,
 )
-from jlt.evaluation.real_images import KEPT
-from jlt.evaluation.reference import Reference, check_reference
+from jlt.evaluation.reference import CHUNK, KEPT, Reference, check_reference
 from jlt.results.evaluation import Metrics
 from jlt.runtime.random_numbers import random_subset
-from jlt.storage.blocks import blocks, take
+from jlt.storage.rows import Column, RowTable, blocks, take
 
 GROUPS = 10
 """Groups of the jackknife, and the fewest images that are measured."""
@@ -129,3 +132,79 @@ def group_of(count: int) -> Int64[np.ndarray, " n"]:
     """
     numbers = np.arange(count)
     return numbers * GROUPS // max(1, count) if count < GROUP_RUN * GROUPS else numbers // GROUP_RUN % GROUPS
+
+
+def open_table(folder: Path, extractor: FeatureExtractor, count: int) -> RowTable:
+    """Open the table of the features of `count` images; JLTError for a disk without room."""
+    columns: dict[str, Column] = {"pooled": (np.float32, (extractor.dimension,)), "labels": (np.int64, ())}
+    if extractor.num_classes:
+        columns["logits"] = (np.float32, (extractor.num_classes,))
+    if extractor.spatial_dimension:
+        columns["spatial"] = (np.float32, (extractor.spatial_dimension,))
+    return RowTable(folder, columns, count)
+
+
+def arrays_of(features: Features) -> dict[str, np.ndarray]:
+    """Return the features of images as rows of a table, without the labels."""
+    tensors = {"pooled": features.pooled, "logits": features.logits, "spatial": features.spatial}
+    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+def columns_of(table: RowTable, labelled: bool) -> Columns:
+    """Return the columns of a full table, with labels if `labelled`."""
+    columns = table.read()
+    labels = columns.pop("labels")
+    return Columns(**columns, labels=labels if labelled else None)
+
+
+def evaluate_images(
+    batches: Iterable[LabelledBatch], reference: Reference, extractor: FeatureExtractor, count: int
+) -> Metrics:
+    """Measure `count` RGB images 0..255, with the labels they were drawn for or None, against a reference.
+
+    A temporary folder holds their features. JLTError before the first batch for a reference of another extractor, fewer
+    than 10 images or a disk without room; at the first batch for a reference of another image size. ValueError unless
+    there are `count` images.
+    """
+    check_reference(reference, extractor)
+    require_enough(count)
+    with tempfile.TemporaryDirectory(prefix="jlt-") as folder:
+        table = open_table(Path(folder) / "features", extractor, count)
+        start, labelled = 0, False
+        for images, labels in in_chunks(batches, CHUNK):
+            if start == 0:
+                check_reference(reference, extractor, images.shape[1])
+                labelled = labels is not None
+            if start + len(images) > count:
+                break
+            numbers = np.full(len(images), -1) if labels is None else labels.cpu().numpy()
+            table.write(start, {**arrays_of(extractor(images)), "labels": numbers})
+            start += len(images)
+        if start != count:
+            raise ValueError(f"{count} images were expected, and there are more or fewer")
+        return measure(columns_of(table, labelled), reference, extractor)[0]
+
+
+def in_chunks(batches: Iterable[LabelledBatch], size: int = CHUNK) -> Iterator[LabelledBatch]:
+    """Yield the same images in batches of `size`, the last one smaller; ValueError if only some have labels."""
+    images: list[UInt8[Tensor, "_ h w 3"]] = []
+    labels: list[Int64[Tensor, " _"]] = []
+    waiting, labelled = 0, None
+    for batch, batch_labels in batches:
+        if labelled not in (None, batch_labels is not None):
+            raise ValueError("some images have labels and some have none")
+        labelled = batch_labels is not None
+        images.append(batch)
+        labels += [] if batch_labels is None else [batch_labels]
+        waiting += len(batch)
+        if waiting < size:
+            continue
+        all_images, all_labels = torch.cat(images), torch.cat(labels) if labelled else None
+        whole = waiting - waiting % size
+        for start in range(0, whole, size):
+            part = slice(start, start + size)
+            yield all_images[part], None if all_labels is None else all_labels[part]
+        images, labels = [all_images[whole:]], [] if all_labels is None else [all_labels[whole:]]
+        waiting -= whole
+    if waiting:
+        yield torch.cat(images), torch.cat(labels) if labelled else None

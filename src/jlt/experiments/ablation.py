@@ -6,31 +6,32 @@ an axis. Run the same command again to resume: every part that exists is kept.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
-from jlt.evaluation.real_images import open_reference
-from jlt.experiments.ablation_run import AblationProgress, AblationRun
-from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of
+from jlt.experiments.ablation_plan import GROWING, AblationConfig, AblationRun, coordinates_folder, systems_of
+from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of, reference_of
 from jlt.experiments.coordinate_stores import store_in_coordinates
-from jlt.experiments.recipes import vary
 from jlt.geometry.forecast import Estimate, forecast
 from jlt.geometry.tokens import token_estimates
 from jlt.latents.store import LatentStore
+from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.ablation import Ablation, Matched, SystemRun
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
+from jlt.results.run import evaluation_files
 from jlt.runtime.environment import default_device, machine
-from jlt.runtime.progress import inform
-from jlt.runtime.worker_pool import run_jobs
+from jlt.runtime.progress import bar, inform
+from jlt.runtime.workers import run_jobs
+from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, difference, lock_folder, read_json
 from jlt.training.checkpoint import open_checkpoint, step_folder
@@ -38,106 +39,64 @@ from jlt.training.loop import train
 
 WORKERS = {"cpu": 2, "cuda": 1}
 """Systems that are trained at once: two processes of one thread suffer less from other programs than two threads."""
-GROWING = {"prediction", "loss_space", "patch_size", "seed", "anisotropy", "width"}
-"""Axes that may get more points when the ablation is run again."""
 PREPARED = {"quickstart.json", "latents", "geometry.json"}
 """What a folder may hold before its ablation begins."""
 AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
 """Settings in which the systems of an ablation may differ."""
-MOST_ANISOTROPY = 3.0
 AXES_OF_WIDTH = {"network.hidden_size", "network.num_heads"}
 AXES_OF_ANISOTROPY = ("latents.autoencoder.normalisation.coordinates", "latents.manifest_sha256")
 """Further settings that differ if width or anisotropy are axes; for anisotropy, all that begin with these names."""
 
 
-@dataclass(frozen=True)
-class AblationConfig:
-    """Which systems are compared, and how they are measured."""
-
-    train: TrainConfig
-    prediction: tuple[Prediction, ...]
-    loss_space: tuple[LossSpace, ...]
-    patch_size: tuple[int, ...]
-    seed: tuple[int, ...]
-    sample: SampleConfig
-    evaluations: int
-    """Points of each training curve; the last is the end of the training."""
-    extractor: str
-    reference: str
-    """Real images, or an .npz of their statistics; empty takes the images that the store was made from."""
-    title: str
-    recipe: str
-    features_path: str = ""
-    """Where the extractor's weights are, if not in the usual place."""
-    anisotropy: tuple[float, ...] = ()
-    """Powers to which other coordinates raise the eigenvalues of the tokens; empty takes the latents unchanged."""
-    width: tuple[int, ...] = ()
-    """Widths of the network; empty takes that of the recipe."""
-
-    def __post_init__(self) -> None:
-        for axis in sorted(GROWING):
-            points = getattr(self, axis)
-            may_be_empty = axis in ("anisotropy", "width")
-            # As in the names of folders.
-            names = {f"{point:g}" if isinstance(point, float) else point for point in points}
-            if not (points or may_be_empty) or len(names) < len(points):
-                raise UsageError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
-        if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
-            raise UsageError(f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched.")
-        if self.train.sample_every or self.train.evaluate_every:
-            raise UsageError("An ablation evaluates its runs itself: set --evaluations instead.")
-        if self.evaluations < 1:
-            raise UsageError("An ablation needs at least one evaluation.")
-
-
-def systems_of(config: AblationConfig, latents: Path, out: Path, device: str) -> list[AblationRun]:
-    """Return the runs of an ablation, the longest first, so that all workers end at about the same time."""
-    every = math.ceil(config.train.steps / config.evaluations)
-    reference, systems = reference_path(config, out), []
-    axes = itertools.product(
-        config.seed,
-        config.patch_size,
-        config.width or (None,),
-        config.anisotropy or (None,),
-        config.loss_space,
-        config.prediction,
-    )
-    for seed, patch_size, width, anisotropy, loss_space, prediction in axes:
-        varied = vary(config.train, prediction, loss_space, patch_size, seed, width)
-        # The evaluations need every checkpoint.
-        varied = replace(varied, checkpoint_every=every, keep_last=0)
-        further = "" if anisotropy is None else f"-a{anisotropy:g}"
-        further += "" if width is None else f"-w{width}"
-        run = out / "runs" / f"{prediction}-{loss_space}-p{patch_size}{further}-s{seed}"
-        systems.append(
-            AblationRun(
-                config=varied,
-                run=run,
-                latents=latents if anisotropy is None else coordinates_folder(out, patch_size, anisotropy),
-                reference=reference,
-                extractor=config.extractor,
-                sample=config.sample,
-                device=device,
-                features_path=config.features_path,
-                anisotropy=anisotropy,
-                width=width,
-            )
-        )
-    return sorted(systems, key=lambda system: (system.config.network.patch_size, -system.config.network.hidden_size))
-
-
-def coordinates_folder(out: Path, patch_size: int, anisotropy: float) -> Path:
-    """Return where an ablation keeps the latents in other coordinates."""
-    return out / "coordinates" / f"a{anisotropy:g}-p{patch_size}"
-
-
 def run_system(system: AblationRun) -> None:
     """Train one system, measure it along its training and draw its sample grid; what exists is kept."""
-    train(system.config, LatentStore.open(system.latents), system.run, system.device)
-    extractor = load_extractor(system.extractor, system.device, system.features_path or None)
-    evaluate_run(system.run, system.evaluated_steps, str(system.reference), extractor, system.sample, system.device)
+    ablation, device = system.ablation, default_device()
+    train(system.config, LatentStore.open(system.latents), system.run, device)
+    extractor = load_extractor(ablation.extractor, device, ablation.features_path or None)
+    evaluate_run(system.run, system.evaluated_steps, str(system.reference), extractor, ablation.sample, device)
     last = open_checkpoint(step_folder(system.run, system.config.steps))
-    draw_grid(last, system.sample, system.device, system.run / "samples" / "grid.png")
+    draw_grid(last, ablation.sample, device, system.run / "samples" / "grid.png")
+
+
+@contextlib.contextmanager
+def show_progress(systems: Sequence[AblationRun]) -> Iterator[Callable[[], None]]:
+    """Show how much of all arithmetic is done, from the logs that the workers write; yield what shows it again."""
+    total = sum(_work(system, system.config.steps, len(system.evaluated_steps)) for system in systems)
+    with bar("training and evaluating", total) as shown:
+
+        def show() -> None:
+            done, active = 0.0, []
+            for system in systems:
+                step, evaluated = last_step(system.run), _evaluated(system)
+                done += _work(system, step, evaluated)
+                if step > 0 and evaluated < len(system.evaluated_steps):
+                    active.append(f"{system.config.name} {step}/{system.config.steps}")
+            shown.show(done, ", ".join(active))
+
+        show()
+        yield show
+
+
+def _work(system: AblationRun, steps: int, evaluations: int) -> float:
+    """Return the arithmetic of some steps and evaluations, in operations."""
+    network, sample = system.config.network, system.ablation.sample
+    evaluation = forward_flops(network) * network_evaluations(sample.solver, sample.steps) * sample.num
+    return training_flops(network) * system.config.batch_size * steps + evaluation * evaluations
+
+
+def _evaluated(system: AblationRun) -> int:
+    """Return how many of the ablation's own steps are measured; the run may have further evaluations."""
+    found = {path.name.partition("-")[0] for path in evaluation_files(system.run)}
+    return len(found & {f"step_{step:07d}" for step in system.evaluated_steps})
+
+
+def last_step(run: Path) -> int:
+    """Return the last logged step of a run, 0 before the first."""
+    path = run / "log.jsonl"
+    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError):
+            return json.loads(line).get("step", 0)
+    return 0
 
 
 def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None, command: str) -> Ablation:
@@ -146,7 +105,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     `command` repeats it. JLTError if the runs are not matched, Stopped on request.
     """
     store, device = LatentStore.open(latents), default_device()
-    systems = systems_of(config, latents, out, device)
+    systems = systems_of(config, latents, out)
     check_matched([to_json(system.config) for system in systems], config)
     for system in systems:
         # Settings that no forecast covers are refused before anything is written.
@@ -157,27 +116,21 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     claim(out, config, store)
     with lock_folder(out):
         images = config.reference or images_of(store)
-        if not reference_path(config, out).exists():
+        if not config.reference_path(out).exists():
             extractor = load_extractor(config.extractor, device, config.features_path or None)
-            exif = (store.manifest.encoding or {}).get("exif", "ignore")
-            open_reference(images, extractor, store.manifest.resolution, exif).save(reference_path(config, out))
+            reference_of(store, images, extractor).save(config.reference_path(out))
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
         expected = forecasts(systems, _known_forecasts(out), device)
         ablation = replace(describe(config, systems, store, device), command=command, forecasts=expected)
         # Written before the work too, for reports on an ablation under way.
         write_result(out / Ablation.FILE, ablation)
-        with AblationProgress(systems) as progress:
-            run_jobs(run_system, systems, workers, progress.poll)
+        with show_progress(systems) as show:
+            run_jobs(run_system, systems, workers, show)
         seconds, matched = prove_matched(systems, config)
         ablation = replace(ablation, seconds=seconds, matched=matched)
         write_result(out / Ablation.FILE, ablation)
     return ablation
-
-
-def reference_path(config: AblationConfig, out: Path) -> Path:
-    """Return the file of the reference statistics, which may have to be measured first."""
-    return Path(config.reference) if config.reference.endswith(".npz") else out / "reference.npz"
 
 
 def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig) -> list[str]:

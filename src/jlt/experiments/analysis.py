@@ -31,19 +31,12 @@ class AnalysisConfig:
         """Return the geometry of a store from its moments; JLTError for latents without any variance."""
         return assemble_geometry(moments, store.identity(), self.patch_sizes, self.widths, self.model)
 
-    def matches(self, geometry: Geometry, store: Latents) -> bool:
-        """Return whether a geometry is of this store and this configuration."""
-        stored = (geometry.latents, geometry.patch_sizes, geometry.widths, geometry.training)
-        return stored == (store.identity(), self.patch_sizes, self.widths, self.model)
-
 
 def measure_geometry(
     store: Latents, folder: Path, config: AnalysisConfig, device: str = "cpu", group: Group | None = None
 ) -> Geometry:
     """Write `geometry.json` into a folder, or keep the one that is there if it is of the same configuration."""
-    group = group or SingleProcess()
-    stored = _stored(store, folder, config, group)
-    return stored or _write(measure_moments(store, config.patch_sizes, device, group), store, folder, config, group)
+    return _measure(store, folder, config, (), device, group or SingleProcess())[0]
 
 
 def analyze_into(
@@ -59,50 +52,35 @@ def analyze_into(
     A stored geometry of the same configuration is kept, and the store is read once. Returns the results in all
     processes. JLTError for networks that cannot be compared on this store.
     """
-    group = group or SingleProcess()
+    group, inside = group or SingleProcess(), None
     if networks is not None:
         require_comparable(networks.checkpoints, store)
     for patch_size in config.patch_sizes:
         require_divisor(patch_size, store.shape.height, store.shape.width)
     group.on_rank0(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
-    if networks is None:
-        geometry, inside = measure_geometry(store, out, config, device, group), None
-        group.on_rank0(lambda: (out / INSIDE).unlink(missing_ok=True))
-    else:
-        geometry, inside = _analyze_with(networks, store, out, config, device, group)
-    group.on_rank0(lambda: write_report(out))
+    further = (networks.patch_size,) if networks else ()
+    geometry, moments = _measure(store, out, config, further, device, group)
+    if networks:
+        inside = measure_error_by_direction(networks, store, moments, device, group)
+
+    def write() -> None:
+        if inside:
+            write_result(out / INSIDE, inside)
+        else:
+            (out / INSIDE).unlink(missing_ok=True)
+        write_report(out)
+
+    group.on_rank0(write)
     return geometry, inside
 
 
-def _analyze_with(
-    networks: Networks, store: Latents, out: Path, config: AnalysisConfig, device: str, group: Group
-) -> tuple[Geometry, ErrorByDirection]:
-    """Write `geometry.json` and `inside.json` from one pass over the store."""
-    geometry = _stored(store, out, config, group)
-    patch_sizes = (networks.patch_size, *(() if geometry else config.patch_sizes))
-    moments = measure_moments(store, patch_sizes, device, group)
-    geometry = geometry or _write(moments, store, out, config, group)
-    inside = measure_error_by_direction(networks, store, moments, device, group)
-    group.on_rank0(lambda: write_result(out / INSIDE, inside))
-    return geometry, inside
-
-
-def _stored(store: Latents, folder: Path, config: AnalysisConfig, group: Group) -> Geometry | None:
-    """Return the geometry in a folder, in all processes; None if there is no readable one of this configuration."""
-    stored = group.on_rank0(lambda: _readable(folder / GEOMETRY))
-    return stored if stored is not None and config.matches(stored, store) else None
-
-
-def _readable(path: Path) -> Geometry | None:
-    try:
-        return read_result(Geometry, path) if path.exists() else None
-    except JLTError as error:
-        inform(f"{error} The geometry is measured again.")
-        return None
-
-
-def _write(moments: Moments | None, store: Latents, folder: Path, config: AnalysisConfig, group: Group) -> Geometry:
-    """Write the geometry of a store from the moments in the first process, and return it in all."""
+def _measure(
+    store: Latents, folder: Path, config: AnalysisConfig, further: tuple[int, ...], device: str, group: Group
+) -> tuple[Geometry, Moments | None]:
+    """Return the geometry in a folder, written if need be, in all processes, and moments for further patch sizes."""
+    stored = group.on_rank0(lambda: _stored(store, folder / GEOMETRY, config))
+    patch_sizes = (*further, *(() if stored else config.patch_sizes))
+    moments = measure_moments(store, patch_sizes, device, group) if patch_sizes else None
 
     def write() -> Geometry:
         geometry = config.geometry_of(rank0_value(moments), store)
@@ -111,4 +89,15 @@ def _write(moments: Moments | None, store: Latents, folder: Path, config: Analys
         write_result(folder / GEOMETRY, geometry)
         return geometry
 
-    return group.on_rank0(write)
+    return stored or group.on_rank0(write), moments
+
+
+def _stored(store: Latents, path: Path, config: AnalysisConfig) -> Geometry | None:
+    """Return the geometry in a file; None if there is no readable one of this store and configuration."""
+    try:
+        found = read_result(Geometry, path) if path.exists() else None
+    except JLTError as error:
+        inform(f"{error} The geometry is measured again.")
+        return None
+    wanted = (store.identity(), config.patch_sizes, config.widths, config.model)
+    return found if found and (found.latents, found.patch_sizes, found.widths, found.training) == wanted else None

@@ -8,38 +8,37 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
 from jlt.config import SampleConfig
 from jlt.errors import JLTError
-from jlt.evaluation.evaluator import evaluate_images
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.feature_table import columns_of
 from jlt.evaluation.image_files import open_images
-from jlt.evaluation.real_images import open_reference
-from jlt.evaluation.reference import Reference, check_reference
-from jlt.evaluation.suite import measure, require_enough
-from jlt.experiments.drawn_features import drawn_features
+from jlt.evaluation.reference import CHUNK, Reference, check_reference, open_reference
+from jlt.evaluation.suite import arrays_of, columns_of, evaluate_images, measure, open_table, require_enough
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import reopen_source
-from jlt.images.selected import Selected
-from jlt.images.source import ImageSource
+from jlt.images.source import ImageSource, Selected
 from jlt.latents.store import LatentStore
 from jlt.results.evaluation import Evaluation, Jackknife, Metrics
 from jlt.results.files import read_result, write_result
 from jlt.runtime.environment import default_device, versions
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
-from jlt.runtime.progress import inform
+from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
-from jlt.sampling.sampler import ImageSampler, open_sampler
+from jlt.sampling.sampler import ImageBatch, ImageSampler, batches_of, open_sampler
 from jlt.sampling.save import ARRAY, PROTOCOL
 from jlt.storage.codec import to_json
 from jlt.storage.files import LOCK, atomic_path, lock_folder, read_json, require_unlinked
-from jlt.storage.rows import RowTable
+from jlt.storage.rows import RowTable, unwritten
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
 BATCH_SIZE = 250
@@ -47,6 +46,14 @@ IMAGES_PER_DIMENSION = 10
 """Fewer images than this per dimension of the features give a warning."""
 GRID_COLUMNS = 8
 """Samples of each class in a grid."""
+
+
+def reference_of(
+    store: LatentStore, real_images: str | ImageSource, extractor: FeatureExtractor, group: Group | None = None
+) -> Reference:
+    """Open the real images that samples are compared with, by default those that a store was encoded from."""
+    exif = (store.manifest.encoding or {}).get("exif", "ignore")
+    return open_reference(real_images or images_of(store), extractor, store.manifest.resolution, exif, group)
 
 
 def images_of(store: LatentStore) -> ImageSource:
@@ -97,6 +104,69 @@ def evaluate_sampler(
     return Evaluation(sampler.checkpoint.step, metrics, to_json(protocol), jackknife)
 
 
+def table_folder(sampler: ImageSampler, extractor: FeatureExtractor, place: Path) -> Path:
+    """Return the folder in `place` for the features of a sampler, the same for any number of images."""
+    identity = {**sampler.protocol(), "count": None, "extractor": extractor.identity()}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return place / f"{sampler.checkpoint.folder.name}-{digest}"
+
+
+@contextlib.contextmanager
+def drawn_features(sampler: ImageSampler, extractor: FeatureExtractor, place: Path, group: Group) -> Iterator[RowTable]:
+    """Draw the images that a table in `place` does not have yet, in all processes; yield the full table, locked.
+
+    A table of fewer images grows to this many. Stopped if any process is to stop: the written rows stay, and the same
+    call resumes. JLTError if another program draws into the same table, or if the processes do not share its folder.
+    """
+    folder, num = table_folder(sampler, extractor, place), sampler.config.num
+    with contextlib.ExitStack() as held:
+
+        def find() -> list[range]:
+            held.enter_context(lock_folder(folder, place))
+            written = open_table(folder, extractor, num).written()
+            if written.any():
+                inform(f"{written.sum()} of {len(written)} images were drawn before.")
+            return unwritten(batches_of(num, sampler.config.batch_size), written)
+
+        missing = group.on_rank0(find)
+        images, drawn = sum(map(len, missing)), group.begin()
+        with stop_together(group) as until_stopped, bar("sampling and measuring", images) as shown:
+            table = open_table(folder, extractor, num)
+            batches = until_stopped(sampler.batches(missing[group.rank :: group.size]))
+            for start, pixels, labels in aligned(batches):
+                table.write(start, {**arrays_of(extractor(pixels)), "labels": labels.numpy()})
+                shown.show(group.add(drawn, len(labels)))
+        group.on_rank0(table.require_full)
+        yield table
+
+
+def aligned(
+    batches: Iterable[ImageBatch], size: int = CHUNK
+) -> Iterator[tuple[int, UInt8[Tensor, "n h w 3"], Int64[Tensor, " n"]]]:
+    """Yield the same numbered images cut at multiples of `size`, as far as they are consecutive.
+
+    An extractor then gets the same batches as in `evaluate_images`, and so the same digits. Ranges that are no
+    multiples of `size` and are shared among processes change the last digits.
+    """
+    waiting: ImageBatch | None = None
+    for batch in batches:
+        if waiting is not None and waiting.start + len(waiting.labels) == batch.start:
+            images, labels = torch.cat((waiting.images, batch.images)), torch.cat((waiting.labels, batch.labels))
+            batch = ImageBatch(waiting.start, images, labels)
+        elif waiting is not None:
+            yield waiting.start, waiting.images, waiting.labels
+        end = batch.start + len(batch.labels)
+        cuts = [batch.start, *range((batch.start // size + 1) * size, end + 1, size)]
+        for cut, next_cut in pairwise(cuts):
+            part = slice(cut - batch.start, next_cut - batch.start)
+            yield cut, batch.images[part], batch.labels[part]
+        rest = slice(cuts[-1] - batch.start, None)
+        left = ImageBatch(cuts[-1], batch.images[rest], batch.labels[rest])
+        waiting = left if len(left.labels) else None
+    if waiting is not None:
+        yield waiting.start, waiting.images, waiting.labels
+
+
 def _remove(table: RowTable) -> None:
     """Remove a table that this process has locked, and the folder of tables if it was the last one."""
     table.remove()
@@ -127,8 +197,7 @@ def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: Fea
 
 def evaluate_files(samples: Path, real_images: str, extractor: FeatureExtractor) -> Evaluation:
     """Measure the images of a folder or of an .npz against real images or their statistics."""
-    images = open_images(samples)
-    drawn = _drawn_by(samples)
+    images, drawn = open_images(samples), _drawn_by(samples)
     wanted = drawn.get("drawn", {}).get("count", len(images))
     if wanted > len(images):
         raise JLTError(f"{samples} holds {len(images)} of {wanted} images: finish the sampling first.")

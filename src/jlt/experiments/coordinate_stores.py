@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +11,8 @@ import numpy as np
 
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
 from jlt.geometry.covariance import TokenCovariance
-from jlt.latents.manifest import ShardRecord, write_manifest
+from jlt.latents.manifest import LatentSums, ShardRecord, write_manifest
 from jlt.latents.shards import ShardWriter
-from jlt.latents.statistics import LatentSums
 from jlt.latents.store import LatentStore
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder
@@ -37,8 +36,7 @@ def store_in_coordinates(store: LatentStore, folder: Path, patch_size: int, anis
         begun = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir()
-        coordinates = measure_coordinates(store, patch_size, anisotropy)
-        _write(store, coordinates, begun, folder)
+        _write(store, measure_coordinates(store, patch_size, anisotropy), begun, folder)
         begun.rename(folder)
     return LatentStore.open(folder)
 
@@ -58,16 +56,16 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
     for shard in track(manifest.shards, f"latents with anisotropy {coordinates.anisotropy:g}", len(manifest.shards)):
         numbers = np.arange(first, first + shard.count)
         path, first = begun / shard.file, first + shard.count
-        names = ("latents", "latents_flip") if manifest.flips else ("latents",)
+        kinds = {"latents": False, **({"latents_flip": True} if manifest.flips else {})}
         shape = (shard.count, manifest.channels, manifest.height, manifest.width)
-        sizes: dict[str, tuple[str, tuple[int, ...]]] = {"labels": ("I64", (shard.count,))}
-        sizes.update(dict.fromkeys(names, ("F32", shape)))
+        sizes = {"labels": ("I64", (shard.count,)), **dict.fromkeys(kinds, ("F32", shape))}
         with ShardWriter(path, sizes) as writer:
             writer.write("labels", 0, store.labels[numbers])
-            for name in names:
-                for row, part in _mapped(store, coordinates, numbers, name == "latents_flip"):
-                    writer.write(name, row, part)
-                    sums = sums.add(part)
+            for (name, flipped), row in itertools.product(kinds.items(), range(0, shard.count, BATCH_SIZE)):
+                chosen = numbers[row : row + BATCH_SIZE]
+                mapped = coordinates.apply(store.gather(chosen, np.full(len(chosen), flipped))[0]).numpy()
+                writer.write(name, row, mapped)
+                sums = sums.add(mapped)
         records.append(ShardRecord(path.name, shard.count, path.stat().st_size, sha256_file(path)))
     autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu")
     identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
@@ -77,12 +75,3 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
         manifest, autoencoder=identity, encoding=None, dtype="float32", shards=tuple(records), **sums.moments()
     )
     write_manifest(begun, changed)
-
-
-def _mapped(
-    store: LatentStore, coordinates: Coordinates, numbers: np.ndarray, flipped: bool
-) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(numbers), BATCH_SIZE):
-        chosen = numbers[start : start + BATCH_SIZE]
-        latents, _ = store.gather(chosen, np.full(len(chosen), flipped))
-        yield start, coordinates.apply(latents).numpy()

@@ -21,9 +21,8 @@ from torch import Tensor
 from jlt.errors import JLTError, UsageError
 from jlt.geometry.accumulate import Latents, Moments
 from jlt.geometry.assemble import rows
-from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.covariance import StationaryCovariance, TokenCovariance, frequencies, multiplicity
 from jlt.geometry.gaussian import conditional_variance
-from jlt.geometry.stationary import StationaryCovariance, frequencies, multiplicity
 from jlt.geometry.tokens import eigenbasis
 from jlt.patches import patch_tokens, unpatchify
 from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, NetworkError
@@ -96,7 +95,7 @@ def measure_error_by_direction(
         found.append((checkpoint, weights.identity, squares))
 
     def assemble() -> ErrorByDirection:
-        first = rank0_value(found[0][2])
+        squares = [rank0_value(of_network) for *_, of_network in found]
         return ErrorByDirection(
             patch_size=networks.patch_size,
             latents=store.identity(),
@@ -108,11 +107,11 @@ def measure_error_by_direction(
             whole_optimum=rows(basis.whole_optimum),
             whole_estimate=basis.whole_estimate,
             networks=tuple(
-                network_error(checkpoint, identity, rank0_value(squares), basis, scale)
-                for checkpoint, identity, squares in found
+                network_error(checkpoint, identity, errors, basis, scale)
+                for (checkpoint, identity, _), errors in zip(found, squares, strict=True)
             ),
             beyond_the_first=tuple(
-                ErrorDifference(*map(rows, _mean_and_error(rank0_value(squares) - first))) for *_, squares in found[1:]
+                ErrorDifference(*map(rows, _mean_and_error(errors - squares[0]))) for errors in squares[1:]
             ),
         )
 
@@ -122,14 +121,13 @@ def measure_error_by_direction(
 def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -> Basis:
     """Return the directions of tokens with the optima of eq. 11, of tokens and of whole latents."""
     eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
-    vectors, stationary = vectors.cpu(), moments.stationary
+    vectors, stationary, whole = vectors.cpu(), moments.stationary, moments.whole
     optimum = unavoidable_error(eigenvalues, noise_scale)
-    if isinstance(moments.whole, TokenCovariance):
-        covariance = moments.whole.covariance.cpu()
-        whole = whole_optimum(covariance, stationary.shape, patch_size, vectors, noise_scale)
-        return Basis(patch_size, eigenvalues, vectors, optimum, whole, "exact")
-    whole = stationary_optimum(stationary, patch_size, vectors, noise_scale)
-    return Basis(patch_size, eigenvalues, vectors, optimum, whole, "stationary")
+    if isinstance(whole, TokenCovariance):
+        exact = whole_optimum(whole.covariance.cpu(), stationary.shape, patch_size, vectors, noise_scale)
+        return Basis(patch_size, eigenvalues, vectors, optimum, exact, "exact")
+    on_torus = stationary_optimum(stationary, patch_size, vectors, noise_scale)
+    return Basis(patch_size, eigenvalues, vectors, optimum, on_torus, "stationary")
 
 
 def unavoidable_error(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
@@ -199,14 +197,13 @@ def squared_errors(
             seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
             eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
             velocities = (denoiser.velocity(t * x + (1 - t) * eps, t, labels) for t in MEASURED_TIMES)
-            errors = torch.stack([along(velocity - (x - eps), basis) for velocity in velocities])
-            found.append((start, errors))
+            found.append((start, torch.stack([_along(velocity - (x - eps), basis) for velocity in velocities])))
             shown.show(group.add(seen, len(chosen)))
     whole = group.reduce_to_rank0(found, list.extend)
     return None if whole is None else torch.cat([errors for _, errors in sorted(whole, key=itemgetter(0))], dim=1)
 
 
-def along(error: Float[Tensor, "n c h w"], basis: Basis) -> Float64[Tensor, "n d"]:
+def _along(error: Float[Tensor, "n c h w"], basis: Basis) -> Float64[Tensor, "n d"]:
     """Return the mean over tokens of the squared components of an error along the directions, on the CPU."""
     tokens = patch_tokens(error.double(), basis.patch_size) @ basis.vectors.to(error.device)
     return tokens.square().view(len(error), -1, len(basis.eigenvalues)).mean(1).cpu()
@@ -224,9 +221,14 @@ def network_error(
     noise_scale: float,
 ) -> NetworkError:
     """Return the errors of one network: means over latents, and their sums over bands of directions."""
-    mean, error = _mean_and_error(squares)
-    excess, lam = mean - basis.optimum, basis.eigenvalues / noise_scale**2
-    bands = [(low, high, (lam >= low) & (lam < (np.inf if high is None else high))) for low, high in BANDS]
+    mean, standard_error = _mean_and_error(squares)
+    lam = basis.eigenvalues / noise_scale**2
+    bands = []
+    for low, high in BANDS:
+        inside = (lam >= low) & (lam < (np.inf if high is None else high))
+        if inside.any():
+            error, beyond = (tuple(values[:, inside].sum(1).tolist()) for values in (mean, mean - basis.optimum))
+            bands.append(Band(int(inside.sum()), error, beyond, low, high))
     return NetworkError(
         name=checkpoint.config.name,
         run=checkpoint.run.name,
@@ -234,29 +236,18 @@ def network_error(
         prediction=checkpoint.config.prediction,
         **identity,
         error=rows(mean),
-        standard_error=rows(error),
-        bands=tuple(
-            Band(
-                directions=int(inside.sum()),
-                error=tuple(mean[:, inside].sum(1).tolist()),
-                beyond_optimum=tuple(excess[:, inside].sum(1).tolist()),
-                low=low,
-                high=high,
-            )
-            for low, high, inside in bands
-            if inside.any()
-        ),
+        standard_error=rows(standard_error),
+        bands=tuple(bands),
     )
 
 
 def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:
     """Raise JLTError for checkpoints of other latents, and for networks of different patch sizes or noise scales."""
     sizes = {checkpoint.config.network.patch_size for checkpoint in checkpoints}
-    if len(sizes) > 1:
-        raise JLTError(f"Networks of different patch sizes have no common directions: {sorted(sizes)}.")
     scales = {checkpoint.config.noise_scale for checkpoint in checkpoints}
-    if len(scales) > 1:
-        raise JLTError(f"Networks of different noise scales have no common noise: {sorted(scales)}.")
+    for values, what, shared in ((sizes, "patch sizes", "directions"), (scales, "noise scales", "noise")):
+        if len(values) > 1:
+            raise JLTError(f"Networks of different {what} have no common {shared}: {sorted(values)}.")
     for checkpoint in checkpoints:
         wanted = {key: store.identity()[key] for key in ("autoencoder", "source", "resolution")}
         if differences := difference({key: checkpoint.latents[key] for key in wanted}, wanted):

@@ -8,8 +8,7 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.real_images import KEPT, reference_protocol, reference_statistics
-from jlt.evaluation.reference import Reference, require_npz
+from jlt.evaluation.reference import KEPT, Reference, reference_protocol, reference_statistics, require_npz
 from jlt.images.source import ImageSource
 from jlt.runtime.processes import join_group
 from jlt.runtime.progress import inform

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from jlt.config import PREDICTIONS
-from jlt.experiments.ablation import AblationConfig, ablate
+from jlt.experiments.ablation import ablate
+from jlt.experiments.ablation_plan import AblationConfig
 from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
 from jlt.latents.encode_config import EncodeConfig
@@ -22,7 +23,6 @@ ENCODING = EncodeConfig(
     images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32"
 )
 PATCH_SIZES = (1, 2)
-EVALUATIONS = 5
 
 
 def quickstart(
@@ -54,13 +54,11 @@ def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int |
     return AblationConfig(
         train=train if steps is None else dataclasses.replace(train, steps=steps),
         prediction=PREDICTIONS,
-        loss_space=("v",),
         patch_size=PATCH_SIZES,
         seed=seeds,
         sample=DIGITS_SAMPLING,
-        evaluations=EVALUATIONS,
+        evaluations=5,
         extractor="digits",
-        reference="",
         title="Which target do the digits' latents favour?",
         recipe="digits",
     )

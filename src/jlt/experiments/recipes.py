@@ -1,4 +1,6 @@
-"""Recipes: named functions from the shape of a latent space to a resolved training run.
+"""Names of systems and recipes: named functions from the shape of a latent space to a resolved training run.
+
+JLT-B/1 predicts x with the base network at patch 1; DiT-B/1 is the same network predicting v.
 
 All systems of a family differ in the prediction and the patch size and in nothing else. The loss is the matched one
 (eq. 5); the authors' own is `--loss.weighting published`, and their script's times for velocity prediction
@@ -8,14 +10,24 @@ All systems of a family differ in the prediction and the patch size and in nothi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from jlt.config import FLUX2_IMAGENET256, LatentShape, LossSpace, OptimizerConfig, Prediction, SampleConfig, TrainConfig
+from jlt.config import (
+    FLUX2_IMAGENET256,
+    LatentShape,
+    LossSpace,
+    NetworkConfig,
+    OptimizerConfig,
+    Prediction,
+    SampleConfig,
+    TrainConfig,
+)
 from jlt.errors import JLTError, unknown_name
-from jlt.experiments.systems import system_name
-from jlt.networks.sizes import size_name, sized_network
+from jlt.networks.sizes import SIZES, size_name, sized_network
 from jlt.storage.codec import from_json
 from jlt.storage.files import read_json
 
@@ -25,6 +37,30 @@ IMAGENET_IMAGES = 1_281_167
 DIGITS_IMAGES = 1_797
 DIGITS = LatentShape(channels=16, height=4, width=4, num_classes=10)
 """The bundled digits at 32x32 through the bundled autoencoder."""
+
+
+FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT", "eps": "DiT-eps"}
+PATCH_SIZES = (1, 2, 4)
+
+
+def system_name(prediction: Prediction, size: str, patch_size: int) -> str:
+    """Return the name of a prediction with a network's size and patch."""
+    return f"{FAMILIES[prediction]}-{size}/{patch_size}"
+
+
+def preset(name: str, latents: LatentShape = FLUX2_IMAGENET256) -> tuple[Prediction, NetworkConfig]:
+    """Return prediction and network of a name such as `JLT-B/1`, for latents of a shape; JLTError for unknown names."""
+    systems = {system_name(*point): point for point in itertools.product(FAMILIES, SIZES, PATCH_SIZES)}
+    if name not in systems:
+        raise unknown_name("network", name, systems)
+    prediction, size, patch_size = systems[name]
+    return prediction, sized_network(size, patch_size, latents)
+
+
+def preset_config(name: str, **settings: Any) -> TrainConfig:
+    """Return a training of a named network, such as `JLT-B/1`; UsageError for an unknown name."""
+    prediction, network = preset(name)
+    return TrainConfig(name=name, prediction=prediction, network=network, flips=True, **settings)
 
 
 def imagenet256(prediction: Prediction, size: str, patch_size: int, latents: LatentShape) -> TrainConfig:
@@ -66,8 +102,6 @@ RECIPES: dict[str, Recipe] = {
     **{f"imagenet256-{system_name(*run).lower().replace('/', '')}": partial(imagenet256, *run) for run in PUBLISHED},
     "digits": partial(digits, "x", 1),
 }
-DEFAULT_LATENTS = {name: DIGITS if name == "digits" else FLUX2_IMAGENET256 for name in RECIPES}
-DEFAULT_IMAGES = {name: DIGITS_IMAGES if name == "digits" else IMAGENET_IMAGES for name in RECIPES}
 
 
 def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig:
@@ -80,12 +114,14 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
         return from_json(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
-    return RECIPES[name](latents or DEFAULT_LATENTS[name])
+    return RECIPES[name](latents or (DIGITS if name == "digits" else FLUX2_IMAGENET256))
 
 
 def images_of_recipe(name: str) -> int:
     """Return the number of latents that a recipe was made for."""
-    return read_json(Path(name))["latents"]["count"] if name.endswith(".json") else DEFAULT_IMAGES[name]
+    if name.endswith(".json"):
+        return read_json(Path(name))["latents"]["count"]
+    return DIGITS_IMAGES if name == "digits" else IMAGENET_IMAGES
 
 
 def vary(

@@ -9,12 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jlt.config import EvaluationConfig, TrainConfig
+from jlt.config import TrainConfig
 from jlt.errors import unknown_name
 from jlt.evaluation.extractors import load_extractor
-from jlt.evaluation.real_images import open_reference
 from jlt.evaluation.suite import require_enough
-from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_once, images_of
+from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_once, reference_of
 from jlt.latents.store import LatentStore
 from jlt.runtime.environment import default_device
 from jlt.runtime.processes import Group, join_group, stop_together
@@ -76,16 +75,23 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     matching_autoencoder(store.manifest.autoencoder, None, device)
 
 
-class GridWatcher(Watcher):
+class PeriodicWatcher(Watcher):
+    """Looks at the checkpoints of every so many steps, and at the last one."""
+
+    def __init__(self, every: int, last: int) -> None:
+        self._every, self._last = every, last
+
+    def due(self, step: int) -> bool:
+        """Whether it looks at the checkpoint of this step."""
+        return step > 0 and (step % self._every == 0 or step == self._last)
+
+
+class GridWatcher(PeriodicWatcher):
     """Draws a grid of samples, from the same noise and labels each time."""
 
     def __init__(self, config: TrainConfig, device: str) -> None:
-        self._every, self._last = config.sample_every, config.steps
+        super().__init__(config.sample_every, config.steps)
         self._sample, self._device = config.evaluation.sample, device
-
-    def due(self, step: int) -> bool:
-        """Whether a grid is drawn at this step."""
-        return step > 0 and (step % self._every == 0 or step == self._last)
 
     def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Draw a checkpoint's grid into the run, unless it exists, in the first process."""
@@ -100,21 +106,15 @@ class GridWatcher(Watcher):
         return {"event": "sampled", "file": f"samples/{path.name}"}
 
 
-class EvaluationWatcher(Watcher):
+class EvaluationWatcher(PeriodicWatcher):
     """Measures samples against the reference, as `jlt evaluate` does, in all processes."""
 
     def __init__(self, config: TrainConfig, device: str, store: LatentStore, group: Group) -> None:
         """Measure or read the reference now, before the training."""
-        self._every, self._last, self._device = config.evaluate_every, config.steps, device
-        self._config: EvaluationConfig = config.evaluation
+        super().__init__(config.evaluate_every, config.steps)
+        self._config, self._device = config.evaluation, device
         self._extractor = load_extractor(self._config.features, device, self._config.features_path or None)
-        real_images = self._config.reference or images_of(store)
-        exif = (store.manifest.encoding or {}).get("exif", "ignore")
-        self._reference = open_reference(real_images, self._extractor, store.manifest.resolution, exif, group)
-
-    def due(self, step: int) -> bool:
-        """Whether the checkpoint of this step is measured."""
-        return step > 0 and (step % self._every == 0 or step == self._last)
+        self._reference = reference_of(store, self._config.reference, self._extractor, group)
 
     def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
         """Measure a checkpoint and write the result into its run, unless it exists."""

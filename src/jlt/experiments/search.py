@@ -5,6 +5,7 @@ This module knows nothing of networks: a function that it is given measures the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -62,13 +63,8 @@ class SweepConfig:
 
     def settings(self) -> list[Setting]:
         """Return the grid, average by average. Without guidance an interval has no effect, so it is measured once."""
-        found = [
-            setting_of(scale, interval, ema)
-            for ema in self.ema
-            for interval in self.cfg_interval
-            for scale in self.cfg_scale
-        ]
-        return list(dict.fromkeys(found))
+        grid = itertools.product(self.ema, self.cfg_interval, self.cfg_scale)
+        return list(dict.fromkeys(setting_of(scale, interval, ema) for ema, interval, scale in grid))
 
     def sample_config(self, setting: Setting, num: int, seed: int) -> SampleConfig:
         """Return how the images of a setting are drawn."""
@@ -168,7 +164,9 @@ def search(config: SweepConfig, measure: Measure, drop: Callable[[Setting], None
                 drop(point.setting)
         if len(kept) == 1 or num >= config.sample.num:
             break
-        left, num = _in_order(config, kept), min(GROWTH * num, config.sample.num)
+        # Average by average, so that each network is opened once.
+        left = sorted((point.setting for point in kept), key=lambda setting: config.ema.index(setting.ema))
+        num = min(GROWTH * num, config.sample.num)
     for number in range(1, config.refine + 1):
         tried = {point.setting for stage in stages for point in stage.measured}
         between = midpoints(kept[0].setting, tried)
@@ -182,11 +180,6 @@ def search(config: SweepConfig, measure: Measure, drop: Callable[[Setting], None
 
 def _ranked(points: Sequence[Measured]) -> list[Measured]:
     return sorted(points, key=lambda point: point.cost)
-
-
-def _in_order(config: SweepConfig, points: Sequence[Measured]) -> list[Setting]:
-    """Return settings average by average, so that each network is opened once."""
-    return sorted((point.setting for point in points), key=lambda setting: config.ema.index(setting.ema))
 
 
 def midpoints(best: Setting, tried: set[Setting]) -> list[Setting]:

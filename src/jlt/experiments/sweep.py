@@ -14,7 +14,7 @@ import datetime
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from typing import Any
 from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.real_images import open_reference
-from jlt.evaluation.reference import Reference
+from jlt.evaluation.reference import Reference, open_reference
 from jlt.experiments.checkpoint_evaluation import evaluate_sampler, warn_if_few
 from jlt.experiments.search import (
     ERRORS,
@@ -82,21 +81,31 @@ class Sweeper:
         # A halving has the images of the stage before.
         fresh = num - num // GROWTH if round_.kind == "halving" else num
         after = images_after(self.config, len(settings), num, round_)
-        found = []
-        for place, setting in enumerate(settings):
-            found.append(self.one(setting, num, self.config.sample.seed, fresh))
-            left = (len(settings) - place - 1) * fresh + after
-            self._show(f"{round_.kind} {round_.number}, {place + 1} of {len(settings)}", found[-1], left)
-        return found
+        return self._all(f"{round_.kind} {round_.number}", settings, num, self.config.sample.seed, fresh, after)
 
     def confirm(self, points: Sequence[Measured]) -> list[Measured]:
         """Measure settings by all images of the other seed."""
-        num, found = self.config.sample.num, []
-        for place, point in enumerate(points):
-            found.append(self.one(point.setting, num, self.config.confirm_seed, num))
-            self._show(f"confirmation, {place + 1} of {len(points)}", found[-1], (len(points) - place - 1) * num)
+        num, settings = self.config.sample.num, [point.setting for point in points]
+        found = self._all("confirmation", settings, num, self.config.confirm_seed, num, 0)
         if self.group.rank == 0:
             warn_if_few(found[0].result.metrics, self.extractor)
+        return found
+
+    def _all(
+        self, name: str, settings: Sequence[Setting], num: int, seed: int, fresh: int, after: int
+    ) -> list[Measured]:
+        """Measure settings on `num` images, `fresh` of them new, with `after` images to draw after all of them."""
+        found = []
+        for place, setting in enumerate(settings, 1):
+            point = self.one(setting, num, seed, fresh)
+            found.append(point)
+            error = f" ± {point.error:.2g}" if point.error else ""
+            images_left = (len(settings) - place) * fresh + after
+            known = self.images and images_left
+            left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if known else ""
+            if self.group.rank == 0:
+                value = f"{self.config.metric} {point.value:.4g}{error} ({num} images{left})"
+                inform(f"{name}, {place} of {len(settings)}: {setting.name}: {value}")
         return found
 
     def one(self, setting: Setting, num: int, seed: int, fresh: int) -> Measured:
@@ -134,16 +143,6 @@ class Sweeper:
         folder = self.out / ".drawn" / f"{setting.name}-seed{seed}"
         require_unlinked(self.out, folder)
         return folder
-
-    def _show(self, where: str, point: Measured, images_left: int) -> None:
-        if self.group.rank:
-            return
-        error = f" ± {point.error:.2g}" if point.error else ""
-        left = ""
-        if self.images and images_left:
-            left = f"; {format_seconds(images_left * self.seconds / self.images)} left"
-        value = f"{self.config.metric} {point.value:.4g}{error} ({point.num} images{left})"
-        inform(f"{where}: {point.setting.name}: {value}")
 
 
 def sweep(
@@ -193,15 +192,16 @@ def sweep(
         sweeper = Sweeper(config, out, sampler, reference, extractor, group, held.enter_context(stop_on_signal()))
         stages = search(config, sweeper.measure, sweeper.drop)
         confirmed = sweeper.confirm(to_confirm(config, stages[-1]))
-        reproduce = evaluate_command(
-            checkpoint,
-            config.sample_config(confirmed[0].setting, config.sample.num, config.confirm_seed),
-            real_images,
-            extractor.name,
-            autoencoder_path,
-            features_path,
-        )
-        result = describe(config, checkpoint, stages, confirmed, machine(device), command, reproduce)
+        best = config.sample_config(confirmed[0].setting, config.sample.num, config.confirm_seed)
+        sources = {
+            "checkpoint": checkpoint.folder,
+            "reference": real_images,
+            "features": extractor.name,
+            "features_path": features_path,
+            "autoencoder_path": autoencoder_path,
+        }
+        commands = command, evaluate_command(sources, best)
+        result = describe(config, checkpoint, stages, confirmed, machine(device), *commands)
         group.on_rank0(lambda: write_result(out / Sweep.FILE, result))
         group.on_rank0(lambda: shutil.rmtree(out / ".drawn", ignore_errors=True))
     return out, result
@@ -221,23 +221,9 @@ def _require_room(config: SweepConfig, extractor: FeatureExtractor, out: Path) -
     require_space(out, images * (4 * values + 12), f"The features of {images} images")
 
 
-def evaluate_command(
-    checkpoint: Checkpoint,
-    sample: SampleConfig,
-    reference: str,
-    features: str,
-    autoencoder_path: str | None,
-    features_path: Path | None = None,
-) -> str:
-    """Return the command that measures one setting."""
-    options = {
-        "checkpoint": checkpoint.folder,
-        "reference": reference,
-        "features": features,
-        "features_path": features_path,
-        "autoencoder_path": autoencoder_path,
-        **vars(sample),
-    }
+def evaluate_command(sources: Mapping[str, Any], sample: SampleConfig) -> str:
+    """Return the command that measures one setting of a checkpoint; `sources` are its other options."""
+    options = {**sources, **vars(sample)}
     if sample.grid:
         # It replaces them.
         del options["steps"], options["shift"]
@@ -274,10 +260,10 @@ def describe(
         axes=SweepAxes(config.cfg_scale, config.cfg_interval, config.ema),
         search=SearchImages(config.sample.seed, config.coarse_num, shown.num),
         confirmation=ConfirmationImages(config.confirm_seed, config.sample.num),
-        choice=replace(_described(shown, shown), protocol=None),
-        confirmed=_all_described(confirmed),
+        choice=replace(_described([shown])[0], protocol=None),
+        confirmed=_described(confirmed),
         stages=tuple(
-            SweepStage(stage.round.kind, stage.measured[0].num, stage.kept, _all_described(stage.measured))
+            SweepStage(stage.round.kind, stage.measured[0].num, stage.kept, _described(stage.measured))
             for stage in stages
         ),
         reproduce=reproduce,
@@ -286,22 +272,21 @@ def describe(
     )
 
 
-def _all_described(points: Sequence[Measured]) -> tuple[SweepPoint, ...]:
-    return tuple(_described(point, points[0]) for point in points)
-
-
-def _described(point: Measured, best: Measured) -> SweepPoint:
-    behind = None if point is best else Behind(point.cost - best.cost, point.difference_error(best) or None)
-    setting, result = point.setting, point.result
-    return SweepPoint(
-        *(setting.cfg_scale, setting.cfg_interval, setting.ema),
-        num=point.num,
-        seed=point.seed,
-        value=point.value,
-        error=point.error or None,
-        behind=behind,
-        metrics=result.metrics,
-        protocol=result.protocol,
+def _described(points: Sequence[Measured]) -> tuple[SweepPoint, ...]:
+    """Return measurements with the difference of each from the first, the best."""
+    best = points[0]
+    return tuple(
+        SweepPoint(
+            **vars(point.setting),
+            num=point.num,
+            seed=point.seed,
+            value=point.value,
+            error=point.error or None,
+            behind=None if point is best else Behind(point.cost - best.cost, point.difference_error(best) or None),
+            metrics=point.result.metrics,
+            protocol=point.result.protocol,
+        )
+        for point in points
     )
 
 

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from jlt.config import LatentShape
 from jlt.errors import JLTError
-from jlt.geometry.classes import ClassMeans
-from jlt.geometry.covariance import TokenCovariance
-from jlt.geometry.stationary import StationaryCovariance
-from jlt.geometry.subsample import Sample, sample_numbers
-from jlt.geometry.whole import LeadingSketch
+from jlt.geometry.covariance import ClassMeans, LeadingSketch, StationaryCovariance, TokenCovariance
 from jlt.runtime.processes import Group, stop_together
 from jlt.runtime.progress import bar
+from jlt.runtime.random_numbers import random_subset
 
 BATCH_VALUES = 2**22
 """Values of a batch: 32 MB in float64."""
 EXACT_DIMENSION = 2048
 """Whole latents of no more values have their covariance formed."""
+SAMPLE = 4096
+SAMPLE_BYTES = 2**28
+"""The sample has at most so many latents, and no more than fit these bytes in float32."""
 
 
 @runtime_checkable
@@ -42,6 +42,39 @@ class Latents(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the store: its source, autoencoder and count."""
+
+
+def sample_numbers(count: int, values: int) -> Int64[np.ndarray, " m"]:
+    """Return the numbers of the sampled latents of a store with `values` values each; always the same."""
+    return random_subset(count, max(2, min(SAMPLE, SAMPLE_BYTES // (4 * values))))
+
+
+class Sample:
+    """Latents of given numbers, in float32, taken from batches."""
+
+    def __init__(self, numbers: Int64[np.ndarray, " m"], shape: tuple[int, int, int]) -> None:
+        self._wanted = numbers
+        # In one piece: many small ones among large buffers would fragment the memory.
+        self._kept: Float[Tensor, "m c h w"] = torch.empty(len(numbers), *shape)
+        self._found = torch.zeros(len(numbers), dtype=torch.bool)
+
+    def update(self, first: int, latents: Float[Tensor, "n c h w"]) -> None:
+        """Take the sampled latents of a batch of consecutive ones, of which the first has this number."""
+        low, high = np.searchsorted(self._wanted, (first, first + len(latents)))
+        self._kept[low:high] = latents[self._wanted[low:high] - first].float().cpu()
+        self._found[low:high] = True
+
+    def merge(self, other: Sample) -> None:
+        """Add the latents of another sample with the same numbers."""
+        self._kept[other._found] = other._kept[other._found]
+        self._found |= other._found
+
+    @property
+    def latents(self) -> Float[Tensor, "m c h w"]:
+        """All of them, in the order of numbers; ValueError while some are missing."""
+        if not self._found.all():
+            raise ValueError(f"{int((~self._found).sum())} of {len(self._found)} latents are missing")
+        return self._kept
 
 
 class Moments:

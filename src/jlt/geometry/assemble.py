@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,21 +13,13 @@ from jaxtyping import Float64
 from jlt.config import PREDICTIONS, Prediction
 from jlt.errors import JLTError
 from jlt.geometry.accumulate import Moments
-from jlt.geometry.cautions import cautions
-from jlt.geometry.covariance import TokenCovariance
+from jlt.geometry.covariance import TokenCovariance, gram_eigenvalues
 from jlt.geometry.forecast import Estimate, forecast
-from jlt.geometry.gaussian import (
-    Array,
-    best_coefficient,
-    conditional_variance,
-    explained_power,
-    target_variance,
-)
+from jlt.geometry.gaussian import Array, best_coefficient, conditional_variance, explained_power, target_variance
 from jlt.geometry.spectrum import Spectrum, eigenvalues_descending, sampling_error, summarise, tabulated_ranks
-from jlt.geometry.stationary import between_classes
-from jlt.geometry.tokens import MeasuredTokens, measure_tokens
-from jlt.geometry.whole import gram_eigenvalues
+from jlt.geometry.tokens import MIN_LATENTS, MeasuredTokens, measure_tokens
 from jlt.results.geometry import (
+    Caution,
     Geometry,
     LocalSpectrum,
     StationaryGeometry,
@@ -44,11 +36,13 @@ TABULATED_DIRECTIONS = 32
 """Directions in the tables over time, so that they stay small in a space of thousands; eigenvalues are kept whole."""
 TABULATED_EIGENVALUES = 513
 """Eigenvalues that are kept of spectra of whole latents, at equal distances in rank."""
+LARGE_ERROR = 0.1
+"""Relative error of eigenvalues above which there is a caution."""
 
 
 def assemble_geometry(
     moments: Moments,
-    identity: Mapping[str, Any],
+    identity: dict[str, Any],
     patch_sizes: Sequence[int],
     widths: Sequence[int],
     model: TrainingModel,
@@ -62,15 +56,15 @@ def assemble_geometry(
     unit = model.noise_scale**2
     measured = {p: measure_tokens(moments, p, unit) for p in dict.fromkeys(patch_sizes)}
     return Geometry(
-        latents=dict(identity),
+        latents=identity,
         patch_sizes=tuple(patch_sizes),
         widths=tuple(widths),
         training=model,
         times=tuple(TABULATED_TIMES.tolist()),
-        tokens={p: token_geometry(tokens, widths, model) for p, tokens in measured.items()},
+        tokens={p: _token_geometry(tokens, moments, widths, model) for p, tokens in measured.items()},
         stationary=_stationary(moments, unit),
         whole=_whole(moments, unit),
-        cautions=cautions(moments, measured.values()),
+        cautions=tuple(_cautions(moments, measured.values())),
     )
 
 
@@ -82,8 +76,9 @@ def _has_variance(moments: Moments) -> bool:
     return varying > (varying + stationary.images * means) * torch.finfo(torch.float64).eps * stationary.images
 
 
-def token_geometry(measured: MeasuredTokens, widths: Sequence[int], model: TrainingModel) -> TokenGeometry:
-    """Return the geometry of the tokens of one patch size."""
+def _token_geometry(
+    measured: MeasuredTokens, moments: Moments, widths: Sequence[int], model: TrainingModel
+) -> TokenGeometry:
     tokens, along, (estimate, *local) = measured.tokens, measured.along, measured.estimates
     eigenvalues, error = estimate.eigenvalues, estimate.relative_error
     directions = tabulated_ranks(len(eigenvalues), TABULATED_DIRECTIONS)
@@ -101,8 +96,8 @@ def token_geometry(measured: MeasuredTokens, widths: Sequence[int], model: Train
         **vars(summarise(eigenvalues)),
         excess_kurtosis=tuple(along.excess_kurtosis.tolist()),
         excess_kurtosis_error=tuple(along.excess_kurtosis_error.tolist()),
-        sample=measured.sample,
-        channel_variance=tuple(measured.channel_variance.tolist()),
+        sample=len(moments.sample.latents),
+        channel_variance=tuple((tokens.channel_variance.numpy(force=True) / model.noise_scale**2).tolist()),
         local={found.name: _local_spectrum(found, eigenvalues) for found in local},
         target_variance={name: tuple(target_variance(name, eigenvalues).tolist()) for name in PREDICTIONS},
         directions=tuple(directions.tolist()),
@@ -145,13 +140,11 @@ def _stationary(moments: Moments, unit: float) -> StationaryGeometry:
     stationary, classes = moments.stationary, moments.classes
     found = {"all": (stationary.eigenvalues(), stationary.images)}
     if classes.enough:
-        within = stationary.scatter - between_classes(classes.means, classes.counts, stationary.mean)
+        within = stationary.scatter - classes.between_frequencies(stationary.mean)
         found["within classes"] = (stationary.eigenvalues(within, classes.freedom), classes.freedom)
     return StationaryGeometry(
         dimension=len(found["all"][0]),
-        spectra={
-            name: _stationary_spectrum(spectrum / unit, independent) for name, (spectrum, independent) in found.items()
-        },
+        spectra={name: _stationary_spectrum(spectrum / unit, freedom) for name, (spectrum, freedom) in found.items()},
     )
 
 
@@ -188,3 +181,40 @@ def _whole(moments: Moments, unit: float) -> WholeGeometry:
         relative_sampling_error=sampling_error(whole.images),
         **vars(summarise(known)),
     )
+
+
+# ---- cautions ----
+
+
+def _cautions(moments: Moments, measured: Iterable[MeasuredTokens]) -> Iterator[Caution]:
+    """Return the cautions about a store, and about each patch size."""
+    variance = next(iter(moments.tokens.values())).channel_variance
+    constant = (variance <= variance.max() * torch.finfo(torch.float32).eps ** 2).nonzero().flatten().tolist()
+    if 0 < len(constant) < len(variance):
+        yield Caution("constant_channels", channels=tuple(constant))
+    images, channels, classes = moments.stationary.images, moments.stationary.shape[0], len(moments.classes.counts)
+    if classes == 1:
+        yield Caution("one_class")
+    elif not moments.classes.enough:
+        yield Caution("few_for_classes", {"latents": images, "classes": classes})
+    for tokens in measured:
+        yield from _token_cautions(tokens)
+    if images <= channels:
+        yield Caution("few_for_frequencies", {"latents": images, "channels": channels})
+
+
+def _token_cautions(measured: MeasuredTokens) -> Iterator[Caution]:
+    tokens, estimate, spread = measured.tokens, measured.estimates[0], measured.along.relative_spread
+    d, n = tokens.dimension, estimate.independent
+    numbers = {"patch_size": tokens.patch_size, "latents": tokens.images}
+    enough = math.ceil(tokens.images / n * max(2 / LARGE_ERROR**2, d / LARGE_ERROR))
+    goal = {"enough_latents": enough, "goal": LARGE_ERROR}
+    if tokens.images < MIN_LATENTS:
+        yield Caution("few_latents", {**numbers, "fewest": MIN_LATENTS})
+    elif not estimate.enough:
+        yield Caution("few_tokens", {**numbers, "tokens": tokens.count, "directions": d, **goal})
+    elif max(sampling_error(n), d / n) > LARGE_ERROR:
+        yield Caution("large_errors", {**numbers, "error": sampling_error(n), "smallest_bias": d / n, **goal})
+    constant = int((spread == 0).sum())
+    if 0 < constant < d and tokens.count > d:
+        yield Caution("constant_directions", {**numbers, "constant": constant, "directions": d})

@@ -1,5 +1,14 @@
 """Which prediction a latent space favours, before any training: the capacity that each needs (eq. 13).
 
+At a time t the best linear predictor of a target multiplies each eigen-direction of z by a coefficient (eq. 10). One of
+rank r keeps r directions and outputs 0 in the others: it loses the explained power (eq. 12) of those it drops, times
+the weight that the loss gives to an error of the output. For a loss in velocity space without clamp (eq. 3) that is
+
+    1 / (1-t)^2  for x,    1 / t^2  for eps,    1  for v.
+
+Averaged over the training times p(t) this is the capacity curve: the excess risk, summed over directions, at ranks
+0..d. A clamp and a loss in x- or noise-space change the weights as eq. 5 does.
+
 The claim is that of two predictions the one that needs fewer directions for the same error is the better one, the more
 so the larger a share of the network's width that is. A prediction needs the rank from which on its excess risk is
 within a stated share of the unavoidable risk (eq. 11).
@@ -11,25 +20,30 @@ how sure the model is, not whether the model is right; only training measures th
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 
-from jlt.config import PREDICTIONS, Prediction
-from jlt.geometry.capacity import (
-    Curve,
-    capacity_curve,
-    required_rank,
-    training_times,
-    unavoidable_risk,
-    width_floor,
-)
+from jlt.config import PREDICTIONS, LossConfig, Prediction, TimestepConfig
+from jlt.geometry.gaussian import Array, conditional_variance, explained_power, target_variance
 from jlt.geometry.spectrum import Spectrum, shrunk, sphericity, tabulated_ranks
-from jlt.results.geometry import Advice, Outcome, TokenForecast, TrainingModel
+from jlt.loss import error_gain
+from jlt.results.geometry import Advice, Outcome, TokenForecast, TrainingModel, Values
+from jlt.timesteps import time_density
 
+NODES = 48
+"""Points of Gauss and Legendre's rule on each piece of the times."""
+NORMAL_REACH = 9.0
+"""Standard deviations beyond which a normal density is nothing in float64."""
+LOGISTIC_REACH = 36.0
+"""Logits beyond which a time is 0 or 1 in float64, and the density of uniform times is nothing."""
 STATED_SHARE = 0.05
 """Excess risk over unavoidable risk that a predictor is allowed."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -45,7 +59,91 @@ MIN_CONFIDENCE = 2 / 3
 """Share of the variations below which the call is undecided."""
 TABULATED_RANKS = 129
 
+Curve = Float64[np.ndarray, " d_plus_1"]
 Needed = dict[Prediction, float]
+
+
+@dataclass(frozen=True)
+class TimeQuadrature:
+    """Training times with probabilities that add up to one, and the loss that weighs errors at them."""
+
+    t: Float64[np.ndarray, " n"]
+    probability: Float64[np.ndarray, " n"]
+    loss: LossConfig
+
+    def average(self, values: Float64[np.ndarray, "n *rest"]) -> Array:
+        """Average over p(t) values that are given at every time."""
+        return np.asarray(np.tensordot(self.probability, values, axes=1))
+
+    def loss_weight(self, prediction: Prediction) -> Float64[np.ndarray, "n 1"]:
+        """Return the weight that the loss gives to a squared error of the output, at every time (eq. 5)."""
+        return error_gain(prediction, torch.from_numpy(self.t), self.loss).square().numpy()[:, None]
+
+
+@functools.cache
+def training_times(model: TrainingModel) -> TimeQuadrature:
+    """Return a quadrature of p(t) (eq. 6): Gauss and Legendre's rule over the logit, cut where eq. 3 and 5 are clamped.
+
+    The loss is the matched one in the model's space.
+    """
+    low, high = _logit_range(model.timesteps)
+    clamps = [math.log(t / (1 - t)) for t in (model.t_eps, 1 - model.t_eps) if 0 < t < 1]
+    cuts = sorted({low, *(cut for cut in (*clamps, (low + high) / 2) if low < cut < high), high})
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    pieces = [(start, (end - start) / 2) for start, end in itertools.pairwise(cuts)]
+    logit = torch.from_numpy(np.concatenate([start + half * (nodes + 1) for start, half in pieces]))
+    # At a time of exactly 1 a direction without variance has no regression.
+    t = logit.sigmoid().clamp_max(1 - sys.float_info.epsilon)
+    # dt/dlogit = t (1-t).
+    density = (time_density(t, model.timesteps) * t * (1 - t)).numpy()
+    weight = np.concatenate([half * weights for _, half in pieces]) * density
+    # The smallest float clamps nothing; a LossConfig has no 0.
+    loss = LossConfig(model.loss_space, "matched", model.t_eps or sys.float_info.min)
+    return TimeQuadrature(t.numpy(), weight / weight.sum(), loss)
+
+
+def _logit_range(config: TimestepConfig) -> tuple[float, float]:
+    """Return logits of t beyond which p(t) is nothing, even times a function that grows as 1 / (1-t)^2 or 1 / t^2."""
+    low, high, shift = -LOGISTIC_REACH, LOGISTIC_REACH, math.log(config.shift)
+    if config.distribution == "logit_normal":
+        reach = NORMAL_REACH * config.P_std + 2 * config.P_std**2
+        low, high = max(config.P_mean - reach, low), min(config.P_mean + reach, high)
+    return low - shift, high - shift
+
+
+def capacity_curve(prediction: Prediction, lam: Spectrum, times: TimeQuadrature, shared: bool = False) -> Curve:
+    """Return the excess risk, summed over d directions, of the best predictor of each rank 0..d (eq. 13).
+
+    It may choose other directions at every time, which only velocity makes use of; with `shared` they are the same at
+    all times, as behind a bottleneck that does not know the time.
+    """
+    risk = explained_power(prediction, lam, times.t[:, None]) * times.loss_weight(prediction)
+    kept_first = np.sort(times.average(risk))[::-1] if shared else times.average(np.sort(risk, axis=1)[:, ::-1])
+    return np.concatenate([np.cumsum(kept_first[::-1])[::-1], [0.0]])
+
+
+def width_floor(prediction: Prediction, lam: Spectrum, times: TimeQuadrature, width: int) -> float:
+    """Return the risk, on the curve's scale, that no network of a width goes below, whatever its depth or training.
+
+    Its last layer is linear, so its outputs span one affine subspace of `width` dimensions. Outside of that the error
+    is the whole variance of the target (eq. 9). 0 for a width of a token's size or more.
+    """
+    dropped = times.average(target_variance(prediction, lam) * times.loss_weight(prediction))
+    return float(np.sort(dropped)[: max(0, len(lam) - width)].sum())
+
+
+def unavoidable_risk(lam: Spectrum, times: TimeQuadrature) -> float:
+    """Return the sum over directions, on the curve's scale, of the risk that no predictor goes below (eq. 11)."""
+    return float(times.average(conditional_variance("v", lam, times.t[:, None]) * times.loss_weight("v")).sum())
+
+
+def required_rank(curve: Curve, risk: float) -> float:
+    """Return the rank from which on a capacity curve stays within `risk` >= 0, linear between whole ranks."""
+    inside = int(np.argmax(curve <= risk))
+    if inside == 0:
+        return 0.0
+    above, below = curve[inside - 1], curve[inside]
+    return float(inside - 1 + (above - risk) / (above - below))
 
 
 @dataclass(frozen=True)
@@ -65,56 +163,57 @@ class Estimate:
         return replace(self, eigenvalues=self.eigenvalues / variance)
 
 
-def needed_ranks(lam: Spectrum, model: TrainingModel, share: float, shared: bool = False) -> Needed:
+def needed_ranks(lam: Spectrum, model: TrainingModel, share: float) -> Needed:
     """Return the rank that each prediction needs for an excess risk of `share` times the unavoidable one."""
-    return _needed(_curves(lam, model, shared), unavoidable_risk(lam, training_times(model)), share)
+    return _needed(lam, model, share, _curves(lam, model))
 
 
 def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequence[int]) -> TokenForecast:
     """Return the capacity curves of the first estimate, the directions that each prediction needs, and the outcome."""
-    lam, enough = estimates[0].eigenvalues, estimates[0].enough
-    unavoidable = unavoidable_risk(lam, training_times(model))
-    curves, curves_one_subspace = (_curves(lam, model, shared) for shared in (False, True))
-    needed = _needed(curves, unavoidable, STATED_SHARE)
-    order = sorted(PREDICTIONS, key=lambda prediction: needed[prediction])
+    lam, enough, times = estimates[0].eigenvalues, estimates[0].enough, training_times(model)
+    curves = _curves(lam, model)
+    needed = _needed(lam, model, STATED_SHARE, curves)
+    order = sorted(PREDICTIONS, key=needed.__getitem__)
     outcome = _outcome(needed, len(lam))
-    outcomes = [_outcome(varied, len(lam)) for varied in variations(estimates, model)]
+    outcomes = [_outcome(varied, len(lam)) for varied in _variations(estimates, model)]
     confidence = outcomes.count(outcome) / len(outcomes)
-    ranks = tabulated_ranks(len(curves["x"]), TABULATED_RANKS)
+    call: Outcome = outcome if enough and confidence >= MIN_CONFIDENCE else "undecided"
+    if enough and sphericity(lam) > ISOTROPIC and 1 / LIKE_NOISE < lam.mean() < LIKE_NOISE:
+        call = "even"
+    ranks = tabulated_ranks(len(lam) + 1, TABULATED_RANKS)
+
+    def tabulated(curves: dict[Prediction, Curve]) -> dict[Prediction, Values]:
+        return {name: tuple(curve[ranks].tolist()) for name, curve in curves.items()}
+
     return TokenForecast(
         order=tuple(order),
         margin=(needed[order[1]] - needed[order[0]]) / len(lam),
         clean_over_velocity=(needed["v"] - needed["x"]) / len(lam),
-        call=_call(lam, outcome, confidence) if enough else "undecided",
+        call=call,
         outcome=outcome,
         confidence=confidence,
         sphericity=sphericity(lam),
         stated_share=STATED_SHARE,
-        needed={f"{share:g}": _needed(curves, unavoidable, share) for share in SHARES},
+        needed={f"{share:g}": _needed(lam, model, share, curves) for share in SHARES},
         advice=tuple(_advice(needed, lam, model, width) for width in widths),
-        unavoidable_risk=unavoidable,
+        unavoidable_risk=unavoidable_risk(lam, times),
         ranks=tuple(ranks.tolist()),
-        curves={name: tuple(curve[ranks].tolist()) for name, curve in curves.items()},
-        curves_one_subspace={name: tuple(curve[ranks].tolist()) for name, curve in curves_one_subspace.items()},
-        needed_by_estimate={
-            estimate.name: needed_ranks(estimate.eigenvalues, model, STATED_SHARE) for estimate in estimates
-        },
+        curves=tabulated(curves),
+        curves_one_subspace=tabulated(_curves(lam, model, shared=True)),
+        needed_by_estimate={found.name: needed_ranks(found.eigenvalues, model, STATED_SHARE) for found in estimates},
         enough=enough,
         variations=len(outcomes),
     )
 
 
-def variations(estimates: Sequence[Estimate], model: TrainingModel) -> list[Needed]:
+def _variations(estimates: Sequence[Estimate], model: TrainingModel) -> Iterator[Needed]:
     """Return the needs under every combination of stated share, subspace, estimate and sampling error."""
-    found = []
     random = np.random.default_rng(0)
     for estimate, replicate in itertools.product(estimates, range(REPLICATES)):
         lam = _replicate(estimate, replicate, random)
-        unavoidable = unavoidable_risk(lam, training_times(model))
         for shared in (False, True):
             curves = _curves(lam, model, shared)
-            found += [_needed(curves, unavoidable, share) for share in SHARES]
-    return found
+            yield from (_needed(lam, model, share, curves) for share in SHARES)
 
 
 def _replicate(estimate: Estimate, replicate: int, random: np.random.Generator) -> Spectrum:
@@ -130,13 +229,7 @@ def _replicate(estimate: Estimate, replicate: int, random: np.random.Generator) 
 def _outcome(needed: Needed, dimension: int) -> Outcome:
     if abs(needed["v"] - needed["x"]) < EVEN_MARGIN * dimension:
         return "even"
-    return min(needed, key=lambda prediction: needed[prediction])
-
-
-def _call(lam: Spectrum, outcome: Outcome, confidence: float) -> Outcome:
-    if sphericity(lam) > ISOTROPIC and 1 / LIKE_NOISE < lam.mean() < LIKE_NOISE:
-        return "even"
-    return outcome if confidence >= MIN_CONFIDENCE else "undecided"
+    return min(needed, key=needed.__getitem__)
 
 
 def _advice(needed: Needed, lam: Spectrum, model: TrainingModel, width: int) -> Advice:
@@ -148,9 +241,10 @@ def _advice(needed: Needed, lam: Spectrum, model: TrainingModel, width: int) -> 
     )
 
 
-def _curves(lam: Spectrum, model: TrainingModel, shared: bool) -> dict[Prediction, Curve]:
+def _curves(lam: Spectrum, model: TrainingModel, shared: bool = False) -> dict[Prediction, Curve]:
     return {name: capacity_curve(name, lam, training_times(model), shared) for name in PREDICTIONS}
 
 
-def _needed(curves: Mapping[Prediction, Curve], unavoidable: float, share: float) -> Needed:
-    return {name: required_rank(curve, share * unavoidable) for name, curve in curves.items()}
+def _needed(lam: Spectrum, model: TrainingModel, share: float, curves: dict[Prediction, Curve]) -> Needed:
+    risk = share * unavoidable_risk(lam, training_times(model))
+    return {name: required_rank(curve, risk) for name, curve in curves.items()}

@@ -65,11 +65,10 @@ def draw_sheet(
 
 def _fitted(text: str, font: Font, width: int) -> str:
     """Return a text whose lines are cut to a width in pixels."""
-    return "\n".join(_cut(line, font, width) for line in text.split("\n"))
-
-
-def _cut(line: str, font: Font, width: int) -> str:
-    kept = len(line)
-    while kept > 1 and font.getlength(line[:kept] + "…" * (kept < len(line))) > width:
-        kept -= 1
-    return line[:kept] + "…" * (kept < len(line))
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        kept = len(line)
+        while kept > 1 and font.getlength(lines[number]) > width:
+            kept -= 1
+            lines[number] = f"{line[:kept]}…"
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The base of sources whose files hold many images each."""
+"""The base of sources whose files hold many images each, and their labels as indices into class names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,38 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jlt.errors import UsageError
-from jlt.images.labels import numbered_classes, sorted_classes
+from jlt.errors import JLTError, UsageError
 from jlt.images.source import ImageSource, absolute
+
+MOST_CLASSES = 1_000_000
+"""Larger labels are taken for something else, such as keys of a database."""
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Return the lines of a text file, the name of class 0 first; blank lines at its end are ignored.
+
+    JLTError if the file is not UTF-8, has a blank line before the last name, or holds no name or one name twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JLTError(f"{path} cannot be read as a text file of class names ({error}).") from error
+    names = tuple(line.strip() for line in lines)
+    if "" in names:
+        blank = names.index("") + 1
+        raise JLTError(f"{path} holds no name on line {blank}: write one name per line, class 0 first.")
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if seen.setdefault(name, number) != number:
+            raise JLTError(f"{path} holds {name!r} on lines {seen[name]} and {number}: class names must differ.")
+    return names
+
+
+def no_class(image: str, label: int, limit: int = MOST_CLASSES) -> JLTError:
+    """Return the error for an image whose label is not in 0..limit-1."""
+    if label < 0:
+        return JLTError(f"{image} has the label {label}, which is no class (a test split?): choose other images.")
+    return JLTError(f"{image} has the label {label}, and labels go from 0 to {limit - 1}: correct it or the names.")
 
 
 class ShardedSource(ImageSource):
@@ -50,15 +79,23 @@ class ShardedSource(ImageSource):
         class_names: Sequence[str] | None,
         names_in_files: Sequence[str] | None,
     ) -> None:
-        """Set the class names and the label of each image.
+        """Set the class names and the label of each image; JLTError for a label that is not the index of a class.
 
-        `code_of` is empty where labels are numbers; the user's `class_names` or else `names_in_files` name these. Where
-        labels are strings, `code_of` lists them, and `labels` are positions in that list.
+        `code_of` is empty where labels are numbers; the user's `class_names` or else `names_in_files` name these, or
+        else "0", "1", ... up to the largest label. Where labels are strings, `code_of` lists them, and `labels` are
+        positions in that list; the classes are then in alphabetical order.
         """
-        if not code_of:
-            names = class_names if class_names is not None else names_in_files
-            self.class_names, self._labels = numbered_classes(labels, names, self.describe), labels.astype(np.int32)
-        elif class_names is None:
-            self.class_names, self._labels = sorted_classes(labels, list(code_of))
-        else:
-            raise UsageError(f"--class-names does not apply to {self.path}: its labels are names already.")
+        if code_of:
+            if class_names is not None:
+                raise UsageError(f"--class-names does not apply to {self.path}: its labels are names already.")
+            label_of = {name: label for label, name in enumerate(sorted(code_of))}
+            self.class_names = tuple(label_of)
+            self._labels = np.array([label_of[name] for name in code_of], dtype=np.int32)[labels]
+            return
+        names = class_names if class_names is not None else names_in_files
+        limit = MOST_CLASSES if names is None else len(names)
+        outside = np.flatnonzero((labels < 0) | (labels >= limit))
+        if len(outside):
+            raise no_class(self.describe(int(outside[0])), int(labels[outside[0]]), limit)
+        self.class_names = tuple(map(str, range(int(labels.max()) + 1))) if names is None else tuple(names)
+        self._labels = labels.astype(np.int32)

@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image
 
 from jlt.errors import JLTError
-from jlt.images.labels import MOST_CLASSES, no_class
-from jlt.images.sharded import ShardedSource
+from jlt.images.sharded import MOST_CLASSES, ShardedSource, no_class
 from jlt.images.source import decode_image, require_index
 from jlt.runtime.progress import track
 

@@ -23,10 +23,9 @@ from jaxtyping import Float, Int64, UInt64
 
 from jlt.autoencoders.load import USUAL_PLACES
 from jlt.errors import JLTError, UsageError, unknown_name
-from jlt.images.labels import MOST_CLASSES
-from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, write_manifest
+from jlt.images.sharded import MOST_CLASSES
+from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, write_manifest
 from jlt.latents.shards import ShardFile, TensorEntry
-from jlt.latents.statistics import LatentSums
 from jlt.latents.store import VERIFY_THREADS, LatentStore
 from jlt.runtime.progress import inform, track
 from jlt.storage.codec import to_json
@@ -34,6 +33,10 @@ from jlt.storage.files import difference, format_difference
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 DTYPES = {"F16": "float16", "F32": "float32"}
+ADVICE = (
+    "Adoption does not change latents. LightningDiT's own (VA-VAE) are stored without their statistics: apply these "
+    "and save the result first."
+)
 BLOCK_BYTES = 1 << 20
 """Bytes that each thread reads at a time; their sums in float64 take ten times this memory."""
 
@@ -50,6 +53,7 @@ class _Usual:
 
 USUAL = {
     "flux2": _Usual("AutoencoderKLFlux2", 128, 16, USUAL_PLACES["flux2"]),
+    "taef2": _Usual("TAEF2", 128, 16, USUAL_PLACES["taef2"]),
     "kl": _Usual("AutoencoderKL", None, 8, None),
     "tiny": _Usual("AutoencoderKLFlux2", 16, 8, "bundled"),
     "pixels": _Usual("PixelAutoencoder", 3, 1, "built in"),
@@ -268,13 +272,13 @@ def _read_all(
     sums = LatentSums.zero(fields["channels"])
     pool = ThreadPoolExecutor(threads)
     try:
-        for read in track(pool.map(_read, shards), f"adopting {folder}", total=len(shards)):
-            records.append(read.record)
-            fingerprints.append(read.fingerprints)
-            sums = sums.merge(read.sums)
+        for record, added, hashes in track(pool.map(_read, shards), f"adopting {folder}", total=len(shards)):
+            records.append(record)
+            fingerprints.append(hashes)
+            sums = sums.merge(added)
             # After the first shard, and again after the last.
             if len(records) in (1, len(shards)):
-                _require_normalised(sums, fields["autoencoder"])
+                sums.require_normalised(fields["autoencoder"], ADVICE)
     finally:
         pool.shutdown(cancel_futures=True)
     repeated = fields["count"] - len(np.unique(np.concatenate(fingerprints)))
@@ -286,29 +290,11 @@ def _read_all(
     return tuple(records), sums
 
 
-def _require_normalised(sums: LatentSums, autoencoder: Mapping[str, Any]) -> None:
-    if autoencoder["normalisation"]["kind"] == "none":
-        return
-    try:
-        sums.require_normalised(autoencoder["name"])
-    except JLTError as error:
-        raise JLTError(
-            f"{error} Adoption does not change latents. LightningDiT's own (VA-VAE) are stored without their "
-            "statistics: apply these and save the result first."
-        ) from error
+def _read(shard: _Shard) -> tuple[ShardRecord, LatentSums, UInt64[np.ndarray, " n"]]:
+    """Read a shard once, in the order of its bytes, and return 64 bits of each latent's hash as the third result.
 
-
-@dataclass(frozen=True)
-class _Read:
-    """The result of reading a whole shard; `fingerprints` are 64 bits of each latent's hash."""
-
-    record: ShardRecord
-    sums: LatentSums
-    fingerprints: UInt64[np.ndarray, " n"]
-
-
-def _read(shard: _Shard) -> _Read:
-    """Read a shard once, in the order of its bytes; JLTError names the first latent that is not finite."""
+    JLTError names the first latent that is not finite.
+    """
     file = ShardFile(shard.path)
     digest, size, place = hashlib.sha256(), file.size, 0
     sums, fingerprints = LatentSums.zero(shard.latents["latents"].shape[1]), []
@@ -327,7 +313,7 @@ def _read(shard: _Shard) -> _Read:
     for block in _blocks(file, place, size, BLOCK_BYTES):
         digest.update(block)
     record = ShardRecord(shard.path.name, len(shard.labels), size, digest.hexdigest())
-    return _Read(record, sums, np.frombuffer(b"".join(fingerprints), np.uint64))
+    return record, sums, np.frombuffer(b"".join(fingerprints), np.uint64)
 
 
 def _blocks(file: ShardFile, start: int, stop: int, step: int) -> Iterator[memoryview]:

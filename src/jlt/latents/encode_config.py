@@ -15,7 +15,7 @@ class EncodeConfig:
     images: str
     """Images: a folder of class folders, parquet or tar files, or the bundled set digits."""
     autoencoder: str
-    """Autoencoder: flux2, kl (any AutoencoderKL), pixels, or tiny (bundled, for digits)."""
+    """Autoencoder: flux2, taef2 (small), kl (any AutoencoderKL), pixels, or tiny (bundled, for digits)."""
     autoencoder_path: str | None = None
     """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
     split: str | None = None

@@ -11,31 +11,32 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jlt.autoencoders.contract import Autoencoder
+import numpy as np
+import torch
+
+from jlt.autoencoders.contract import Autoencoder, psnr
 from jlt.autoencoders.load import load_autoencoder
 from jlt.errors import JLTError
-from jlt.images.decoding import bad_image, default_workers, load_batches
+from jlt.images.contact_sheet import SheetText, draw_sheet
+from jlt.images.decoding import PixelBatch, bad_image, default_workers, load_batch, load_batches
 from jlt.images.folders import ClassFolders
 from jlt.images.registry import open_source
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding_batch import EncodedBatch, encode_batch, require_finite
-from jlt.latents.encoding_job import EncodingJob, FinishedShard
-from jlt.latents.manifest import MANIFEST_NAME, ShardRecord, StoreManifest, read_manifest, write_manifest
-from jlt.latents.preview import preview
+from jlt.latents.encoding_job import EncodedBatch, EncodingJob, FinishedShard, encode_batch, require_finite
+from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, read_manifest, write_manifest
 from jlt.latents.shards import ShardWriter, keep_rows
-from jlt.latents.statistics import LatentSums
 from jlt.latents.store import STATE_FOLDER, VERIFY_THREADS, LatentStore, shard_problem
-from jlt.runtime.arithmetic import exact_arithmetic
-from jlt.runtime.background import BackgroundWorker
+from jlt.runtime.environment import exact_arithmetic
 from jlt.runtime.processes import Group, join_group, require_same_arguments
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import until_stopped
+from jlt.runtime.workers import BackgroundWorker
 from jlt.storage.files import (
     atomic_path,
     difference,
@@ -132,7 +133,7 @@ def _require_undamaged(job: EncodingJob) -> None:
 def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitStack) -> Missing:
     """Lock a finished store for repair, and return those of its shards that differ from the manifest."""
     held.enter_context(lock_folder(job.out / STATE_FOLDER, job.out))
-    _remove_leftovers(job.out)
+    _remove(job.out)
     shards = {job.shard_path(shard).name: shard for shard in range(job.num_shards)}
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         problems = list(pool.map(lambda record: shard_problem(job.out, record), manifest.shards))
@@ -205,7 +206,7 @@ def _write_shards(job: EncodingJob, shards: Missing, batches: Iterator[EncodedBa
                 keep_rows(temporary, job.layout(count))
             if shard == 0 and (count >= ENOUGH_TO_JUDGE or job.num_shards == 1):
                 # After the first shard, not after a day.
-                job.require_normalised(sums)
+                sums.require_normalised(job.autoencoder.identity())
             sha256 = sha256_file(temporary)
             if expected_sha256 not in (None, sha256):
                 raise JLTError(
@@ -215,12 +216,10 @@ def _write_shards(job: EncodingJob, shards: Missing, batches: Iterator[EncodedBa
                 )
         if expected_sha256:
             continue
-        if count:
-            record = ShardRecord(path.name, count, path.stat().st_size, sha256)
-            job.save_facts(shard, FinishedShard(record, sums, tuple(skipped), job.made_with()))
-        else:
+        record = ShardRecord(path.name, count, path.stat().st_size, sha256) if count else None
+        if not count:
             path.unlink()
-            job.save_facts(shard, FinishedShard(None, None, tuple(skipped), job.made_with()))
+        job.save_facts(shard, FinishedShard(record, sums if count else None, tuple(skipped), job.made_with()))
 
 
 def _write_batch(job: EncodingJob, writer: ShardWriter, row: int, batch: EncodedBatch) -> LatentSums:
@@ -256,19 +255,15 @@ def _claimed(out: Path, arguments: dict[str, Any]) -> Iterator[None]:
             _require_same(out, read_sealed_json(path), arguments)
         else:
             # A shard without its facts may be of other arguments.
-            _remove(out.glob("shard-*.safetensors"))
+            _remove(out, "shard-*.safetensors")
         write_text(path, sealed_text(arguments))
-        _remove_leftovers(out)
+        _remove(out)
         yield
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Remove the partial files of killed processes."""
-    _remove(out.glob(".shard-*.partial*"))
-
-
-def _remove(files: Iterable[Path]) -> None:
-    for file in files:
+def _remove(out: Path, pattern: str = ".shard-*.partial*") -> None:
+    """Remove files of a store, by default the partial files of killed processes."""
+    for file in out.glob(pattern):
         file.unlink()
 
 
@@ -278,3 +273,63 @@ def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
             f"{out} was encoded with different arguments ({format_difference(differences)}): "
             "use those, or name another folder."
         )
+
+
+PREVIEW_NAME = "preview.png"
+IMAGES = 8
+FAR_BELOW = 10.0
+"""Decibels below the autoencoder's own measurement at which a warning is printed."""
+MIN_SIDE = 160
+
+
+def preview(job: EncodingJob) -> float:
+    """Write `preview.png` into the folder of the store and return the PSNR in dB over its images.
+
+    The images are spread evenly over the source. JLTError if none of them can be used.
+    """
+    pixels = _spread(job)
+    with exact_arithmetic(job.config.threads):
+        encoded = encode_batch(job, pixels)
+        reconstructed = job.autoencoder.decode(encoded.latents["latents"].float()).cpu()
+    originals = torch.from_numpy(pixels.pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    overall = psnr(originals, reconstructed)
+    captions = [
+        f"{job.source.class_names[label]}\n{psnr(original[None], other[None]):.1f} dB"
+        for label, original, other in zip(pixels.labels.tolist(), originals, reconstructed, strict=True)
+    ]
+    config = job.config
+    title = f"{job.autoencoder.name}, {config.resolution} px, {config.precision}, stored as {config.dtype}: "
+    title += f"originals above, reconstructions below, {overall:.1f} dB over all"
+    decoded = ((reconstructed + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    text = SheetText(title=title, captions=[""] * len(captions) + captions)
+    sheet = draw_sheet(np.concatenate((pixels.pixels, decoded)), len(captions), text, MIN_SIDE)
+    path = job.out / PREVIEW_NAME
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+    inform(f"{path}: {len(captions)} images above their reconstructions, {overall:.1f} dB.")
+    stated = job.autoencoder.held_out_psnr
+    if stated and overall < stated - FAR_BELOW:
+        inform(f"The autoencoder's file states {stated:.1f} dB on its own images: it was not trained for these images.")
+    return overall
+
+
+def _spread(job: EncodingJob) -> PixelBatch:
+    """Return up to `IMAGES` usable images, from the start, the end and between."""
+    total, config = len(job.source), job.config
+
+    def load(row: int) -> PixelBatch:
+        return load_batch(job.source, range(row, row + 1), config.resolution, config.exif)
+
+    loaded = [load(row) for row in sorted({round(place) for place in np.linspace(0, total - 1, IMAGES)})]
+    bad = [image for batch in loaded for image in batch.bad]
+    if bad and config.on_bad_image == "stop":
+        raise bad_image(bad[0])
+    if len(bad) == len(loaded):
+        first = next((batch for batch in map(load, range(total)) if len(batch.index)), None)
+        if first is None:
+            raise JLTError(f"None of the {total} images of {job.source.name} can be used.")
+        loaded = [first]
+    index, labels, pixels = (
+        np.concatenate([getattr(batch, name) for batch in loaded]) for name in ("index", "labels", "pixels")
+    )
+    return PixelBatch(range(total), index, labels, pixels, tuple(bad))

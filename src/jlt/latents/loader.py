@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable
-from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,59 +47,33 @@ def read_ahead(
     A run resumes at any step by starting its requests there. An error in the thread is raised in place of its batch.
     Closing the iterator ends the thread as soon as it has read its batch.
     """
-    device = torch.device(device)
-    reader = _Reader(store, requests, [_buffer(store, batch_size, device) for _ in range(DEPTH)])
-    reader.start()
+    device, iterator = torch.device(device), iter(requests)
+
+    def read(buffer: Tensor, copied: torch.cuda.Event | None = None) -> tuple[R, Tensor, Tensor] | None:
+        if copied is not None:
+            copied.synchronize()
+        request = next(iterator, None)
+        if request is None:
+            return None
+        _, labels = store.gather(request.indices, request.flips, buffer[: len(request.indices)])
+        return request, buffer, labels
+
+    reader = ThreadPoolExecutor(1, "jlt-reader")
     try:
-        while (item := reader.filled.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
+        waiting = deque(reader.submit(read, _buffer(store, batch_size, device)) for _ in range(DEPTH))
+        while (item := waiting.popleft().result()) is not None:
             request, buffer, labels = item
             latents = buffer[: len(labels)].to(device, non_blocking=True)
             if device.type == "cuda":
-                reader.free.put((buffer, torch.cuda.current_stream(device).record_event()))
+                waiting.append(reader.submit(read, buffer, torch.cuda.current_stream(device).record_event()))
                 yield request, latents, labels
             else:
                 yield request, latents, labels
-                reader.free.put((buffer, None))
+                waiting.append(reader.submit(read, buffer))
     finally:
-        reader.stop()
+        reader.shutdown(cancel_futures=True)
 
 
 def _buffer(store: LatentStore, batch_size: int, device: torch.device) -> Tensor:
     buffer = store.empty(batch_size)
     return buffer.pin_memory() if device.type == "cuda" else buffer
-
-
-class _Reader(threading.Thread, Generic[R]):
-    """Fills free buffers in the order of the requests; neither queue ever holds more items than there are buffers."""
-
-    def __init__(self, store: LatentStore, requests: Iterable[R], buffers: list[Tensor]) -> None:
-        # A daemon, so that an iterator that was not closed does not keep the process alive.
-        super().__init__(name="jlt-reader", daemon=True)
-        self._store, self._requests = store, requests
-        self._stopping = False
-        self.filled: SimpleQueue[tuple[R, Tensor, Tensor] | BaseException | None] = SimpleQueue()
-        self.free: SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | None] = SimpleQueue()
-        for buffer in buffers:
-            self.free.put((buffer, None))
-
-    def run(self) -> None:
-        try:
-            for request in self._requests:
-                item = self.free.get()
-                if item is None or self._stopping:
-                    return
-                buffer, copied = item
-                if copied is not None:
-                    copied.synchronize()
-                _, labels = self._store.gather(request.indices, request.flips, buffer[: len(request.indices)])
-                self.filled.put((request, buffer, labels))
-            self.filled.put(None)
-        except BaseException as error:  # Any error, since the consumer waits for an item.
-            self.filled.put(error)
-
-    def stop(self) -> None:
-        self._stopping = True
-        self.free.put(None)
-        self.join()

@@ -18,14 +18,7 @@ def sized_network(size: str, patch_size: int, latents: LatentShape) -> NetworkCo
     """Return the network of a size in `SIZES` and a patch size, for latents of a shape."""
     hidden_size, depth, num_heads = SIZES[size]
     return NetworkConfig(
-        channels=latents.channels,
-        height=latents.height,
-        width=latents.width,
-        num_classes=latents.num_classes,
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
+        **vars(latents), patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures of the benchmarks as text, for a terminal."""
+"""The figures of benchmarks and plans as text, for a terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from jlt.report.wording import number, percent
 from jlt.runtime.progress import format_seconds
 
 DOES_NOT_FIT = "does not fit"
+WAYS = {
+    "loader": "the trainer's loader",
+    "gather": "gather into new memory, not ahead",
+    "memory_copy": "copy of batches in memory",
+    "per_sample_alone": "per sample through safetensors",
+    "per_sample_workers": "... in worker processes",
+}
+SECTIONS = {
+    "work": "work",
+    "memory": "memory of one process",
+    "disk": "disk",
+    "time": "time",
+    "measured": "measured on this machine",
+}
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
 def benchmark_table(result: Mapping[str, Any]) -> str:
@@ -19,9 +34,11 @@ def benchmark_table(result: Mapping[str, Any]) -> str:
     title = [f"the update, {how}", "img/s", "s/step", "GFLOP/s", "product's", "MFU", "peak GiB", "warm-up"]
     parts = [text_table(title, [_update(entry, result["best"]) for entry in result["measured"]])]
     for name, loop in result["loop"].items():
-        parts.append(text_table([f"{name}, the training loop", ""], _loop(loop)))
+        rows = [[loop["error"], ""]] if "error" in loop else _loop(loop)
+        parts.append(text_table([f"{name}, the training loop", ""], rows))
     for name, profile in result["profile"].items():
-        parts.append(text_table([f"{name}, where a step goes", "share"], _profile(profile)))
+        rows = [[profile["error"], ""]] if "error" in profile else _profile(profile)
+        parts.append(text_table([f"{name}, where a step goes", "share"], rows))
     for name, compared in result["compare"].items():
         title = [f"{name}, batch {compared[0]['batch_size']}", "img/s", "against eager", "peak GiB"]
         parts.append(text_table(title, [_variant(entry) for entry in compared]))
@@ -39,8 +56,6 @@ def _update(entry: Mapping[str, Any], best: Mapping[str, int]) -> list[str]:
 
 
 def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
-    if "error" in loop:
-        return [[loop["error"], ""]]
     growth = f"memory growth over {loop['growth_steps']} steps, MiB"
     return [
         ["images per second", number(loop["img_per_second"])],
@@ -53,12 +68,8 @@ def _loop(loop: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _profile(profile: Mapping[str, Any]) -> list[list[str]]:
-    if "error" in profile:
-        return [[profile["error"], ""]]
-    rows = [[name[:70], percent(share)] for name, share in profile["shares"].items()]
-    if profile["idle"] is not None:
-        rows.append(["device idle, of the wall time", percent(profile["idle"])])
-    return rows
+    idle = {} if profile["idle"] is None else {"device idle, of the wall time": profile["idle"]}
+    return [[name[:70], percent(share)] for name, share in {**profile["shares"], **idle}.items()]
 
 
 def _variant(entry: Mapping[str, Any]) -> list[str]:
@@ -123,15 +134,6 @@ def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
     return text_table([title, ""], rows)
 
 
-WAYS = {
-    "loader": "the trainer's loader",
-    "gather": "gather into new memory, not ahead",
-    "memory_copy": "copy of batches in memory",
-    "per_sample_alone": "per sample through safetensors",
-    "per_sample_workers": "... in worker processes",
-}
-
-
 def data_benchmark_table(measured: Mapping[str, Any]) -> str:
     """Return the figures of a benchmark of reading."""
     rates, ratios = measured["latents_per_second"], measured["loader_ratio"]
@@ -142,3 +144,66 @@ def data_benchmark_table(measured: Mapping[str, Any]) -> str:
 
 def _size(result: Mapping[str, Any]) -> str:
     return "x".join(map(str, result["shape"]))
+
+
+def plan_table(plan: Mapping[str, Any]) -> str:
+    """Return a plan, a table per section, and whether the run fits."""
+    config = plan["config"]
+    where = "this machine's CPU" if plan["gpu"] == "cpu" else plan["gpu"]
+    title = f"{config['name']} on {plan['processes']} x {where}, {config['precision']}, {config['parallel']}"
+    title += ", compiled" if config["compile"] else ", eager"
+    title += ", gradient checkpointing" if config["gradient_checkpointing"] else ""
+    parts = [title]
+    for section, heading in SECTIONS.items():
+        rows = [[name.replace("_", " "), quantity(entry), entry["source"]] for name, entry in plan[section].items()]
+        if rows:
+            parts.append(text_table([heading, "", "source"], rows, left=(0, 2), widths={0: 25, 1: 16}))
+    return "\n\n".join([*parts, _verdict(plan)])
+
+
+def quantity(figure: Mapping[str, Any]) -> str:
+    """Format a figure with its unit: 130,508,672, 20.1 GiB, 138 GFLOP, 989 TFLOP/s, 40.0%."""
+    value, unit = figure["value"], figure["unit"]
+    if unit == "bytes":
+        return memory(value)
+    if unit == "count":
+        return f"{value:,}" if float(value).is_integer() else number(value)
+    if unit in ("FLOP", "FLOP/s"):
+        # The prefix that leaves one to three digits before the point.
+        power = sum(value >= 1000**power for power in range(1, len(PREFIXES)))
+        return f"{number(value / 1000**power)} {PREFIXES[power]}{unit}"
+    if unit == "seconds":
+        return f"{number(value)} s"
+    return {"share": percent, "hours": _hours, "per second": number}[unit](value)
+
+
+def memory(value: float) -> str:
+    """Format bytes in GiB, smaller ones in MiB and KiB."""
+    if value == 0:
+        return "0"
+    power = 3 if value >= 2**30 else 2 if value >= 2**20 else 1
+    return f"{number(value / 2 ** (10 * power))} {('KiB', 'MiB', 'GiB')[power - 1]}"
+
+
+def _hours(value: float) -> str:
+    return f"{number(value)} h" if value >= 1 else format_seconds(3600 * value)
+
+
+def _verdict(plan: Mapping[str, Any]) -> str:
+    total, available = (memory(plan["memory"][name]["value"]) for name in ("total", "available"))
+    if plan["fits"]:
+        largest = plan["largest_micro_batch_size"]
+        return f"It fits: {total} of {available}. The largest micro-batch that would fit is {largest}."
+    if not plan["ways_to_fit"]:
+        return f"It does not fit: {total}, and there are {available}. No batch fits: take more or larger GPUs."
+    ways = [
+        [_options(way["settings"]), memory(way["bytes"]), _hours(way["seconds"] / 3600)] for way in plan["ways_to_fit"]
+    ]
+    table = text_table(["what would make it fit", "memory", "training"], ways)
+    return f"It does not fit: {total}, and there are {available}.\n\n{table}"
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    """Return settings as options of the command line."""
+    options = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+    return " ".join(option if value is True else f"{option} {value}" for option, value in options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.study import Spread, Study
 from jlt.report.wording import listed, number
 
@@ -19,41 +19,27 @@ def cells(study: Study) -> dict[str, Cells]:
     for system in study.systems:
         value = system.measured("frechet_distance", study.final_step)
         if value is not None:
-            name = f"patch {system.patch_size}{f' ({system.variant})' if system.variant else ''}"
-            found.setdefault(name, {})[system.prediction, system.loss_space] = value
-    return {name: here for name, here in found.items() if len(_spaces(here)) > 1}
+            where = f"patch {system.patch_size}{f' ({system.variant})' if system.variant else ''}"
+            found.setdefault(where, {})[system.prediction, system.loss_space] = value
+    return {where: here for where, here in found.items() if len({space for _, space in here}) > 1}
 
 
 def cell_sentences(found: Mapping[str, Cells]) -> list[str]:
-    """State how much the distance changes with the prediction, and with the loss space, the other one being equal."""
-    return [text for where, here in found.items() for text in _sentences(where, here)]
+    """Say how much the prediction and how much the loss space moves the distance, the other one being equal."""
+    texts = []
+    for where, here in found.items():
+        by_space: dict[str, list[float]] = {}
+        by_prediction: dict[str, list[float]] = {}
+        for (prediction, space), value in here.items():
+            by_space.setdefault(f"with a loss in {SYMBOL[space]}-space", []).append(value.mean)
+            by_prediction.setdefault(f"for {NAMES[prediction]}", []).append(value.mean)
+        if len(by_prediction) > 1:
+            for what, groups in (("prediction", by_space), ("loss space", by_prediction)):
+                if factors := [f"{number(_factor(means))} {name}" for name, means in groups.items() if len(means) > 1]:
+                    grows = f"at {where} the Fréchet distance grows by a factor of {listed(factors)}"
+                    texts.append(f"From the best {what} to the worst {grows}.")
+    return texts
 
 
-def _sentences(where: str, here: Cells) -> list[str]:
-    spaces, predictions = _spaces(here), list(dict.fromkeys(prediction for prediction, _ in here))
-    if len(predictions) < 2:
-        return []
-    by_prediction = {
-        f"{SYMBOL[space]}-space": [here[p, space] for p in predictions if (p, space) in here] for space in spaces
-    }
-    by_space = {WORDS[p]: [here[p, space] for space in spaces if (p, space) in here] for p in predictions}
-    factors = {
-        "From the best prediction to the worst": _factors(by_prediction, "with a loss in"),
-        "From the best loss space to the worst": _factors(by_space, "for"),
-    }
-    grows = f"at {where} the Fréchet distance grows by a factor of"
-    return [f"{what} {grows} {text}." for what, text in factors.items() if text]
-
-
-def _factors(cells_by: Mapping[str, Sequence[Spread]], joined: str) -> str:
-    """Return the factor within each group of more than one, empty without any."""
-    return listed([f"{number(_factor(some))} {joined} {name}" for name, some in cells_by.items() if len(some) > 1])
-
-
-def _factor(values: Sequence[Spread]) -> float:
-    means = [value.mean for value in values]
+def _factor(means: Sequence[float]) -> float:
     return max(means) / min(means) if min(means) > 0 else math.inf
-
-
-def _spaces(here: Cells) -> list[str]:
-    return list(dict.fromkeys(space for _, space in here))

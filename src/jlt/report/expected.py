@@ -13,9 +13,6 @@ from jlt.report.study import Spread, Study, System, spread
 from jlt.report.wording import listed, number, percent, spread_text
 from jlt.results.geometry import SettingForecast
 
-NOTHING = 1e-3
-"""Share of a loss below which the text has no number."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -66,17 +63,14 @@ def widths_differ(found: Sequence[Check]) -> bool:
 
 def _ratios(study: Study, forecast: SettingForecast) -> list[float]:
     """Return the distance of velocity over that of clean prediction at the final step, for every seed of both."""
-    of = {system.prediction: _by_seed(system, study.final_step) for system in _systems_of(study, forecast)}
-    clean, velocity = of.get("x", {}), of.get("v", {})
-    return [velocity[seed] / clean[seed] for seed in sorted(clean.keys() & velocity.keys()) if clean[seed] > 0]
-
-
-def _by_seed(system: System, step: int | None) -> dict[int, float]:
-    found = {}
-    for run in system.runs:
-        if evaluation := run.at(step):
-            found[run.seed] = evaluation.metrics.frechet_distance
-    return found
+    distances = {
+        (system.prediction, run.seed): evaluation.metrics.frechet_distance
+        for system in _systems_of(study, forecast)
+        for run in system.runs
+        if (evaluation := run.at(study.final_step))
+    }
+    clean = {seed: value for (name, seed), value in sorted(distances.items()) if name == "x" and value > 0}
+    return [distances["v", seed] / value for seed, value in clean.items() if ("v", seed) in distances]
 
 
 def check_sentences(found: Sequence[Check]) -> list[str]:
@@ -88,12 +82,13 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
     right = [check for check in decided if check.expected_first == check.measured_first]
     wrong = [check.setting for check in decided if check not in right]
     texts = []
-    when = "before the training" if all(check.forecast.before_training for check in found) else "from the latents alone"
     if len(decided) == 1:
         texts.append(f"The prediction that was expected to win at {decided[0].setting} {'lost' if wrong else 'won'}.")
     elif decided:
+        before = all(check.forecast.before_training for check in found)
         texts.append(
-            f"In {len(right)} of {len(decided)} settings with a forecast {when} and a decisive measurement, the "
+            f"In {len(right)} of {len(decided)} settings with a forecast "
+            f"{'before the training' if before else 'from the latents alone'} and a decisive measurement, the "
             f"expected prediction won{f'; not at {listed(wrong)}' if wrong else ''}."
         )
     groups = {
@@ -121,12 +116,12 @@ def floor_sentences(study: Study) -> list[str]:
     """Compare the final loss with its floor where a network is narrower than its tokens."""
     texts = []
     for forecast in study.forecasts:
-        floor, measured = forecast.advice[0].loss_floor, _final_losses(study, forecast)
+        measured = _final_losses(study, forecast)
         if forecast.width >= forecast.dimension or not measured:
             continue
         losses = [
-            f"{SYMBOL[name]} {spread_text(loss)}, of which {_share_out_of_reach(lowest / loss.mean)}"
-            for name, lowest in floor.items()
+            f"{SYMBOL[name]} {spread_text(loss)}, of which {_share_out_of_reach(floor / loss.mean)}"
+            for name, floor in forecast.advice[0].loss_floor.items()
             if (loss := measured.get(name))
         ]
         when = "was forecast to be" if forecast.before_training else "is, by the latents alone,"
@@ -140,18 +135,20 @@ def floor_sentences(study: Study) -> list[str]:
 
 
 def _share_out_of_reach(share: float) -> str:
-    return "nothing" if share < NOTHING else f"{number(100 * share, 2)}%"
+    return "nothing" if share < 1e-3 else f"{number(100 * share, 2)}%"
 
 
 def _final_losses(study: Study, forecast: SettingForecast) -> dict[Prediction, Spread]:
     """Return the training loss of every prediction, over the last tenth of the steps, by seeds."""
-    found: dict[Prediction, Spread] = {}
-    for system in _systems_of(study, forecast):
-        last = [run.log.steps[-max(1, len(run.log.steps) // 10) :] for run in system.runs if run.log.steps]
-        loss = spread(fmean(logged.loss for logged in steps) for steps in last)
-        if loss is not None:
-            found[system.prediction] = loss
-    return found
+    losses = {
+        system.prediction: spread(
+            fmean(logged.loss for logged in steps[-max(1, len(steps) // 10) :])
+            for run in system.runs
+            if (steps := run.log.steps)
+        )
+        for system in _systems_of(study, forecast)
+    }
+    return {name: loss for name, loss in losses.items() if loss}
 
 
 def _systems_of(study: Study, forecast: SettingForecast) -> list[System]:

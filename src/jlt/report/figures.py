@@ -19,7 +19,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from jlt.report import palette
-from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_WORDS, TIME, swatch
+from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_NAMES, TIME, swatch
 from jlt.report.study import Spread, System, spread
 from jlt.report.wording import listed, number, percent
 
@@ -89,7 +89,15 @@ class Figure:
     legend: tuple[LegendEntry, ...] = ()
 
 
-def draw(paint: Callable[[Axes], None], alt: str, size: tuple[float, float] = HALF) -> Panel:
+def figure_of(
+    title: str, panels: Iterable[Panel | None], caption: str, legend: Iterable[LegendEntry] = ()
+) -> Figure | None:
+    """Return a figure of the panels that could be drawn, None if there are none."""
+    shown = tuple(panel for panel in panels if panel)
+    return Figure(title, shown, caption, tuple(legend)) if shown else None
+
+
+def draw(paint: Callable[[Axes], object], alt: str, size: tuple[float, float] = HALF) -> Panel:
     """Render one axes as SVG, and recolour it for dark paper."""
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=size, layout="constrained")
@@ -146,7 +154,7 @@ def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
 
 def prediction_legend() -> tuple[LegendEntry, ...]:
     """Return one entry per prediction, for figures of the targets themselves."""
-    return tuple(LegendEntry(swatch(prediction, 1), SHORT_WORDS[prediction]) for prediction in PREDICTION)
+    return tuple(LegendEntry(swatch(prediction, 1), SHORT_NAMES[prediction]) for prediction in PREDICTION)
 
 
 def curve_style(system: System) -> dict[str, Any]:
@@ -196,7 +204,7 @@ def step_panel(
     linear: bool = False,
     zero: bool = False,
     restarts: Sequence[int] = (),
-    paint: Callable[[Axes], None] | None = None,
+    paint: Callable[[Axes], object] | None = None,
     size: tuple[float, float] = HALF,
 ) -> Panel | None:
     """Draw lines over the training steps, the starts of later sessions as thin lines; None if there is no line.
@@ -216,8 +224,10 @@ def step_panel(
             axes.set_ylim(0, 1.12 * max(values) or 1)
         elif not linear:
             log_if_wide(axes, values)
-        if zero or write is percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, write)))
+        if write is percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+        elif zero:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9f}".rstrip("0").rstrip(".")))
         axes.set(title=title, xlabel="training step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -236,11 +246,6 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
         axes.set_yscale("log")
         plain_log(axes.yaxis, values)
     return wide
-
-
-def _tick(value: float, write: Callable[[float], str]) -> str:
-    """Format an axis value without trailing zeros."""
-    return f"{100 * value:.4g}%" if write is percent else f"{value:,.9f}".rstrip("0").rstrip(".")
 
 
 def moving_average(values: Sequence[float | None]) -> list[float | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jlt.report.geometry_sentences import advice_sentences, geometry_verdict, spectrum_sentence
-from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.study import Spread, Study, System
 from jlt.report.wording import listed, number, percent, sentence, spread_text
 
@@ -84,18 +84,15 @@ def verdict(study: Study) -> str:
     if at_chance(study):
         return "Too early to tell: no system draws recognisable samples yet."
     winners: dict[str, list[str]] = {}
-    undecided = []
     for comparison in found:
         winner = comparison.clear_winner
-        if winner is None:
-            undecided.append(setting(comparison, study))
-        else:
-            winners.setdefault(winner.prediction, []).append(setting(comparison, study))
+        winners.setdefault(winner.prediction if winner else "", []).append(setting(comparison, study))
+    undecided = winners.pop("", [])
     if not winners:
         where = _where(undecided, len(found))
         return f"No prediction stands out: the lowest Fréchet distances are too close to call {where}."
     best = [
-        f"{WORDS[prediction]} reaches the lowest Fréchet distance {_where(places, len(found))}"
+        f"{NAMES[prediction]} reaches the lowest Fréchet distance {_where(places, len(found))}"
         for prediction, places in winners.items()
     ]
     tail = f"; at {listed(undecided)} it is too close to call" if undecided else ""
@@ -128,7 +125,7 @@ def _where(places: Sequence[str], comparisons: int) -> str:
 def _verdict_of_one(study: Study) -> str:
     """Return the finding if nothing can be compared."""
     step = study.final_step
-    if not study.systems and study.geometry is not None:
+    if not study.systems and study.geometry:
         return geometry_verdict(study.geometry)
     if step is None:
         reached = max((run.reached for run in study.runs), default=0)
@@ -145,9 +142,9 @@ def details(study: Study) -> list[str]:
     found = comparisons(study)
     texts = [_numbers(comparison, study) for comparison in found]
     if found:
-        texts = [text for text in [at_chance(study)] if text] + texts
-        texts.append(_about_seeds(found))
-        texts.extend([] if at_chance(study) else _about_the_claim(found, study))
+        chance = at_chance(study)
+        texts = [*([chance] if chance else []), *texts, _about_seeds(found)]
+        texts += [] if chance else _about_the_claim(found, study)
     elif len(study.runs) == 1 and study.final_step is not None:
         texts.extend(_about_one_run(study))
     behind = [system.name for system in study.systems if study.final_step not in system.evaluated_steps]
@@ -164,21 +161,22 @@ def details(study: Study) -> list[str]:
 
 def _numbers(comparison: Comparison, study: Study) -> str:
     (first, best), *others = comparison.ranked
-    leader = f"{WORDS[first.prediction]} reaches a Fréchet distance of {spread_text(best)}"
-    rest = [f"{WORDS[system.prediction]} {spread_text(value)}" for system, value in others]
+    leader = f"{NAMES[first.prediction]} reaches a Fréchet distance of {spread_text(best)}"
+    rest = [f"{NAMES[system.prediction]} {spread_text(value)}" for system, value in others]
     texts = [f"At {setting(comparison, study)}, {listed([leader, *rest])}."]
-    apart = [(system, value) for system, value in others if comparison.separated(best, value)]
-    close = [(system, value) for system, value in others if not comparison.separated(best, value)]
-    if apart and best.mean > 0:
-        ratios = [
-            f"{SYMBOL[system.prediction]} is {number(value.mean / best.mean, 2)} times as high"
-            for system, value in apart
-        ]
+    ratios = [
+        f"{SYMBOL[system.prediction]} is {number(value.mean / best.mean, 2)} times as high"
+        for system, value in others
+        if best.mean > 0 and comparison.separated(best, value)
+    ]
+    if ratios:
         texts.append(f"Relative to {SYMBOL[first.prediction]}, {listed(ratios)}.")
-    for system, value in close:
+    for system, value in others:
+        if comparison.separated(best, value):
+            continue
         why = "their ranges over seeds overlap" if comparison.seeds > 1 else "one seed cannot settle that"
         higher = f"only {value.mean / best.mean - 1:.0%} higher" if best.mean > 0 else "not distinguishable from it"
-        texts.append(f"{sentence(WORDS[system.prediction])} is {higher}: {why}.")
+        texts.append(f"{sentence(NAMES[system.prediction])} is {higher}: {why}.")
     return " ".join(texts)
 
 
@@ -203,16 +201,12 @@ def _about_the_claim(found: Sequence[Comparison], study: Study) -> list[str]:
         if clean is None or velocity is None:
             continue
         lower, upper = sorted((clean, velocity), key=lambda value: value.mean)
-        kind = "undecided" if not comparison.separated(lower, upper) else "agrees" if lower is clean else "disagrees"
-        outcome.setdefault(kind, []).append(setting(comparison, study))
-    verbs = {"agrees": "agrees", "disagrees": "shows the opposite", "undecided": "is undecided"}
-    parts = [f"{verbs[kind]} {_where(places, len(found))}" for kind, places in outcome.items()]
-    if not parts:
-        return []
-    return [
-        "The paper claims that clean prediction beats velocity on anisotropic latents. This measurement "
-        f"{listed(parts)}."
-    ]
+        decided = "agrees" if lower is clean else "shows the opposite"
+        finding = decided if comparison.separated(lower, upper) else "is undecided"
+        outcome.setdefault(finding, []).append(setting(comparison, study))
+    parts = listed([f"{finding} {_where(places, len(found))}" for finding, places in outcome.items()])
+    claim = "The paper claims that clean prediction beats velocity on anisotropic latents. This measurement"
+    return [f"{claim} {parts}."] if parts else []
 
 
 def _about_one_run(study: Study) -> list[str]:
@@ -220,7 +214,7 @@ def _about_one_run(study: Study) -> list[str]:
     known = {step: value.mean for step, value in system.curve("frechet_distance").items()}
     if not known:
         return []
-    best = min(known, key=lambda step: known[step])
+    best = min(known, key=known.__getitem__)
     if best == study.final_step:
         return ["It is the lowest so far." if len(known) > 1 else "It is the only evaluation so far."]
     return [f"The lowest so far was {number(known[best])} at step {best:,}; it has risen since."]
@@ -263,7 +257,7 @@ def limits(study: Study) -> list[str]:
         )
     elif study.geometry is not None and not any("anisotropy" in system.variant for system in study.systems):
         texts.append(
-            "The geometry is a linear-Gaussian picture of single tokens. It is shown beside the results; that it "
+            "The geometry is a linear-Gaussian picture of single tokens. It is shown next to the results; that it "
             "causes them is not tested here, since the latent space itself was never changed."
         )
     if study.inside is not None:

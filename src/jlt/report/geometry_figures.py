@@ -1,14 +1,15 @@
-"""The figures of geometry.json: the spectrum of the tokens, and what eq. 9-11 make of it for each target."""
+"""The figures of geometry.json and inside.json: spectra, what eq. 9-13 make of them, and the errors of networks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jlt.config import Prediction
 from jlt.report import palette
@@ -23,16 +24,20 @@ from jlt.report.figures import (
     prediction_legend,
     without_rounding,
 )
-from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_WORDS, swatch
+from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_NAMES, swatch
 from jlt.report.wording import listed, number, percent
-from jlt.results.geometry import Geometry, Table, TokenGeometry, Values
+from jlt.results.geometry import ErrorByDirection, Geometry, Table, TokenGeometry, Values
 
 MINUS = "\N{MINUS SIGN}"
 LINES = ((None, None), (4, 2), (1, 1.5), (6, 2, 1, 2))
-"""Dashes of the estimates of one space."""
-
-Spectra = dict[str, tuple[Sequence[int], Values]]
-"""Ranks and eigenvalues by estimate."""
+"""Dashes of the estimates of one space, or of the networks of one prediction."""
+SHOWN_TIMES = (0.05, 0.4, 0.8)
+"""Times of the figure of networks."""
+NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": MUTED.light}
+WHOLE = {
+    "exact": "whole latents as one Gaussian",
+    "stationary": "whole latents as one Gaussian in which no position is special (an approximation)",
+}
 
 
 def geometry_figures(geometry: Geometry) -> list[Figure]:
@@ -49,43 +54,72 @@ def geometry_figures(geometry: Geometry) -> list[Figure]:
     ]
 
 
-def _spectrum_figure(entries: list[TokenGeometry]) -> Figure:
-    def ranks(entry: TokenGeometry) -> list[float]:
-        return [(index + 1) / entry.dimension for index in range(entry.dimension)]
+def _plot_targets(
+    axes: Axes, x: Sequence[float], curves: Mapping[Prediction, Sequence[float]], floor: float = -math.inf
+) -> None:
+    """Draw a curve for each prediction, without the values below the floor."""
+    for name, curve in curves.items():
+        shown = [value if value >= floor else math.nan for value in curve]
+        axes.plot(x, shown, **_prediction_style(name, len(x)))
 
-    def style(entry: TokenGeometry) -> dict[str, Any]:
-        return {"color": INK.light, "dashes": palette.dashes(entry.patch_size) or (None, None)}
 
-    largest = max(lam for entry in entries for lam in entry.eigenvalues)
-    positive = drawn_only((lam for entry in entries for lam in entry.eigenvalues), largest)
+def _prediction_style(prediction: Prediction, points: int) -> dict[str, Any]:
+    return {
+        "color": PREDICTION[prediction].light,
+        "marker": palette.MARKER[prediction],
+        "markersize": 4,
+        "markevery": max(1, points // 8),
+    }
+
+
+def _by_target(values: Mapping[Prediction, float], digits: int = 3) -> str:
+    return listed([f"{SHORT_NAMES[name]} {number(value, digits)}" for name, value in values.items()])
+
+
+def _label_ranks(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("directions, largest first")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    axes.set_xlim(-0.02, 1.02)
+
+
+def _label_directions(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("direction, largest first")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _spectrum_figure(entries: Sequence[TokenGeometry]) -> Figure:
+    largest = max(entry.eigenvalues[0] for entry in entries)
+    drawn = drawn_only((lam for entry in entries for lam in entry.eigenvalues), largest)
+    held = [[part / sum(entry.eigenvalues) for part in accumulate(entry.eigenvalues)] for entry in entries]
+
+    def plot(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
+        for entry, curve in zip(entries, curves, strict=True):
+            ranks = [(index + 1) / entry.dimension for index in range(entry.dimension)]
+            axes.plot(ranks, curve, color=INK.light, dashes=palette.dashes(entry.patch_size) or (None, None))
 
     def paint_spectrum(axes: Axes) -> None:
-        for entry in entries:
-            axes.plot(ranks(entry), without_rounding(entry.eigenvalues, largest), **style(entry))
+        plot(axes, [without_rounding(entry.eigenvalues, largest) for entry in entries])
         axes.axhline(1.0, color=MUTED.light, linewidth=1)
-        axes.annotate("variance of the noise", (0.99, 1.0), xytext=(0, 3), textcoords="offset points", ha="right",
-                      fontsize=8.5, color=MUTED.light)  # fmt: skip
+        axes.annotate("variance of the noise", (0.99, 1.0), (0, 3), ha="right", **NOTE)
         axes.set_yscale("log")
-        plain_log(axes.yaxis, [*positive, 1.0])
-        axes.set_title("Variance of each direction of a token")
-        _label_ranks(axes)
+        plain_log(axes.yaxis, [*drawn, 1.0])
+        _label_ranks(axes, "Variance of each direction of a token")
 
     def paint_share(axes: Axes) -> None:
-        for entry in entries:
-            total = sum(entry.eigenvalues)
-            axes.plot(ranks(entry), [part / total for part in accumulate(entry.eigenvalues)], **style(entry))
+        plot(axes, held)
         axes.set_ylim(0, 1.03)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        axes.set_title("Share of the variance held so far")
-        _label_ranks(axes)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        _label_ranks(axes, "Share of the variance held so far")
 
     ends = [
-        f"patch {entry.patch_size} falls from {number(max(lam))} to {number(min(lam))}"
+        f"patch {entry.patch_size} falls from {number(entry.eigenvalues[0])} to {number(entry.eigenvalues[-1])}"
         for entry in entries
-        for lam in [entry.eigenvalues]
     ]
-    halves = [
-        f"{percent(_directions_for(entry, 0.9) / entry.dimension)} at patch {entry.patch_size}" for entry in entries
+    tenths = [
+        f"{percent((1 + sum(share < 0.9 for share in shares)) / entry.dimension)} at patch {entry.patch_size}"
+        for entry, shares in zip(entries, held, strict=True)
     ]
     error = max(entry.relative_sampling_error for entry in entries)
     caption = (
@@ -96,45 +130,29 @@ def _spectrum_figure(entries: list[TokenGeometry]) -> Figure:
     )
     panels = (
         draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),
-        draw(paint_share, f"Cumulative share of variance against rank; nine tenths are reached by {listed(halves)}."),
+        draw(paint_share, f"Cumulative share of variance against rank; nine tenths are reached by {listed(tenths)}."),
     )
     legend = tuple(LegendEntry(swatch(None, e.patch_size), f"patch {e.patch_size}") for e in entries)
     return Figure("The spectrum of the tokens", panels, caption, legend)
 
 
-def _directions_for(entry: TokenGeometry, share: float) -> int:
-    """Return how many leading directions hold a share of the variance."""
-    total = sum(entry.eigenvalues)
-    return 1 + sum(part / total < share for part in accumulate(entry.eigenvalues))
-
-
-def _label_ranks(axes: Axes) -> None:
-    axes.set_xlabel("directions, largest first")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set_xlim(-0.02, 1.02)
-
-
-def _target_figure(entries: list[TokenGeometry]) -> Figure:
+def _target_figure(entries: Sequence[TokenGeometry]) -> Figure:
     high = max(value for entry in entries for value in entry.target_variance["v"])
     low = min(drawn_only((value for entry in entries for value in [*entry.target_variance["x"], 1.0]), high))
 
     def panel(entry: TokenGeometry) -> Panel:
+        shown = {name: without_rounding(variances, high) for name, variances in entry.target_variance.items()}
+
         def paint(axes: Axes) -> None:
-            for prediction, variances in entry.target_variance.items():
-                shown = without_rounding(variances, high)
-                axes.plot(range(1, len(shown) + 1), shown, **_target_style(prediction, len(shown)))
+            _plot_targets(axes, range(1, entry.dimension + 1), shown)
             axes.set_yscale("log")
             axes.set_ylim(low / 1.6, high * 1.6)
             plain_log(axes.yaxis, [low, high])
-            axes.set_title(f"Target variance, patch {entry.patch_size}")
-            axes.set_xlabel("direction, largest first")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            _label_directions(axes, f"Target variance, patch {entry.patch_size}")
 
-        last = {prediction: number(values[-1]) for prediction, values in entry.target_variance.items()}
-        alt = f"Variance of each target by direction, patch {entry.patch_size}. In the smallest direction: " + listed(
-            [f"{SHORT_WORDS[prediction]} {value}" for prediction, value in last.items()]
-        )
-        return draw(paint, f"{alt}.")
+        last = _by_target({name: variances[-1] for name, variances in entry.target_variance.items()})
+        alt = f"Variance of each target by direction, patch {entry.patch_size}. In the smallest direction: {last}."
+        return draw(paint, alt)
 
     caption = (
         "The variance of each target in every direction (eq. 9). Noise has variance 1 everywhere. Velocity is the "
@@ -143,13 +161,38 @@ def _target_figure(entries: list[TokenGeometry]) -> Figure:
     return Figure("The variance of each target", tuple(map(panel, entries)), caption, prediction_legend())
 
 
-def _target_style(prediction: str, points: int) -> dict[str, Any]:
-    return {
-        "color": PREDICTION[prediction].light,
-        "marker": palette.MARKER[prediction],
-        "markersize": 4,
-        "markevery": max(1, points // 8),
-    }
+def _capacity_figure(entries: Sequence[TokenGeometry]) -> Figure:
+    """Draw eq. 13: the excess error of each prediction by the rank of the predictor, and the stated share."""
+    stated = entries[0].forecast.stated_share
+    floor = stated / 50
+
+    def panel(entry: TokenGeometry) -> Panel:
+        forecast = entry.forecast
+        excess = {name: [risk / forecast.unavoidable_risk for risk in curve] for name, curve in forecast.curves.items()}
+
+        def paint(axes: Axes) -> None:
+            _plot_targets(axes, [rank / entry.dimension for rank in forecast.ranks], excess, floor)
+            axes.axhline(stated, color=MUTED.light, linewidth=1)
+            axes.annotate(percent(stated), (0.0, stated), (3, 3), **NOTE)
+            axes.set_yscale("log")
+            axes.set_ylim(floor, 2 * max(stated, *map(max, excess.values())))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}" if v < 1 else f"{v:g}x"))
+            axes.set_title(f"Error beyond the unavoidable, patch {entry.patch_size}")
+            axes.set_xlabel("directions that the predictor has")
+            axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+
+        alt = (
+            f"Excess velocity error against the rank of the predictor, patch {entry.patch_size}. Directions needed, "
+            f"of {entry.dimension}, to come within {percent(stated)}: {_by_target(forecast.needed_directions)}."
+        )
+        return draw(paint, alt)
+
+    caption = (
+        "The capacity curves (eq. 13), averaged over the training times: the excess velocity error of the best "
+        "predictor of each rank, in units of the unavoidable error. Where a curve meets the grey line, at "
+        f"{percent(stated)}, its prediction has as many directions as it needs."
+    )
+    return Figure("What each prediction needs", tuple(map(panel, entries)), caption, prediction_legend())
 
 
 def _shown_columns(entry: TokenGeometry) -> list[int]:
@@ -177,24 +220,25 @@ def _time_panels(
         direction = f"Direction {index + 1} of {entry.dimension}: {variance}"
 
         def paint(axes: Axes) -> None:
-            for prediction, line in curves.items():
-                shown = [value if value >= floor else math.nan for value in line]
-                axes.plot(times, shown, **_target_style(prediction, len(times)))
+            _plot_targets(axes, times, curves, floor)
             finish(axes)
-            if all(value < floor for line in curves.values() for value in line):
+            if max(map(max, curves.values())) < floor:
                 axes.annotate("nothing remains", (0.5, 0.5), xycoords="axes fraction", ha="center", color=MUTED.light)
             axes.set_title(direction, fontsize=9.5)
             axes.set_xlabel("time t, from noise to data")
 
-        values = [f"{SHORT_WORDS[name]} {number(line[place], 2)}" for name, line in curves.items()]
-        return draw(paint, f"{direction}. {quantity} at t = {times[place]:g}: {listed(values)}.", THIRD)
+        values = _by_target({name: curve[place] for name, curve in curves.items()}, 2)
+        return draw(paint, f"{direction}. {quantity} at t = {times[place]:g}: {values}.", THIRD)
 
     return tuple(map(panel, _shown_columns(entry)))
 
 
+def _largest(table: Mapping[Prediction, Table], columns: Sequence[int]) -> float:
+    return max(abs(row[column]) for rows in table.values() for row in rows for column in columns)
+
+
 def _coefficient_figure(entry: TokenGeometry, times: Values) -> Figure:
-    columns = _shown_columns(entry)
-    reach = 1.15 * max(abs(row[column]) for rows in entry.coefficient.values() for row in rows for column in columns)
+    reach = 1.15 * _largest(entry.coefficient, _shown_columns(entry))
 
     def finish(axes: Axes) -> None:
         axes.set_yscale("symlog", linthresh=1.0)
@@ -215,10 +259,10 @@ def _coefficient_figure(entry: TokenGeometry, times: Values) -> Figure:
 
 
 def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
-    columns, table = _shown_columns(entry), entry.conditional_variance
+    table = entry.conditional_variance
     # Exact zeros (noise prediction at t = 0, directions without variance) have no place on a logarithmic axis.
     floor = 1e-4
-    high = max(2 * max(row[column] for rows in table.values() for row in rows for column in columns), 10 * floor)
+    high = max(2 * _largest(table, _shown_columns(entry)), 10 * floor)
 
     def finish(axes: Axes) -> None:
         axes.set_yscale("log")
@@ -235,61 +279,15 @@ def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
     return Figure("The error that remains", panels, caption, prediction_legend())
 
 
-def _capacity_figure(entries: list[TokenGeometry]) -> Figure:
-    """Draw eq. 13: the excess error of each prediction by the rank of the predictor, and the stated share."""
-    stated = entries[0].forecast.stated_share
-    floor = stated / 50
-
-    def panel(entry: TokenGeometry) -> Panel:
-        forecast = entry.forecast
-        needed = forecast.needed_directions
-        shares = [rank / entry.dimension for rank in forecast.ranks]
-        excess = {name: [risk / forecast.unavoidable_risk for risk in curve] for name, curve in forecast.curves.items()}
-
-        def paint(axes: Axes) -> None:
-            for prediction, curve in excess.items():
-                shown = [value if value >= floor else math.nan for value in curve]
-                axes.plot(shares, shown, **_target_style(prediction, len(shown)))
-            axes.axhline(stated, color=MUTED.light, linewidth=1)
-            axes.annotate(percent(stated), (0.0, stated), xytext=(3, 3), textcoords="offset points", fontsize=8.5,
-                          color=MUTED.light)  # fmt: skip
-            axes.set_yscale("log")
-            axes.set_ylim(floor, 2 * max(stated, *map(max, excess.values())))
-            axes.yaxis.set_major_formatter(FuncFormatter(_share_or_multiple))
-            axes.set_title(f"Error beyond the unavoidable, patch {entry.patch_size}")
-            axes.set_xlabel("directions that the predictor has")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-
-        ranks = [f"{SHORT_WORDS[name]} {number(value)}" for name, value in needed.items()]
-        alt = (
-            f"Excess velocity error against the rank of the predictor, patch {entry.patch_size}. Directions needed, "
-            f"of {entry.dimension}, to come within {percent(stated)}: {listed(ranks)}."
-        )
-        return draw(paint, alt)
-
-    caption = (
-        "The capacity curves (eq. 13), averaged over the training times: the excess velocity error of the best "
-        "predictor of each rank, in units of the unavoidable error. Where a curve meets the grey line, at "
-        f"{percent(stated)}, its prediction has as many directions as it needs."
-    )
-    return Figure("What each prediction needs", tuple(map(panel, entries)), caption, prediction_legend())
-
-
-def _share_or_multiple(value: float, _: int | None) -> str:
-    return f"{value:.0%}" if value < 1 else f"{value:g}x"
-
-
 def _estimates_figure(entry: TokenGeometry, geometry: Geometry) -> Figure:
     """Draw the same space by other estimates: local ones, and the spectrum of whole latents."""
-    stationary, leading = geometry.stationary, geometry.whole.eigenvalues
-    tokens: Spectra = {
-        "tokens": (range(entry.dimension), entry.eigenvalues),
-        **{name: (range(entry.dimension), local.eigenvalues) for name, local in entry.local.items()},
+    stationary, whole, every = geometry.stationary, geometry.whole, range(entry.dimension)
+    tokens = {"tokens": (every, entry.eigenvalues)}
+    tokens |= {name: (every, local.eigenvalues) for name, local in entry.local.items()}
+    latents: dict[str, tuple[Sequence[int], Values]] = {
+        f"by frequency, {name}": (found.ranks, found.eigenvalues) for name, found in stationary.spectra.items()
     }
-    whole: Spectra = {
-        f"by frequency, {name}": (spectrum.ranks, spectrum.eigenvalues) for name, spectrum in stationary.spectra.items()
-    }
-    whole[f"leading directions ({geometry.whole.method})"] = (range(len(leading)), leading)
+    latents[f"leading directions ({whole.method})"] = (range(len(whole.eigenvalues)), whole.eigenvalues)
     shares = [f"{name} {percent(local.variance_share)}" for name, local in entry.local.items()]
     shares_text = f" Shares of the variance of tokens: {listed(shares)}." if shares else ""
     caption = (
@@ -297,35 +295,66 @@ def _estimates_figure(entry: TokenGeometry, geometry: Geometry) -> Figure:
         "left the spectrum of tokens, of all and within classes and neighbourhoods. On the right whole latents, as if "
         "their positions were a torus, and their leading directions without that assumption."
     )
+    by_estimate = f"Eigenvalue against rank by {listed([*tokens])}.{shares_text}"
+    of_latents = f"Eigenvalue against rank of whole latents, {stationary.dimension:,} directions."
     panels = (
-        _spectra_panel(
-            tokens,
-            entry.dimension,
-            f"Tokens, patch {entry.patch_size}",
-            f"Eigenvalue against rank by {listed(list(tokens))}.{shares_text}",
-        ),
-        _spectra_panel(
-            whole,
-            stationary.dimension,
-            "Whole latents",
-            f"Eigenvalue against rank of whole latents, {stationary.dimension:,} directions.",
-        ),
+        draw(partial(_paint_spectra, tokens, entry.dimension, f"Tokens, patch {entry.patch_size}"), by_estimate),
+        draw(partial(_paint_spectra, latents, stationary.dimension, "Whole latents"), of_latents),
     )
     return Figure("The same space by other estimates", panels, caption + shares_text)
 
 
-def _spectra_panel(spectra: Spectra, dimension: int, title: str, alt: str) -> Panel:
+def _paint_spectra(spectra: Mapping[str, tuple[Sequence[int], Values]], dimension: int, title: str, axes: Axes) -> None:
+    """Draw the eigenvalues of several estimates at their ranks."""
     values = [value for _, spectrum in spectra.values() for value in spectrum]
     largest = max(values)
+    for (name, (ranks, spectrum)), dashes in zip(spectra.items(), LINES, strict=False):
+        shares = [(rank + 1) / dimension for rank in ranks]
+        axes.plot(shares, without_rounding(spectrum, largest), color=INK.light, dashes=dashes, label=name)
+    axes.set_yscale("log")
+    plain_log(axes.yaxis, [*drawn_only(values, largest), 1.0])
+    axes.legend(fontsize=8, frameon=False)
+    _label_ranks(axes, title)
 
-    def paint(axes: Axes) -> None:
-        for (name, (ranks, spectrum)), dashes in zip(spectra.items(), LINES, strict=False):
-            shares = [(rank + 1) / dimension for rank in ranks]
-            axes.plot(shares, without_rounding(spectrum, largest), color=INK.light, dashes=dashes, label=name)
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, [*drawn_only(values, largest), 1.0])
-        axes.legend(fontsize=8, frameon=False)
-        _label_ranks(axes)
-        axes.set_title(title)
 
-    return draw(paint, alt)
+def inside_figures(inside: ErrorByDirection) -> list[Figure]:
+    """Draw the error of every network and the optima, a panel for each of some times."""
+    networks = inside.networks
+    kinds = [network.prediction for network in networks]
+    repeats = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
+    optima = ((inside.optimum, MUTED, (1, 1.5)), (inside.whole_optimum, INK, (4, 2)))
+
+    def panel(place: int) -> Panel:
+        lines = [network.error[place] for network in networks]
+        time = f"t = {inside.times[place]:g}"
+
+        def paint(axes: Axes) -> None:
+            ranks = range(1, len(lines[0]) + 1)
+            largest = max(map(max, lines))
+            for rows, colour, dashes in optima:
+                shown = without_rounding(rows[place], largest)
+                axes.plot(ranks, shown, color=colour.light, dashes=dashes, linewidth=1.2)
+            for line, kind, before in zip(lines, kinds, repeats, strict=True):
+                style = _prediction_style(kind, len(line))
+                axes.plot(ranks, without_rounding(line, largest), **style, dashes=LINES[before % 3])
+            axes.set_yscale("log")
+            axes.set_xlim(1 - 0.03 * len(ranks), 1.03 * len(ranks))
+            plain_log(axes.yaxis, drawn_only((value for line in lines for value in line), largest))
+            _label_directions(axes, time)
+
+        last = [f"{network.run} {number(line[-1], 2)}" for network, line in zip(networks, lines, strict=True)]
+        return draw(paint, f"Squared velocity error by direction at {time}; in the smallest: {listed(last)}.", THIRD)
+
+    legend = tuple(
+        LegendEntry(swatch(network.prediction, 1 + before), f"{network.run}, step {network.step:,}")
+        for network, before in zip(networks, repeats, strict=True)
+    )
+    caption = (
+        f"Squared velocity error of {len(networks)} networks along the eigen-directions of the tokens, for the same "
+        f"{inside.count:,} latents and noise. Thin lines are the unavoidable error of a linear predictor (eq. 11): "
+        f"dotted of a token as a Gaussian, dashed of {WHOLE[inside.whole_estimate]}. A network may undercut both, "
+        "since it uses all tokens and the class and is not linear. Values below a billionth of the largest are not "
+        "drawn."
+    )
+    panels = tuple(panel(place) for place, t in enumerate(inside.times) if t in SHOWN_TIMES)
+    return [Figure("Where the networks err", panels, caption, legend)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jlt.report.palette import SYMBOL
 from jlt.report.wording import number, percent
-from jlt.results.geometry import ErrorByDirection, Geometry, SpectrumSummary, TokenGeometry
+from jlt.results.geometry import ErrorByDirection, Geometry, StationarySpectrum, WholeGeometry
 
 SLIDER_POINTS = 96
 """Directions of the spectrum that the slider moves, at equal distances in rank."""
@@ -30,8 +30,7 @@ def slider_spectra(geometry: Geometry) -> list[SliderSpectrum]:
         last = len(entry.eigenvalues) - 1
         ranks = sorted({round(place * last / SLIDER_POINTS) for place in range(SLIDER_POINTS + 1)})
         eigenvalues = [float(f"{entry.eigenvalues[rank]:.6g}") for rank in ranks]
-        shares = [round(rank / max(1, last), 5) for rank in ranks]
-        found.append(SliderSpectrum(entry.patch_size, eigenvalues, shares))
+        found.append(SliderSpectrum(entry.patch_size, eigenvalues, [round(rank / max(1, last), 5) for rank in ranks]))
     return found
 
 
@@ -40,6 +39,8 @@ def spectrum_rows(geometry: Geometry) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     for entry in geometry.tokens.values():
         below = entry.share_below["0.1"]
+        # Directions without variance have no kurtosis, and no error of it.
+        kurtosis = zip(entry.excess_kurtosis, entry.excess_kurtosis_error, strict=True)
         span = dict.fromkeys([number(min(entry.channel_variance)), number(max(entry.channel_variance))])
         summary = {
             "Directions of a token": f"{entry.dimension:,}",
@@ -54,38 +55,30 @@ def spectrum_rows(geometry: Geometry) -> dict[str, list[str]]:
             "their share of the variance": percent(below.variance_share),
             "Variances of single channels": " to ".join(span),
             **{f"Variance {name}": percent(local.variance_share) for name, local in entry.local.items()},
-            "Excess kurtosis, median direction": number(_median_kurtosis(entry), 2),
+            "Excess kurtosis, median direction": number(median([k for k, error in kurtosis if error > 0] or [0.0]), 2),
         }
         for name, text in summary.items():
             rows.setdefault(name, []).append(text)
     return rows
 
 
-def _median_kurtosis(entry: TokenGeometry) -> float:
-    """Return the median over the directions that have variance."""
-    known = zip(entry.excess_kurtosis, entry.excess_kurtosis_error, strict=True)
-    return median([value for value, error in known if error > 0] or [0.0])
-
-
 def whole_rows(geometry: Geometry) -> list[tuple[str, ...]]:
     """Return the summaries of whole latents: estimate, directions, effective rank, participation, share below 0.1."""
-    stationary, whole = geometry.stationary, geometry.whole
-    summaries: dict[str, tuple[SpectrumSummary, float]] = {
-        f"by spatial frequency, {name}": (spectrum, spectrum.relative_sampling_error)
-        for name, spectrum in stationary.spectra.items()
+    whole = geometry.whole
+    summaries: dict[str, StationarySpectrum | WholeGeometry] = {
+        f"by spatial frequency, {name}": spectrum for name, spectrum in geometry.stationary.spectra.items()
     }
-    summaries["their covariance"] = whole, whole.relative_sampling_error
     return [
         (
             name,
-            f"{stationary.dimension:,}",
+            f"{whole.dimension:,}",
             number(summary.effective_rank),
             number(summary.participation_ratio),
             f"{summary.share_below['0.1'].directions:,}",
             percent(summary.share_below["0.1"].variance_share),
-            percent(error),
+            percent(summary.relative_sampling_error),
         )
-        for name, (summary, error) in summaries.items()
+        for name, summary in {**summaries, "their covariance": whole}.items()
         if summary.effective_rank is not None
     ]
 

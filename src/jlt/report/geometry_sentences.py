@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from jlt.config import Prediction
-from jlt.report.palette import SYMBOL, WORDS
+from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import (
     Advice,
     Band,
-    Caution,
     CautionKind,
     ErrorByDirection,
     Geometry,
     NetworkError,
+    TokenForecast,
     TokenGeometry,
 )
 
@@ -51,18 +52,14 @@ BANDS = {
 """Bands of directions by their lower bound."""
 
 
-# ---- geometry.json ----
-
-
 def caution_sentences(geometry: Geometry) -> list[str]:
     """Return the reasons to trust a geometry less."""
-    return [*geometry.warnings, *map(_caution, geometry.cautions)]
-
-
-def _caution(caution: Caution) -> str:
-    numbers, named = caution.numbers, {"channels": listed([*map(str, caution.channels)])} if caution.channels else {}
-    where = "Patch size {patch_size:.0f}, {latents:.0f} latents: ".format(**numbers) if "patch_size" in numbers else ""
-    return where + CAUTIONS[caution.kind].format(**numbers, **named)
+    texts = [*geometry.warnings]
+    for caution in geometry.cautions:
+        where = "Patch size {patch_size:.0f}, {latents:.0f} latents: " if "patch_size" in caution.numbers else ""
+        values: dict[str, Any] = {"channels": listed([*map(str, caution.channels)]), **caution.numbers}
+        texts.append((where + CAUTIONS[caution.kind]).format(**values))
+    return texts
 
 
 def geometry_verdict(geometry: Geometry) -> str:
@@ -75,8 +72,8 @@ def geometry_verdict(geometry: Geometry) -> str:
         return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
     needed, (first, second) = forecast.needed_directions, forecast.order[:2]
     return (
-        f"{where} {WORDS[first]} is expected to win: it needs {number(needed[first])} of {smallest.dimension} "
-        f"directions where {WORDS[second]} needs {number(needed[second])}."
+        f"{where} {NAMES[first]} is expected to win: it needs {number(needed[first])} of {smallest.dimension} "
+        f"directions where {NAMES[second]} needs {number(needed[second])}."
     )
 
 
@@ -92,11 +89,10 @@ def spectrum_sentence(entry: TokenGeometry) -> str:
     if not small:
         return f"{opening} None of them varies less than a tenth as much as the noise."
     of_velocity = (sum(small) + len(small)) / (sum(eigenvalues) + len(eigenvalues))
-    plural = "directions vary" if len(small) > 1 else "direction varies"
     return (
-        f"{opening} {len(small)} {plural} less than a tenth as much as the noise. They hold "
-        f"{percent(sum(small) / sum(eigenvalues))} of the variance of x but {percent(of_velocity)} of that of v, "
-        "which carries the noise there."
+        f"{opening} {len(small)} {'directions vary' if len(small) > 1 else 'direction varies'} less than a tenth as "
+        f"much as the noise. They hold {percent(sum(small) / sum(eigenvalues))} of the variance of x but "
+        f"{percent(of_velocity)} of that of v, which carries the noise there."
     )
 
 
@@ -112,10 +108,11 @@ def advice_sentences(geometry: Geometry) -> list[str]:
 def _advice(entry: TokenGeometry, advice: Advice) -> str:
     """Return what a forecast means for networks of a width."""
     forecast, width = entry.forecast, advice.width
-    needed = [f"{_rank(forecast.needed_directions[name])} for {TARGET[name]}" for name in forecast.order]
+    ranks = {name: forecast.needed_directions[name] for name in forecast.order}
+    needed = [f"{f'{rank:,.0f}' if rank >= 100 else f'{rank:.3g}'} for {TARGET[name]}" for name, rank in ranks.items()]
     shares = [f"{advice.width_share[name]:.0%}" for name in forecast.order]
     texts = [
-        *_outcome(entry, advice),
+        _outcome(forecast, advice),
         f"Of {entry.dimension} directions, an error within {forecast.stated_share:.0%} of the unavoidable one needs "
         f"{listed(needed)}. That is {listed(shares)} of a width of {width}.",
     ]
@@ -130,29 +127,24 @@ def _advice(entry: TokenGeometry, advice: Advice) -> str:
     return " ".join(texts)
 
 
-def _outcome(entry: TokenGeometry, advice: Advice) -> list[str]:
+def _outcome(forecast: TokenForecast, advice: Advice) -> str:
     """Return the expected winner and the confidence."""
-    forecast = entry.forecast
     first, second = forecast.order[:2]
     agree = f"{forecast.confidence:.0%} of {forecast.variations} variations of the model"
     if forecast.call == "even" and forecast.outcome == "even":
-        return [f"Clean and velocity prediction need about as much (in {agree}): the choice should hardly matter."]
+        return f"Clean and velocity prediction need about as much (in {agree}): the choice should hardly matter."
     if forecast.call == "even":
-        return ["The space is nearly isotropic: the choice between clean and velocity should hardly matter."]
+        return "The space is nearly isotropic: the choice between clean and velocity should hardly matter."
     if not forecast.enough:
-        return ["There are too few latents to decide which prediction wins."]
+        return "There are too few latents to decide which prediction wins."
     if forecast.call == "undecided":
-        return [f"The model does not decide which prediction wins: {first} comes first, but only in {agree}."]
-    texts = [
-        f"Predict {first} ({TARGET[first]}): it needs the fewest directions in {agree}.",
-        "That is the confidence of the model, not evidence that the model is right.",
-    ]
-    wide = "The network is wide for this space, so the difference may be small."
-    return [*texts, wide] if advice.width_share[second] < SMALL_LOAD else texts
-
-
-def _rank(rank: float) -> str:
-    return f"{rank:,.0f}" if rank >= 100 else f"{rank:.3g}"
+        return f"The model does not decide which prediction wins: {first} comes first, but only in {agree}."
+    wide = " The network is wide for this space, so the difference may be small."
+    return (
+        f"Predict {first} ({TARGET[first]}): it needs the fewest directions in {agree}. "
+        "That is the confidence of the model, not evidence that the model is right."
+        f"{wide if advice.width_share[second] < SMALL_LOAD else ''}"
+    )
 
 
 def channels_sentence(geometry: Geometry) -> str:
@@ -164,9 +156,6 @@ def channels_sentence(geometry: Geometry) -> str:
     return ""
 
 
-# ---- inside.json ----
-
-
 def inside_sentences(inside: ErrorByDirection) -> list[str]:
     """Compare the error of every further network with that of the first, by the variance of directions."""
     first, texts = inside.networks[0], []
@@ -175,11 +164,9 @@ def inside_sentences(inside: ErrorByDirection) -> list[str]:
         for mine, theirs in zip(network.bands, first.bands, strict=True):
             # An untrained network outputs 0, which has no error at all where there is no variance.
             ratios = [a / max(b, TINY) for a, b in zip(mine.error, theirs.error, strict=True)]
-            place = max(range(len(ratios)), key=lambda index: abs(math.log(max(ratios[index], TINY))))
-            parts.append(
-                f"{number(median(ratios), 2)} times as large in {_directions(mine)} "
-                f"({number(ratios[place], 2)} times at t = {inside.times[place]:g})"
-            )
+            ratio, t = max(zip(ratios, inside.times, strict=True), key=lambda pair: abs(math.log(max(pair[0], TINY))))
+            typical = number(median(ratios), 2)
+            parts.append(f"{typical} times as large in {_directions(mine)} ({number(ratio, 2)} times at t = {t:g})")
         texts.append(
             f"Of tokens at patch {inside.patch_size} the velocity error of {_network(network)} is, against that of "
             f"{_network(first)} and as the median over times, {listed(parts)}."

@@ -15,16 +15,18 @@ from jlt.report.cells import cell_sentences, cells
 from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
 from jlt.report.geometry_rows import advised_training, analyze_command, slider_spectra, spectrum_rows, whole_rows
 from jlt.report.geometry_sentences import caution_sentences, channels_sentence, inside_sentences
-from jlt.report.page_facts import matched_statements, page_facts
 from jlt.report.result_rows import MEASUREMENT_HEADS, result_rows
 from jlt.report.sample_grids import sample_grids, sample_series
 from jlt.report.study import Study, flatten, read_study
 from jlt.report.text_table import Table
 from jlt.report.wording import listed, number
 from jlt.results import Sweep
+from jlt.results.run import Log, Run
+from jlt.runtime.progress import format_seconds
 from jlt.storage.files import write_text
 
 SLIDER = "slider.js"
+AXES = ("prediction", "loss_space", "patch_size", "seed")
 
 
 def write_report(folder: Path) -> Path:
@@ -92,8 +94,7 @@ def render(study: Study) -> str:
 
 def _geometry_context(study: Study) -> dict[str, Any]:
     """Return what the template shows of the geometry and of the networks' errors, None or empty without them."""
-    from jlt.report.geometry_figures import geometry_figures
-    from jlt.report.inside_figures import inside_figures
+    from jlt.report.geometry_figures import geometry_figures, inside_figures
 
     geometry, inside = study.geometry, study.inside
     errors = {
@@ -174,11 +175,103 @@ def command(study: Study) -> str:
         if study.geometry is not None and not study.systems:
             return analyze_command(study.geometry, study.inside)
         return f"jlt report {shlex.quote(str(study.folder))}"
-    axes: dict[str, list[Any]] = {
-        "--prediction": [system.prediction for system in study.systems],
-        "--loss-space": [system.loss_space for system in study.systems],
-        "--patch-size": [system.patch_size for system in study.systems],
-        "--seed": [run.seed for run in study.runs],
+    if ablation.command:
+        return ablation.command
+    axes = {axis: dict.fromkeys(getattr(run, axis) for run in ablation.systems) for axis in AXES}
+    options = [f"--{axis.replace('_', '-')} {' '.join(map(str, values))}" for axis, values in axes.items()]
+    return f"jlt ablate {ablation.recipe} --latents LATENTS --out OUT {' '.join(options)}"
+
+
+def page_facts(study: Study) -> dict[str, str]:
+    """Return the figures of the strip under the headline: data, systems, training, evaluation and time."""
+    facts = {}
+    latents, protocol, ablation = study.latents, study.protocol, study.ablation
+    source = findings.name_in(latents, "source")
+    if latents.get("count"):
+        facts["Data"] = f"{latents['count']:,} latents" + (f" of {source}" if source else "")
+    if autoencoder := findings.name_in(protocol, "autoencoder") or findings.name_in(latents, "autoencoder"):
+        psnr = ablation.autoencoder_psnr if ablation else None
+        facts["Autoencoder"] = autoencoder + (f", {number(psnr)} dB" if psnr else "")
+    if len(study.systems) > 1:
+        seeds = len({run.seed for run in study.runs})
+        facts["Compared"] = f"{len(study.systems)} systems, {seeds} {'seed' if seeds == 1 else 'seeds'} each"
+    facts |= _training_facts(study)
+    if protocol.get("count"):
+        solver = str(protocol.get("solver")).title()
+        facts["Evaluated"] = f"{protocol['count']:,} samples, {protocol.get('steps')}-step {solver}"
+    if ablation and ablation.seconds:
+        cores = f" on {ablation.machine['cores']} cores" if ablation.machine.get("cores") else ""
+        facts["Training time"] = f"{format_seconds(ablation.seconds)} in all{cores}"
+    return facts
+
+
+def _training_facts(study: Study) -> dict[str, str]:
+    """Return how far the training is, and of a single run its speed."""
+    runs, facts = study.runs, {}
+    one = runs[0] if len(runs) == 1 else None
+    if one and one.log.steps and not one.log.ended:
+        facts = _progress_facts(one)
+    elif study.final_step is not None:
+        facts["Trained"] = f"{study.final_step:,} steps{' each' if len(runs) > 1 else ''}"
+    facts |= _session_facts(one.log) if one else {}
+    if skipped := sum(len(run.log.skipped) for run in runs):
+        facts["Skipped updates"] = f"{skipped:,}" + (" in all" if len(runs) > 1 else "")
+    return facts
+
+
+def _progress_facts(run: Run) -> dict[str, str]:
+    log, steps, reached = run.log, run.config.get("steps"), run.log.steps[-1].step
+    if not steps:
+        return {"Progress": f"step {reached:,}"}
+    facts = {"Progress": f"step {reached:,} of {steps:,} ({100 * reached // steps}%)"}
+    if log.stopped:
+        facts["State"] = "stopped and saved; run the same command again to resume"
+    left = log.seconds_left(steps, run.config.get("batch_size", 0))
+    if left is not None:
+        facts["Time left"] = f"{format_seconds(left)} at its latest speed"
+    return facts
+
+
+def _session_facts(log: Log) -> dict[str, str]:
+    facts, session = {}, log.session
+    if session.get("processes"):
+        kind = f" ({session['parallel']})" if session["processes"] > 1 and session.get("parallel") else ""
+        device = f" on {session['device']}" if session.get("device") else ""
+        facts["Processes"] = f"{session['processes']}{kind}{device}"
+    if log.steps and (last := log.steps[-1]).img_per_second:
+        facts["Speed"] = f"{number(last.img_per_second)} images/s" + (f", MFU {last.mfu:.0%}" if last.mfu else "")
+    return facts
+
+
+def matched_statements(study: Study) -> list[str]:
+    """Return what the matched check of an ablation found, in sentences."""
+    matched = study.ablation.matched if study.ablation else None
+    if not matched:
+        return []
+    texts = {
+        "Compared between all runs and found equal": matched.checked,
+        "Allowed to differ, because it is what the ablation compares": matched.differs,
     }
-    options = [f"{option} {' '.join(map(str, dict.fromkeys(values)))}" for option, values in axes.items()]
-    return ablation.command or f"jlt ablate {ablation.recipe} --latents LATENTS --out OUT {' '.join(options)}"
+    names = {run.folder.name: system.name for system in study.systems for run in system.runs}
+    return [
+        *(f"{text}: {listed(settings)}." for text, settings in texts.items() if settings),
+        *_shared_hashes(matched.initial_weights, names, "initial weights"),
+        *_shared_hashes(matched.draws, names, "sample order, noise, times and label drops"),
+    ]
+
+
+def _shared_hashes(hashes: Mapping[str, str], names: Mapping[str, str], what: str) -> list[str]:
+    """Name the systems that share something; seeds that share it among the same systems make one sentence."""
+    by_hash: dict[str, list[str]] = {}
+    for run, digest in hashes.items():
+        by_hash.setdefault(digest, []).append(names.get(run, run))
+    by_systems: dict[tuple[str, ...], list[str]] = {}
+    for digest, systems in by_hash.items():
+        by_systems.setdefault(tuple(systems), []).append(f"{digest[:8]}…")
+    return [
+        f"Same {what}, bit for bit{', at each seed' if len(digests) > 1 else ''}: {listed(systems)} "
+        f"(SHA-256 {', '.join(digests)})."
+        if len(systems) > 1
+        else f"No other system has the {what} of {systems[0]} (SHA-256 {', '.join(digests)})."
+        for systems, digests in by_systems.items()
+    ]

@@ -39,24 +39,25 @@ class Row:
 
 def result_rows(study: Study) -> list[Row]:
     """Return the results table at the final step, by patch size and then by Frechet distance."""
-    measured = [
-        {metric: system.measured(metric, study.final_step) for metric in MEASUREMENTS} for system in study.systems
-    ]
-    best: dict[str, float | None] = dict.fromkeys(MEASUREMENTS)
-    if len(study.systems) > 1:
-        best = {metric: _best(metric, [values[metric] for values in measured]) for metric in MEASUREMENTS}
+    measured = {
+        metric: [system.measured(metric, study.final_step) for system in study.systems] for metric in MEASUREMENTS
+    }
+    best = {}
+    for metric, values in measured.items():
+        means = [value.mean for value in values if value and len(values) > 1]
+        best[metric] = (min if metric in LOWER_IS_BETTER else max)(means, default=None)
     rows = []
-    for system, values in zip(study.systems, measured, strict=True):
+    for place, system in enumerate(study.systems):
         seconds = spread(run.log.seconds for run in system.runs)
         traits = [system.variant] * bool(system.variant)
         traits += [f"{palette.SYMBOL[system.loss_space]}-space loss"] * study.several_losses
-        distance = values["frechet_distance"]
+        distance = measured["frechet_distance"][place]
         row = Row(
             system,
             palette.swatch(system.prediction, system.patch_size),
             ", ".join([system.name, *traits]),
-            ", ".join([palette.SHORT_WORDS[system.prediction], f"patch {system.patch_size}", *traits]),
-            tuple(_cell(metric, value, best[metric]) for metric, value in values.items()),
+            ", ".join([palette.SHORT_NAMES[system.prediction], f"patch {system.patch_size}", *traits]),
+            tuple(_cell(metric, values[place], best[metric]) for metric, values in measured.items()),
             format_seconds(seconds.mean) if seconds else "—",
             _row_note(system, distance, study),
         )
@@ -68,11 +69,6 @@ def _cell(metric: str, value: Spread | None, best: float | None) -> Cell:
     if value is None:
         return Cell("—", "", False)
     return Cell(metric_text(metric, value.mean), range_text(value, metric), value.mean == best)
-
-
-def _best(metric: str, values: list[Spread | None]) -> float | None:
-    means = [value.mean for value in values if value is not None]
-    return (min if metric in LOWER_IS_BETTER else max)(means, default=None)
 
 
 def _row_note(system: System, final: Spread | None, study: Study) -> str:

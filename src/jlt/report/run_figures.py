@@ -1,11 +1,8 @@
-"""The figures of training itself, from the log: the loss along the path, gradients and averages, speed and memory.
-
-Imports matplotlib, so import this module only where figures are drawn.
-"""
+"""The figures of training itself, from the log: the loss along the path, gradients and averages, speed and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +10,6 @@ from matplotlib.axes import Axes
 
 from jlt.report import palette
 from jlt.report.figures import (
-    HALF,
     THIRD,
     Figure,
     LegendEntry,
@@ -21,6 +17,7 @@ from jlt.report.figures import (
     Panel,
     curve_style,
     draw,
+    figure_of,
     log_if_wide,
     mean,
     moving_average,
@@ -39,9 +36,6 @@ MOMENTS = (0.05, 0.25, 1.0)
 MOST_POINTS = 400
 """Points of a curve on a page; longer curves are averaged over equal stretches."""
 
-Profile = tuple[list[float], list[float]]
-"""Middles of the bins of t that have samples, and their mean losses."""
-
 
 def run_figures(study: Study) -> list[Figure]:
     """Draw the logs: everything of a single run, of several runs the loss against t alone."""
@@ -53,14 +47,6 @@ def run_figures(study: Study) -> list[Figure]:
     return [figure for figure in drawn if figure]
 
 
-def _figure(
-    title: str, panels: Iterable[Panel | None], caption: str, legend: Iterable[LegendEntry] = ()
-) -> Figure | None:
-    """Return a figure of the panels that could be drawn, None if there are none."""
-    shown = tuple(panel for panel in panels if panel)
-    return Figure(title, shown, caption, tuple(legend)) if shown else None
-
-
 def _path_figure(study: Study) -> Figure | None:
     """Draw the loss against t at the end of the training, a panel per loss space and variant."""
     caption = (
@@ -68,8 +54,19 @@ def _path_figure(study: Study) -> Figure | None:
         "loss space and weighting share a scale: the gap between two curves shows at which noise level one target is "
         "harder than the other."
     )
-    panels = [_profiles_of_systems(alike, suffix) for suffix, alike in systems_that_compare(study.systems).items()]
-    return _figure("The loss along the path", panels, caption, system_legend(study.systems))
+    panels = []
+    for suffix, systems in systems_that_compare(study.systems).items():
+        space = SYMBOL[systems[0].loss_space]
+        lines = [
+            _profile(system.name, logged, curve_style(system))
+            for system in systems
+            if (logged := [logged for run in system.runs for logged in _last_twentieth(run.log)])
+        ]
+        alt = f"{space}-space loss against time t at the end of the training{suffix}."
+        ends = [f"{line.name}: {_ends_of(line)}" for line in lines]
+        title = f"Loss against t{suffix or f', {space}-space'}"
+        panels.append(_profile_panel(title, lines, " ".join([alt, *ends])) if lines else None)
+    return figure_of("The loss along the path", panels, caption, system_legend(study.systems))
 
 
 def _path_figure_of_one(system: System, log: Log) -> Figure | None:
@@ -81,13 +78,15 @@ def _path_figure_of_one(system: System, log: Log) -> Figure | None:
     lines = _time_lines(steps, begin)
     first = f"step {steps[begin].step:,}"
 
-    def level(axes: Axes) -> None:
-        axes.axhline(1.0, color=MUTED.light, linewidth=1)
-
-    moments = _moments(steps)
+    # A twentieth of the logged steps up to each moment.
+    width = max(1, len(steps) // 20)
+    ends = dict.fromkeys(max(width, int(share * len(steps))) for share in MOMENTS)
+    moments = [steps[end - width : end] for end in ends]
     when = f"step {listed([f'{moment[-1].step:,}' for moment in moments])}"
-    profiles = [_profile(moment) for moment in moments]
-    styles = [{**curve_style(system), "alpha": place / len(profiles)} for place in range(1, len(profiles) + 1)]
+    profiles = [
+        _profile("", moment, {**curve_style(system), "alpha": place / len(moments)})
+        for place, moment in enumerate(moments, 1)
+    ]
     title = f"Loss against t, {SYMBOL[system.loss_space]}-space"
     panels = (
         step_panel(
@@ -95,10 +94,9 @@ def _path_figure_of_one(system: System, log: Log) -> Figure | None:
             list(lines.values()),
             write=percent,
             restarts=log.restarts,
-            paint=level,
-            size=HALF,
+            paint=lambda axes: axes.axhline(1.0, color=MUTED.light, linewidth=1),
         ),
-        _profile_panel(title, profiles, styles, f"Loss against time t at {when}. {_ends_of(*profiles[-1])}"),
+        _profile_panel(title, profiles, f"Loss against time t at {when}. {_ends_of(profiles[-1])}"),
     )
     caption = (
         "The first panel shows the loss of samples at each noise level, as a moving average over a twentieth of the "
@@ -106,7 +104,7 @@ def _path_figure_of_one(system: System, log: Log) -> Figure | None:
         f"trouble. The second panel shows the loss against t at {when}; paler is earlier."
     )
     legend = (LegendEntry(line_swatch(f"t{place}"), line.name) for place, line in lines.items())
-    return _figure("The loss along the path", panels, caption, legend)
+    return figure_of("The loss along the path", panels, caption, legend)
 
 
 def _time_lines(steps: Sequence[LoggedStep], begin: int) -> dict[int, Line]:
@@ -120,8 +118,7 @@ def _time_lines(steps: Sequence[LoggedStep], begin: int) -> dict[int, Line]:
         shares = [_relative(values, begin) for values in smooth[start : start + width]]
         means = [mean(values) for values in zip(*shares, strict=True)]
         name = f"t from {start / bins:.2g} to {min(start + width, bins) / bins:.2g}"
-        line = _line(name, steps[begin:], means[begin:], {"color": TIME[place].light})
-        if line:
+        for line in _line(name, steps[begin:], means[begin:], {"color": TIME[place].light}):
             lines[place] = line
     return lines
 
@@ -131,55 +128,33 @@ def _relative(values: Sequence[float | None], begin: int) -> list[float | None]:
     return [value / base if value is not None and base else None for value in values]
 
 
-def _moments(steps: Sequence[LoggedStep]) -> list[Sequence[LoggedStep]]:
-    """Return a twentieth of the logged steps up to each moment."""
-    width = max(1, len(steps) // 20)
-    ends = dict.fromkeys(max(width, int(share * len(steps))) for share in MOMENTS)
-    return [steps[end - width : end] for end in ends]
+def _last_twentieth(log: Log) -> list[LoggedStep]:
+    steps = [logged for logged in log.steps if logged.loss_by_time]
+    return steps[-max(1, len(steps) // 20) :]
 
 
-def _profile(steps: Sequence[LoggedStep]) -> Profile:
+def _profile(name: str, steps: Sequence[LoggedStep], style: Mapping[str, Any]) -> Line:
+    """Return the mean loss against t, at the middles of the bins that have samples."""
     bins = len(steps[-1].loss_by_time)
     means = [mean(logged.loss_by_time[index] for logged in steps) for index in range(bins)]
-    found = [((index + 0.5) / bins, value) for index, value in enumerate(means) if value is not None]
-    return [middle for middle, _ in found], [value for _, value in found]
+    found = {(index + 0.5) / bins: value for index, value in enumerate(means) if value is not None}
+    return Line(name, list(found), list(found.values()), style)
 
 
-def _profiles_of_systems(systems: Sequence[System], suffix: str) -> Panel | None:
-    profiles = [(system, profile) for system in systems if (profile := _final_profile(system.runs))]
-    if not profiles:
-        return None
-    space = SYMBOL[systems[0].loss_space]
-    ends = " ".join(f"{system.name}: {_ends_of(*profile)}" for system, profile in profiles)
-    return _profile_panel(
-        f"Loss against t{suffix or f', {space}-space'}",
-        [profile for _, profile in profiles],
-        [curve_style(system) for system, _ in profiles],
-        f"{space}-space loss against time t at the end of the training{suffix}. {ends}",
-    )
-
-
-def _final_profile(runs: Iterable[Run]) -> Profile | None:
-    """Return loss against t over the last twentieth of each run, all seeds together."""
-    logged = [[step for step in run.log.steps if step.loss_by_time] for run in runs]
-    last = [step for steps in logged for step in steps[-max(1, len(steps) // 20) :]]
-    return _profile(last) if last else None
-
-
-def _profile_panel(title: str, profiles: Sequence[Profile], styles: Sequence[Mapping[str, Any]], alt: str) -> Panel:
+def _profile_panel(title: str, lines: Sequence[Line], alt: str) -> Panel:
     def paint(axes: Axes) -> None:
-        for (times, losses), style in zip(profiles, styles, strict=True):
-            axes.plot(times, losses, **style)
+        for line in lines:
+            line.draw(axes)
         axes.set(title=title, xlabel="t, from noise to data", xlim=(0, 1))
-        log_if_wide(axes, [value for _, losses in profiles for value in losses])
+        log_if_wide(axes, [value for line in lines for value in line.y])
 
     return draw(paint, alt)
 
 
-def _ends_of(times: Sequence[float], losses: Sequence[float]) -> str:
-    if not losses:
+def _ends_of(line: Line) -> str:
+    if not line.y:
         return "No sample was drawn."
-    return f"It is {number(losses[0])} at t {times[0]:.2g} and {number(losses[-1])} at t {times[-1]:.2g}."
+    return f"It is {number(line.y[0])} at t {line.x[0]:.2g} and {number(line.y[-1])} at t {line.x[-1]:.2g}."
 
 
 def _optimisation_figure(run: Run) -> Figure | None:
@@ -206,19 +181,19 @@ def _optimisation_figure(run: Run) -> Figure | None:
     panels = (
         _gradient_panel(run, style),
         small("Learning rate", _logged(log, "learning rate", "learning_rate", style), zero=True),
-        small("Weights to their average, relative", [line for line in averages if line], write=percent),
+        small("Weights to their average, relative", [line for lines in averages for line in lines], write=percent),
     )
-    legend = (LegendEntry(swatch(None, 2**place), line.name) for place, line in enumerate(averages) if line)
-    return _figure("Gradients and averages", panels, caption + _about_restarts(log), legend)
+    legend = (LegendEntry(swatch(None, 2**place), line.name) for place, lines in enumerate(averages) for line in lines)
+    return figure_of("Gradients and averages", panels, caption + _about_restarts(log), legend)
 
 
 def _gradient_panel(run: Run, style: Mapping[str, Any]) -> Panel | None:
     log, clip = run.log, run.config.get("optimizer", {}).get("grad_clip")
     norms = [logged.grad_norm for logged in log.steps]
-    lines = [
-        _line("", log.steps, norms, {**style, "linewidth": 0.8, "alpha": 0.35}, thin=False),
-        _line("gradient norm", log.steps, moving_average(norms), style),
-    ]
+    pale = {**style, "linewidth": 0.8, "alpha": 0.35}
+    lines = _line("", log.steps, norms, pale, thin=False) + _line(
+        "gradient norm", log.steps, moving_average(norms), style
+    )
     known = [norm for norm in norms if norm is not None]
 
     def paint(axes: Axes) -> None:
@@ -229,7 +204,7 @@ def _gradient_panel(run: Run, style: Mapping[str, Any]) -> Panel | None:
         top = axes.get_xaxis_transform()
         axes.plot(log.skipped, [0.95] * len(log.skipped), "x", color=INK.light, markersize=6, transform=top)
 
-    return step_panel("Gradient norm", [line for line in lines if line], restarts=log.restarts, paint=paint, size=THIRD)
+    return step_panel("Gradient norm", lines, restarts=log.restarts, paint=paint, size=THIRD)
 
 
 def _speed_figure(run: Run) -> Figure | None:
@@ -246,7 +221,7 @@ def _speed_figure(run: Run) -> Figure | None:
         "MFU is the rate of the network's arithmetic over the rate of a matrix product on this device. Grey is the "
         f"share of the time spent waiting for data.{_about_restarts(log)}"
     )
-    return _figure("Speed and memory", panels, caption)
+    return figure_of("Speed and memory", panels, caption)
 
 
 def _about_restarts(log: Log) -> str:
@@ -254,24 +229,16 @@ def _about_restarts(log: Log) -> str:
 
 
 def _logged(log: Log, name: str, key: str, style: Mapping[str, Any]) -> list[Line]:
-    """Return the line of a logged quantity, nothing if the log does not have it."""
-    line = _line(name, log.steps, [getattr(step, key) for step in log.steps], style)
-    return [line] if line else []
+    return _line(name, log.steps, [getattr(step, key) for step in log.steps], style)
 
 
 def _line(
-    name: str,
-    logged: Sequence[LoggedStep],
-    values: Sequence[float | None],
-    style: Mapping[str, Any],
-    thin: bool = True,
-) -> Line | None:
-    """Return the values that are known against their steps, None if there are none."""
-    known = [(entry.step, value) for entry, value in zip(logged, values, strict=True) if value is not None]
-    if not known:
-        return None
-    steps, kept = [step for step, _ in known], [value for _, value in known]
-    return Line(name, *(thinned(steps, kept) if thin else (steps, kept)), style)
+    name: str, logged: Sequence[LoggedStep], values: Sequence[float | None], style: Mapping[str, Any], thin: bool = True
+) -> list[Line]:
+    """Return a line of the values that are known against their steps, nothing if there are none."""
+    known = {entry.step: value for entry, value in zip(logged, values, strict=True) if value is not None}
+    steps, kept = list(known), list(known.values())
+    return [Line(name, *(thinned(steps, kept) if thin else (steps, kept)), style)] if known else []
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -80,6 +80,5 @@ def sample_series(run: Run) -> list[Grid]:
 
 def spaced(items: Sequence[T], most: int) -> list[T]:
     """Return at most `most` items, the first and the last among them, at equal distances."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    places = {round(place * (len(items) - 1) / (most - 1)) for place in range(most)} if items else set()
+    return [items[place] for place in sorted(places)]

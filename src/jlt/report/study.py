@@ -157,22 +157,19 @@ def keep_one_protocol(study: Study) -> Study:
     for run, found in aside:
         later = [other for other in run.evaluations if (other.step or 0) > (found.step or 0)]
         if not later and all(other.method != main.method for other in run.evaluations if other.step == found.step):
-            key, ours, theirs = main.differences(found)[0]
+            key, *values = main.differences(found)[0]
+            ours, theirs = ("missing" if value is None else json.dumps(value) for value in values)
             raise JLTError(
                 f"{main_run.file_of(main)} and {run.file_of(found)} were evaluated differently and do not belong in "
-                f"one table: {key} is {_shown(ours)} in one and {_shown(theirs)} in the other. Evaluate again with the "
+                f"one table: {key} is {ours} in one and {theirs} in the other. Evaluate again with the "
                 "same arguments."
             )
-    systems = [replace(system, runs=tuple(_by_method(run, main) for run in system.runs)) for system in study.systems]
-    return replace(study, systems=tuple(systems), set_aside=tuple(aside))
 
+    def kept(run: Run) -> Run:
+        return replace(run, evaluations=tuple(found for found in run.evaluations if found.method == main.method))
 
-def _by_method(run: Run, main: Evaluation) -> Run:
-    return replace(run, evaluations=tuple(found for found in run.evaluations if found.method == main.method))
-
-
-def _shown(value: Any) -> str:
-    return "missing" if value is None else json.dumps(value)
+    systems = tuple(replace(system, runs=tuple(map(kept, system.runs))) for system in study.systems)
+    return replace(study, systems=systems, set_aside=tuple(aside))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -191,11 +188,9 @@ def _read_ablation(folder: Path) -> Study:
     grouped: dict[tuple[str, Prediction, LossSpace, int, str], list[Run]] = {}
     for entry in ablation.systems:
         key = (entry.name, entry.prediction, entry.loss_space, entry.patch_size, entry.variant)
-        runs = grouped.setdefault(key, [])
         run = path_inside(folder, entry.run)
         # A system whose training has not begun has no folder yet.
-        if (run / "config.json").exists():
-            runs.append(read_run(run, entry.seed))
+        grouped.setdefault(key, []).extend([read_run(run, entry.seed)] if (run / "config.json").exists() else [])
     systems = tuple(System(*key[:4], tuple(runs), key[4]) for key, runs in grouped.items())
     geometry = read_result(Geometry, folder / GEOMETRY) if (folder / GEOMETRY).exists() else None
     return Study(folder, ablation.title, systems, ablation, geometry)

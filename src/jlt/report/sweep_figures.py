@@ -11,13 +11,18 @@ from matplotlib.patches import Rectangle
 
 from jlt.report.figures import HALF, LOG_RATIO, Figure, LegendEntry, Panel, draw, log_if_wide
 from jlt.report.palette import DEEP, INK, MUTED, PAPER, SCALE, line_swatch
-from jlt.report.sweep_wording import ema_text, interval_text, measured_text, setting_text
-from jlt.report.wording import metric_name, metric_text, sentence
+from jlt.report.wording import (
+    ema_text,
+    interval_text,
+    measured_text,
+    metric_name,
+    metric_text,
+    sentence,
+    setting_text,
+)
 from jlt.results import Sweep
 from jlt.results.sweep import WHOLE_INTERVAL, Setting, SweepPoint
 
-COLUMN_INCHES = 0.62
-ROW_INCHES = 0.46
 Interval = tuple[float, float]
 
 
@@ -82,9 +87,9 @@ def _map_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[flo
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set(xlabel="guidance scale", title=sentence(interval_text(interval)))
 
-    width = 1.35 + COLUMN_INCHES * max(len(scales), 5)
+    width = 1.35 + 0.62 * max(len(scales), 5)
     alt = f"Map of {metric_name(result.metric)} over guidance scale and average, {interval_text(interval)}."
-    return draw(paint, f"{alt} {_best_of(result, points)}", (width, 0.95 + ROW_INCHES * max(len(emas), 2)))
+    return draw(paint, f"{alt} {_best_of(result, points)}", (width, 0.95 + 0.46 * max(len(emas), 2)))
 
 
 def _ema_label(ema: str) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 from jlt.report import palette
 from jlt.report.study import flatten
-from jlt.report.sweep_wording import behind_text, measured_text, setting_text
 from jlt.report.text_table import Table, text_table
-from jlt.report.wording import metric_name, metric_text, sentence
+from jlt.report.wording import behind_text, measured_text, metric_name, metric_text, sentence, setting_text
 from jlt.results import Sweep
 from jlt.results.files import read_result
 from jlt.results.sweep import SweepPoint, SweepStage

@@ -42,17 +42,10 @@ def metrics_table(metrics: Metrics) -> str:
 
 def geometry_table(geometry: Geometry, inside: ErrorByDirection | None = None) -> str:
     """Return the spectra of an analysis, a row per patch size, the advice, and the errors of networks."""
-    rows = [
-        [
-            f"patch {size}",
-            str(entry.dimension),
-            number(entry.eigenvalues[0]),
-            number(entry.eigenvalues[-1]),
-            number(entry.effective_rank),
-            number(entry.participation_ratio),
-        ]
-        for size, entry in geometry.tokens.items()
-    ]
+    rows = []
+    for size, entry in geometry.tokens.items():
+        figures = (entry.eigenvalues[0], entry.eigenvalues[-1], entry.effective_rank, entry.participation_ratio)
+        rows.append([f"patch {size}", str(entry.dimension), *map(number, figures)])
     tables = [text_table(["tokens", "directions", "largest", "smallest", "effective rank", "participation"], rows)]
     if whole := whole_rows(geometry):
         header = ["whole latents", "directions", "effective rank", "participation", "below 0.1", "share", "known to"]

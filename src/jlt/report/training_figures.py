@@ -1,7 +1,4 @@
-"""Metrics and the loss of all systems against the training step, and the final distance by prediction and loss space.
-
-Imports matplotlib, so import this module only where figures are drawn.
-"""
+"""Metrics and the loss of all systems against the training step, and the distance by prediction and loss space."""
 
 from __future__ import annotations
 
@@ -17,17 +14,31 @@ from jlt.report.figures import (
     Panel,
     curve_style,
     draw,
+    figure_of,
     moving_average,
     plain_log,
     prediction_legend,
     step_panel,
     system_legend,
 )
-from jlt.report.palette import PREDICTION, SHORT_WORDS, SYMBOL
-from jlt.report.published import SOURCE, Points, published
+from jlt.report.palette import PREDICTION, SHORT_NAMES, SYMBOL
 from jlt.report.study import MEASUREMENTS, Study, System, spread
 from jlt.report.wording import listed, metric_name, number, percent, sentence
 from jlt.results.evaluation import LOWER_IS_BETTER, SHARES
+
+PUBLISHED_BY = "Fu et al. 2026: FLUX.2 latents of ImageNet at 256 pixels, 50,000 images by 50-step Heun with guidance"
+PUBLISHED_STEPS = (50_000, 100_000, 150_000, 200_000, 250_000)
+# FID on the way is read off a plot, and so approximate; the last value of each is from the table.
+PUBLISHED: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "frechet_distance": {
+        "JLT-B/1": (11.5, 4.1, 3.3, 2.75, 2.56),
+        "DiT-B/1": (31.0, 11.5, 8.7, 7.2, 6.56),
+        "JLT-B/2": (40.0, 23.0, 18.5, 16.0, 14.81),
+        "DiT-B/2": (53.0, 39.0, 33.0, 31.0, 28.71),
+    },
+    "inception_score": {"JLT-B/1": (220.74,), "DiT-B/1": (132.12,), "JLT-B/2": (107.29,), "DiT-B/2": (58.46,)},
+}
+"""By metric and system, on features of Inception, at the last of PUBLISHED_STEPS."""
 
 
 def training_figure(study: Study) -> Figure | None:
@@ -37,25 +48,22 @@ def training_figure(study: Study) -> Figure | None:
     """
     variants = {system.variant for system in study.systems}
     metrics = MEASUREMENTS[: 1 if len(variants) > 1 else None]
-    panels: list[Panel] = []
+    panels: list[Panel | None] = []
     for suffix, systems in systems_that_compare(study.systems).items():
-        drawn = [*(_metric_panel(systems, metric, suffix) for metric in metrics), _loss_panel(systems, suffix)]
-        panels.extend(panel for panel in drawn if panel)
-    if not panels:
-        return None
+        panels += [*(_metric_panel(systems, metric, suffix) for metric in metrics), _loss_panel(systems, suffix)]
     several = len(study.systems) > 1
     texts = ["Colour and marker name the prediction, the dash of the line the patch size."] if several else []
     if study.seeds > 1:
         texts.append("Lines are means over seeds, bands run from the smallest to the largest.")
     texts.append("The loss is a moving average over a twentieth of the training.")
     if any(_published(metric, system) for metric in MEASUREMENTS for system in study.systems):
-        texts.append(f"Dotted lines with open markers are as published ({SOURCE}), in part read off a plot.")
+        texts.append(f"Dotted lines with open markers are as published ({PUBLISHED_BY}), in part read off a plot.")
     texts.append(
         "Look at how early the curves part, and whether the order still changes at the end."
         if several
         else "Look at whether the curves still move at the end."
     )
-    return Figure("Along the training", tuple(panels), " ".join(texts), system_legend(study.systems))
+    return figure_of("Along the training", panels, " ".join(texts), system_legend(study.systems))
 
 
 def systems_that_compare(systems: Sequence[System]) -> dict[str, list[System]]:
@@ -76,23 +84,23 @@ def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel 
         # Single points are in the table of results.
         return None
     lines = [Line.of(system.name, points, curve_style(system)) for system, points in found if points]
-    known = {
-        system.name: (system, curve) for system, points in found if points and (curve := _published(metric, system))
-    }
-    for name, (system, curve) in known.items():
+    known = {system.name: system for system, curve in found if curve and _published(metric, system)}
+    for name, system in known.items():
         style = {**curve_style(system), "dashes": (1, 2), "markerfacecolor": "none", "linewidth": 1.2}
         del style["markeredgecolor"], style["markeredgewidth"]
-        steps, values = zip(*curve, strict=True)
-        lines.append(Line(f"{name} as published", steps, values, style))
+        points = _published(metric, system)
+        lines.append(Line(f"{name} as published", list(points), list(points.values()), style))
     share = metric in SHARES
     direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
     title = f"{sentence(metric_name(metric))}{suffix or f', {direction}'}"
     return step_panel(title, lines, write=percent if share else number, linear=share)
 
 
-def _published(metric: str, system: System) -> Points:
+def _published(metric: str, system: System) -> dict[int, float]:
+    """Return what was published of a system by step; nothing for other systems, and for other features."""
     extractors = {found.protocol["extractor"]["name"] for run in system.runs for found in run.evaluations}
-    return published(metric, system.name, next(iter(extractors)) if len(extractors) == 1 else None)
+    values = PUBLISHED.get(metric, {}).get(system.name, ()) if extractors == {"inception"} else ()
+    return dict(zip(PUBLISHED_STEPS[-len(values) :], values, strict=True)) if values else {}
 
 
 def _loss_panel(systems: Sequence[System], suffix: str) -> Panel | None:
@@ -141,7 +149,7 @@ def _cells_panel(where: str, cells: Cells) -> Panel:
         axes.set(title=f"Fréchet distance, {where}", xlabel="space of the loss")
 
     values = [
-        f"{SHORT_WORDS[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
+        f"{SHORT_NAMES[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
         for (prediction, space), cell in cells.items()
     ]
     return draw(paint, f"Fréchet distance by prediction and loss space, {where}: {listed(values)}.")

@@ -1,4 +1,4 @@
-"""Numbers, metrics and lists as text."""
+"""Numbers, metrics, lists and the settings of a sweep as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from jlt.report.study import Spread
 from jlt.results.evaluation import SHARES
+from jlt.results.sweep import WHOLE_INTERVAL, Setting, Sweep, SweepPoint
 
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -69,3 +71,43 @@ def listed(parts: Sequence[str]) -> str:
 def sentence(text: str) -> str:
     """Return text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
+
+
+def setting_text(setting: Setting) -> str:
+    """Write a setting as prose does: guidance 1.5 for t from 0.1 to 1 with the EMA 0.9999."""
+    text = "no guidance"
+    if setting.guided:
+        low, high = setting.cfg_interval
+        within = "" if setting.cfg_interval == WHOLE_INTERVAL else f" for t from {low:g} to {high:g}"
+        text = f"guidance {setting.cfg_scale:g}{within}"
+    return f"{text} with {ema_text(setting.ema)}"
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """Write the times at which guidance acts."""
+    low, high = interval
+    return "guidance at all times" if interval == WHOLE_INTERVAL else f"guidance for t from {low:g} to {high:g}"
+
+
+def ema_text(ema: str) -> str:
+    """Write which weights are meant."""
+    return "the raw weights" if ema == "none" else f"the EMA {ema}"
+
+
+def measured_text(sweep: Sweep, point: SweepPoint) -> str:
+    """Write the metric of the search, with its error."""
+    return _unbroken(point.value, point.error) if point.error else metric_text(sweep.metric, point.value, 4)
+
+
+def behind_text(sweep: Sweep, point: SweepPoint) -> str:
+    """Write by how much a measurement is worse than the best of its table, with the error of the difference."""
+    behind = point.behind
+    if behind is None:
+        return "—"
+    if sweep.metric in SHARES:
+        return percent(behind.difference)
+    return _unbroken(behind.difference, behind.error) if behind.error else number(behind.difference)
+
+
+def _unbroken(value: float, error: float) -> str:
+    return NO_BREAK_SPACE.join(with_error(value, error)).replace(" ", NO_BREAK_SPACE)

@@ -86,11 +86,9 @@ class Evaluation(ResultFile):
         Coordinates are undone before decoding, so images are compared with images.
         """
         kept = {key: value for key, value in self.protocol.items() if key not in OWN_TO_A_RUN}
-        autoencoder = kept.get("autoencoder")
-        normalisation = autoencoder.get("normalisation") if isinstance(autoencoder, Mapping) else None
-        if isinstance(autoencoder, Mapping) and isinstance(normalisation, Mapping) and "coordinates" in normalisation:
-            plain = {key: value for key, value in normalisation.items() if key != "coordinates"}
-            kept["autoencoder"] = {**autoencoder, "normalisation": plain}
+        match kept.get("autoencoder"):
+            case {"normalisation": {"coordinates": _, **plain}, **others}:
+                kept["autoencoder"] = {**others, "normalisation": plain}
         return kept
 
     @property

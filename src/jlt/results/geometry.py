@@ -21,8 +21,7 @@ INSIDE = "inside.json"
 Values = tuple[float, ...]
 Table = tuple[Values, ...]
 Outcome = Literal["x", "eps", "v", "even", "undecided"]
-"""The prediction that is expected to win; even where x and v need about as much; undecided where the model is not sure.
-"""
+"""The prediction that is expected to win; even: x and v need about as much; undecided: the model is not sure."""
 CautionKind = Literal[
     "constant_channels", "one_class", "few_for_classes", "few_latents", "few_tokens", "large_errors",
     "constant_directions", "few_for_frequencies",
@@ -56,13 +55,12 @@ class TrainingModel:
 
 @dataclass(frozen=True)
 class Advice:
-    """What a forecast means for networks of one width."""
+    """What a forecast means for networks of one width: the directions needed as shares of it, and the loss floor."""
 
     width: int
     width_share: dict[Prediction, float]
-    """Directions needed, as a share of the width."""
     loss_floor: dict[Prediction, float]
-    """What the training loss, a mean over elements, cannot fall below: the last layer is narrower than a token."""
+    """The training loss, a mean over elements, does not fall below it: the last layer is narrower than a token."""
     words: str = ""
     """The advice as text, in files of earlier versions only."""
 
@@ -84,9 +82,8 @@ class Forecast:
     """Share of the variations of the model with this outcome."""
     sphericity: float
     stated_share: float
-    """Excess risk over unavoidable risk that a predictor is allowed."""
     needed: dict[str, dict[Prediction, float]]
-    """Directions needed, by the share that is allowed."""
+    """Directions needed, by the share of the unavoidable risk that the excess risk is allowed to be."""
     advice: tuple[Advice, ...]
 
     @property
@@ -101,14 +98,12 @@ class TokenForecast(Forecast):
 
     unavoidable_risk: float
     ranks: tuple[int, ...]
-    """Ranks that the curves are tabulated at."""
     curves: dict[Prediction, Values]
+    """Excess risk by rank; in `curves_one_subspace` for directions that are the same at all times."""
     curves_one_subspace: dict[Prediction, Values]
-    """As `curves`, for directions that are the same at all times."""
     needed_by_estimate: dict[str, dict[Prediction, float]]
     """Directions needed at the stated share, by estimate of the covariance."""
     enough: bool
-    """Whether there are enough latents for a forecast."""
     variations: int
 
 
@@ -124,7 +119,6 @@ class SettingForecast(Forecast):
     width: int
     dimension: int
     before_training: bool
-    """Whether it was computed before any of the systems was trained."""
 
     @classmethod
     def of(cls, forecast: Forecast, **setting: Any) -> SettingForecast:
@@ -139,7 +133,7 @@ class SettingForecast(Forecast):
 
 @dataclass(frozen=True)
 class ShareBelow:
-    """The directions whose variance is below a threshold: how many, and their share of the total variance (0 to 1)."""
+    """The directions whose variance is below a threshold, and their share of the total variance (0 to 1)."""
 
     directions: int
     variance_share: float
@@ -158,7 +152,6 @@ class SpectrumSummary:
     sphericity: float | None = None
     """Geometric over arithmetic mean of the eigenvalues (Mauchly 1940); 1 is isotropic, 0 degenerate."""
     share_below: dict[str, ShareBelow] = field(default_factory=dict)
-    """By threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,12 +240,10 @@ class Geometry(ResultFile):
     ALWAYS_SEALED: ClassVar[bool] = True
 
     latents: dict[str, Any]
-    """The identity of the latent store."""
     patch_sizes: tuple[int, ...]
     widths: tuple[int, ...]
     training: TrainingModel
     times: Values
-    """Times of the tables."""
     tokens: dict[int, TokenGeometry]
     """By patch size."""
     stationary: StationaryGeometry
@@ -305,24 +296,20 @@ class ErrorDifference:
 
 @dataclass(frozen=True)
 class ErrorByDirection(ResultFile):
-    """inside.json: the velocity error of trained networks by eigen-direction of the tokens and by time."""
+    """inside.json: the velocity error of networks by direction of the tokens and by time, on `count` latents."""
 
     SCHEMA: ClassVar[int] = 1
     ALWAYS_SEALED: ClassVar[bool] = True
 
     patch_size: int
     latents: dict[str, Any]
-    """The identity of the latent store."""
     count: int
-    """Latents that the networks were evaluated on."""
     seed: int
     times: Values
     eigenvalues: Values
     optimum: Table
-    """What a token by itself leaves unknown (eq. 11)."""
+    """What a token by itself leaves unknown (eq. 11); in `whole_optimum` a whole latent as one Gaussian."""
     whole_optimum: Table
-    """What a whole latent as one Gaussian leaves unknown."""
     whole_estimate: Literal["exact", "stationary"]
     networks: tuple[NetworkError, ...]
     beyond_the_first: tuple[ErrorDifference, ...]
-    """For every network but the first."""

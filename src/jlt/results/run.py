@@ -107,7 +107,7 @@ class Run:
     def reached(self) -> int:
         """The last step that was logged or evaluated, 0 before the first."""
         logged, evaluated = self.log.steps[-1:], self.evaluations[-1:]
-        return max([*(entry.step for entry in logged), *(entry.step or 0 for entry in evaluated)], default=0)
+        return max([0, *(entry.step for entry in logged), *(entry.step or 0 for entry in evaluated)])
 
     def file_of(self, evaluation: Evaluation) -> Path | None:
         """Return the file of an evaluation."""

@@ -1,1 +1,1 @@
-"""Infrastructure of running work: processes, signals, progress, random numbers, timing."""
+"""Infrastructure of running work: processes, signals, progress, random numbers, environment."""

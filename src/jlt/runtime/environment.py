@@ -1,15 +1,29 @@
-"""The versions and the machine behind a result."""
+"""The environment of a result: versions, the machine, its rates and memory, and arithmetic with equal bits."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jlt import __version__
 from jlt.runtime.processes import local_rank, world_size
+
+MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
+"""Side of the matrices whose product gives a device's rate, if the device is fast enough."""
+SMALLEST_MATMUL = 256
+CLEARLY_SLOWER = 0.9
+"""Below this share of the float32 rate bfloat16 counts as slower: rates of a busy machine vary."""
+PROC = Path("/proc/self")
 
 
 def versions() -> dict[str, str]:
@@ -21,7 +35,11 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """Return the processor, the number of cores that this process may use, and the device."""
     kind = torch.device(device)
     accelerator = torch.cuda.get_device_name(kind) if kind.type == "cuda" else kind.type
-    return {"cpu": _processor(), "cores": cores(), "device": accelerator}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpu = next(names, None) or platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": cores(), "device": accelerator}
 
 
 def cores() -> int:
@@ -30,17 +48,133 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
 def default_device() -> str:
     """Return `cuda` if there is a GPU, else `cpu`; each process of a machine gets its own GPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{local_rank() % torch.cuda.device_count()}" if world_size() > 1 else "cuda"
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """Compute, for the duration of a block, so that equal inputs give equal bits on equal devices.
+
+    On a CPU the number of threads decides the last bits. On a GPU, TF32 is off and cuDNN uses deterministic kernels.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    convolutions: Any = cudnn.conv  # type: ignore[attr-defined]
+    before = torch.get_num_threads(), convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic
+    try:
+        torch.set_num_threads(threads)
+        convolutions.fp32_precision = products.fp32_precision = "ieee"
+        cudnn.deterministic = True
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic = before[1:]
+
+
+def matmul_rate(
+    dtype: torch.dtype, device: torch.device | str, repeats: int = 7, size: int | None = None, seconds: float = 0.05
+) -> float:
+    """Return the best rate of a square matrix product in operations per second.
+
+    The product is repeated at least `repeats` times and for `seconds`: on a busy machine the threads of a short product
+    seldom run at the same time, so a few repeats may all be slow.
+    """
+    n = size or MATMUL_SIZES[torch.device(device).type]
+    a, b = torch.ones(2, n, n, device=device, dtype=dtype)
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < seconds:
+        times.append(seconds_of(lambda: a @ b, device))
+    return 2 * n**3 / min(times)
+
+
+def affordable_size(dtype: torch.dtype, device: torch.device | str, seconds: float, largest: int | None = None) -> int:
+    """Return the side of the largest square matrix product, up to `largest`, that takes no more than `seconds`.
+
+    The search doubles a small side, so it takes about `seconds` too. It returns at least the smallest side.
+    """
+    size = SMALLEST_MATMUL
+    while size < (largest or MATMUL_SIZES[torch.device(device).type]):
+        # The next size takes eight times the arithmetic, at the rate of this one.
+        if 8 * 2 * size**3 / matmul_rate(dtype, device, 2, size) > seconds:
+            break
+        size *= 2
+    return size
+
+
+@dataclass(frozen=True)
+class ProductRates:
+    """Operations per second of a product of square matrices, in two precisions."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def warning(self) -> str:
+        """A sentence if bfloat16 is the slower precision; otherwise empty."""
+        if self.bfloat16 >= CLEARLY_SLOWER * self.float32:
+            return ""
+        return (
+            f"This machine multiplies float32 matrices {self.float32 / self.bfloat16:.3g} times as fast as bfloat16 "
+            f"ones ({self.float32 / 1e9:.3g} against {self.bfloat16 / 1e9:.3g} GFLOP/s): "
+            "--precision float32 is faster here."
+        )
+
+
+def compare_precisions(device: torch.device | str, seconds: float = 0.2) -> ProductRates:
+    """Measure products in float32 and bfloat16, each of the largest matrices at which one takes no more than `seconds`.
+
+    Smaller products would measure how the threads of a busy machine wait for each other.
+    """
+    sizes = {dtype: affordable_size(dtype, device, seconds) for dtype in (torch.float32, torch.bfloat16)}
+    return ProductRates(*(matmul_rate(dtype, device, 3, size) for dtype, size in sizes.items()))
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device | str) -> float:
+    """Return how long some work takes, until its device has finished."""
+    _finish(device)
+    start = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Return the peak memory in bytes: of the GPU for a GPU, of the process for a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # On Linux, getrusage reports a figure that a process inherits from its parent.
+    peak, unit = _status_bytes("VmHWM"), 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if peak is None else peak
+
+
+def machine_memory() -> int:
+    """Return this machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reset_peak_memory(device: torch.device | str) -> None:
+    """Reset the peak to the present use; without Linux's `/proc` the peak of a process stays."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            (PROC / "clear_refs").write_text("5")
+
+
+def resident_memory() -> int | None:
+    """Return the resident host memory of this process in bytes; None if the system does not report it."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int | None:
+    status = PROC / "status"
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _finish(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -107,7 +107,7 @@ class SingleProcess(Group):
     """A process by itself."""
 
 
-class DistributedGroup(Group):
+class _DistributedGroup(Group):
     """Several processes, connected by gloo."""
 
     def __init__(self, store: Store, rank: int, size: int, control: ProcessGroup | None) -> None:
@@ -116,28 +116,24 @@ class DistributedGroup(Group):
         self._store, self.rank, self.size, self._control = store, rank, size, control
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process and return its result in all."""
         import torch.distributed as dist
 
-        outcome: list[Any] = [None, ""]
+        # The result, and what the other processes raise instead.
+        outcome: list[Any] = [None, None]
         failure: Exception | None = None
         if self.rank == 0:
             try:
-                outcome = [work(), ""]
+                outcome[0] = work()
             except Exception as error:
-                failure, outcome = error, [None, "stopped" if isinstance(error, Stopped) else "failed"]
+                failure = error
+                outcome[1] = Stopped("Stopped on request.") if isinstance(error, Stopped) else SystemExit(1)
         with lost_process_as_error():
             dist.broadcast_object_list(outcome, src=0, group=self._control)
-        if failure:
-            raise failure
-        if outcome[1] == "stopped":
-            raise Stopped("Stopped on request.")
-        if outcome[1] == "failed":
-            raise SystemExit(1)
+        if ending := failure or outcome[1]:
+            raise ending
         return outcome[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes, by rank."""
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
@@ -146,7 +142,6 @@ class DistributedGroup(Group):
         return values
 
     def reduce_to_rank0(self, value: T, merge: Callable[[T, T], object]) -> T | None:
-        """Merge the values by rank into that of the first process; None in the others."""
         import torch.distributed as dist
 
         with lost_process_as_error():
@@ -160,11 +155,9 @@ class DistributedGroup(Group):
         return value
 
     def add(self, name: str, amount: int) -> int:
-        """Add to a shared number and return its new value."""
         return self._store.add(f"jlt/{name}", amount)
 
     def wait(self) -> None:
-        """Return when every process has called this."""
         self.gather(None)
 
 
@@ -215,7 +208,10 @@ def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]
             group.add(section, 1)
         with group.pulse.other_work():
             # A process that is done waits for the others as long as it takes. A signal during the last item counts.
-            ends = group.gather((error is not None or bool(stop), _failure(error)))
+            failure = None
+            if error is not None and not isinstance(error, Stopped):
+                failure = str(error) if isinstance(error, JLTError) else f"{type(error).__name__}: {error}"
+            ends = group.gather((error is not None or bool(stop), failure))
     failures = [f"Process {rank} failed ({failure}), so all end." for rank, (_, failure) in enumerate(ends) if failure]
     if failures and (error is None or isinstance(error, Stopped)):
         raise JLTError(failures[0])
@@ -227,14 +223,8 @@ def stop_together(group: Group) -> Iterator[Callable[[Iterable[T]], Iterator[T]]
         raise error
 
 
-def _failure(error: Exception | None) -> str | None:
-    if error is None or isinstance(error, Stopped):
-        return None
-    return str(error) if isinstance(error, JLTError) else f"{type(error).__name__}: {error}"
-
-
 def require_same_arguments(group: Group, arguments: Mapping[str, Any], action: str) -> None:
-    """Raise a JLTError unless all processes have the same JSON `arguments`; `action` is a verb for the message."""
+    """Raise a JLTError unless all processes have the same JSON `arguments`; `action` goes into the message."""
     everywhere = group.gather(arguments)
     for rank, theirs in enumerate(everywhere):
         if differences := difference(everywhere[0], theirs):
@@ -264,16 +254,13 @@ def join_group(device: str = "cpu") -> Iterator[Group]:
         )
     store, number, size = next(iter(dist.rendezvous("env://")))
     backend = "nccl" if on_gpu else "gloo"
-    settings: dict[str, Any] = {"store": dist.PrefixStore(backend, store), "rank": number, "world_size": size}
+    # NCCL keeps its own timeout: only the steps of a training use its group.
+    settings: dict[str, Any] = {"device_id": torch.device(device)} if on_gpu else {"timeout": NO_TIMEOUT}
     if on_gpu:
         torch.cuda.set_device(device)
-        # With NCCL's own timeout: only the steps of a training use this group.
-        dist.init_process_group(backend, device_id=torch.device(device), **settings)
-    else:
-        dist.init_process_group(backend, timeout=NO_TIMEOUT, **settings)
-    group = DistributedGroup(
-        store, number, size, dist.new_group(backend="gloo", timeout=NO_TIMEOUT) if on_gpu else None
-    )
+    dist.init_process_group(backend, store=dist.PrefixStore(backend, store), rank=number, world_size=size, **settings)
+    control = dist.new_group(backend="gloo", timeout=NO_TIMEOUT) if on_gpu else None
+    group = _DistributedGroup(store, number, size, control)
     with Watchdog(number, size, group.pulse):
         yield group
         # A process that leaves early looks like one that died.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -46,109 +44,77 @@ def bar(description: str, total: float | None, unit: str = "") -> Bar:
 
     With a `unit` such as "step" the bar counts; otherwise it shows a percentage of the total, or `done` without one.
     """
-    if _silent:
-        return Bar()
-    return (LiveBar if sys.stderr.isatty() else PlainBar)(description, total, unit)
+    return Bar() if _silent else _ShownBar(description, total, unit)
 
 
-class Bar:
-    """A bar that shows nothing, and the interface of the others."""
+class Bar(contextlib.AbstractContextManager["Bar"]):
+    """A bar that shows nothing, and the interface of the one that does."""
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
+    def __exit__(self, *error: object) -> None: ...
 
     def show(self, done: float, detail: str = "", force: bool = False) -> None:
         """Show how much of the total is done, with a detail; `force` prints a plain line even soon after another."""
 
 
-class LiveBar(Bar):
-    """A bar that is redrawn in place, its detail in a line below."""
+class _ShownBar(Bar):
+    """On a terminal a bar that is redrawn in place, with its detail in a line below; elsewhere a line now and then."""
 
     def __init__(self, description: str, total: float | None, unit: str) -> None:
+        from rich import progress as rich_progress
         from rich.console import Console
+        from rich.text import Text
+
+        class WithDetail(rich_progress.Progress):
+            """A bar and a line below it, which is cut at the edge of the terminal."""
+
+            def get_renderables(self) -> Iterable[Any]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks:
+                    yield Text(task.fields["detail"], style="dim", no_wrap=True, overflow="ellipsis")
 
         console = Console(stderr=True)
         bar_width = BAR_WIDTH if console.width >= NARROW_TERMINAL else 1
-        self._progress = _progress(unit, bar_width, console)
         room = console.width - bar_width - FIGURES_WIDTH
         shortened = description if len(description) <= room else f"{description[: room - 1]}…"
-        self._task = self._progress.add_task(shortened, total=total, detail="")
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def show(self, done: float, detail: str = "", force: bool = False) -> None:  # noqa: ARG002
-        """Redraw the bar, and keep the last detail if there is no new one."""
-        self._progress.update(self._task, completed=done)
-        if detail:
-            self._progress.update(self._task, detail=detail)
-
-
-class PlainBar(Bar):
-    """A line now and then, for logs."""
-
-    def __init__(self, description: str, total: float | None, unit: str) -> None:
-        self._description, self._unit = description, unit
-        # Never started: it measures the speed, as a live bar does.
-        self._progress = _progress(unit)
-        self._progress.add_task(description, total=total, detail="")
+        self._description, self._unit, self._live = description, unit, sys.stderr.isatty()
+        # Started on a terminal only; elsewhere it measures the speed.
+        self._progress = WithDetail(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(bar_width),
+            rich_progress.MofNCompleteColumn() if unit else rich_progress.TaskProgressColumn(),
+            rich_progress.TimeRemainingColumn(),
+            rich_progress.TextColumn("left"),
+            console=console,
+            # From the whole session: a short window would jump at every checkpoint and evaluation.
+            speed_estimate_period=math.inf,
+            get_time=time.monotonic,
+        )
+        self._progress.add_task(shortened, total=total, detail="")
         (self._task,) = self._progress.tasks
         self._last = time.monotonic()
 
+    def __enter__(self) -> Bar:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._progress.stop()
+
     def show(self, done: float, detail: str = "", force: bool = False) -> None:
-        """Print a line if the last one is some seconds old, or if `force` is set."""
         task, now = self._task, time.monotonic()
-        self._progress.update(task.id, completed=done)
-        if now - self._last < PLAIN_INTERVAL_SECONDS and not force:
+        # Without a new detail, the last one stays.
+        self._progress.update(task.id, completed=done, detail=detail or task.fields["detail"])
+        if self._live or (now - self._last < PLAIN_INTERVAL_SECONDS and not force):
             return
         self._last = now
         reached = f"{done:,.0f}" if self._unit or not task.total else f"{done / task.total:.0%}"
         if self._unit:
             reached = f"{self._unit} {reached} of {task.total:,.0f}"
-        parts = [f"{self._description}: {reached}", f"after {format_seconds(task.elapsed or 0)}"]
-        if task.time_remaining is not None:
-            parts.append(f"{format_seconds(task.time_remaining)} left")
-        inform(", ".join(parts) + (f" ({detail})" if detail else ""))
-
-
-def _progress(unit: str, bar_width: int = BAR_WIDTH, console: Any = None) -> Progress:
-    """Return rich's progress display for one task; its console is needed for drawing alone."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class WithDetail(Progress):
-        """A bar and a line below it, which is cut at the edge of the terminal."""
-
-        def get_renderables(self) -> Iterable[Any]:
-            yield self.make_tasks_table(self.tasks)
-            for task in self.tasks:
-                yield Text(task.fields["detail"], style="dim", no_wrap=True, overflow="ellipsis")
-
-    return WithDetail(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width),
-        MofNCompleteColumn() if unit else TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        # From the whole session: a short window would jump at every checkpoint and evaluation.
-        speed_estimate_period=math.inf,
-        get_time=time.monotonic,
-    )
+        left = f", {format_seconds(task.time_remaining)} left" if task.time_remaining is not None else ""
+        shown = f" ({detail})" if detail else ""
+        inform(f"{self._description}: {reached}, after {format_seconds(task.elapsed or 0)}{left}{shown}")
 
 
 def format_seconds(seconds: float) -> str:

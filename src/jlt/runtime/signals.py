@@ -51,13 +51,13 @@ def follow_parent(parent: int, stops: Callable[[], bool] = lambda: False) -> Non
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING_SIGNALS)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
 
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(POLL_SECONDS)
-    os._exit(1)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -68,10 +68,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
     process ignores stays ignored.
     """
     request = StopRequest()
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in STOPPING_SIGNALS}
-        previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    numbers = STOPPING_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in previous.items():

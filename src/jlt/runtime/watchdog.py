@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from types import TracebackType
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 40.0
@@ -103,9 +102,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._failed = error is not None
         self._left.set()
         # After an error, other processes may be gone or may never leave.

@@ -56,18 +56,15 @@ def guided(
     """
     null = torch.full_like(labels, denoiser.null_label)
 
-    def branches(z: State, t: float) -> tuple[State, State]:
-        if guide is not None:
-            return denoiser.velocity(z, t, labels), guide.velocity(z, t, labels)
-        v_class, v_null = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null))).chunk(2)
-        return v_class, v_null
-
     def velocity(z: State, t: float) -> State:
         if cfg_scale == 1 or not in_interval(t, *cfg_interval):
             return denoiser.velocity(z, t, labels)
         if cfg_scale == 0:
             return guide.velocity(z, t, labels) if guide else denoiser.velocity(z, t, null)
-        v_class, v_null = branches(z, t)
+        if guide is not None:
+            v_class, v_null = denoiser.velocity(z, t, labels), guide.velocity(z, t, labels)
+        else:
+            v_class, v_null = denoiser.velocity(torch.cat((z, z)), t, torch.cat((labels, null))).chunk(2)
         return v_null + cfg_scale * (v_class - v_null)
 
     return velocity

@@ -1,31 +1,140 @@
-"""A checkpoint, an autoencoder and a sampling configuration as one thing that yields images."""
+"""Numbered images of a checkpoint: noise and label of image i are functions of the seed and i, whatever else is drawn.
+
+The image itself is then the same up to float rounding, which depends on the shapes of matrix products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.load import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
 from jlt.config import LatentShape, SampleConfig, TrainConfig
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.networks.transformer import build_network
+from jlt.prediction import clean_from_velocity
 from jlt.runtime.environment import versions
 from jlt.runtime.progress import inform
-from jlt.sampling.generate import LatentBatch, LatentSampler, batches_of, decode_to_uint8, labels_for
-from jlt.sampling.guidance import NOISE_END, Denoiser
-from jlt.sampling.solvers import network_evaluations
+from jlt.runtime.random_numbers import derive_seed, generator, normal_per_sample
+from jlt.sampling.guidance import NOISE_END, Denoiser, guided
+from jlt.sampling.solvers import Noise, network_evaluations, no_noise, solve
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
+from jlt.timesteps import sampling_grid
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
+
+OnClean = Callable[[float, Float[Tensor, "n c h w"]], None]
+"""Receives a time of the path and the clean prediction x^ there."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What numbered images begin with: their noise, their labels, and what a stochastic solver adds at each step."""
+
+    noise: Float[Tensor, "n c h w"]
+    labels: Int[Tensor, "n"]
+    fresh: Noise = no_noise
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents of the images `start` to `start + n`, with the labels they were drawn for."""
+
+    start: int
+    latents: Float[Tensor, "n c h w"]
+    labels: Int[Tensor, "n"]
+
+
+@dataclass(frozen=True)
+class LatentSampler:
+    """Draws numbered latents of one shape from a denoiser, and from a guide where there is one."""
+
+    denoiser: Denoiser
+    shape: LatentShape
+    config: SampleConfig
+    device: torch.device | str = "cpu"
+    noise_scale: float = 1.0
+    guide: Denoiser | None = None
+
+    def batches(self, numbers: Iterable[range] | None = None) -> Iterator[LatentBatch]:
+        """Yield a batch for each range of `numbers`; without them all `config.num`, in order.
+
+        JLTError for latents that are not finite.
+        """
+        for indices in batches_of(self.config.num, self.config.batch_size) if numbers is None else numbers:
+            start = self.start(indices)
+            latents = self.flow(start)
+            if not latents.isfinite().all():
+                which = f"{indices[0]} to {indices[-1]}"
+                raise JLTError(f"Some of the images {which} are not finite: has training diverged?")
+            yield LatentBatch(indices[0], latents, start.labels)
+
+    @torch.inference_mode()
+    def start(self, indices: Sequence[int]) -> Start:
+        """Return what numbered images begin with."""
+        shape, seed = (self.shape.channels, self.shape.height, self.shape.width), self.config.seed
+
+        def draw(purpose: str, *step: int) -> Float[Tensor, "n c h w"]:
+            seeds = [derive_seed(seed, purpose, index, *step) for index in indices]
+            return self.noise_scale * normal_per_sample(seeds, shape, self.device)
+
+        labels = labels_for(self.config.labels, indices, self.shape.num_classes, seed).to(self.device)
+        return Start(draw("image"), labels, lambda step: draw("image step", step))
+
+    @torch.inference_mode()
+    def flow(self, start: Start, on_clean: OnClean | None = None) -> Float[Tensor, "n c h w"]:
+        """Carry noise to latents; `on_clean` receives x^ (eq. 4) at every time at which the velocity is evaluated.
+
+        Of two stages of a solver at one time, the one on the path itself comes last.
+        """
+        config = self.config
+        velocity = guided(self.denoiser, start.labels, config.cfg_scale, config.cfg_interval, self.guide)
+
+        def observed(z: Float[Tensor, "n c h w"], t: float) -> Float[Tensor, "n c h w"]:
+            v = velocity(z, t)
+            if on_clean is not None:
+                on_clean(t, clean_from_velocity(v, z, t))
+            return v
+
+        with torch.autocast(start.noise.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            return solve(config.solver, observed, start.noise, sampling_grid(config), start.fresh)
+
+
+def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -> Int[Tensor, "n"]:
+    """Return the labels of numbered images: `equal` counts per class, `random`, or a list that repeats."""
+    if rule == "equal":
+        return torch.tensor([index % num_classes for index in indices])
+    if rule == "random":
+        draws = [torch.randint(num_classes, (), generator=generator(seed, "label", index)) for index in indices]
+        return torch.stack(draws)
+    try:
+        labels = [int(part) for part in rule.split(",")]
+    except ValueError:
+        raise UsageError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
+    if outside := [label for label in labels if not 0 <= label < num_classes]:
+        raise JLTError(f"There is no class {outside[0]}: the network knows the classes 0 to {num_classes - 1}.")
+    return torch.tensor([labels[index % len(labels)] for index in indices])
+
+
+def batches_of(num: int, batch_size: int) -> list[range]:
+    """Return the numbers 0 to num - 1 in consecutive ranges of batch_size; the last may be shorter."""
+    return [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
+
+
+@torch.inference_mode()
+def decode_to_uint8(autoencoder: Autoencoder, latents: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n hh ww 3"]:
+    """Decode latents to images with levels 0 to 255, rounded to the nearest."""
+    images = autoencoder.decode(latents)
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -58,17 +167,13 @@ class ImageSampler:
 
     def batches(self, numbers: Iterable[range] | None = None) -> Iterator[ImageBatch]:
         """Yield the images of these ranges of numbers, a batch each; without them all `config.num`, in order."""
-        ranges = list(batches_of(self.config.num, self.config.batch_size)) if numbers is None else list(numbers)
+        ranges = batches_of(self.config.num, self.config.batch_size) if numbers is None else list(numbers)
         # A compiled network would be compiled again for a shorter last batch, which takes longer than to fill it.
         filled = [range(part.start, part.start + self.config.batch_size) for part in ranges]
-        drawn = self.latents(filled if self.config.compile else ranges)
+        drawn = self.latent_sampler.batches(filled if self.config.compile else ranges)
         for part, batch in zip(ranges, drawn, strict=True):
             images = decode_to_uint8(self.autoencoder, batch.latents[: len(part)])
             yield ImageBatch(batch.start, images.cpu(), batch.labels[: len(part)].cpu())
-
-    def latents(self, numbers: Iterable[range] | None = None) -> Iterator[LatentBatch]:
-        """Yield what `batches` decodes."""
-        return self.latent_sampler.batches(numbers)
 
     @property
     def latent_sampler(self) -> LatentSampler:
@@ -124,7 +229,10 @@ def open_sampler(
     autoencoder with other weights.
     """
     check_guidance(checkpoint.config, config)
-    guide = _open_guide(checkpoint, config, device) if config.autoguided else None
+    guide = None
+    if config.autoguided:
+        weaker = check_guide(checkpoint, config)
+        guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
@@ -145,9 +253,9 @@ def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
     if changed("ema", "t_eps", "compile"):
         weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     if config.autoguided:
-        check_guide(checkpoint, config)
+        weaker = check_guide(checkpoint, config)
         if guide is None or changed("autoguide", "autoguide_ema", "t_eps", "compile"):
-            guide = _open_guide(checkpoint, config, device)
+            guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     return replace(sampler, weights=weights, guide=guide, config=config)
 
 
@@ -163,11 +271,6 @@ def open_weights(checkpoint: Checkpoint, ema: str, device: str, t_eps: float = 0
     denoiser = Denoiser(network, train.prediction, train.network.num_classes, t_eps)
     rebuilt = {"ema_rebuilt": dict(chosen.rebuilt)} if chosen.rebuilt else {}
     return Weights(denoiser, {"checkpoint": checkpoint.sha256, "ema": chosen.ema, **rebuilt})
-
-
-def _open_guide(checkpoint: Checkpoint, config: SampleConfig, device: str) -> Weights:
-    guide = check_guide(checkpoint, config)
-    return open_weights(guide, config.autoguide_ema, device, config.t_eps, config.compile)
 
 
 def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
@@ -207,33 +310,28 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
 def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str) -> Autoencoder:
     """Load the autoencoder that made some latents, from `path` or from where it was loaded when it made them.
 
+    An autoencoder whose recorded folder is gone is loaded from its usual place, where it has one.
+
     JLTError if its weights, normalisation or sizes are others. Adopted latents record no weights: any autoencoder of
     the right sizes is accepted, and a message reports it.
     """
-    autoencoder = load_autoencoder(identity["name"], path or _recorded_place(identity), device)
+    name, source = identity["name"], identity["source"]
+    gone = Path(source).is_absolute() and not Path(source).exists()
+    usual = source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES)
+    autoencoder = load_autoencoder(name, path or (None if usual else source), device)
     if coordinates := coordinates_of(identity):
         autoencoder = CoordinateAutoencoder(autoencoder, coordinates)
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
-        inform(
-            f"The latents record no weights of their autoencoder: those from {found['source']} decode them unchecked."
-        )
+        unchecked = f"those from {found['source']} decode them unchecked."
+        inform(f"The latents record no weights of their autoencoder: {unchecked}")
     else:
         decisive = ["weights_sha256", "normalisation", *decisive]
     for key in decisive:
         if found[key] != identity[key]:
             raise JLTError(
-                f"The latents were made by the autoencoder {identity['name']!r} with {key} {identity[key]}, "
+                f"The latents were made by the autoencoder {name!r} with {key} {identity[key]}, "
                 f"the one from {found['source']} has {found[key]}: name the right one with --autoencoder-path."
             )
     return autoencoder
-
-
-def _recorded_place(identity: dict[str, Any]) -> str | None:
-    """Return the folder or Hub id of an identity; None, for the usual place, without one or if the folder is gone."""
-    name, source = identity["name"], identity["source"]
-    gone = Path(source).is_absolute() and not Path(source).exists()
-    if source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES):
-        return None
-    return source

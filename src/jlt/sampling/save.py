@@ -1,19 +1,22 @@
-"""Images to disk: numbered PNG, one .npz as ADM's evaluator reads, or a grid to look at.
+"""Images to disk: numbered PNG, one .npz as ADM's evaluator reads, or a grid; and pictures of how images come about.
 
-Any number of processes may share the work, and the same command resumes what was interrupted.
+Any number of processes may share the work, and the same command resumes what was interrupted. The pictures are x^ along
+the path, ways between two noises, and two checkpoints side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from jlt.config import SampleFormat
 from jlt.errors import JLTError
@@ -21,11 +24,12 @@ from jlt.evaluation.image_files import SUFFIXES
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import track
-from jlt.sampling.generate import batches_of
-from jlt.sampling.sampler import ImageBatch, ImageSampler
+from jlt.runtime.signals import until_stopped
+from jlt.sampling.sampler import ImageBatch, ImageSampler, Start, batches_of, decode_to_uint8, labels_for
 from jlt.sampling.solvers import network_evaluations
 from jlt.storage.files import atomic_path, claim_folder, lock_folder, read_json
 from jlt.storage.rows import RowTable, remove_rows, require_space, unwritten
+from jlt.timesteps import sampling_grid
 
 PROTOCOL = "protocol.json"
 ARRAY = "samples.npz"
@@ -33,6 +37,14 @@ PNG_SHARE = 0.6
 """Size of a PNG of a photograph against its pixels, roughly: for the space that is required before the first."""
 MIN_SIDE = 96
 """Least side in pixels at which a sheet shows an image."""
+COLUMNS = 8
+"""Times of a strip before the image itself, and images from one noise to the next."""
+TITLES = {
+    "strip": "The clean image that the network predicts, on the way from noise",
+    "interpolation": "From the noise of one image to that of the next",
+    "pairs": "Two checkpoints from the same noise",
+}
+Rows = UInt8[np.ndarray, "n columns s s 3"]
 
 
 def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Group | None = None) -> Path:
@@ -42,23 +54,25 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     anything else, or more images, and for a disk without space. Stopped when any process received a request to stop.
     """
     group = group or SingleProcess()
-    require_same_arguments(
-        group, {**sampler.protocol(), "format": form, "batch_size": sampler.config.batch_size}, "draw"
-    )
+    arguments = {**sampler.protocol(), "format": form, "batch_size": sampler.config.batch_size}
+    require_same_arguments(group, arguments, "draw")
     with contextlib.ExitStack() as held:
         place = group.on_rank0(lambda: _claim(held, sampler, out, form))
-        if group.on_rank0(lambda: _finished(place)):
+        if group.on_rank0(place.is_file):
+            # A kill may have left its table.
+            group.on_rank0(lambda: remove_rows(out))
             return place
         missing = group.on_rank0(lambda: _missing(sampler, place))
-        with stop_together(group) as until_stopped:
-            write = partial(_write_pngs, sampler, out)
-            if form != "png":
-                write = partial(_write_rows, _open_table(sampler, out))
+        with stop_together(group) as until_any_stopped:
+            table = None if form == "png" else _open_table(sampler, out)
             share = missing[group.rank :: group.size]
             nfe = network_evaluations(sampler.config.solver, sampler.config.steps)
             title = f"sampling {sampler.config.num} images, {nfe} NFE each"
-            for batch in track(until_stopped(sampler.batches(share)), title, total=len(share)):
-                write(batch)
+            for batch in track(until_any_stopped(sampler.batches(share)), title, total=len(share)):
+                if table:
+                    table.write(batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()})
+                else:
+                    _write_pngs(sampler, out, batch)
         group.on_rank0(lambda: _finish(sampler, place))
         return place
 
@@ -74,29 +88,19 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
     # A grid or an array is of all its images; a folder can be completed to more.
     more = form == "png" and (not begun or stored["count"] <= sampler.config.num)
     if more:
-        _require_none_beyond(out, sampler.config.num)
+        # An evaluation of the folder would include an image that is none of those to be drawn.
+        wanted = {_png_path(out, number).name for number in range(sampler.config.num)}
+        found = {path.name for path in out.glob("[!.]*") if path.suffix.lower() in SUFFIXES}
+        if foreign := sorted(found - wanted):
+            raise JLTError(
+                f"{out} holds {foreign[0]}, which is none of the {len(wanted)} images that were requested: remove it."
+            )
     claim_folder(out, PROTOCOL, protocol, free=("count",) if more else ())
     if not begun:
         held.enter_context(lock_folder(out))
     for path in out.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
     return {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form]
-
-
-def _require_none_beyond(out: Path, num: int) -> None:
-    """Raise JLTError for an image that is none of those to be drawn: an evaluation of the folder would include it."""
-    wanted = {_png_path(out, number).name for number in range(num)}
-    foreign = sorted(path.name for path in out.glob("*") if path.suffix.lower() in SUFFIXES and path.name not in wanted)
-    visible = [name for name in foreign if not name.startswith(".")]
-    if visible:
-        raise JLTError(f"{out} holds {visible[0]}, which is none of the {num} images that were requested: remove it.")
-
-
-def _finished(place: Path) -> bool:
-    """Whether the array or the grid exists; its table, which a kill may have left, is then removed."""
-    if place.is_file():
-        remove_rows(place.parent)
-    return place.is_file()
 
 
 def _missing(sampler: ImageSampler, place: Path) -> list[range]:
@@ -124,10 +128,6 @@ def _write_pngs(sampler: ImageSampler, out: Path, batch: ImageBatch) -> None:
             info.add_text("classes", sampler.classes)
             with atomic_path(path) as temporary:
                 Image.fromarray(image).save(temporary, pnginfo=info)
-
-
-def _write_rows(table: RowTable, batch: ImageBatch) -> None:
-    table.write(batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()})
 
 
 def _png_path(out: Path, number: int) -> Path:
@@ -162,3 +162,104 @@ def save_sheet(path: Path, images: UInt8[np.ndarray, "n s s 3"], columns: int, t
     with atomic_path(path) as temporary:
         draw_sheet(images, columns, text, MIN_SIDE).save(temporary)
     return path
+
+
+def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: Sequence[str] = ()) -> Path:
+    """Draw `strip`, `interpolation` or `pairs` into a folder of its own, and return the picture.
+
+    With two samplers each row is drawn of both, from the same noise and label; `names` labels them.
+    JLTError for samplers whose noise is not the same, and for a folder that holds anything else.
+    """
+    first = samplers[0]
+    if kind == "interpolation" and (first.config.num % 2 or first.config.batch_size % 2):
+        raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
+    for other in samplers[1:]:
+        _require_same_noise(first, other)
+    claim_folder(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})
+    with lock_folder(out):
+        ranges = batches_of(first.config.num, first.config.batch_size)
+        work = [(numbers, sampler) for numbers in ranges for sampler in samplers]
+        drawing = track(until_stopped(work), "drawing", len(work))
+        rows = [DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in drawing]
+        drawn = [np.concatenate(rows[index :: len(samplers)]) for index in range(len(samplers))]
+        return _save(out / f"{kind}.png", first, drawn, kind, names)
+
+
+def _save(path: Path, sampler: ImageSampler, drawn: Sequence[Rows], kind: str, names: Sequence[str]) -> Path:
+    config = sampler.config
+    labels = labels_for(config.labels, range(config.num), sampler.shape.num_classes, config.seed).tolist()
+    classes = [sampler.class_name(label) for label in (labels[::2] if kind == "interpolation" else labels)]
+    guidance = f", guidance {config.cfg_scale:g}" if config.cfg_scale != 1 else ""
+    settings = f"{config.solver}, {config.steps} steps{guidance}, EMA {sampler.weights.identity['ema']}"
+    title = f"{TITLES[kind]} ({settings})"
+    if kind == "pairs":
+        # A column for each image, a row for each checkpoint.
+        images = np.concatenate([rows[:, 0] for rows in drawn])
+        return save_sheet(path, images, len(drawn[0]), SheetText(title, names, classes))
+    images = np.stack(drawn, axis=1).reshape(-1, *drawn[0].shape[2:])
+    rows = [f"{one}: {name}" for one in classes for name in names] if len(drawn) > 1 else classes
+    columns = [*(f"t = {t:.2f}" for t in _strip_times(sampler)), "image"] if kind == "strip" else []
+    return save_sheet(path, images, drawn[0].shape[1], SheetText(title, rows, columns))
+
+
+def _strip_times(sampler: ImageSampler) -> list[float]:
+    """Return the times of a strip: steps of the grid at equal distances, the first among them."""
+    grid = sampling_grid(sampler.config)[:-1]
+    return [grid[index * len(grid) // COLUMNS] for index in range(COLUMNS)] if len(grid) > COLUMNS else grid
+
+
+def _strip(sampler: ImageSampler, numbers: range) -> Rows:
+    """Return rows of x^ at the times of the strip, and the image."""
+    clean_at: dict[float, Tensor] = {}
+    times = _strip_times(sampler)
+
+    def keep(t: float, clean: Float[Tensor, "n c h w"]) -> None:
+        if t in times:
+            clean_at[t] = clean
+
+    drawing = sampler.latent_sampler
+    latents = drawing.flow(drawing.start(numbers), on_clean=keep)
+    return _decoded(sampler, [*(clean_at[t] for t in times), latents])
+
+
+def _interpolation(sampler: ImageSampler, numbers: range) -> Rows:
+    """Return rows from the noise of an image to that of the next one, with the label of the first."""
+    drawing = sampler.latent_sampler
+    start = drawing.start(numbers)
+    noise, labels = start.noise, start.labels[::2]
+
+    def latents(share: float) -> Tensor:
+        return drawing.flow(Start(spherical(noise[::2], noise[1::2], share), labels, lambda k: start.fresh(k)[::2]))
+
+    return _decoded(sampler, [latents(column / (COLUMNS - 1)) for column in range(COLUMNS)])
+
+
+DRAW_ROWS: dict[str, Callable[[ImageSampler, range], Rows]] = {
+    "strip": _strip,
+    "interpolation": _interpolation,
+    "pairs": lambda sampler, numbers: next(sampler.batches([numbers])).images.numpy()[:, None],
+}
+
+
+def _decoded(sampler: ImageSampler, columns: Sequence[Float[Tensor, "n c h w"]]) -> Rows:
+    return torch.stack([decode_to_uint8(sampler.autoencoder, part) for part in columns], dim=1).cpu().numpy()
+
+
+def spherical(a: Float[Tensor, "n *rest"], b: Float[Tensor, "n *rest"], share: float) -> Float[Tensor, "n *rest"]:
+    """Return the noise at `share` (0..1) of the way from a to b.
+
+    The weights are cosine and sine, so that the result of two independent normal variables has their distribution.
+    """
+    angle = share * math.pi / 2
+    return math.cos(angle) * a + math.sin(angle) * b
+
+
+def _require_same_noise(a: ImageSampler, b: ImageSampler) -> None:
+    """Raise JLTError unless the images of the same number begin with the same noise and label, at the same size."""
+    for name, ours, theirs in (
+        ("latents", a.shape, b.shape),
+        ("noise_scale", a.checkpoint.config.noise_scale, b.checkpoint.config.noise_scale),
+        ("pixels", a.resolution, b.resolution),
+    ):
+        if ours != theirs:
+            raise JLTError(f"The two checkpoints do not draw from the same noise: {name} {ours} against {theirs}.")

@@ -39,14 +39,12 @@ class RungeKutta:
     The last step is Euler where a stage is at the end of the step (eq. 8).
     """
 
-    order: int
     nodes: tuple[float, ...]
     matrix: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
-    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], _fresh: Noise) -> State:
         """Walk the grid; no noise is added."""
-        del fresh
         *intervals, last = pairwise(grid)
         for t, t_next in intervals:
             z = self.step(velocity, z, t, t_next)
@@ -68,49 +66,38 @@ def _moved(z: State, h: float, weights: Sequence[float], slopes: Sequence[State]
     return z
 
 
-class Multistep:
+def _multistep(velocity: Velocity, z: State, grid: Sequence[float], _fresh: Noise) -> State:
     """DPM-Solver++(2M) (Lu et al. 2022): x^ is extrapolated along lambda = log t/(1-t) from this step and the last one.
 
     One velocity a step. The first two steps and the last, where lambda is infinite, take x^ as it is.
     """
-
-    order = 2
-
-    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
-        """Walk the grid; no noise is added."""
-        del fresh
-        before: Tensor | None = None
-        width_before = math.inf
-        for t, t_next in pairwise(grid):
-            clean = clean_from_velocity(velocity(z, t), z, t)
-            width = half_log_snr(t_next) - half_log_snr(t)
-            extrapolated = clean
-            if before is not None and math.isfinite(width) and math.isfinite(width_before):
-                extrapolated = clean + width / (2 * width_before) * (clean - before)
-            z = _mixed(z, extrapolated, t, t_next, keep=(1 - t_next) / (1 - t))
-            before, width_before = clean, width
-        return z
+    before: Tensor | None = None
+    width_before = math.inf
+    for t, t_next in pairwise(grid):
+        clean = clean_from_velocity(velocity(z, t), z, t)
+        width = half_log_snr(t_next) - half_log_snr(t)
+        extrapolated = clean
+        if before is not None and math.isfinite(width) and math.isfinite(width_before):
+            extrapolated = clean + width / (2 * width_before) * (clean - before)
+        z = _mixed(z, extrapolated, t, t_next, keep=(1 - t_next) / (1 - t))
+        before, width_before = clean, width
+    return z
 
 
-class Ancestral:
-    """Each step draws z_s from its distribution given z_t and x = x^: a stochastic solver, of weak order 1.
+def _ancestral(velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
+    """Each step but the last draws z_s from its distribution given z_t and x = x^: a solver of weak order 1.
 
     It is the first-order SDE solver of DPM-Solver++ (Lu et al. 2022) and, on this path, the posterior sampling of DDPM
     (Ho et al. 2020): with k = t (1-s)^2 / (s (1-t)^2), the noise left of z_t, z_s = k z_t + (s - k t) x^ plus noise of
     variance (1-s)^2 - k^2 (1-t)^2.
     """
-
-    order = 1
-
-    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
-        """Walk the grid; every step but the last adds noise."""
-        for number, (t, t_next) in enumerate(pairwise(grid)):
-            clean = clean_from_velocity(velocity(z, t), z, t)
-            keep = t / t_next * ((1 - t_next) / (1 - t)) ** 2
-            z = _mixed(z, clean, t, t_next, keep)
-            if t_next < 1:
-                z = z + math.sqrt((1 - t_next) ** 2 - (keep * (1 - t)) ** 2) * fresh(number)
-        return z
+    for number, (t, t_next) in enumerate(pairwise(grid)):
+        clean = clean_from_velocity(velocity(z, t), z, t)
+        keep = t / t_next * ((1 - t_next) / (1 - t)) ** 2
+        z = _mixed(z, clean, t, t_next, keep)
+        if t_next < 1:
+            z = z + math.sqrt((1 - t_next) ** 2 - (keep * (1 - t)) ** 2) * fresh(number)
+    return z
 
 
 def _mixed(z: State, clean: State, t: float, t_next: float, keep: float) -> State:
@@ -118,15 +105,15 @@ def _mixed(z: State, clean: State, t: float, t_next: float, keep: float) -> Stat
     return keep * z + (t_next - keep * t) * clean
 
 
-EULER = RungeKutta(order=1, nodes=(0.0,), matrix=((),), weights=(1.0,))
-MIDPOINT = RungeKutta(order=2, nodes=(0.0, 0.5), matrix=((), (0.5,)), weights=(0.0, 1.0))
-HEUN = RungeKutta(order=2, nodes=(0.0, 1.0), matrix=((), (1.0,)), weights=(0.5, 0.5))
-SOLVERS: dict[Solver, RungeKutta | Multistep | Ancestral] = {
-    "euler": EULER,
-    "heun": HEUN,
-    "midpoint": MIDPOINT,
-    "dpmpp_2m": Multistep(),
-    "ancestral": Ancestral(),
+EULER = RungeKutta(nodes=(0.0,), matrix=((),), weights=(1.0,))
+MIDPOINT = RungeKutta(nodes=(0.0, 0.5), matrix=((), (0.5,)), weights=(0.0, 1.0))
+HEUN = RungeKutta(nodes=(0.0, 1.0), matrix=((), (1.0,)), weights=(0.5, 0.5))
+SOLVERS: dict[Solver, Callable[[Velocity, State, Sequence[float], Noise], State]] = {
+    "euler": EULER.solve,
+    "heun": HEUN.solve,
+    "midpoint": MIDPOINT.solve,
+    "dpmpp_2m": _multistep,
+    "ancestral": _ancestral,
 }
 
 
@@ -135,17 +122,11 @@ def no_noise(step: int) -> Tensor:
     raise ValueError(f"step {step} needs fresh noise: a stochastic solver needs its source")
 
 
-def solve(
-    solver: Solver,
-    velocity: Velocity,
-    noise: State,
-    grid: Sequence[float],
-    fresh: Noise = no_noise,
-) -> State:
+def solve(solver: Solver, velocity: Velocity, noise: State, grid: Sequence[float], fresh: Noise = no_noise) -> State:
     """Walk a grid of increasing times from noise, at its first, to its last; JLTError for an unknown solver."""
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
-    return SOLVERS[solver].solve(velocity, noise, grid, fresh)
+    return SOLVERS[solver](velocity, noise, grid, fresh)
 
 
 def evaluated_times(solver: Solver, grid: Sequence[float]) -> list[float]:

@@ -38,11 +38,8 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for key in values:
         if key not in hints:
             raise unknown_name("setting", f"{where}{key}", [f"{where}{known}" for known in hints])
-    required = {
-        entry.name
-        for entry in dataclasses.fields(typing.cast(Any, kind))
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    }
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    required = {entry.name for entry in fields if entry.default is entry.default_factory is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
         raise JLTError(f"{where}{missing[0]} is missing.")
     return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})

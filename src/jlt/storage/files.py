@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -23,15 +22,8 @@ from jlt.errors import JLTError
 
 LOCK = ".lock"
 UNREADABLE_ARRAYS = (
-    OSError,
-    KeyError,
-    ValueError,
-    TypeError,
-    EOFError,
-    AttributeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
+    *(OSError, KeyError, ValueError, TypeError, EOFError, AttributeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
 )
 """What numpy and torch raise for a damaged file of arrays, or for a file of another kind."""
 LONG_LIST = 8
@@ -163,17 +155,19 @@ class Difference(NamedTuple):
     new: Any
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[Difference]:
-    """Return the values in which two nested mappings differ, in the order of their names."""
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str = "", free: Collection[str] = ()
+) -> list[Difference]:
+    """Return the values in which two nested mappings differ, in the order of their names; `free` keys may differ."""
     found = []
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new} - {*free}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += difference(a, b, f"{where}{key}.")
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) > LONG_LIST:
             # The first place stands for all: a thousand class names may differ.
-            places = (place for place in range(len(a)) if a[place] != b[place])
-            found += [Difference(f"{where}{key}[{first}]", a[first], b[first]) for first in itertools.islice(places, 1)]
+            places = [place for place in range(len(a)) if a[place] != b[place]]
+            found += [Difference(f"{where}{key}[{first}]", a[first], b[first]) for first in places[:1]]
         elif a != b:
             found.append(Difference(f"{where}{key}", a, b))
     return found
@@ -205,9 +199,7 @@ def claim_folder(
     identity = json.loads(json.dumps(identity))
     path = folder / marker
     if path.is_file():
-        stored = read_json(path)
-        before, now = ({key: side[key] for key in side if key not in free} for side in (stored, identity))
-        if differences := difference(before, now):
+        if differences := difference(read_json(path), identity, free=free):
             raise JLTError(
                 f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
             )

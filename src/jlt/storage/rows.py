@@ -1,26 +1,31 @@
-"""A table on disk whose rows several processes write by number, in any order, across restarts.
+"""Rows on disk: a table that several processes write by number, in any order, across restarts; and blocks of arrays.
 
-Each column is a file of plain rows. Another file holds a checksum of every row, written after the row, so an incomplete
-or damaged row counts as not written.
+Each column of a table is a file of plain rows. Another file holds a checksum of every row, written after the row, so an
+incomplete or damaged row counts as not written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt32
+import torch
+from jaxtyping import Bool, Int64, Shaped, UInt32
+from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.storage.blocks import release
 from jlt.storage.files import open_unlinked
 
+BLOCK = 1024
+"""Rows that are in memory at a time."""
 CHECKS = ".checks"
 SUFFIX = ".rows"
 FREE_SHARE = 0.02
@@ -39,10 +44,10 @@ class RowTable:
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {self._path(name): self._row_bytes(name) * count for name in columns}
         sizes[folder / CHECKS] = 4 * count
-        self.holds_more = any(path.exists() and path.stat().st_size > size for path, size in sizes.items())
+        missing = [size - (path.stat().st_size if path.exists() else 0) for path, size in sizes.items()]
+        self.holds_more = min(missing) < 0
         """Whether the files hold more rows, of a larger table."""
-        missing = {path: size - (path.stat().st_size if path.exists() else 0) for path, size in sizes.items()}
-        require_space(folder, sum(max(0, size) for size in missing.values()), f"{count} rows")
+        require_space(folder, sum(max(0, size) for size in missing), f"{count} rows")
         for path, size in sizes.items():
             _reserve(path, size)
 
@@ -52,8 +57,8 @@ class RowTable:
         found = np.flatnonzero(checks)
         done = np.zeros(self.count, dtype=bool)
         columns = self.read()
-        for start in range(0, len(found), 1024):
-            rows = found[start : start + 1024]
+        for start in range(0, len(found), BLOCK):
+            rows = found[start : start + BLOCK]
             done[rows] = self._checksums([columns[name][rows] for name in self.columns]) == checks[rows]
             for column in columns.values():
                 release(column)
@@ -79,8 +84,7 @@ class RowTable:
 
     def require_full(self) -> None:
         """Raise JLTError if rows of other processes are missing."""
-        missing = int((~self.written()).sum())
-        if missing:
+        if missing := int((~self.written()).sum()):
             raise JLTError(
                 f"{missing} of {self.count} rows that other processes wrote are not in {self.folder}: "
                 "all processes must share this folder."
@@ -101,14 +105,9 @@ class RowTable:
 
     @staticmethod
     def _checksums(parts: list[np.ndarray]) -> UInt32[np.ndarray, " n"]:
-        sums = np.empty(len(parts[0]), dtype=np.uint32)
-        for row in range(len(sums)):
-            check = 0
-            for part in parts:
-                check = zlib.crc32(np.ascontiguousarray(part[row]).tobytes(), check)
-            # 0 marks a row that was not written.
-            sums[row] = check or 1
-        return sums
+        rows = (b"".join(part[row].tobytes() for part in parts) for row in range(len(parts[0])))
+        # 0 marks a row that was not written.
+        return np.array([zlib.crc32(row) or 1 for row in rows], dtype=np.uint32)
 
 
 def remove_rows(folder: Path) -> None:
@@ -133,22 +132,19 @@ def require_space(folder: Path, size: int, what: str) -> None:
 
 def _reserve(path: Path, size: int) -> None:
     """Extend a file to this size with zeros, and reserve its space if the file system supports that."""
-    descriptor = open_unlinked(path, os.O_RDWR | os.O_CREAT)
-    try:
-        before = os.fstat(descriptor).st_size
+    with os.fdopen(open_unlinked(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        before = path.stat().st_size
         if before >= size:
             return
-        os.truncate(descriptor, size)
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(descriptor, 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    # Otherwise the next start would take the file for one whose space is reserved.
-                    os.truncate(descriptor, before)
-                    raise
-    finally:
-        os.close(descriptor)
+        file.truncate(size)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                # Otherwise the next start would take the file for one whose space is reserved.
+                file.truncate(before)
+                raise
 
 
 def _write_at(path: Path, offset: int, values: np.ndarray) -> None:
@@ -156,3 +152,30 @@ def _write_at(path: Path, offset: int, values: np.ndarray) -> None:
     with os.fdopen(open_unlinked(path, os.O_RDWR), "r+b") as file:
         file.seek(offset)
         file.write(values.data.cast("B"))
+
+
+def blocks(array: Shaped[np.ndarray, "n *_"], size: int = BLOCK) -> Iterator[tuple[slice, Shaped[Tensor, "b *_"]]]:
+    """Yield each range of rows with a copy of them as a tensor."""
+    for start in range(0, len(array), size):
+        rows = slice(start, min(start + size, len(array)))
+        yield rows, torch.from_numpy(np.array(array[rows]))
+        release(array)
+
+
+def take(array: Shaped[np.ndarray, "n *_"], rows: Int64[np.ndarray, " m"]) -> Shaped[Tensor, "m *_"]:
+    """Return a copy of the given rows as a tensor."""
+    taken = np.empty((len(rows), *array.shape[1:]), dtype=array.dtype)
+    for start in range(0, len(rows), BLOCK):
+        # The pages of each row come into memory whole.
+        taken[start : start + BLOCK] = array[rows[start : start + BLOCK]]
+        release(array)
+    return torch.from_numpy(taken)
+
+
+def release(array: Shaped[np.ndarray, "..."]) -> None:
+    """Release the pages read from a file that is mapped read-only; they count as this process's memory until then."""
+    base: Any = array if isinstance(array, np.memmap) and array.mode == "r" else None
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)

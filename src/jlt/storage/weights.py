@@ -1,14 +1,17 @@
-"""Files of bundled weights: float16 safetensors whose metadata holds their origin and measurements."""
+"""Files of weights: bundled ones (float16 safetensors whose metadata holds their origin), and those on the Hub."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
+import socket
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
@@ -77,26 +80,61 @@ def read_weights(file: Path) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore")
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise JLTError(f"{file} is not a plain file of weights, and its code is not run: name another one.") from error
-    # A file of another kind can fail in any way.
+        raise JLTError(f"{file} is not a plain file of weights; its code was not run: name another file.") from error
+    # For other files these readers raise many types of exceptions.
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise JLTError(f"{file} could not be read as a file of weights ({reason}): name another one.") from error
+        raise JLTError(f"{file} could not be read as a file of weights ({reason}): name another file.") from error
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise JLTError(f"{file} holds no names with tensors: name a file of weights.")
+        raise JLTError(f"{file} holds no named tensors: name a file of weights.")
     return dict(content)
 
 
 def require_same_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Raise JLTError with the first names that are missing, unexpected or misshapen; `what` names the network."""
+    misshapen = [
+        f"{name} of {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
+        "misshapen": misshapen,
     }
     if faults := [f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names]:
         raise JLTError(f"{file} does not hold the weights of {what}: {'; '.join(faults)}.")
+
+
+def require_reachable(repository: str, files: Sequence[str], remedy: str) -> None:
+    """Raise a JLTError at once if the Hub is not reachable; its library would retry for a minute first.
+
+    There is no check if one of the files is in the Hub's cache; `remedy` ends the message with what to do.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    if cached or constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=10.0).close()
+    except OSError as error:
+        raise JLTError(
+            f"{repository} is not a local folder, and the Hub at {hub.hostname} cannot be reached ({error}): {remedy}"
+        ) from error
+
+
+def hub_file(repository: str, name: str, remedy: str) -> Path:
+    """Return the local path of a file of a Hub repository, downloaded if the cache does not have it.
+
+    JLTError if it cannot be had; `remedy` ends the message with what to do.
+    """
+    from huggingface_hub import hf_hub_download
+
+    require_reachable(repository, [name], remedy)
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise JLTError(f"{repository} on the Hub has no {name} that can be downloaded ({reason}): {remedy}") from error

@@ -1,22 +1,72 @@
-"""The weights of a checkpoint by name: the raw ones, a stored average, or one rebuilt from the run's snapshots."""
+"""Averages of the weights: updated during the training, read from a checkpoint by name, or rebuilt from snapshots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
 
+from jlt.config import TrainConfig
 from jlt.errors import JLTError, unknown_name
 from jlt.runtime.progress import inform
 from jlt.storage.files import sealed_sha256
-from jlt.training.checkpoint import Checkpoint, StepFolder, list_snapshots
-from jlt.training.power_ema import SIGMA_REL, Snapshot, coefficients, parse_sigma_rel, reconstruct
+from jlt.training import power_ema
+from jlt.training.checkpoint import Checkpoint, average_names, list_snapshots
+from jlt.training.parallel import local_shard
+from jlt.training.power_ema import SIGMA_REL, Snapshot, parse_sigma_rel
 
 NOTABLE_RESIDUAL = 0.05
 """A larger residual of a rebuilt average is reported."""
+
+
+class EMA:
+    """average <- beta average + (1 - beta) weights after every update, one average by each rule for beta.
+
+    Named by their decay (`0.9999`), or by their relative width (`sigma_rel=0.05`) where beta grows with the updates.
+    """
+
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+        self._weights = dict(network.named_parameters())
+        gammas = map(power_ema.gamma_from_sigma_rel, config.power_ema)
+        rules: list[Callable[[int], float]] = [lambda _, beta=beta: beta for beta in config.ema]  # type: ignore[misc]
+        rules += [partial(power_ema.decay, gamma=gamma) for gamma in gammas]
+        self._betas = dict(zip(average_names(config), rules, strict=True))
+        self.averages: dict[str, dict[str, Tensor]] = {
+            name: {key: weight.detach().float().clone() for key, weight in self._weights.items()}
+            for name in self._betas
+        }
+
+    def power_averages(self) -> dict[str, dict[str, Tensor]]:
+        """Return the power-function averages, from which others can be rebuilt."""
+        return {name: average for name, average in self.averages.items() if name.startswith(SIGMA_REL)}
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Move every average towards the present weights, the result of this many updates."""
+        weights = _shards(self._weights)
+        with record_function("jlt::averages"):
+            for name, average in self.averages.items():
+                torch._foreach_lerp_(_shards(average), weights, 1 - self._betas[name](updates))
+
+    @torch.no_grad()
+    def squares(self) -> Tensor:
+        """Return the squared L2 norm of the weights and their squared distance from each average, in this shard."""
+        weights = _shards(self._weights)
+        differences = (torch._foreach_sub(weights, _shards(average)) for average in self.averages.values())
+        return torch.stack([_squared_norm(weights), *map(_squared_norm, differences)])
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [local_shard(tensor.detach()) for tensor in tensors.values()]
+
+
+def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(tensors))).square().sum()
 
 
 @dataclass(frozen=True)
@@ -40,12 +90,11 @@ def choose_weights(checkpoint: Checkpoint, ema: str) -> ChosenWeights:
     JLTError for an unknown name, for damaged files, and if there is no average to rebuild from.
     """
     require_ema(checkpoint, ema)
-    names, chosen = checkpoint.ema_names(), choose_name(checkpoint, ema)
-    if chosen == "none":
-        return ChosenWeights(checkpoint.read("network.safetensors"), chosen, None)
-    if chosen in names:
-        return ChosenWeights(checkpoint.read(f"ema_{chosen}.safetensors"), chosen, None)
-    return _rebuild(checkpoint, chosen)
+    chosen = choose_name(checkpoint, ema)
+    if chosen not in (*checkpoint.ema_names(), "none"):
+        return _rebuild(checkpoint, chosen)
+    file = "network" if chosen == "none" else f"ema_{chosen}"
+    return ChosenWeights(checkpoint.read(f"{file}.safetensors"), chosen, None)
 
 
 def require_ema(checkpoint: Checkpoint, ema: str) -> None:
@@ -72,16 +121,13 @@ def _rebuild(checkpoint: Checkpoint, name: str) -> ChosenWeights:
             f"{checkpoint.folder} holds no power-function average to rebuild {name} from: "
             "train with --power-ema 0.05 0.1."
         )
-    combination = coefficients([snapshot for snapshot, _ in stored], checkpoint.updates, width)
-    tensors = reconstruct(zip(combination.coefficients.tolist(), [read for _, read in stored], strict=True))
+    combination = power_ema.coefficients([snapshot for snapshot, _ in stored], checkpoint.updates, width)
+    tensors = power_ema.reconstruct(zip(combination.coefficients.tolist(), [read for _, read in stored], strict=True))
     if combination.residual > NOTABLE_RESIDUAL:
         inform(
             f"{name} is rebuilt from {len(stored)} stored averages with a residual of {combination.residual:.0%}. "
             "More frequent snapshots (--snapshot-every) or a length nearer to a stored one would lower it."
         )
-    return ChosenWeights(tensors, name, _origin(earlier, len(stored), combination.residual))
-
-
-def _origin(earlier: list[StepFolder], count: int, residual: float) -> dict[str, Any]:
-    hashes = {folder.folder.name: folder.sha256 for folder in earlier}
-    return {"averages": count, "residual": round(residual, 6), "snapshots_sha256": sealed_sha256(hashes)}
+    hashes = sealed_sha256({folder.folder.name: folder.sha256 for folder in earlier})
+    origin = {"averages": len(stored), "residual": round(combination.residual, 6), "snapshots_sha256": hashes}
+    return ChosenWeights(tensors, name, origin)

@@ -67,8 +67,12 @@ class StepFolder:
 
     def read(self, name: str) -> dict[str, Tensor]:
         """Read one file of tensors after checking its hash; a damaged or missing one is a JLTError."""
-        check_file(self.folder / name, self.files[name])
-        return load_tensors(self.folder / name)
+        return load_tensors(self._checked(name))
+
+    def _checked(self, name: str) -> Path:
+        if problem := _file_problem(self.folder / name, self.files[name]):
+            raise JLTError(problem)
+        return self.folder / name
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ class Checkpoint(StepFolder):
 
     def read_state(self) -> dict[str, Any]:
         """Read `state.json` after checking its hash."""
-        check_file(self.folder / STATE, self.files[STATE])
-        return read_json(self.folder / STATE)
+        return read_json(self._checked(STATE))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -112,12 +115,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise
 
 
-def check_file(path: Path, sha256: str) -> None:
-    """Raise a JLTError unless the file exists and has this hash."""
+def _file_problem(path: Path, sha256: str) -> str | None:
+    """Return what is wrong with a file of this hash: it is missing or damaged."""
     if not path.is_file():
-        raise JLTError(f"{path} is missing: the checkpoint is not complete.")
+        return f"{path} is missing: the checkpoint is not complete."
     if sha256_file(path) != sha256:
-        raise JLTError(f"{path} is damaged: its content does not match the hash in {MANIFEST}.")
+        return f"{path} is damaged: its content does not match the hash in {MANIFEST}."
+    return None
 
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -128,34 +132,33 @@ def save_checkpoint(
     run: Path, config: TrainConfig, latents: Mapping[str, Any], tensors: Tensors, state: Mapping[str, Any]
 ) -> Path:
     """Write the checkpoint of `state["step"]`; a kill at any moment leaves none or all of it."""
-    step, updates = state["step"], state["updates"]
-    facts = {"step": step, "updates": updates, "config": to_json(config), "latents": latents}
-    return _write_folder(step_folder(run, step), tensors, facts, state)
+    return _write_folder(step_folder(run, state["step"]), tensors, state, config=to_json(config), latents=latents)
 
 
 def save_snapshot(run: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
     """Write a snapshot of the power-function averages; a kill at any moment leaves none or all of it."""
-    facts = {"step": state["step"], "updates": state["updates"]}
-    return _write_folder(snapshot_folder(run, state["step"]), tensors, facts)
+    return _write_folder(run / "snapshots" / step_folder(run, state["step"]).name, tensors, state)
 
 
-def _write_folder(
-    final: Path, tensors: Tensors, facts: Mapping[str, Any], state: Mapping[str, Any] | None = None
-) -> Path:
-    """Write a folder under a temporary name, flush it to disk, its manifest last, and rename it."""
+def _write_folder(final: Path, tensors: Tensors, state: Mapping[str, Any], **training: Any) -> Path:
+    """Write a folder under a temporary name, flush it to disk, its manifest last, and rename it.
+
+    `training` is the configuration and the latents that a checkpoint holds besides.
+    """
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for name, values in tensors.items():
             write_tensors(partial / f"{name}.safetensors", values)
-        if state is not None:
+        if training:
             write_json(partial / STATE, state)
         files = sorted(partial.iterdir())
         for path in files:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        manifest = {"schema": SCHEMA, **facts, "files": {path.name: sha256_file(path) for path in files}}
+        facts = {"schema": SCHEMA, "step": state["step"], "updates": state["updates"], **training}
+        manifest = {**facts, "files": {path.name: sha256_file(path) for path in files}}
         write_text(partial / MANIFEST, sealed_text(manifest))
         partial.rename(final)
     finally:
@@ -199,14 +202,13 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:07d}"
 
 
-def snapshot_folder(run: Path, step: int) -> Path:
-    """Return where a run keeps the snapshot of a step."""
-    return run / "snapshots" / f"step_{step:07d}"
+def _by_step(run: Path, kind: str) -> list[Path]:
+    return sorted(run.glob(f"{kind}/step_*"), key=step_of)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first; JLTError for one that has lost its manifest."""
-    folders = sorted(run.glob("checkpoints/step_*"), key=step_of)
+    folders = _by_step(run, "checkpoints")
     for folder in folders:
         # A checkpoint appears whole, by a rename: one without a manifest was damaged later.
         if not (folder / MANIFEST).is_file():
@@ -221,15 +223,14 @@ def step_of(folder: Path) -> int:
 
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int) -> None:
     """Remove all but the newest `keep_last` checkpoints (0: all) and those at multiples of `keep_every` (0: none)."""
-    folders = sorted(run.glob("checkpoints/step_*"), key=step_of)
-    for folder in folders[:-keep_last] if keep_last else []:
+    for folder in _by_step(run, "checkpoints")[:-keep_last] if keep_last else []:
         if not (keep_every and step_of(folder) % keep_every == 0):
             remove_folder(folder)
 
 
 def remove_later_snapshots(run: Path, step: int) -> None:
     """Remove snapshots of steps that will be made again."""
-    for folder in run.glob("snapshots/step_*"):
+    for folder in _by_step(run, "snapshots"):
         if step_of(folder) > step:
             remove_folder(folder)
 
@@ -238,29 +239,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the newest checkpoint of a run folder; a JLTError says what is missing."""
     if not path.exists():
         raise JLTError(f"{path} does not exist.")
-    folder = path
-    if not (path / MANIFEST).is_file():
-        complete = list_checkpoints(path)
-        if not complete:
-            raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
-        folder = complete[-1]
+    folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
+    if not folders:
+        raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
+    folder = folders[-1]
     manifest = _read_manifest(folder)
     try:
         config = from_json(TrainConfig, manifest["config"])
     except JLTError as error:
         raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
-    facts = (manifest["step"], manifest["updates"], manifest["files"])
-    return Checkpoint(folder, *facts, config, manifest["latents"])
+    return Checkpoint(folder, *_facts(manifest), config, manifest["latents"])
 
 
 def list_snapshots(run: Path) -> list[StepFolder]:
     """Return the snapshots of a run, oldest first."""
-    folders = sorted(run.glob("snapshots/step_*"), key=step_of)
-    manifests = map(_read_manifest, folders)
-    return [
-        StepFolder(folder, manifest["step"], manifest["updates"], manifest["files"])
-        for folder, manifest in zip(folders, manifests, strict=True)
-    ]
+    return [StepFolder(folder, *_facts(_read_manifest(folder))) for folder in _by_step(run, "snapshots")]
+
+
+def _facts(manifest: Mapping[str, Any]) -> tuple[int, int, Mapping[str, str]]:
+    return manifest["step"], manifest["updates"], manifest["files"]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -281,8 +278,8 @@ def is_checkpoint_or_run(path: Path) -> bool:
 
 def verify_checkpoints(path: Path) -> list[str]:
     """Return the problems of a checkpoint, or of all checkpoints and snapshots of a run; empty if there are none."""
-    folders = sorted(path.glob("checkpoints/step_*")) or [path]
-    return [problem for folder in [*folders, *sorted(path.glob("snapshots/step_*"))] for problem in _problems(folder)]
+    folders = [*(sorted(path.glob("checkpoints/step_*")) or [path]), *sorted(path.glob("snapshots/step_*"))]
+    return [problem for folder in folders for problem in _problems(folder)]
 
 
 def _problems(folder: Path) -> list[str]:
@@ -292,11 +289,6 @@ def _problems(folder: Path) -> list[str]:
         files = _read_manifest(folder)["files"]
     except JLTError as error:
         return [str(error)]
-    problems = []
-    for name, sha256 in files.items():
-        try:
-            check_file(folder / name, sha256)
-        except JLTError as error:
-            problems.append(str(error))
-    known = {*files, MANIFEST}
-    return problems + [f"{extra} is not in the manifest." for extra in folder.iterdir() if extra.name not in known]
+    problems = [_file_problem(folder / name, sha256) for name, sha256 in files.items()]
+    extra = sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST})
+    return [*filter(None, problems), *(f"{folder / name} is not in the manifest." for name in extra)]

@@ -34,25 +34,20 @@ class StepDraws:
 
     def part(self, of: slice) -> StepDraws:
         """Return the draws of some of these samples."""
-        return StepDraws(
-            self.indices[of], self.flips[of], self.t[of], self.dropped[of], self.noise_seeds[of], self.digest
-        )
-
-    def chained(self, previous: str) -> StepDraws:
-        """Return these draws with the digest of theirs and of all before."""
-        fingerprint = hashlib.sha256(previous.encode())
-        seeds = np.array(self.noise_seeds, dtype=np.int64)
-        for part in (self.indices, self.flips, self.t.numpy(), self.dropped.numpy(), seeds):
-            fingerprint.update(np.ascontiguousarray(part).tobytes())
-        return replace(self, digest=fingerprint.hexdigest())
+        parts = (self.indices[of], self.flips[of], self.t[of], self.dropped[of], self.noise_seeds[of])
+        return StepDraws(*parts, self.digest)
 
 
 def draw_steps(config: TrainConfig, order: SampleOrder, steps: range, digest: str) -> Iterator[StepDraws]:
     """Yield the draws of global batches, chained onto the digest of the draws before."""
     for step in steps:
-        draws = draw_step(config, order, step).chained(digest)
-        digest = draws.digest
-        yield draws
+        draws = draw_step(config, order, step)
+        fingerprint = hashlib.sha256(digest.encode())
+        seeds = np.array(draws.noise_seeds, dtype=np.int64)
+        for part in (draws.indices, draws.flips, draws.t.numpy(), draws.dropped.numpy(), seeds):
+            fingerprint.update(part.tobytes())
+        digest = fingerprint.hexdigest()
+        yield replace(draws, digest=digest)
 
 
 def draw_step(config: TrainConfig, order: SampleOrder, step: int) -> StepDraws:

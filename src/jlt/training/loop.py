@@ -6,6 +6,7 @@ import abc
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from jlt.config import TrainConfig
+from jlt.config import LatentShape, TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import read_ahead
 from jlt.latents.order import SampleOrder
@@ -24,21 +25,13 @@ from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.runtime.signals import Stopped, StopRequest, stop_on_signal
 from jlt.storage.files import lock_folder
-from jlt.training.batch_split import BatchSplit, split_batch
-from jlt.training.checkpoint import (
-    list_checkpoints,
-    open_checkpoint,
-    remove_later_snapshots,
-    remove_partial_saves,
-    step_folder,
-)
+from jlt.training.checkpoint import list_checkpoints, open_checkpoint, remove_partial_saves, step_folder
 from jlt.training.draws import StepDraws, draw_steps
 from jlt.training.journal import Journal
 from jlt.training.meter import Meter, precision_warning
-from jlt.training.run_folder import prepare_run
 from jlt.training.saver import Saver
-from jlt.training.state import TrainState, initial_state, resume
-from jlt.training.step import Outcome, Stepper, Verdict, float32_products
+from jlt.training.state import TrainState, initial_state, prepare_run, resume
+from jlt.training.step import BatchSplit, Outcome, Stepper, Verdict, float32_products, split_batch
 
 DrawnBatch = tuple[StepDraws, Float[Tensor, "share c h w"], Int64[Tensor, "share"]]
 """The draws of this process's share of a step, with the latents and labels at their indices."""
@@ -81,8 +74,7 @@ def train(
     if config.epochs or config.optimizer.warmup_epochs is not None:
         raise ValueError("train takes lengths in steps: resolve the epochs with jlt.config.in_steps first")
     with contextlib.ExitStack() as held, float32_products(config.precision), stop_on_signal() as stop:
-        split = group.on_rank0(lambda: _claim(held, run, config, store, group.size))
-        complete = group.on_rank0(lambda: list_checkpoints(run))
+        split, complete = group.on_rank0(lambda: _claim(held, run, config, store, group.size))
         state = initial_state(config, device, group, resumed=bool(complete))
         if complete:
             resume(state, open_checkpoint(complete[-1]), config, store.identity())
@@ -102,41 +94,49 @@ def train(
 
 def _claim(
     held: contextlib.ExitStack, run: Path, config: TrainConfig, store: LatentStore, processes: int
-) -> BatchSplit:
-    """Refuse what cannot be trained, and make the folder this run's for as long as the stack holds."""
-    check_store(config, store)
+) -> tuple[BatchSplit, list[Path]]:
+    """Refuse what cannot be trained, and make the folder this run's for as long as the stack holds.
+
+    Return the split of a batch, and the run's checkpoints.
+    """
+    network, latents = config.network, store.shape
+    if config.flips and not store.manifest.flips:
+        raise JLTError(f"{store.folder} holds no mirrored latents: encode with flips, or train with --no-flips.")
+    wanted = LatentShape(network.channels, network.height, network.width, network.num_classes)
+    if wanted != latents:
+        raise JLTError(
+            f"The network takes latents of {wanted.channels}x{wanted.height}x{wanted.width} with {wanted.num_classes} "
+            f"classes, the store holds {latents.channels}x{latents.height}x{latents.width} with {latents.num_classes}."
+        )
     split = split_batch(config, processes)
     prepare_run(run, config, store.identity())
     held.enter_context(lock_folder(run))
     remove_partial_saves(run)
-    return split
+    return split, list_checkpoints(run)
 
 
+@dataclass
 class Training:
     """One process's part in the remaining steps of a run."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        store: LatentStore,
-        run: Path,
-        state: TrainState,
-        split: BatchSplit,
-        group: Group,
-        journal: Journal,
-        watchers: Sequence[Watcher],
-        stop: StopRequest,
-    ) -> None:
-        self.config, self.store, self.run, self.state, self.split = config, store, run, state, split
-        self.group, self.journal, self.watchers, self.stop = group, journal, watchers, stop
-        if group.rank == 0:
-            remove_later_snapshots(run, state.step)
+    config: TrainConfig
+    store: LatentStore
+    run: Path
+    state: TrainState
+    split: BatchSplit
+    group: Group
+    journal: Journal
+    watchers: Sequence[Watcher]
+    stop: StopRequest
+    pending: Verdict | None = None
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
         with lost_process_as_error():
-            self.stepper = Stepper(config, state, split, group)
-        self.meter = Meter(config, state, group)
-        self.saver = Saver(run, config, store.identity(), state, group, partial(self._log, "saved"))
-        self.pending: Verdict | None = None
-        self.stopping = False
+            self.stepper = Stepper(self.config, self.state, self.split, self.group)
+        self.meter = Meter(self.config, self.state, self.group)
+        latents, on_saved = self.store.identity(), partial(self._log, "saved")
+        self.saver = Saver(self.run, self.config, latents, self.state, self.group, on_saved)
 
     def run_steps(self) -> None:
         """Make the remaining updates."""
@@ -177,7 +177,7 @@ class Training:
         config, state = self.config, self.state
         before = time.perf_counter()
         draws, latents, labels = next(batches)
-        self.meter.waited(time.perf_counter() - before)
+        self.meter.waited += time.perf_counter() - before
         outcome = self.stepper.differentiate(draws, latents, labels, bool(self.stop))
         self._settle()
         self.pending = self.stepper.apply(outcome)
@@ -292,17 +292,3 @@ def _step_in_errors(step: int) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"at step {step}")
         raise
-
-
-def check_store(config: TrainConfig, store: LatentStore) -> None:
-    """Raise a JLTError unless the run was made for latents of the store's shape, classes and orientations."""
-    network, latents = config.network, store.shape
-    if config.flips and not store.manifest.flips:
-        raise JLTError(f"{store.folder} holds no mirrored latents: encode with flips, or train with --no-flips.")
-    wanted = (network.channels, network.height, network.width, network.num_classes)
-    found = (latents.channels, latents.height, latents.width, latents.num_classes)
-    if wanted != found:
-        raise JLTError(
-            f"The network takes latents of {wanted[0]}x{wanted[1]}x{wanted[2]} with {wanted[3]} classes, "
-            f"the store holds {found[0]}x{found[1]}x{found[2]} with {found[3]}."
-        )

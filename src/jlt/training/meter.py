@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from jlt.config import Precision, TrainConfig
-from jlt.networks.flops import training_flops
+from jlt.networks.transformer import training_flops
+from jlt.runtime.environment import affordable_size, compare_precisions, matmul_rate, peak_memory, resident_memory
 from jlt.runtime.processes import Group
-from jlt.runtime.timing import affordable_size, compare_precisions, matmul_rate, peak_memory, resident_memory
-from jlt.training.optimizer import learning_rate
 from jlt.training.parallel import sum_over
 from jlt.training.state import TrainState
-from jlt.training.step import Outcome
+from jlt.training.step import Outcome, learning_rate
 
 TIME_BINS = 10
 """Equal parts of [0, 1] in which the loss is logged separately."""
@@ -44,12 +43,10 @@ class Meter:
         self._loss: Tensor = zeros
         self._by_time = torch.zeros(2, TIME_BINS, device=self._state.device)
         self._grad_norm: Tensor = zeros[0]
-        self._steps, self._waited = 0, 0.0
+        self._steps = 0
+        self.waited = 0.0
+        """Seconds in which steps waited for data, which the caller counts."""
         self._since = time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Count time in which the step waited for data."""
-        self._waited += seconds
 
     def pause(self, seconds: float) -> None:
         """Do not count time that other work took, such as drawing samples."""
@@ -74,7 +71,10 @@ class Meter:
         """Return the values of a log line and reset the sums. Every process has to call it."""
         config, device = self._config, self._state.device
         by_time = sum_over(self._by_time, self._group).tolist()
-        distances = self._ema_distances()
+        ema = self._state.ema
+        # With FSDP, each process has the squares of its shard.
+        squares = sum_over(ema.squares(), self._group) if config.parallel == "fsdp" else ema.squares()
+        norm, *distances = squares.sqrt().tolist()
         loss, finite_updates = self._loss.tolist()
         grad_norm = self._grad_norm.item()
         seconds = time.perf_counter() - self._since
@@ -85,26 +85,16 @@ class Meter:
             "loss_by_time": [total / count if count else None for total, count in zip(*by_time, strict=True)],
             "learning_rate": learning_rate(config, self._state.step - 1),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "ema_distance": distances,
+            "ema_distance": dict(zip(ema.averages, [distance / norm for distance in distances], strict=True)),
             "img_per_second": rate,
             "mfu": rate * training_flops(config.network) / (self.matmul_rate * self._group.size),
             "memory_gib": peak_memory(device) / 2**30,
             "resident_gib": resident / 2**30 if resident is not None else None,
-            "waiting": self._waited / seconds,
+            "waiting": self.waited / seconds,
             "seconds": self._state.seconds,
         }
         self._reset()
         return values
-
-    def _ema_distances(self) -> dict[str, float]:
-        """Return the distance of the weights from each average, relative to the weights' norm."""
-        ema = self._state.ema
-        squares = torch.stack((ema.squared_norm(), *ema.distances().values()))
-        if self._config.parallel == "fsdp":
-            # Each process has the sum over its shard.
-            squares = sum_over(squares, self._group)
-        norm, *distances = squares.sqrt().tolist()
-        return {name: distance / norm for name, distance in zip(ema.averages, distances, strict=True)}
 
 
 def precision_warning(precision: Precision, device: torch.device) -> str:

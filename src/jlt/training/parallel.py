@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -36,38 +35,39 @@ def shard(network: Transformer, size: int) -> None:
 class Parallel:
     """A network's forward in this process, whose gradients become the mean over all processes.
 
-    Call it within `accumulating` for all micro-batches of an update but the last.
+    Call it within `accumulating` for every micro-batch of an update.
     """
 
     def __init__(self, network: Transformer, config: TrainConfig, group: Group) -> None:
         self.network = network
         network.checkpoint_blocks = config.gradient_checkpointing
-        if config.compile:
-            _compile(network, block_by_block=group.size > 1)
+        # Block by block, gradients are ready one after the other, and are exchanged while the rest is computed.
+        units = network.blocks if group.size > 1 else [network]
+        for module in units if config.compile else ():
+            module.compile()
         self._bfloat16 = config.precision == "bfloat16"
-        self._forward: Callable[..., Tensor] = network
-        self._unsynchronised: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        if group.size == 1:
-            return
-        if config.parallel == "fsdp":
-            self._unsynchronised = self._fsdp_unsynchronised
-        else:
+        self._sharded = group.size > 1 and config.parallel == "fsdp"
+        self._ddp: nn.parallel.DistributedDataParallel | None = None
+        if group.size > 1 and not self._sharded:
             device = next(network.parameters()).device
             ids = [device.index] if device.type == "cuda" else None
             # The buffers are constant tables.
-            ddp = nn.parallel.DistributedDataParallel(
+            self._ddp = nn.parallel.DistributedDataParallel(
                 network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
-            self._forward, self._unsynchronised = ddp, ddp.no_sync
 
     def __call__(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Return the network's output, in float32, computed in the run's precision."""
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self._bfloat16):
-            return self._forward(z, t, labels).float()
+            return (self._ddp or self.network)(z, t, labels).float()
 
-    def accumulating(self, more: bool) -> AbstractContextManager[None]:
-        """Return a context that keeps gradients in this process, if more micro-batches of the update follow."""
-        return self._unsynchronised() if more else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """Keep gradients in this process during a block, if more micro-batches of the update follow."""
+        if self._sharded:
+            self.network.set_requires_gradient_sync(not more)  # type: ignore[operator]
+        with self._ddp.no_sync() if self._ddp and more else contextlib.nullcontext():
+            yield
 
     def rehearse(self, micro_batch_size: int) -> None:
         """Make one pass on zeros and drop its gradients.
@@ -81,20 +81,6 @@ class Parallel:
         labels = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
         self(z, z.new_zeros(micro_batch_size), labels).sum().backward()
         self.network.zero_grad(set_to_none=True)
-
-    @contextlib.contextmanager
-    def _fsdp_unsynchronised(self) -> Iterator[None]:
-        self.network.set_requires_gradient_sync(False)  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
-
-
-def _compile(network: Transformer, block_by_block: bool) -> None:
-    # Block by block, gradients are ready one after the other, and are exchanged while the rest is computed.
-    for module in network.blocks if block_by_block else [network]:
-        module.compile()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

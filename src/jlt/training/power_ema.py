@@ -63,7 +63,7 @@ class Combination(NamedTuple):
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """Return the exponent of an average of this length, the inverse of A2; JLTError outside (0, 12^-1/2)."""
     if not 0 < sigma_rel < WIDEST:
-        raise JLTError(f"sigma_rel must lie between 0 and {WIDEST:.4f}, the plain mean; it is {sigma_rel}.")
+        raise JLTError(f"sigma_rel must be between 0 and {WIDEST:.4f}, the plain mean; it is {sigma_rel}.")
     # With h = s (gamma+2) and s = sigma_rel, A2 is the cubic h^3 + s h^2 - h + s = 0. Its largest root in closed form,
     # shifted to y = h + s/3: y^3 = 3 a y - 2 b.
     a, b = (1 + sigma_rel**2 / 3) / 3, sigma_rel**3 / 27 + 2 * sigma_rel / 3
@@ -96,7 +96,7 @@ def coefficients(snapshots: Sequence[Snapshot], target_updates: int, target_sigm
     Snapshots may come in any order. A snapshot after the target gets 0, because it contains weights that the target
     cannot contain; so does a repeated one. A snapshot that equals the target gets 1, and all others 0. The residual is
     small at updates with snapshots, and large between them, where no stored average contains the latest weights.
-    JLTError if no snapshot was taken up to the target or a length lies outside (0, 12^-1/2); ValueError for updates
+    JLTError if no snapshot was taken up to the target or a length is outside (0, 12^-1/2); ValueError for updates
     below 1.
     """
     target = Snapshot(target_updates, target_sigma_rel)
@@ -124,18 +124,26 @@ def reconstruct(
     total: dict[str, Tensor] = {}
     for coefficient, read in stored:
         if coefficient != 0:
+            # In a function of its own, which lets go of a snapshot before the next one is read.
             _add(total, float(coefficient), read())
     if not total:
         raise ValueError("there is no snapshot with a coefficient other than 0")
     return {name: total.pop(name).float() for name in list(total)}
 
 
+def _add(total: dict[str, Tensor], coefficient: float, values: Mapping[str, Tensor]) -> None:
+    if not total:
+        total.update({name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()})
+    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in total.items()}:
+        raise ValueError("the snapshots differ in the names or shapes of their tensors")
+    for name, value in values.items():
+        total[name].add_(value.detach().cpu(), alpha=coefficient)
+
+
 def parse_sigma_rel(name: str) -> float:
     """Return 0.07 for `sigma_rel=0.07`; UsageError, a JLTError, for anything else."""
     try:
-        if not name.startswith(SIGMA_REL):
-            raise ValueError
-        sigma_rel = float(name.removeprefix(SIGMA_REL))
+        sigma_rel = float(name.removeprefix(SIGMA_REL)) if name.startswith(SIGMA_REL) else math.nan
         gamma_from_sigma_rel(sigma_rel)
     except (ValueError, JLTError) as error:
         raise UsageError(
@@ -174,13 +182,3 @@ def _fit(stored: Sequence[Snapshot], target: Snapshot) -> tuple[Float64[np.ndarr
     y = np.linalg.lstsq(system, np.append(overlap, 1.0), rcond=None)[0][:-1]
     squared = 1 - 2 * overlap @ y + y @ gram @ y
     return y * scale, math.sqrt(max(float(squared), 0.0))
-
-
-def _add(total: dict[str, Tensor], coefficient: float, values: Mapping[str, Tensor]) -> None:
-    """Add a snapshot into the float64 sums; the first one makes them."""
-    if not total:
-        total.update({name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()})
-    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in total.items()}:
-        raise ValueError("the snapshots differ in the names or shapes of their tensors")
-    for name, value in values.items():
-        total[name].add_(value.detach().cpu(), alpha=coefficient)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.runtime.processes import Group
-from jlt.training.checkpoint import prune_checkpoints, save_checkpoint, save_snapshot
+from jlt.training.checkpoint import prune_checkpoints, remove_later_snapshots, save_checkpoint, save_snapshot
 from jlt.training.parallel import full_tensor
 from jlt.training.state import TrainState
 
 HostTensors = dict[str, dict[str, Tensor]]
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """Writes the checkpoints and snapshots of a run, one at a time, in the first of its processes.
 
     A context manager: leaving it waits for the writer. An error of the writer is raised by the next call.
@@ -43,6 +43,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-saver")
         self._writing: Future[Any] | None = None
         if self._writes:
+            remove_later_snapshots(run, state.step)
             self._writing = self._pool.submit(self._make_buffers, state.tensors())
 
     def save(self, checkpoint: bool, snapshot: bool) -> None:
@@ -50,7 +51,7 @@ class Saver:
         start = time.perf_counter()
         averages = {f"ema_{name}": values for name, values in self._state.ema.power_averages().items()}
         copies = self._copy(self._state.tensors() if checkpoint else averages)
-        if copies is not None:
+        if copies:
             facts = {"step": self._state.step, **self._state.facts()}
             pause = time.perf_counter() - start
             snapshots = {name: copies[name] for name in averages} if snapshot else {}
@@ -84,9 +85,12 @@ class Saver:
     def _make_buffers(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         # Fresh memory costs far more than the copy, so buffers are touched here, during the first steps, and reused.
         for file, values in tensors.items():
-            self._buffers[file] = {name: _host_buffer(value) for name, value in values.items()}
+            self._buffers[file] = {
+                name: torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda").zero_()
+                for name, value in values.items()
+            }
 
-    def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> HostTensors | None:
+    def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> HostTensors:
         """Copy tensors to the host in the first process; all processes gather those that are sharded."""
         copies: HostTensors = {}
         for file, values in tensors.items():
@@ -95,22 +99,11 @@ class Saver:
                 if self._writes:
                     buffer = self._buffers[file][name]
                     copies.setdefault(file, {})[name] = buffer.copy_(gathered, non_blocking=True)
-        if not self._writes:
-            return None
-        if self._state.device.type == "cuda":
+        if copies and self._state.device.type == "cuda":
             torch.cuda.synchronize(self._state.device)
         return copies
 
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(wait=True)
         if error is None:
             self.wait()
-
-
-def _host_buffer(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").zero_()

@@ -1,26 +1,36 @@
-"""The state of a training: all that changes, and so all that a checkpoint holds."""
+"""The state of a training: all that changes, and so all that a checkpoint holds; how it begins, and how it resumes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jlt.config import TrainConfig
+from jlt.config import OptimizerConfig, TrainConfig
+from jlt.errors import JLTError
 from jlt.networks.transformer import Transformer, build_network
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
+from jlt.storage.codec import to_json
+from jlt.storage.files import claim_folder, difference, format_difference
 from jlt.storage.weights import weights_sha256
-from jlt.training.checkpoint import Checkpoint
-from jlt.training.ema import EMA
-from jlt.training.finetune import start_from
-from jlt.training.optimizer import build_optimizer
+from jlt.training.averages import EMA, choose_weights
+from jlt.training.checkpoint import Checkpoint, open_checkpoint
 from jlt.training.parallel import copy_full, shard
-from jlt.training.run_folder import require_same_run
+
+FREE_TO_CHANGE = {
+    *("name", "max_skipped", "micro_batch_size", "accumulation", "parallel", "compile", "gradient_checkpointing"),
+    *("log_every", "checkpoint_every", "keep_last", "keep_every", "snapshot_every"),
+    *("sample_every", "evaluate_every", "evaluation", "tensorboard", "wandb"),
+}
+"""Settings of how a run is executed, saved and watched; a resumed run may change them."""
+CLASSES = "class_embedding.weight"
 
 
 @dataclass
@@ -48,7 +58,12 @@ class TrainState:
         """Return every tensor to save, by file and name; of sharded ones, this process's shard."""
         network = {name: weight.detach() for name, weight in self.network.state_dict().items()}
         averages = {f"ema_{name}": values for name, values in self.ema.averages.items()}
-        return {"network": network, "optimizer": self._moments(), **averages}
+        moments = {
+            f"{key}/{name}": value
+            for name, parameter in self.network.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {"network": network, "optimizer": moments, **averages}
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `state.json`, all but the step."""
@@ -61,24 +76,13 @@ class TrainState:
             "device": self.device.type,
         }
 
-    def _moments(self) -> dict[str, Tensor]:
-        return {
-            f"{key}/{name}": value
-            for name, parameter in self.network.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's tensors and counts."""
-        weights = checkpoint.read("network.safetensors")
-        for name, parameter in self.network.state_dict().items():
-            copy_full(parameter, weights[name])
-        moments = checkpoint.read("optimizer.safetensors")
-        for name, value in self._moments().items():
-            copy_full(value, moments[name])
-        for name in self.ema.averages:
-            self.ema.load(name, checkpoint.read(f"ema_{name}.safetensors"))
+        for file, tensors in self.tensors().items():
+            stored = checkpoint.read(f"{file}.safetensors")
+            for name, tensor in tensors.items():
+                copy_full(tensor, stored[name])
         facts = checkpoint.read_state()
         self.step, self.updates = checkpoint.step, facts["updates"]
         self.skipped_in_a_row, self.draws_digest = facts["skipped_in_a_row"], facts["draws"]
@@ -94,7 +98,7 @@ def initial_state(
     """
     network = build_network(config.network, derive_seed(config.seed, "weights"))
     if config.init_from and not resumed:
-        start_from(network, config)
+        _start_from(network, config)
     initial_weights = weights_sha256(network.state_dict())
     network.to(device)
     if config.parallel == "fsdp" and group is not None and group.size > 1:
@@ -102,9 +106,70 @@ def initial_state(
     return TrainState(network, build_optimizer(network, config.optimizer), EMA(network, config), initial_weights)
 
 
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return fused AdamW with weight decay on the parameters that `config.decayed` names."""
+    matrices = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
+    decayed = [p for p in network.parameters() if config.decayed == "all" or p in matrices]
+    others = [p for p in network.parameters() if config.decayed != "all" and p not in matrices]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    filled = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(filled, lr=config.learning_rate, betas=config.betas, fused=True)
+    # Made before the first update, so that every checkpoint has the same tensors.
+    for parameter in network.parameters():
+        zeros = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+    return optimizer
+
+
+def _start_from(network: Transformer, config: TrainConfig) -> None:
+    """Load the weights of `init_from`: positions are computed, so any grid fits."""
+    checkpoint = open_checkpoint(Path(config.init_from))
+    if checkpoint.config.prediction != config.prediction:
+        raise JLTError(
+            f"{checkpoint.folder} predicts {checkpoint.config.prediction}, and this run predicts {config.prediction}. "
+            "Start from a checkpoint of the same prediction."
+        )
+    chosen, source, target = choose_weights(checkpoint, config.init_ema), checkpoint.folder, network.state_dict()
+    weights = {name: value.float() for name, value in chosen.tensors.items()}
+    if CLASSES in weights and len(weights[CLASSES]) != len(target[CLASSES]):
+        inform(
+            f"{source} has {len(weights[CLASSES]) - 1} classes. "
+            f"The embeddings of this run's {len(target[CLASSES]) - 1} classes are initialised again."
+        )
+        # All but that of the null class, which is the last one.
+        weights[CLASSES] = torch.cat((target[CLASSES][:-1], weights[CLASSES][-1:]))
+    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (weights, target)]
+    wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+    if wrong:
+        name = wrong[0]
+        found, wanted = (side.get(name, "absent") for side in shapes)
+        more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
+        raise JLTError(
+            f"The weights of {source} do not fit this network: {name} is {found} there and {wanted} here{more}."
+        )
+    network.load_state_dict(weights)
+    inform(f"Starting from the weights ({chosen.ema}) of {source}.")
+
+
+def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
+    """Create a run folder, or check that an existing one is of the same run; a JLTError shows the difference."""
+    claim_folder(run, "config.json", _identity(config, latents), free=_free_to_change(config))
+
+
+def _identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
+
+
+def _free_to_change(config: TrainConfig) -> set[str]:
+    # A cosine schedule fixes the length.
+    return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
+
+
 def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
-    """Resume from a checkpoint of this run; JLTError if it is of another one."""
-    require_same_run(checkpoint, config, latents)
+    """Resume from a checkpoint of this run; JLTError if its configuration or latents are of another one."""
+    old, new = _identity(checkpoint.config, checkpoint.latents), _identity(config, latents)
+    if differences := difference(old, new, free=_free_to_change(config)):
+        raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(differences)}.")
     stored = checkpoint.read_state()
     if stored["device"] != state.device.type:
         inform(f"The run used {stored['device']} until now. Noise depends on the kind of device, so it changes here.")

@@ -8,26 +8,84 @@ of the device, and no skipped update enters an average.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from jlt.config import Precision, TrainConfig
+from jlt.errors import JLTError
 from jlt.loss import denoising_loss
 from jlt.path import interpolate
 from jlt.runtime.processes import Group
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.training.batch_split import BatchSplit
 from jlt.training.draws import StepDraws
-from jlt.training.optimizer import learning_rate
-from jlt.training.parallel import Parallel, sum_over
+from jlt.training.parallel import Parallel, full_tensor, sum_over
 from jlt.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """The part of one process in an update."""
+
+    micro_batch_size: int
+    """Samples in one pass through the network."""
+    accumulation: int
+    """Micro-batches whose gradients are summed."""
+
+    @property
+    def share(self) -> int:
+        """Samples of one process in one update."""
+        return self.micro_batch_size * self.accumulation
+
+
+def split_batch(config: TrainConfig, processes: int) -> BatchSplit:
+    """Return the split of `config.batch_size` over processes; a setting of 0 follows from the others.
+
+    If micro_batch_size and accumulation are both 0, accumulation is 1. JLTError, with the nearest numbers that work, if
+    the product is not the batch size.
+    """
+    if processes < 1:
+        raise JLTError(f"A batch needs at least one process, not {processes}.")
+    batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.accumulation
+    if batch % processes:
+        below = batch // processes * processes
+        near = " or ".join(str(multiple) for multiple in (below, below + processes) if multiple)
+        raise JLTError(
+            f"batch_size {batch} cannot be shared equally among {processes} processes: take batch_size {near}."
+        )
+    share = batch // processes
+    if micro and accumulation and micro * accumulation != share:
+        pairs = " or ".join(f"{near} and {share // near}" for near in _nearest_divisors(share, micro))
+        raise JLTError(
+            f"micro_batch_size {micro} * accumulation {accumulation} * processes {processes} is "
+            f"{micro * accumulation * processes}, and batch_size is {batch}: leave micro_batch_size or accumulation at "
+            f"0, or take {pairs}."
+        )
+    if not micro:
+        micro = _quotient("accumulation", accumulation or 1, share)
+    return BatchSplit(micro, _quotient("micro_batch_size", micro, share))
+
+
+def _quotient(name: str, divisor: int, share: int) -> int:
+    if share % divisor:
+        near = " or ".join(map(str, _nearest_divisors(share, divisor)))
+        raise JLTError(
+            f"{name} {divisor} does not divide the {share} samples that each process has of a batch: "
+            f"take {name} {near}."
+        )
+    return share // divisor
+
+
+def _nearest_divisors(share: int, near: int) -> list[int]:
+    """Return the divisors of a share that are nearest to a number, at most one on either side."""
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    return sorted({*[n for n in divisors if n <= near][-1:], *[n for n in divisors if n >= near][:1]})
 
 
 @dataclass(frozen=True)
@@ -57,15 +115,6 @@ class Verdict:
     values: Float[Tensor, "2"]
     arrived: torch.cuda.Event | None
 
-    @classmethod
-    def of(cls, outcome: Outcome) -> Verdict:
-        """Start the copy of an outcome's verdict and stop requests to the host."""
-        values = torch.stack((outcome.not_finite.float(), outcome.stop_requests))
-        if values.device.type != "cuda":
-            return cls(outcome, values, None)
-        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-        return cls(outcome, host, torch.cuda.current_stream(values.device).record_event())
-
     def read(self) -> tuple[bool, bool]:
         """Return whether the update was skipped, and whether to stop; waits for the copy."""
         if self.arrived is not None:
@@ -88,21 +137,24 @@ class Stepper:
     ) -> Outcome:
         """Leave the clipped gradient of the global batch's loss in the parameters; `stop` is this process's request."""
         losses = []
-        for part in micro_batches(self.split):
-            more = part.stop < self.split.share
-            with self.parallel.accumulating(more):
+        for start in range(0, self.split.share, self.split.micro_batch_size):
+            part = slice(start, start + self.split.micro_batch_size)
+            with self.parallel.accumulating(part.stop < self.split.share):
                 losses.append(self._accumulate(draws.part(part), latents[part], labels[part]))
         share = torch.cat(losses)
         local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(stop))))
         total, failed, stop_requests = sum_over(local, self.group)
         with record_function("jlt::clipping"):
-            grad_norm = self._clip()
+            parameters = list(self.state.network.parameters())
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            grad_norm = full_tensor(get_total_norm(gradients))
+            clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, grad_norm)
         loss = total / self.config.batch_size
         not_finite = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
         return Outcome(self.state.step + 1, draws, share, loss, grad_norm, not_finite, stop_requests)
 
     def apply(self, outcome: Outcome) -> Verdict:
-        """Update the weights, unless the outcome is not finite."""
+        """Update the weights, unless the outcome is not finite; start the copy of the verdict to the host."""
         optimizer = self.state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step)
@@ -111,41 +163,36 @@ class Stepper:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        return Verdict.of(outcome)
+        values = torch.stack((outcome.not_finite.float(), outcome.stop_requests))
+        if values.device.type != "cuda":
+            return Verdict(outcome, values, None)
+        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+        return Verdict(outcome, host, torch.cuda.current_stream(values.device).record_event())
 
     def _accumulate(self, draws: StepDraws, latents: Tensor, labels: Tensor) -> Float[Tensor, "micro"]:
-        x, eps, labels = prepare_batch(self.config, draws, latents, labels)
+        x, config = latents.float(), self.config
+        with record_function("jlt::noise"):
+            eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
+        # The null class replaces the dropped labels.
+        labels = torch.where(draws.dropped, config.network.num_classes, labels).to(x.device, non_blocking=True)
         sample = interpolate(x, eps, draws.t.to(x.device, non_blocking=True))
         output = self.parallel(sample.z, sample.t, labels)
-        losses = denoising_loss(self.config.prediction, output, sample, self.config.loss)
+        losses = denoising_loss(config.prediction, output, sample, config.loss)
         # Engines take the mean over processes, and each process has the same number of samples.
         (losses.sum() / self.split.share).backward()
         return losses.detach()
 
-    def _clip(self) -> Float[Tensor, ""]:
-        parameters = list(self.state.network.parameters())
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, norm)
-        return norm
 
-
-def micro_batches(split: BatchSplit) -> Iterator[slice]:
-    """Yield the micro-batches of a process's share, in order."""
-    for start in range(0, split.share, split.micro_batch_size):
-        yield slice(start, start + split.micro_batch_size)
-
-
-def prepare_batch(
-    config: TrainConfig, draws: StepDraws, latents: Float[Tensor, "b c h w"], labels: Int64[Tensor, "b"]
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
-    """Return clean float32 latents, scaled noise and labels (dropped ones the null class) on the latents' device."""
-    x = latents.float()
-    with record_function("jlt::noise"):
-        eps = config.noise_scale * normal_per_sample(draws.noise_seeds, x.shape[1:], x.device)
-    labels = torch.where(draws.dropped, config.network.num_classes, labels)
-    return x, eps, labels.to(x.device, non_blocking=True)
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of the update after `step` steps: linear warm-up, then the schedule."""
+    settings = config.optimizer
+    warmup = settings.warmup_steps or 0
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return settings.learning_rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 @contextlib.contextmanager

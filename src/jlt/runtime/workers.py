@@ -1,20 +1,65 @@
-"""Jobs in a few worker processes, which live no longer than their parent and stop when it does."""
+"""Work in a thread while a loop goes on, and jobs in worker processes, which live no longer than their parent."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
-from typing import Any
+from queue import Full, Queue
+from typing import Any, Generic, TypeVar
 
 from jlt.errors import JLTError
 from jlt.runtime.environment import cores
 from jlt.runtime.processes import notice_dead_workers, spawn_context
 from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, signals_blocked, stop_on_signal
 
+T = TypeVar("T")
+_END: Any = object()
+PUT_SECONDS = 0.1
 _stopping: Event | None = None
+
+
+class Abandoned(Exception):
+    """Raised in the thread in place of the next item, after the loop that makes the items has failed."""
+
+
+class BackgroundWorker(contextlib.AbstractContextManager["BackgroundWorker[Any]"], Generic[T]):
+    """A thread that runs `use` on an iterator over the items that are put, up to `depth` of them in a queue.
+
+    A context manager: leaving it waits until all items are used; leaving it by an exception ends the thread at its next
+    item. An error in the thread is raised by the next `put`, or on leaving.
+    """
+
+    def __init__(self, use: Callable[[Iterator[T]], None], depth: int) -> None:
+        self._queue: Queue[T] = Queue(depth)
+        self._abandoned = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-background")
+        self._using = self._pool.submit(use, self._items())
+
+    def put(self, item: T) -> None:
+        """Add an item to the queue; wait while it is full."""
+        while not self._using.done():
+            with contextlib.suppress(Full):
+                self._queue.put(item, timeout=PUT_SECONDS)
+                return
+        self._using.result()
+
+    def _items(self) -> Iterator[T]:
+        while (item := self._queue.get()) is not _END and not self._abandoned:
+            yield item
+        if self._abandoned:
+            raise Abandoned
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._abandoned = error is not None
+        with contextlib.suppress(Exception):
+            self.put(_END)
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self._using.result()
 
 
 def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int, on_poll: Callable[[], None]) -> None:

@@ -1,0 +1,134 @@
+"""What an ablation compares: its axes, and the runs that follow from them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig
+from jlt.errors import UsageError
+from jlt.experiments.recipes import vary
+
+MOST_ANISOTROPY = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationAxes:
+    """The axes of an ablation; they may get more points when it is run again."""
+
+    prediction: tuple[Prediction, ...] = ("x", "v")
+    """Axis: predictions, x, eps or v."""
+    loss_space: tuple[LossSpace, ...] = ("v",)
+    """Axis: spaces of the loss."""
+    patch_size: tuple[int, ...] = (1,)
+    """Axis: patch sizes."""
+    seed: tuple[int, ...] = (0,)
+    """Axis: seeds of the training."""
+    anisotropy: tuple[float, ...] = ()
+    """Axis: coordinates in which eigenvalues are raised to these powers; 0 is whitened, 1 is unchanged."""
+    width: tuple[int, ...] = ()
+    """Axis: network widths. Default: that of the recipe."""
+
+    def __post_init__(self) -> None:
+        for axis in sorted(GROWING):
+            points = getattr(self, axis)
+            may_be_empty = axis in ("anisotropy", "width")
+            # As in the names of folders.
+            names = {f"{point:g}" if isinstance(point, float) else point for point in points}
+            if not (points or may_be_empty) or len(names) < len(points):
+                raise UsageError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
+        if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
+            raise UsageError(f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched.")
+
+
+GROWING = {axis.name for axis in fields(AblationAxes)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig(AblationAxes):
+    """Which systems are compared, and how they are measured."""
+
+    train: TrainConfig
+    sample: SampleConfig
+    evaluations: int
+    """Points of each training curve; the last is the end of the training."""
+    extractor: str
+    features_path: str = ""
+    """Where the extractor's weights are, if not in the usual place."""
+    reference: str = ""
+    """Real images, or an .npz of their statistics; empty takes the images that the store was made from."""
+    title: str
+    recipe: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.sample_every or self.train.evaluate_every:
+            raise UsageError("An ablation evaluates its runs itself: set --evaluations instead.")
+        if self.evaluations < 1:
+            raise UsageError("An ablation needs at least one evaluation.")
+
+    def reference_path(self, out: Path) -> Path:
+        """Return the file of the reference statistics, which may have to be measured first."""
+        return Path(self.reference) if self.reference.endswith(".npz") else out / "reference.npz"
+
+
+@dataclass(frozen=True)
+class AblationRun:
+    """One run of an ablation: what is trained, where, and how it is measured. Sent to worker processes."""
+
+    ablation: AblationConfig
+    config: TrainConfig
+    run: Path
+    latents: Path
+    reference: Path
+    anisotropy: float | None = None
+    width: int | None = None
+    """The point on either axis, None if it is no axis of the ablation."""
+
+    @property
+    def variant(self) -> str:
+        """The point on the axes that the network's name does not show, as text; empty if there is no such axis."""
+        parts = {"anisotropy": self.anisotropy, "width": self.width}
+        return ", ".join(f"{axis} {value:g}" for axis, value in parts.items() if value is not None)
+
+    @property
+    def setting(self) -> tuple[str, int, LossSpace]:
+        """Variant, patch size and loss space: systems that share them share a forecast."""
+        return self.variant, self.config.network.patch_size, self.config.loss.space
+
+    @property
+    def evaluated_steps(self) -> list[int]:
+        """Steps at which the run is measured: its checkpoints."""
+        every, steps = self.config.checkpoint_every, self.config.steps
+        return [*range(every, steps, every), steps]
+
+
+def systems_of(config: AblationConfig, latents: Path, out: Path) -> list[AblationRun]:
+    """Return the runs of an ablation, the longest first, so that all workers end at about the same time."""
+    # The evaluations need every checkpoint.
+    every = math.ceil(config.train.steps / config.evaluations)
+    base = replace(config.train, checkpoint_every=every, keep_last=0)
+    widths, anisotropies = config.width or (None,), config.anisotropy or (None,)
+    axes = itertools.product(config.seed, config.patch_size, widths, anisotropies, config.loss_space, config.prediction)
+    systems = []
+    for seed, patch_size, width, anisotropy, loss_space, prediction in axes:
+        further = "" if anisotropy is None else f"-a{anisotropy:g}"
+        further += "" if width is None else f"-w{width}"
+        system = AblationRun(
+            config,
+            vary(base, prediction, loss_space, patch_size, seed, width),
+            run=out / "runs" / f"{prediction}-{loss_space}-p{patch_size}{further}-s{seed}",
+            latents=latents if anisotropy is None else coordinates_folder(out, patch_size, anisotropy),
+            reference=config.reference_path(out),
+            anisotropy=anisotropy,
+            width=width,
+        )
+        systems.append(system)
+    return sorted(systems, key=lambda system: (system.config.network.patch_size, -system.config.network.hidden_size))
+
+
+def coordinates_folder(out: Path, patch_size: int, anisotropy: float) -> Path:
+    """Return where an ablation keeps the latents in other coordinates."""
+    return out / "coordinates" / f"a{anisotropy:g}-p{patch_size}"

@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         import torch
 
-        # Networks this small are several times slower on two threads, and slower still beside other work.
+        # Networks this small are several times slower on two threads, and even slower while other work runs.
         torch.set_num_threads(1)
 
 

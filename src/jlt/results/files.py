@@ -1,7 +1,7 @@
 """The one reader and the one writer of result files.
 
-A result is a frozen data class that names its file and the number of its schema. Its file is JSON, sealed with the
-SHA-256 of its own content.
+A result is a frozen data class with the number of its schema. Its file is JSON, sealed with the SHA-256 of its own
+content.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from jlt.errors import JLTError
 from jlt.storage.codec import from_json, to_json
-from jlt.storage.files import read_json, read_sealed_json, sealed_text, write_text
+from jlt.storage.files import read_sealed_json, sealed_text, write_text
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def write_result(path: Path, result: ResultFile) -> None:
 def read_result(kind: type[R], path: Path) -> R:
     """Read a result; JLTError for a file that is missing, damaged, edited or of another schema."""
     # Some files of earlier versions have no seal, and some no schema number: those were of schema 1.
-    content = read_json(path)
-    if kind.ALWAYS_SEALED or "sha256" in content:
-        content = read_sealed_json(path)
+    content = read_sealed_json(path, required=kind.ALWAYS_SEALED)
     schema = content.pop("schema", 1)
     if schema != kind.SCHEMA:
         raise JLTError(

@@ -129,10 +129,15 @@ def sealed_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_indented(content).encode()).hexdigest()
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """Return the content of a sealed file, without its hash; JLTError if it was damaged or edited."""
+def read_sealed_json(path: Path, required: bool = True) -> dict[str, Any]:
+    """Return the content of a sealed file, without its hash; JLTError if it was damaged or edited.
+
+    With `required` False, a file without a hash is read as it is.
+    """
     content = read_json(path)
     if "sha256" not in content:
+        if not required:
+            return content
         raise JLTError(f"{path} carries no hash of itself: it is damaged, or another program wrote it.")
     # The bytes are compared too, since an edit may keep the parsed values (1e-05 for 1E-05).
     unchanged = path.read_bytes() == _indented(content).encode()

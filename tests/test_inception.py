@@ -143,7 +143,7 @@ def test_identity_is_of_the_weights_however_they_are_packed(weights, extractor, 
     assert load_extractor("inception", path=str(tmp_path / "copy.safetensors")).identity() == identity
     assert "is not the published file" in capsys.readouterr().err
     assert (identity["name"], identity["input_size"], identity["dimension"]) == ("inception", 299, 2048)
-    assert (extractor.dimension, extractor.num_classes, extractor.classes_of) == (2048, 1008, None)
+    assert (extractor.dimension, extractor.num_classes, extractor.class_logits(None, [])) == (2048, 1008, None)
     json.dumps(identity)
 
 

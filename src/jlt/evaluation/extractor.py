@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class FeatureExtractor(abc.ABC):
     """A frozen network; the features of an image depend on that image alone, except for last digits.
 
     `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 without these outputs.
-    `classes_of` is the kind of image source that has the same classes, or None. `held_out_accuracy` is the share of
+    `held_out_accuracy` is the share of
     correct classes, 0..1, on held-out images that the weights' file states, or None. `resize` names the rule for images
     of another size than `input_size`.
     """
@@ -46,7 +46,6 @@ class FeatureExtractor(abc.ABC):
     dimension: int
     num_classes: int = 0
     spatial_dimension: int = 0
-    classes_of: str | None = None
     held_out_accuracy: float | None = None
     resize: str | None = None
 
@@ -61,6 +60,13 @@ class FeatureExtractor(abc.ABC):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self._network.parameters()).device
+
+    def class_logits(self, kind: str | None, class_names: Sequence[str]) -> list[int] | None:  # noqa: ARG002
+        """Return the logit of each class of some labels, None if their classes are not those of this network.
+
+        `kind` is that of the image source that defines the labels, None where it is not known.
+        """
+        return None
 
     def identity(self) -> dict[str, Any]:
         """Return the name, the sizes, the rule of resizing and the hash of the weights, however they were packed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,6 @@ class DigitClassifier(FeatureExtractor):
     """A trained `DigitNetwork`; `held_out_accuracy` is its share of correct digits, 0..1, on held-out ones."""
 
     name = "digits"
-    classes_of = "digits"
     input_size = DigitNetwork.input_size
     dimension = DigitNetwork.dimension
     num_classes = DigitNetwork.num_classes
@@ -101,6 +101,10 @@ class DigitClassifier(FeatureExtractor):
         network = DigitNetwork()
         network.load_state_dict(load_file(path))
         return cls(network, float(metadata["held_out_accuracy"]))
+
+    def class_logits(self, kind: str | None, class_names: Sequence[str]) -> list[int] | None:  # noqa: ARG002
+        """Return all logits for labels of the bundled digits, and for labels of an unknown kind."""
+        return list(range(self.num_classes)) if kind in (None, "digits") else None
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:

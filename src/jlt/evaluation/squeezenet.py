@@ -5,6 +5,7 @@ The network and its parameter names are torchvision's `squeezenet1_1`. Distances
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from jlt.errors import UsageError
 from jlt.evaluation.dinov2 import imagenet_input
 from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.storage.weights import read_weights, require_same_tensors
+from jlt.storage.weights import ASSETS, read_weights, require_same_tensors
 
 WEIGHTS_FILE = "squeezenet1_1.safetensors"
 
@@ -86,6 +87,18 @@ class SqueezeNetExtractor(FeatureExtractor):
         require_same_tensors(file, weights, network.state_dict(), "torchvision's squeezenet1_1")
         network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return cls(network)
+
+    def class_logits(self, kind: str | None, class_names: Sequence[str]) -> list[int] | None:
+        """Return the logits of classes with ImageNet's names, by the first of each class's synonyms; all for no names.
+
+        Two names (crane, maillot) mean two classes each: they are known with their wnid, or in the list of all classes.
+        """
+        known = (ASSETS / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+        names = [name.partition(",")[0].strip() for name in class_names]
+        if (not names and kind is None) or names == [name.partition(" (")[0] for name in known]:
+            return list(range(len(known)))
+        places = {name: place for place, name in enumerate(known)}
+        return [places[name] for name in names] if names and places.keys() >= set(names) else None
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:

@@ -43,13 +43,15 @@ IMAGES_FOR_BIAS = 5
 class Columns:
     """The features of images in the order of their numbers: arrays in memory, or mapped from a file.
 
-    `logits` and `spatial` are None if the extractor has none, `labels` if the images have none.
+    `logits` and `spatial` are None if the extractor has none. `class_logits` is the logit of each class, None if
+    `labels` cannot be compared with the logits.
     """
 
     pooled: Float32[np.ndarray, "n d"]
     logits: Float[np.ndarray, "n k"] | None = None
     spatial: Float32[np.ndarray, "n s"] | None = None
     labels: Int64[np.ndarray, " n"] | None = None
+    class_logits: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ def measure(columns: Columns, reference: Reference, extractor: FeatureExtractor)
     if columns.logits is not None:
         found["inception_score"], found["inception_score_std"] = inception_score(columns.logits)
         found["inception_score_whole"], _ = inception_score(columns.logits, splits=1)
-        if columns.labels is not None:
-            labels = torch.from_numpy(np.array(columns.labels))
-            agreeing = (label_agreement(part, labels[rows]) * len(part) for rows, part in blocks(columns.logits))
+        if columns.labels is not None and columns.class_logits is not None:
+            labels, classes = torch.from_numpy(np.array(columns.labels)), list(columns.class_logits)
+            agreeing = (
+                label_agreement(part[:, classes], labels[rows]) * len(part) for rows, part in blocks(columns.logits)
+            )
             found["label_agreement"] = sum(agreeing) / count
     if columns.spatial is not None and reference.spatial is not None:
         spatial = FeatureStatistics.over(columns.spatial)
@@ -150,39 +154,36 @@ def arrays_of(features: Features) -> dict[str, np.ndarray]:
     return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
-def columns_of(table: RowTable, labelled: bool) -> Columns:
-    """Return the columns of a full table, with labels if `labelled`."""
-    columns = table.read()
-    labels = columns.pop("labels")
-    return Columns(**columns, labels=labels if labelled else None)
-
-
 def evaluate_images(
-    batches: Iterable[LabelledBatch], reference: Reference, extractor: FeatureExtractor, count: int
+    batches: Iterable[LabelledBatch],
+    reference: Reference,
+    extractor: FeatureExtractor,
+    count: int,
+    class_logits: Sequence[int] | None = None,
 ) -> Metrics:
     """Measure `count` RGB images 0..255, with the labels they were drawn for or None, against a reference.
 
-    A temporary folder holds their features. JLTError before the first batch for a reference of another extractor, fewer
-    than 10 images or a disk without room; at the first batch for a reference of another image size. ValueError unless
-    there are `count` images.
+    `class_logits` is that of `Columns`. A temporary folder holds the features. JLTError before the first batch for a
+    reference of another extractor, fewer than 10 images or a disk without room; at the first batch for a reference of
+    another image size. ValueError unless there are `count` images.
     """
     check_reference(reference, extractor)
     require_enough(count)
     with tempfile.TemporaryDirectory(prefix="jlt-") as folder:
         table = open_table(Path(folder) / "features", extractor, count)
-        start, labelled = 0, False
+        start = 0
         for images, labels in in_chunks(batches, CHUNK):
             if start == 0:
                 check_reference(reference, extractor, images.shape[1])
-                labelled = labels is not None
             if start + len(images) > count:
                 break
+            class_logits = None if labels is None else class_logits
             numbers = np.full(len(images), -1) if labels is None else labels.cpu().numpy()
             table.write(start, {**arrays_of(extractor(images)), "labels": numbers})
             start += len(images)
         if start != count:
             raise ValueError(f"{count} images were expected, and there are more or fewer")
-        return measure(columns_of(table, labelled), reference, extractor)[0]
+        return measure(Columns(**table.read(), class_logits=class_logits), reference, extractor)[0]
 
 
 def in_chunks(batches: Iterable[LabelledBatch], size: int = CHUNK) -> Iterator[LabelledBatch]:

@@ -23,7 +23,7 @@ from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.image_files import open_images
 from jlt.evaluation.reference import CHUNK, Reference, check_reference, open_reference
-from jlt.evaluation.suite import arrays_of, columns_of, evaluate_images, measure, open_table, require_enough
+from jlt.evaluation.suite import Columns, arrays_of, evaluate_images, measure, open_table, require_enough
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import reopen_source
 from jlt.images.source import ImageSource, Selected
@@ -90,10 +90,10 @@ def evaluate_sampler(
         if place is None:
             place = Path(group.on_rank0(lambda: held.enter_context(tempfile.TemporaryDirectory(prefix="jlt-"))))
         with drawn_features(sampler, extractor, place, group) as table:
-            # Labels can be compared with the extractor's classes only if both are classes of the same set.
-            labelled = sampler.classes == extractor.classes_of
+            class_logits = extractor.class_logits(sampler.classes, sampler.class_names)
             with stop_on_signal() as stop:
-                metrics, left_out = group.on_rank0(lambda: measure(columns_of(table, labelled), reference, extractor))
+                columns = Columns(**table.read(), class_logits=class_logits)
+                metrics, left_out = group.on_rank0(lambda: measure(columns, reference, extractor))
             if any(group.gather(bool(stop))):
                 raise Stopped("Stopped on request.")
             if not (keep or table.holds_more):
@@ -198,21 +198,21 @@ def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: Fea
 def evaluate_files(samples: Path, real_images: str, extractor: FeatureExtractor) -> Evaluation:
     """Measure the images of a folder or of an .npz against real images or their statistics."""
     images, drawn = open_images(samples), _drawn_by(samples)
-    wanted = drawn.get("drawn", {}).get("count", len(images))
+    class_names = drawn.pop("class_names", [])
+    wanted = drawn.get("count", len(images))
     if wanted > len(images):
         raise JLTError(f"{samples} holds {len(images)} of {wanted} images: finish the sampling first.")
     if wanted < len(images):
         raise JLTError(f"{samples} holds {len(images)} images, but only {wanted} were drawn: remove the others.")
     reference = open_reference(real_images, extractor, images.resolution)
-    # Images of jlt name the set of their classes; labels of other images are taken for the extractor's classes.
-    labelled = extractor.classes_of is not None and images.classes in (None, extractor.classes_of)
+    class_logits = extractor.class_logits(images.classes, class_names)
     with stop_together(SingleProcess()) as until_stopped:
-        batches = ((pixels, labels if labelled else None) for pixels, labels in images.batches(BATCH_SIZE))
-        metrics = evaluate_images(until_stopped(batches), reference, extractor, len(images))
+        batches = until_stopped(images.batches(BATCH_SIZE))
+        metrics = evaluate_images(batches, reference, extractor, len(images), class_logits)
     warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
-        **drawn,
+        **({"drawn": drawn} if drawn else {}),
         "count": metrics.count,
         "extractor": extractor.identity(),
         "reference": reference.identity(),
@@ -226,7 +226,7 @@ def _drawn_by(samples: Path) -> dict[str, Any]:
     path = (samples if samples.is_dir() else samples.parent) / PROTOCOL
     drawn = read_json(path) if path.is_file() else {}
     ours = samples.is_dir() or (samples.name == ARRAY and drawn.get("format") == "npz")
-    return {"drawn": drawn} if drawn and ours else {}
+    return drawn if ours else {}
 
 
 def evaluate_checkpoint(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from jlt.networks.sizes import SIZES, size_name, sized_network
 from jlt.storage.codec import from_json
 from jlt.storage.files import read_json
 
-Recipe = Callable[[LatentShape], TrainConfig]
 
-IMAGENET_IMAGES = 1_281_167
-DIGITS_IMAGES = 1_797
-DIGITS = LatentShape(channels=16, height=4, width=4, num_classes=10)
-"""The bundled digits at 32x32 through the bundled autoencoder."""
+@dataclass(frozen=True)
+class Recipe:
+    """A training as a function of the shape of its latents, with the shape and the number it was made for."""
+
+    make: Callable[[LatentShape], TrainConfig]
+    latents: LatentShape
+    images: int
 
 
 FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT", "eps": "DiT-eps"}
@@ -95,17 +98,65 @@ def digits(prediction: Prediction, patch_size: int, latents: LatentShape) -> Tra
     )
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Size of the network, batch, length and learning rate that a resolution can afford."""
+
+    size: str
+    batch_size: int
+    steps: int
+    learning_rate: float
+
+
+IMAGENETTE = {
+    64: Scale("T", batch_size=64, steps=2000, learning_rate=5e-4),
+    128: Scale("T", batch_size=64, steps=8000, learning_rate=5e-4),
+    256: Scale("B", batch_size=256, steps=4000, learning_rate=2e-4),
+}
+"""By side of the images in pixels: minutes and an hour on two CPU cores, minutes on a GPU."""
+
+
+def imagenette(resolution: int, prediction: Prediction, patch_size: int, latents: LatentShape) -> TrainConfig:
+    """Return the recipe of Imagenette's photographs at a resolution in `IMAGENETTE`."""
+    scale = IMAGENETTE[resolution]
+    return TrainConfig(
+        name=system_name(prediction, scale.size, patch_size),
+        prediction=prediction,
+        network=sized_network(scale.size, patch_size, latents),
+        optimizer=OptimizerConfig(learning_rate=scale.learning_rate, warmup_steps=100),
+        batch_size=scale.batch_size,
+        steps=scale.steps,
+        flips=True,
+        ema=(0.995, 0.999),
+        precision="float32" if scale.size == "T" else "bfloat16",
+        log_every=50,
+        checkpoint_every=1000,
+        snapshot_every=500,
+    )
+
+
 PUBLISHED: list[tuple[Prediction, str, int]] = [
     (prediction, size, patch_size) for size in ("B", "L") for patch_size in (1, 2) for prediction in ("x", "v")
 ]
-RECIPES: dict[str, Recipe] = {
-    **{f"imagenet256-{system_name(*run).lower().replace('/', '')}": partial(imagenet256, *run) for run in PUBLISHED},
-    "digits": partial(digits, "x", 1),
+RECIPES = {
+    **{
+        f"imagenet256-{system_name(*run).lower().replace('/', '')}": Recipe(
+            partial(imagenet256, *run), FLUX2_IMAGENET256, images=1_281_167
+        )
+        for run in PUBLISHED
+    },
+    **{
+        f"imagenette{side}": Recipe(
+            partial(imagenette, side, "x", 1), LatentShape(128, side // 16, side // 16, num_classes=10), images=9_469
+        )
+        for side in IMAGENETTE
+    },
+    "digits": Recipe(partial(digits, "x", 1), LatentShape(16, 4, 4, num_classes=10), images=1_797),
 }
 
 
 def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig:
-    """Return a recipe's run for latents of a shape, by default the published ones; JLTError for unknown names.
+    """Return a recipe's run for latents of a shape, by default those that it was made for; JLTError for unknown names.
 
     The `config.json` of a run is a recipe too: it returns that run, for any latents.
     """
@@ -114,14 +165,15 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
         return from_json(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
-    return RECIPES[name](latents or (DIGITS if name == "digits" else FLUX2_IMAGENET256))
+    recipe = RECIPES[name]
+    return recipe.make(latents or recipe.latents)
 
 
 def images_of_recipe(name: str) -> int:
     """Return the number of latents that a recipe was made for."""
     if name.endswith(".json"):
         return read_json(Path(name))["latents"]["count"]
-    return DIGITS_IMAGES if name == "digits" else IMAGENET_IMAGES
+    return RECIPES[name].images
 
 
 def vary(

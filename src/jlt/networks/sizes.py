@@ -7,6 +7,7 @@ from jlt.config import LatentShape, NetworkConfig
 SIZES = {
     # hidden size, depth, heads
     "XS": (64, 3, 4),
+    "T": (192, 4, 3),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),

@@ -197,9 +197,14 @@ class ImageSampler:
         """The kind of image source whose classes the labels are."""
         return self.checkpoint.latents["source"]["kind"]
 
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, empty where the latents came without names."""
+        return self.checkpoint.latents.get("class_names") or []
+
     def class_name(self, label: int) -> str:
         """Return the name of a class, or its number where the latents came without names."""
-        names = self.checkpoint.latents.get("class_names") or []
+        names = self.class_names
         return names[label] if label < len(names) else str(label)
 
     def protocol(self) -> dict[str, Any]:

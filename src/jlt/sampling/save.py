@@ -79,7 +79,8 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
 
 def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
     """Reserve the folder for these images, and for no more of them than are requested."""
-    protocol, marker = {**sampler.protocol(), "format": form}, out / PROTOCOL
+    protocol = {**sampler.protocol(), "format": form, "class_names": sampler.class_names}
+    marker = out / PROTOCOL
     stored = read_json(marker) if marker.is_file() else {}
     begun = "format" in stored
     if begun:
@@ -95,7 +96,7 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
             raise JLTError(
                 f"{out} holds {foreign[0]}, which is none of the {len(wanted)} images that were requested: remove it."
             )
-    claim_folder(out, PROTOCOL, protocol, free=("count",) if more else ())
+    claim_folder(out, PROTOCOL, protocol, free=("class_names", *(("count",) if more else ())))
     if not begun:
         held.enter_context(lock_folder(out))
     for path in out.glob(".*.partial.*"):

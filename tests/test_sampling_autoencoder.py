@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from jlt.autoencoders.coordinates import Coordinates
 from jlt.autoencoders.load import load_autoencoder
+from jlt.autoencoders.taef2 import TAEF2
 from jlt.errors import JLTError
 from jlt.sampling.sampler import matching_autoencoder
 from jlt.storage.weights import ASSETS
@@ -101,3 +104,64 @@ def test_adopted_latents_are_decoded_unchecked_with_a_notice(kl_folder, capsys):
         matching_autoencoder({**adopted, "channels": 16}, None, "cpu")
     with pytest.raises(JLTError, match="with downsampling 8, .* has 2: name the right one"):
         matching_autoencoder({**adopted, "downsampling": 8}, None, "cpu")
+
+
+@pytest.fixture
+def taef2_folder(tmp_path) -> Path:
+    torch.manual_seed(0)
+    (tmp_path / "taef2").mkdir()
+    save_file(TAEF2().state_dict(), tmp_path / "taef2" / "taef2.safetensors")
+    return tmp_path / "taef2"
+
+
+FLUX2 = {"name": "flux2", "source": "elsewhere", "weights_sha256": "00", "normalisation": {"kind": "batch_norm"}}
+
+
+def test_latents_of_flux2_are_decoded_by_taef2(taef2_folder):
+    identity = {**FLUX2, "channels": 128, "downsampling": 16}
+    found = matching_autoencoder(identity, None, "cpu", f"taef2:{taef2_folder}")
+    assert (found.name, found.channels) == ("taef2", 128)
+    assert matching_autoencoder(identity, str(taef2_folder), "cpu", "taef2").identity() == found.identity()
+
+
+def test_the_same_decoder_in_another_place_is_compared_with_the_latents(taef2_folder, tmp_path):
+    identity = recorded("taef2", str(taef2_folder), source="elsewhere")
+    assert matching_autoencoder(identity, None, "cpu", f"taef2:{taef2_folder}").source == str(taef2_folder)
+    torch.manual_seed(1)
+    save_file(TAEF2().state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(JLTError, match="with weights_sha256"):
+        matching_autoencoder(identity, None, "cpu", f"taef2:{tmp_path / 'other.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "changes", "reason"),
+    [
+        ("taef2", {"name": "tiny", "channels": 16}, "taef2 cannot decode latents of tiny, which are of another"),
+        ("kl", {}, "kl cannot decode latents of flux2"),
+        ("pixels", {}, "pixels cannot decode latents of flux2"),
+        ("taef2", {"channels": 64}, "taef2 has channels 128, the latents have 64"),
+        ("taef3", {}, "taef3.*taef2"),
+    ],
+)
+def test_a_decoder_of_another_latent_space_is_refused(taef2_folder, decoder, changes, reason):
+    identity = {**FLUX2, "channels": 128, "downsampling": 16, **changes}
+    place = str(taef2_folder) if decoder == "taef2" else None
+    with pytest.raises(JLTError, match=reason):
+        matching_autoencoder(identity, place, "cpu", decoder)
+
+
+def test_a_place_that_is_named_twice_is_refused(taef2_folder):
+    identity = {**FLUX2, "channels": 128, "downsampling": 16}
+    with pytest.raises(JLTError, match="named twice"):
+        matching_autoencoder(identity, "weights", "cpu", f"taef2:{taef2_folder}")
+
+
+def test_a_decoder_decodes_latents_in_other_coordinates(taef2_folder, tmp_path):
+    eye = torch.eye(128, dtype=torch.float64)
+    Coordinates(1, 1.0, torch.zeros(128, dtype=torch.float64), 2 * eye).save(tmp_path / "coordinates.safetensors")
+    normalisation = {"kind": "batch_norm", "coordinates": {"source": str(tmp_path / "coordinates.safetensors")}}
+    identity = {**FLUX2, "channels": 128, "downsampling": 16, "normalisation": normalisation}
+    found = matching_autoencoder(identity, None, "cpu", f"taef2:{taef2_folder}")
+    latents = torch.randn(1, 128, 1, 1, generator=torch.Generator().manual_seed(0))
+    expected = load_autoencoder("taef2", str(taef2_folder)).decode(latents)
+    torch.testing.assert_close(found.decode(2 * latents), expected)

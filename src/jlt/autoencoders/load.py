@@ -20,6 +20,8 @@ USUAL_PLACES = {
     "tiny": str(ASSETS / "tiny"),
 }
 """The place of the weights that a name alone means."""
+SHARED_SPACES = ({"flux2", "taef2"},)
+"""Autoencoders that decode each other's latents."""
 SOURCES_IN_PACKAGE = ("bundled", "built in")
 """Sources in an identity that are no place: such an autoencoder is loaded by its name alone."""
 

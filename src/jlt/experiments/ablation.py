@@ -162,7 +162,7 @@ def describe(config: AblationConfig, systems: Sequence[AblationRun], store: Late
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         machine=machine(device),
         latents=to_json(store.identity()),
-        autoencoder_psnr=store.manifest.autoencoder.get("held_out_psnr"),
+        autoencoder_psnr=None if config.sample.decoder else store.manifest.autoencoder.get("held_out_psnr"),
         classifier_accuracy=load_extractor(config.extractor, "cpu", config.features_path or None).held_out_accuracy,
         systems=tuple(
             SystemRun(

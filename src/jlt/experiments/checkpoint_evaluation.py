@@ -325,6 +325,6 @@ def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: P
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
     sampler = open_sampler(checkpoint, settings, device)
     images = np.concatenate([batch.images.numpy() for batch in sampler.batches()])
-    names = SheetText(rows=[sampler.class_name(label) for label in range(num_classes)])
+    text = SheetText(sampler.decoder_note, rows=[sampler.class_name(label) for label in range(num_classes)])
     with atomic_path(path) as temporary:
-        draw_sheet(images, GRID_COLUMNS, names).save(temporary)
+        draw_sheet(images, GRID_COLUMNS, text).save(temporary)

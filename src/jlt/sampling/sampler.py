@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
-from jlt.autoencoders.load import SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
+from jlt.autoencoders.load import AUTOENCODERS, SHARED_SPACES, SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
 from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.networks.transformer import build_network
@@ -193,6 +193,11 @@ class ImageSampler:
         return self.shape.height * self.autoencoder.downsampling
 
     @property
+    def decoder_note(self) -> str:
+        """What a picture states of its decoder; empty for the autoencoder that made the latents."""
+        return f"decoded by {self.autoencoder.name}" if self.config.decoder else ""
+
+    @property
     def classes(self) -> str:
         """The kind of image source whose classes the labels are."""
         return self.checkpoint.latents["source"]["kind"]
@@ -209,7 +214,7 @@ class ImageSampler:
 
     def protocol(self) -> dict[str, Any]:
         """Return everything that decides which images these are; batch sizes and compilation change rounding alone."""
-        free = ("num", "batch_size", "compile", "autoguide", "autoguide_ema")
+        free = ("num", "batch_size", "compile", "autoguide", "autoguide_ema", "decoder")
         settings = {key: value for key, value in to_json(self.config).items() if key not in free}
         guide = {"autoguide": dict(self.guide.identity)} if self.guide else {}
         return {
@@ -228,7 +233,7 @@ class ImageSampler:
 def open_sampler(
     checkpoint: Checkpoint, config: SampleConfig, device: str = "cpu", autoencoder_path: str | None = None
 ) -> ImageSampler:
-    """Build the sampler of a checkpoint with the autoencoder that its latents came from.
+    """Build the sampler of a checkpoint; its decoder is the one in `config`, or the autoencoder that made its latents.
 
     Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, a guide of another kind of latents, or an
     autoencoder with other weights.
@@ -239,12 +244,12 @@ def open_sampler(
         weaker = check_guide(checkpoint, config)
         guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
-    autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device)
+    autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device, config.decoder)
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 
 def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
-    """Return a sampler of the same checkpoint with other settings, opening only what they change.
+    """Return a sampler of the same checkpoint and decoder with other settings, opening only what they change.
 
     Raises JLTError as `open_sampler` does.
     """
@@ -312,15 +317,25 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
         )
 
 
-def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str) -> Autoencoder:
+def matching_autoencoder(
+    identity: dict[str, Any], path: str | None, device: str, decoder: str | None = None
+) -> Autoencoder:
     """Load the autoencoder that made some latents, from `path` or from where it was loaded when it made them.
 
-    An autoencoder whose recorded folder is gone is loaded from its usual place, where it has one.
+    An autoencoder whose recorded folder is gone is loaded from its usual place, where it has one. `decoder` names
+    another one of the same latent space, or the same one in another place: NAME or NAME:PLACE.
 
     JLTError if its weights, normalisation or sizes are others. Adopted latents record no weights: any autoencoder of
     the right sizes is accepted, and a message reports it.
     """
     name, source = identity["name"], identity["source"]
+    if decoder:
+        other, _, place = decoder.partition(":")
+        if path and place:
+            raise UsageError(f"The place of the decoder is named twice: {place} in --decoder, {path}.")
+        path = path or place or None
+        if other != name:
+            return _other_decoder(identity, other, path, device)
     gone = Path(source).is_absolute() and not Path(source).exists()
     usual = source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES)
     autoencoder = load_autoencoder(name, path or (None if usual else source), device)
@@ -340,3 +355,15 @@ def matching_autoencoder(identity: dict[str, Any], path: str | None, device: str
                 f"the one from {found['source']} has {found[key]}: name the right one with --autoencoder-path."
             )
     return autoencoder
+
+
+def _other_decoder(identity: dict[str, Any], name: str, path: str | None, device: str) -> Autoencoder:
+    """Load an autoencoder that decodes the latents of another one; JLTError unless they share a latent space."""
+    if name in AUTOENCODERS and not any({name, identity["name"]} <= space for space in SHARED_SPACES):
+        raise JLTError(f"{name} cannot decode latents of {identity['name']}, which are of another latent space.")
+    decoder = load_autoencoder(name, path, device)
+    for key in ("channels", "downsampling"):
+        if decoder.identity()[key] != identity[key]:
+            raise JLTError(f"{name} has {key} {decoder.identity()[key]}, the latents have {identity[key]}.")
+    coordinates = coordinates_of(identity)
+    return CoordinateAutoencoder(decoder, coordinates) if coordinates else decoder

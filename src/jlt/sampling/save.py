@@ -154,7 +154,12 @@ def _finish(sampler: ImageSampler, place: Path) -> None:
             np.savez(temporary, arr_0=columns["images"], arr_1=columns["labels"], classes=np.array(sampler.classes))
     else:
         names = [sampler.class_name(label) for label in columns["labels"].tolist()]
-        save_sheet(place, np.asarray(columns["images"]), math.ceil(math.sqrt(len(names))), SheetText(captions=names))
+        save_sheet(
+            place,
+            np.asarray(columns["images"]),
+            math.ceil(math.sqrt(len(names))),
+            SheetText(sampler.decoder_note, captions=names),
+        )
     table.remove()
 
 
@@ -192,6 +197,7 @@ def _save(path: Path, sampler: ImageSampler, drawn: Sequence[Rows], kind: str, n
     classes = [sampler.class_name(label) for label in (labels[::2] if kind == "interpolation" else labels)]
     guidance = f", guidance {config.cfg_scale:g}" if config.cfg_scale != 1 else ""
     settings = f"{config.solver}, {config.steps} steps{guidance}, EMA {sampler.weights.identity['ema']}"
+    settings += f", {sampler.decoder_note}" if sampler.decoder_note else ""
     title = f"{TITLES[kind]} ({settings})"
     if kind == "pairs":
         # A column for each image, a row for each checkpoint.

@@ -11,27 +11,32 @@ from test_geometry import FakeStore, assert_alike
 from torch import nn
 from training_helpers import run_processes
 
+from jlt.autoencoders.load import PixelAutoencoder
 from jlt.cli.main import main
+from jlt.config import LatentShape, SampleConfig
 from jlt.errors import JLTError
 from jlt.experiments import analysis
 from jlt.experiments.error_by_direction import (
     BANDS,
     MEASURED_TIMES,
     Basis,
+    VelocityErrors,
     measure_basis,
     network_error,
     require_comparable,
-    squared_errors,
     stationary_optimum,
+    velocity_errors,
     whole_optimum,
 )
 from jlt.experiments.recipes import resolve_recipe
+from jlt.experiments.sample_spectrum import Directions, decoder_sensitivity, sampled_states
 from jlt.geometry.accumulate import measure_moments
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode
 from jlt.latents.store import LatentStore
 from jlt.runtime.processes import SingleProcess
 from jlt.sampling.guidance import Denoiser
+from jlt.sampling.sampler import LatentSampler
 from jlt.training.checkpoint import open_checkpoint
 from jlt.training.loop import train
 
@@ -75,7 +80,10 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     basis = measure_basis(moments, patch_size, scale)
     network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, scale)
     denoiser = Denoiser(network, prediction, null_label=1)
-    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
+    errors = velocity_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
+    # The outputs of a conditional mean are neither too small nor too large.
+    np.testing.assert_allclose(errors.calibration, 1, atol=0.1)
+    squares = errors.squares
     error = squares.std(1) / len(store) ** 0.5
     assert squares.shape == (len(MEASURED_TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
@@ -84,6 +92,65 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     assert apart.abs().max() < 5
     # A token by itself leaves more unknown.
     assert (basis.whole_optimum < basis.optimum * (1 + 1e-9)).all()
+
+
+def sampled(network, prediction, moments, scale=1.0, steps=25):
+    """Return the spectrum of 2,000 samples of a network along the tokens' directions."""
+    settings = SampleConfig(num=2000, steps=steps, batch_size=500)
+    sampler = LatentSampler(Denoiser(network, prediction, 1), LatentShape(*SHAPE, 1), settings, "cpu", scale)
+    states = sampled_states(sampler, measure_basis(moments, 1, scale), SingleProcess())
+    assert states is not None
+    return states.spectrum(moments.stationary, scale, steps)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_samples_of_the_best_network_of_gaussian_data_vary_as_the_data(prediction):
+    moments = measure_moments(FakeStore(gaussian_latents()), [1], "cpu", SingleProcess())
+    network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, 0.5)
+    found = sampled(network, prediction, moments, 0.5, steps=100)
+    assert (found.count, len(found.times), len(found.spread)) == (2000, 11, 11)
+    # 2,000 samples of 16 dependent tokens: a few per cent; and the flow of 100 steps is not exact.
+    np.testing.assert_allclose(found.spread, 1, atol=0.08)
+    np.testing.assert_allclose(found.by_frequency, 1, atol=0.08)
+
+
+class Shrunk(nn.Module):
+    """A network whose outputs are too small by a factor."""
+
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, z, t, labels):
+        return self.factor * self.network(z, t, labels)
+
+
+def test_outputs_that_are_too_small_show_in_the_calibration_and_in_the_samples():
+    store = FakeStore(gaussian_latents())
+    moments = measure_moments(store, [1], "cpu", SingleProcess())
+    network = Shrunk(Optimal("x", moments.whole.covariance, 0 * moments.whole.mean, 1.0), 0.8)
+    basis, denoiser = measure_basis(moments, 1), Denoiser(network, "x", 1)
+    errors = velocity_errors(denoiser, store, np.arange(2000), basis, 1.0, 0, "cpu", SingleProcess())
+    # Near the noise x^ is a small part of v; near the data v^ is all of it, and far too large.
+    assert (errors.calibration[-1] < 0.5).all()
+    spread = np.array(sampled(network, "x", moments).spread)
+    assert (spread[-1] < 0.75).all()
+    # Little is lost early on the way.
+    assert (spread[1] > 0.95).all()
+
+
+def test_a_decoder_shows_the_directions_that_images_depend_on():
+    class First(PixelAutoencoder):
+        """Shows the first channel twice as strongly as the second, and not the third."""
+
+        def decode(self, latents):
+            return super().decode(latents * torch.tensor([2.0, 1.0, 0.0]).view(3, 1, 1))
+
+    directions = Directions(1, np.array([3.0, 2.0, 1.0]), torch.eye(3, dtype=torch.float64))
+    found = decoder_sensitivity(First(), torch.zeros(8, 3, 16, 16), directions)
+    assert found.directions == (0, 1, 2)
+    # A third of the values changes.
+    np.testing.assert_allclose(found.change, [4 / 3, 1 / 3, 0], rtol=0.05)
 
 
 def test_latents_of_one_token_have_one_optimum():
@@ -138,7 +205,7 @@ def test_one_command_measures_networks(place, tmp_path):
         "--width",
         "64",
     ]
-    command += ["--checkpoint", place / "x", place / "v", "--num", "100"]
+    command += ["--checkpoint", place / "x", place / "v", "--num", "100", "--samples", "40", "--steps", "7"]
     assert main([*map(str, command)]) == 0
     found = json.loads((tmp_path / "out" / "inside.json").read_text())
     assert (found["count"], found["patch_size"]) == (100, 1)
@@ -154,8 +221,13 @@ def test_one_command_measures_networks(place, tmp_path):
         total = sum(np.array(band["error"]) for band in network["bands"])
         np.testing.assert_allclose(total, np.array(network["error"]).sum(1), rtol=1e-9)
         assert sum(band["directions"] for band in network["bands"]) == 16
+        samples = network["samples"]
+        assert (samples["count"], samples["steps"], len(samples["times"])) == (40, 7, 8)
+        assert np.array(network["calibration"]).shape == x.shape
+    assert len(found["decoder"]["change"]) == 16
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Inside the networks" in page
+    assert "Samples of x have" in page
     assert "--checkpoint x v" in page
 
 
@@ -174,12 +246,14 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
 @pytest.mark.slow
 def test_processes_share_the_measurement_of_networks(place, tmp_path):
     command = ["analyze", "--latents", place / "latents", "--patch-size", "1", "--width", "64", "--num", "300"]
-    command += ["--checkpoint", place / "x", place / "v"]
+    command += ["--checkpoint", place / "x", place / "v", "--samples", "300", "--steps", "5"]
     found = []
     for count in (1, 2):
         out = tmp_path / f"by-{count}"
         run_processes(count, [*map(str, command), "--out", str(out)])
         found.append(json.loads((out / "inside.json").read_text()))
+        # Sums over samples differ in the last digits, and so does the seal.
+        del found[-1]["sha256"]
     assert_alike(*found)
 
 
@@ -240,7 +314,8 @@ def test_bands_are_in_units_of_the_noise(place):
     lam = np.array([4.0, 0.03, 0.01])
     basis = Basis(1, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
     identity = {"checkpoint": "", "ema": "0.99"}
-    found = network_error(checkpoint, identity, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)
+    errors = VelocityErrors(torch.ones(1, 5, 3, dtype=torch.float64), np.ones((1, 3)))
+    found = network_error(checkpoint, identity, errors, basis, 2.0)
     assert [(band.low, band.high, band.directions) for band in found.bands] == [(*BANDS[0], 2), (*BANDS[3], 1)]
 
 

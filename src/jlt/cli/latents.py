@@ -133,6 +133,12 @@ class Analyze(Command):
     """Weights of --checkpoint, such as an EMA decay (0.9999) or none. Default: the first EMA of a run."""
     num: int = 1024
     """Latents on which the networks of --checkpoint are evaluated."""
+    samples: int = 0
+    """Samples of each network to compare with the data, by direction and by spatial frequency; 0 draws none."""
+    steps: int = 50
+    """Steps of the Heun solver that draws --samples."""
+    decoder: str | None = None
+    """Decoder to measure with --samples: flux2, taef2 or NAME:PLACE. Default: that of the latents."""
 
     def run(self) -> Result:
         from jlt.experiments.analysis import AnalysisConfig, analyze_into
@@ -145,7 +151,7 @@ class Analyze(Command):
         from jlt.training.checkpoint import open_checkpoint
 
         opened = [open_checkpoint(path) for path in self.checkpoint]
-        networks = Networks(opened, self.num, self.ema) if opened else None
+        networks = Networks(opened, self.num, self.ema, self.samples, self.steps, self.decoder) if opened else None
         known = sorted({checkpoint.config.network.hidden_size for checkpoint in opened})
         widths = self.width or tuple(known) or (768,)
         if not self.patch_size or min((*widths, *self.patch_size)) < 1:

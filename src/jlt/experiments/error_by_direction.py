@@ -9,16 +9,18 @@ enough to be formed, else their covariance by spatial frequency, as if positions
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
+from jlt.experiments.sample_spectrum import Directions, decoder_sensitivity, sampled_states
 from jlt.geometry.accumulate import Latents, Moments
 from jlt.geometry.assemble import rows
 from jlt.geometry.covariance import StationaryCovariance, TokenCovariance, frequencies, multiplicity
@@ -30,13 +32,15 @@ from jlt.runtime.processes import Group, rank0_value, stop_together
 from jlt.runtime.progress import bar
 from jlt.runtime.random_numbers import derive_seed, normal_per_sample, random_subset
 from jlt.sampling.guidance import NOISE_END, Denoiser
-from jlt.sampling.sampler import open_weights
+from jlt.sampling.sampler import LatentSampler, matching_autoencoder, open_weights
 from jlt.storage.files import difference, format_difference
 from jlt.training.checkpoint import Checkpoint
 
 MEASURED_TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """From the first time at which noise prediction has a velocity to one with little noise left."""
 BATCH_SIZE = 128
+DECODED = 16
+"""Latents in which the decoder's sensitivity is measured."""
 BANDS = ((0.0, 0.01), (0.01, 0.1), (0.1, 1.0), (1.0, None))
 """Directions by their variance, from..to, in units of the noise's; None is infinite."""
 
@@ -49,6 +53,12 @@ class Networks:
     num: int = 1024
     ema: str = ""
     """The weights; empty takes a run's first EMA."""
+    samples: int = 0
+    """Samples of each network that are compared with the data; 0 draws none, and loads no decoder."""
+    steps: int = 50
+    """Steps of their solver."""
+    decoder: str | None = None
+    """The decoder whose sensitivity is measured; by default the autoencoder of the latents."""
 
     def __post_init__(self) -> None:
         if self.num < 2:
@@ -66,12 +76,9 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class Basis:
-    """The eigen-directions of tokens as columns, their variances, and the unavoidable error in each at each time."""
+class Basis(Directions):
+    """The eigen-directions of tokens, and the unavoidable error along each of them at each time."""
 
-    patch_size: int
-    eigenvalues: Float64[np.ndarray, " d"]
-    vectors: Float64[Tensor, "d d"]
     optimum: Float64[np.ndarray, "t d"]
     whole_optimum: Float64[np.ndarray, "t d"]
     whole_estimate: Literal["exact", "stationary"]
@@ -88,14 +95,24 @@ def measure_error_by_direction(
     scale = networks.noise_scale
     basis = group.on_rank0(lambda: measure_basis(rank0_value(moments), networks.patch_size, scale))
     numbers = random_subset(len(store), networks.num)
+    autoencoder = None
+    if networks.samples:
+        # Before the first sample: its weights may be missing.
+        autoencoder = matching_autoencoder(store.identity()["autoencoder"], None, device, networks.decoder)
     found = []
     for checkpoint in networks.checkpoints:
         weights = open_weights(checkpoint, networks.ema, device)
-        squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device, group)
-        found.append((checkpoint, weights.identity, squares))
+        errors = velocity_errors(weights.denoiser, store, numbers, basis, scale, seed, device, group)
+        states = None
+        if networks.samples:
+            settings = SampleConfig(num=networks.samples, steps=networks.steps, batch_size=BATCH_SIZE, seed=seed)
+            sampler = LatentSampler(weights.denoiser, store.shape, settings, device, scale)
+            states = sampled_states(sampler, basis, group)
+        found.append((checkpoint, weights.identity, errors, states))
 
     def assemble() -> ErrorByDirection:
-        squares = [rank0_value(of_network) for *_, of_network in found]
+        squares = [rank0_value(errors).squares for _, _, errors, _ in found]
+        data = rank0_value(moments).stationary
         return ErrorByDirection(
             patch_size=networks.patch_size,
             latents=store.identity(),
@@ -107,12 +124,18 @@ def measure_error_by_direction(
             whole_optimum=rows(basis.whole_optimum),
             whole_estimate=basis.whole_estimate,
             networks=tuple(
-                network_error(checkpoint, identity, errors, basis, scale)
-                for (checkpoint, identity, _), errors in zip(found, squares, strict=True)
+                replace(
+                    network_error(checkpoint, identity, rank0_value(errors), basis, scale),
+                    samples=states.spectrum(data, scale, networks.steps) if states else None,
+                )
+                for checkpoint, identity, errors, states in found
             ),
             beyond_the_first=tuple(
                 ErrorDifference(*map(rows, _mean_and_error(errors - squares[0]))) for errors in squares[1:]
             ),
+            decoder=decoder_sensitivity(autoencoder, store.gather(numbers[:DECODED])[0].float(), basis)
+            if autoencoder
+            else None,
         )
 
     return group.on_rank0(assemble)
@@ -128,6 +151,17 @@ def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -
         return Basis(patch_size, eigenvalues, vectors, optimum, exact, "exact")
     on_torus = stationary_optimum(stationary, patch_size, vectors, noise_scale)
     return Basis(patch_size, eigenvalues, vectors, optimum, on_torus, "stationary")
+
+
+@dataclass(frozen=True)
+class VelocityErrors:
+    """Each latent's squared error along each direction, the mean over its tokens, and the calibration of the outputs.
+
+    The calibration is the slope of the regression of v on v^ along a direction.
+    """
+
+    squares: Float64[Tensor, "t n d"]
+    calibration: Float64[np.ndarray, "t d"]
 
 
 def unavoidable_error(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
@@ -174,7 +208,7 @@ def stationary_optimum(
 
 
 @torch.inference_mode()
-def squared_errors(
+def velocity_errors(
     denoiser: Denoiser,
     store: Latents,
     numbers: Int64[np.ndarray, " n"],
@@ -183,8 +217,8 @@ def squared_errors(
     seed: int,
     device: str,
     group: Group,
-) -> Float64[Tensor, "t n d"] | None:
-    """Return each latent's squared velocity error along each direction, the mean over its tokens, at every time.
+) -> VelocityErrors | None:
+    """Return the errors of the velocity on the path between latents and noise, at every time.
 
     The processes share the latents; the first returns the errors of all, the others None. Stopped on request.
     """
@@ -196,17 +230,21 @@ def squared_errors(
             x, labels = latents.to(device).float(), labels.to(device)
             seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
             eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
-            velocities = (denoiser.velocity(t * x + (1 - t) * eps, t, labels) for t in MEASURED_TIMES)
-            found.append((start, torch.stack([_along(velocity - (x - eps), basis) for velocity in velocities])))
+            target, errors, sums = basis.components(x - eps), [], []
+            for t in MEASURED_TIMES:
+                output = basis.components(denoiser.velocity(t * x + (1 - t) * eps, t, labels))
+                errors.append((output - target).square().mean(1).cpu())
+                moments = torch.stack((output, target, output.square(), output * target))
+                sums.append(moments.mean(2).sum(1).cpu())
+            found.append((start, torch.stack(errors), torch.stack(sums)))
             shown.show(group.add(seen, len(chosen)))
     whole = group.reduce_to_rank0(found, list.extend)
-    return None if whole is None else torch.cat([errors for _, errors in sorted(whole, key=itemgetter(0))], dim=1)
-
-
-def _along(error: Float[Tensor, "n c h w"], basis: Basis) -> Float64[Tensor, "n d"]:
-    """Return the mean over tokens of the squared components of an error along the directions, on the CPU."""
-    tokens = patch_tokens(error.double(), basis.patch_size) @ basis.vectors.to(error.device)
-    return tokens.square().view(len(error), -1, len(basis.eigenvalues)).mean(1).cpu()
+    if whole is None:
+        return None
+    _, parts, part_sums = zip(*sorted(whole, key=itemgetter(0)), strict=True)
+    output, target, square, product = (sum(part_sums) / len(numbers)).unbind(1)
+    slope = (product - output * target) / (square - output.square()).clamp_min(torch.finfo(torch.float64).tiny)
+    return VelocityErrors(torch.cat(parts, dim=1), slope.numpy())
 
 
 def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Float64[np.ndarray, "t d"], Float64[np.ndarray, "t d"]]:
@@ -216,12 +254,12 @@ def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Float64[np.ndarra
 def network_error(
     checkpoint: Checkpoint,
     identity: Mapping[str, Any],
-    squares: Float64[Tensor, "t n d"],
+    errors: VelocityErrors,
     basis: Basis,
     noise_scale: float,
 ) -> NetworkError:
     """Return the errors of one network: means over latents, and their sums over bands of directions."""
-    mean, standard_error = _mean_and_error(squares)
+    mean, standard_error = _mean_and_error(errors.squares)
     lam = basis.eigenvalues / noise_scale**2
     bands = []
     for low, high in BANDS:
@@ -238,6 +276,7 @@ def network_error(
         error=rows(mean),
         standard_error=rows(standard_error),
         bands=tuple(bands),
+        calibration=rows(errors.calibration),
     )
 
 

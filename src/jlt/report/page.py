@@ -95,11 +95,12 @@ def render(study: Study) -> str:
 def _geometry_context(study: Study) -> dict[str, Any]:
     """Return what the template shows of the geometry and of the networks' errors, None or empty without them."""
     from jlt.report.geometry_figures import geometry_figures, inside_figures
+    from jlt.report.sample_figures import sample_sentences, sample_spectrum_figures
 
     geometry, inside = study.geometry, study.inside
     errors = {
-        "inside": inside_figures(inside) if inside else [],
-        "inside_texts": inside_sentences(inside) if inside else [],
+        "inside": [*inside_figures(inside), *sample_spectrum_figures(inside)] if inside else [],
+        "inside_texts": [*inside_sentences(inside), *sample_sentences(inside)] if inside else [],
     }
     if geometry is None:
         keys = ("geometry", "spectra", "whole", "advised_training", "slider_spectra", "channels_hide", "cautions")

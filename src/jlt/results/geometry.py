@@ -269,6 +269,29 @@ class Band:
 
 
 @dataclass(frozen=True)
+class SampleSpectrum:
+    """The variance of a network's samples, and of the states on the way to them, over that of the data's own path."""
+
+    count: int
+    steps: int
+    """Of the Heun solver, without guidance."""
+    times: Values
+    spread: Table
+    """By time and direction; the row of the last time, 1, is that of the samples."""
+    by_frequency: Values
+    """Of the samples, by whole cycles per latent."""
+
+
+@dataclass(frozen=True)
+class DecoderSensitivity:
+    """The mean squared change of a pixel (-1 to 1) per unit of variance along some directions in every token."""
+
+    directions: tuple[int, ...]
+    """Indices of the eigenvalues."""
+    change: Values
+
+
+@dataclass(frozen=True)
 class NetworkError:
     """The squared velocity error of a trained network, by time and direction."""
 
@@ -284,6 +307,9 @@ class NetworkError:
     bands: tuple[Band, ...]
     ema_rebuilt: dict[str, Any] = field(default_factory=dict)
     """How a post-hoc EMA was combined."""
+    calibration: Table = ()
+    """Cov(v^, v) / Var(v^): 1 for a conditional mean, above 1 where outputs are too small, below 1 where they err."""
+    samples: SampleSpectrum | None = None
 
 
 @dataclass(frozen=True)
@@ -313,3 +339,4 @@ class ErrorByDirection(ResultFile):
     whole_estimate: Literal["exact", "stationary"]
     networks: tuple[NetworkError, ...]
     beyond_the_first: tuple[ErrorDifference, ...]
+    decoder: DecoderSensitivity | None = None

@@ -32,8 +32,8 @@ from jlt.timesteps import sampling_grid
 from jlt.training.averages import choose_name, choose_weights, require_ema
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
-OnClean = Callable[[float, Float[Tensor, "n c h w"]], None]
-"""Receives a time of the path and the clean prediction x^ there."""
+Observer = Callable[[float, Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]], None]
+"""Receives a time of the path, the state z and the clean prediction x^ there."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class LatentSampler:
         return Start(draw("image"), labels, lambda step: draw("image step", step))
 
     @torch.inference_mode()
-    def flow(self, start: Start, on_clean: OnClean | None = None) -> Float[Tensor, "n c h w"]:
-        """Carry noise to latents; `on_clean` receives x^ (eq. 4) at every time at which the velocity is evaluated.
+    def flow(self, start: Start, observe: Observer | None = None) -> Float[Tensor, "n c h w"]:
+        """Carry noise to latents; `observe` receives z and x^ (eq. 4) at every time at which the velocity is evaluated.
 
         Of two stages of a solver at one time, the one on the path itself comes last.
         """
@@ -101,8 +101,8 @@ class LatentSampler:
 
         def observed(z: Float[Tensor, "n c h w"], t: float) -> Float[Tensor, "n c h w"]:
             v = velocity(z, t)
-            if on_clean is not None:
-                on_clean(t, clean_from_velocity(v, z, t))
+            if observe is not None:
+                observe(t, z, clean_from_velocity(v, z, t))
             return v
 
         with torch.autocast(start.noise.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):

@@ -220,12 +220,12 @@ def _strip(sampler: ImageSampler, numbers: range) -> Rows:
     clean_at: dict[float, Tensor] = {}
     times = _strip_times(sampler)
 
-    def keep(t: float, clean: Float[Tensor, "n c h w"]) -> None:
+    def keep(t: float, z: Float[Tensor, "n c h w"], clean: Float[Tensor, "n c h w"]) -> None:  # noqa: ARG001
         if t in times:
             clean_at[t] = clean
 
     drawing = sampler.latent_sampler
-    latents = drawing.flow(drawing.start(numbers), on_clean=keep)
+    latents = drawing.flow(drawing.start(numbers), observe=keep)
     return _decoded(sampler, [*(clean_at[t] for t in times), latents])
 
 

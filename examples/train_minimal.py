@@ -1,7 +1,8 @@
-"""Train a transformer to predict clean digits, and generate new ones: path, network, loss, solver and nothing else.
+"""Train a transformer to predict clean digits, and generate new ones.
 
-`python examples/train_minimal.py` writes digits.png in less than a minute on a laptop's CPU. The equations are those of
-docs/notation.md. `jlt train` does the same at scale, with checkpoints, averaged weights and several processes.
+This is path, network, loss and solver, and nothing else. `python examples/train_minimal.py` writes
+digits.png in less than a minute on an idle laptop's CPU. The equations are those of docs/notation.md.
+`jlt train` does the same at scale, with checkpoints, averaged weights and several processes.
 """
 
 from pathlib import Path

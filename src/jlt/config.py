@@ -234,7 +234,7 @@ class EvaluationConfig:
     features: str = "digits"
     """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
     features_path: str = ""
-    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
+    """Weights: a file, or for dinov2 a folder or Hub id. Default: downloaded ones; squeezenet has no default."""
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class TemporaryEncoding(EncodeConfig):
     images: str = "digits"
     """Images, as for jlt encode; they are repeated up to --num."""
     autoencoder: str = "tiny"
-    """Autoencoder: flux2, kl, pixels or tiny."""
+    """Autoencoder: flux2, taef2, kl, pixels or tiny."""
     preview: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
     repair: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 

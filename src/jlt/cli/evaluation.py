@@ -111,7 +111,7 @@ class Reference(Command):
     """
 
     images: str
-    """Images: a folder of class folders, parquet or tar files, or the bundled set digits."""
+    """Images: a folder of class folders, of parquet or of tar files, or the bundled set digits."""
     out: Path
     """Statistics to write, an .npz; a .json of the same name describes them."""
     resolution: int = 256

@@ -51,8 +51,8 @@ def _outcome(ablation: Ablation, report: Path) -> Result:
 class Ablate(RecipeCommand):
     """Train and compare systems that differ only in named axes.
 
-    The axes are the options with several values; every combination is trained and evaluated. Any setting of the recipe
-    can be overridden, as in jlt train. Run the same command again to resume.
+    Trains and evaluates every combination of the values of the axes. Any setting of the recipe can be overridden, as in
+    jlt train. Run the same command again to resume.
 
     For example:
       jlt ablate digits --latents latents --out ablation --prediction x v --patch-size 1 2 --seed 0 1 2

@@ -13,9 +13,9 @@ class EncodeConfig:
     """The images, the autoencoder, and the format of the latents."""
 
     images: str
-    """Images: a folder of class folders, parquet or tar files, or the bundled set digits."""
+    """Images: a folder of class folders, of parquet or of tar files, or the bundled set digits."""
     autoencoder: str
-    """Autoencoder: flux2, taef2 (small), kl (any AutoencoderKL), pixels, or tiny (bundled, for digits)."""
+    """Autoencoder: flux2, taef2 (small, same latent space), kl (any AutoencoderKL), pixels, or tiny (for digits)."""
     autoencoder_path: str | None = None
     """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
     split: str | None = None
@@ -37,7 +37,7 @@ class EncodeConfig:
     shard_size: int = 8192
     """Images per file; an interrupted encoding repeats at most the file that it was writing."""
     flips: bool = True
-    """Mirrored images are stored too; --no-flips leaves them out."""
+    """Mirrored images are stored too, unless --no-flips is given."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the stored latents."""
     on_bad_image: Literal["stop", "skip"] = "stop"

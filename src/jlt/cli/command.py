@@ -59,7 +59,7 @@ class FeatureOptions:
     features: str = "digits"
     """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
     features_path: Path | None = None
-    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
+    """Weights: a file (inception; required for squeezenet), a folder or Hub id (dinov2). Default: downloaded ones."""
 
     def load(self, device: str) -> FeatureExtractor:
         """Load the extractor onto a device; JLTError for an unknown name and for weights that are missing."""

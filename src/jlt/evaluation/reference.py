@@ -260,10 +260,9 @@ def reference_statistics(
     parts = group.gather((pooled, spatial, rows))
 
     def merged() -> Reference:
-        pooled, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(extractor.spatial_dimension)
-        rows: dict[int, Float32[np.ndarray, " d"]] = {}
         # In the order of ranks.
-        for part_pooled, part_spatial, part_rows in parts:
+        (pooled, spatial, rows), *others = parts
+        for part_pooled, part_spatial, part_rows in others:
             pooled.merge(part_pooled)
             spatial.merge(part_spatial)
             rows |= part_rows

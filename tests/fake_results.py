@@ -38,10 +38,10 @@ LATENTS = {
 
 
 class GaussianStore:
-    """Given latents, or smooth ones of 16 channels whose spectrum falls over four decades."""
+    """Given latents, or smooth ones of 16 channels whose spectrum falls over four decades; labels repeat."""
 
-    def __init__(self, latents: Tensor | None = None) -> None:
-        self.latents = self._smooth() if latents is None else latents
+    def __init__(self, latents: Tensor | None = None, classes: int = 10) -> None:
+        self.latents, self.classes = self._smooth() if latents is None else latents, classes
 
     def _smooth(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -53,13 +53,13 @@ class GaussianStore:
 
     @property
     def shape(self) -> LatentShape:
-        return LatentShape(*self.latents.shape[1:], 10)
+        return LatentShape(*self.latents.shape[1:], self.classes)
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.latents[indices], torch.from_numpy(indices % 10)
+        return self.latents[indices], torch.from_numpy(indices % self.classes)
 
     def identity(self) -> dict[str, Any]:
         return LATENTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,20 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def png(value: int) -> bytes:
+    """A small grey image."""
+    return encoded(Image.new("L", (2, 2), value), "PNG")
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, mtime: float = 0) -> Path:
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), mtime
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
 def jpeg(image: Image.Image, **options: object) -> bytes:
     # Without subsampling colours keep to their half.
     return encoded(image, "JPEG", quality=95, subsampling=0, **options)
@@ -93,10 +108,7 @@ def zoo() -> dict[str, tuple[bytes, Expectation]]:
         "odd/palette_clear_colours.png": (encoded(palette(transparency=b"\x00\x80"), "PNG"), exact),
         "odd/palette_clear_index.png": (encoded(palette(transparency=1), "PNG"), exact),
         "odd/png_called.jpg": (encoded(rgb, "PNG"), exact),
-        "odd/rotated.jpg": (
-            jpeg(rgb, exif=rotated),
-            Expectation(colour, 4, upright=np.rot90(colour, -1)),
-        ),
+        "odd/rotated.jpg": (jpeg(rgb, exif=rotated), Expectation(colour, 4, upright=np.rot90(colour, -1))),
         "bad/empty.jpg": (b"", Expectation(reason="holds no bytes")),
         "bad/float.tif": (encoded(Image.new("F", (64, 32)), "TIFF"), Expectation(reason="floating-point")),
         "bad/text.jpg": (b"<html>404 Not Found</html>", Expectation(reason="no image format")),

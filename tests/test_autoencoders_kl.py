@@ -1,4 +1,4 @@
-"""AutoencoderKL against diffusers' own calls; what loading refuses; samples of the posterior; half precision."""
+"""AutoencoderKL against diffusers' own calls; what loading refuses, of both classes; samples; half precision."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import SMALL_KL, Trap, save_kl, some_images
 from safetensors.torch import load_file, save_file
 
 from jlt.autoencoders.contract import Autoencoder
@@ -15,44 +16,17 @@ from jlt.autoencoders.load import load_autoencoder
 from jlt.autoencoders.pretrained import WEIGHTS_FILE
 from jlt.errors import JLTError, UsageError
 
-SMALL = {
-    "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "block_out_channels": (8, 8, 16),
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-}
 # The configurations of Stable Diffusion 1, SDXL-like models with their own statistics, and FLUX.1.
 STABLE_DIFFUSION = {"scaling_factor": 0.18215}
-STATISTICS = {
-    "scaling_factor": 0.5,
-    "latents_mean": (-1.6, 1.1, -2.9, 0.3),
-    "latents_std": (8.4, 5.9, 5.2, 3.7),
-}
+STATISTICS = {"scaling_factor": 0.5, "latents_mean": (-1.6, 1.1, -2.9, 0.3), "latents_std": (8.4, 5.9, 5.2, 3.7)}
 FLUX1 = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
 # The shift is not used where there are statistics, as in diffusers' SDXL pipelines.
 BOTH = {**STATISTICS, "shift_factor": 0.7}
 
 
-def save_model(folder: Path, **config):
-    """Save an AutoencoderKL of random weights whose posterior is neither narrow nor wide; return it."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(**SMALL, **config).eval()
-    # The last convolution of the encoder gives means and log variances; as initialised, all of them are near 0.
-    vae.encoder.conv_out.weight.data *= 3
-    vae.save_pretrained(folder)
-    return vae
-
-
-def some_images(count=3, height=16, width=24):
-    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    save_model(tmp_path / "model", **STABLE_DIFFUSION)
+    save_kl(tmp_path / "model", **STABLE_DIFFUSION)
     return tmp_path / "model"
 
 
@@ -67,7 +41,7 @@ def explicit_latent(z, config):
 @pytest.mark.parametrize("subfolder", ["", "vae"])
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, STATISTICS, FLUX1, BOTH], ids=["sd", "stats", "flux1", "both"])
 def test_encoding_is_the_mode_scaled_as_the_pipelines_of_diffusers_do(config, subfolder, tmp_path):
-    vae = save_model(tmp_path / subfolder, **config)
+    vae = save_kl(tmp_path / subfolder, **config)
     autoencoder = load_autoencoder("kl", str(tmp_path))
     images = some_images()
     with torch.no_grad():
@@ -80,7 +54,7 @@ def test_encoding_is_the_mode_scaled_as_the_pipelines_of_diffusers_do(config, su
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, STATISTICS, FLUX1, BOTH], ids=["sd", "stats", "flux1", "both"])
 def test_decoding_inverts_the_scaling(config, tmp_path):
-    vae = save_model(tmp_path, **config)
+    vae = save_kl(tmp_path, **config)
     autoencoder = load_autoencoder("kl", str(tmp_path))
     z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(2)) * 3
     with torch.no_grad():
@@ -93,7 +67,7 @@ def test_decoding_inverts_the_scaling(config, tmp_path):
 
 def test_identity_contains_everything_that_decides_the_latents(tmp_path):
     def identity(posterior="mode", **config):
-        save_model(tmp_path / "model", **config)
+        save_kl(tmp_path / "model", **config)
         return load_autoencoder("kl", str(tmp_path / "model"), posterior=posterior).identity()
 
     plain = identity(**STABLE_DIFFUSION)
@@ -120,7 +94,7 @@ def test_a_folder_has_one_source_however_it_is_written(folder, monkeypatch):
 
 def test_weights_under_the_attention_names_of_older_files_are_read(tmp_path):
     """Stable Diffusion's first autoencoders, sd-vae-ft-mse among them, have these names."""
-    vae = save_model(tmp_path, **STABLE_DIFFUSION)
+    vae = save_kl(tmp_path, **STABLE_DIFFUSION)
     before = load_autoencoder("kl", str(tmp_path)).identity()["weights_sha256"]
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     pattern = re.compile(r"\b(to_q|to_k|to_v|to_out\.0)\b")
@@ -144,7 +118,7 @@ def test_arguments_that_do_not_fit_the_name(folder):
 def test_another_class_is_refused_in_both_directions(folder, tmp_path):
     from diffusers import AutoencoderKLFlux2
 
-    AutoencoderKLFlux2(**SMALL).save_pretrained(tmp_path / "flux2")
+    AutoencoderKLFlux2(**SMALL_KL).save_pretrained(tmp_path / "flux2")
     with pytest.raises(JLTError, match="class AutoencoderKLFlux2, not AutoencoderKL:"):
         load_autoencoder("kl", str(tmp_path / "flux2"))
     with pytest.raises(JLTError, match="class AutoencoderKL, not AutoencoderKLFlux2:"):
@@ -160,21 +134,43 @@ def edit_config(folder: Path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("lost", ["encoder.conv_in.weight", "decoder.mid_block.attentions.0.to_q.bias"])
-def test_a_missing_weight_is_refused_and_not_filled_with_random_numbers(folder, lost):
+@pytest.fixture(params=["kl", "flux2"])
+def either(request, folder, tmp_path) -> tuple[str, Path]:
+    """The name and the folder of an autoencoder of each class."""
+    if request.param == "flux2":
+        from diffusers import AutoencoderKLFlux2
+
+        folder = tmp_path / "flux2"
+        AutoencoderKLFlux2(**SMALL_KL).save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize(
+    ("either", "lost"),
+    [
+        ("kl", "encoder.conv_in.weight"),
+        ("kl", "decoder.mid_block.attentions.0.to_q.bias"),
+        ("flux2", "decoder.conv_in.weight"),
+        ("flux2", "bn.running_var"),
+    ],
+    indirect=["either"],
+)
+def test_a_missing_weight_is_refused_and_not_filled_with_random_numbers(either, lost):
+    name, folder = either
     weights = load_file(folder / WEIGHTS_FILE)
     del weights[lost]
     save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
     with pytest.raises(JLTError, match=re.escape(lost)):
-        load_autoencoder("kl", str(folder))
+        load_autoencoder(name, str(folder))
 
 
 @pytest.mark.parametrize("kept", [-1000, 100, 0])
-def test_truncated_weights_are_refused(folder, kept):
+def test_truncated_weights_are_refused(either, kept):
+    name, folder = either
     weights = folder / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:kept])
     with pytest.raises(JLTError, match="could not be loaded"):
-        load_autoencoder("kl", str(folder))
+        load_autoencoder(name, str(folder))
 
 
 def test_a_damaged_configuration_is_refused(folder):
@@ -204,23 +200,14 @@ def test_a_damaged_configuration_is_refused(folder):
 
 
 def test_an_autoencoder_of_other_images_is_refused(tmp_path):
-    save_model(tmp_path, in_channels=4)
+    save_kl(tmp_path, in_channels=4)
     with pytest.raises(JLTError, match="images of 4 channels"):
         load_autoencoder("kl", str(tmp_path))
 
 
-class Trap:
-    """A pickle that creates a file when it is opened."""
-
-    def __init__(self, sprung: Path) -> None:
-        self.sprung = sprung
-
-    def __reduce__(self):
-        return (Path.touch, (self.sprung,))
-
-
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", WEIGHTS_FILE, "index"])
-def test_a_pickle_is_refused_without_running_it(folder, name):
+def test_a_pickle_is_refused_without_running_it(either, name):
+    kind, folder = either
     sprung = folder / "sprung"
     (folder / WEIGHTS_FILE).unlink()
     if name == "index":
@@ -230,7 +217,7 @@ def test_a_pickle_is_refused_without_running_it(folder, name):
         name = "weights.bin"
     (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(JLTError, match="could not be loaded"):
-        load_autoencoder("kl", str(folder))
+        load_autoencoder(kind, str(folder))
     assert not sprung.exists()
     pickle.loads(pickle.dumps(Trap(sprung)))
     assert sprung.exists(), "the trap works"
@@ -250,7 +237,7 @@ def test_weights_in_a_pickle_are_not_read_even_if_they_are_right(folder):
 @pytest.mark.parametrize("subfolder", ["", "vae"])
 def test_a_hub_id_holds_the_model_in_itself_or_under_vae(subfolder, tmp_path, monkeypatch):
     repository = tmp_path / "models--someone--something"
-    vae = save_model(repository / "snapshots" / ("a" * 40) / subfolder, **STABLE_DIFFUSION)
+    vae = save_kl(repository / "snapshots" / ("a" * 40) / subfolder, **STABLE_DIFFUSION)
     if subfolder:
         (repository / "snapshots" / ("a" * 40) / "model_index.json").write_text("{}")
     (repository / "refs").mkdir()
@@ -270,7 +257,7 @@ def test_a_hub_id_holds_the_model_in_itself_or_under_vae(subfolder, tmp_path, mo
 
 @pytest.fixture
 def sampling(tmp_path) -> Autoencoder:
-    save_model(tmp_path / "model", **FLUX1)
+    save_kl(tmp_path / "model", **FLUX1)
     return load_autoencoder("kl", str(tmp_path / "model"), posterior="sample")
 
 
@@ -352,7 +339,7 @@ def test_under_autocast_latents_stay_float32_and_close(name, folder):
 
 def test_autocast_ends_before_the_normalisation(tmp_path):
     """Subtracting a mean of 1000 from values near it leaves nothing of them in bfloat16, whose steps are 4 there."""
-    vae = save_model(tmp_path, latents_mean=(1000.0,) * 4, latents_std=(0.25,) * 4, scaling_factor=1.0)
+    vae = save_kl(tmp_path, latents_mean=(1000.0,) * 4, latents_std=(0.25,) * 4, scaling_factor=1.0)
     autoencoder = load_autoencoder("kl", str(tmp_path), posterior="sample")
     images = some_images(2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_helpers import file_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -56,12 +57,8 @@ def save_set(folder: Path, **changes: Any) -> list[Arrays]:
     return tensors
 
 
-def join_group(tensors: list[Arrays], name: str) -> np.ndarray:
+def joined(tensors: list[Arrays], name: str) -> np.ndarray:
     return np.concatenate([shard[name] for shard in tensors])
-
-
-def file_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(("dtype", "flips"), [("float16", True), ("float32", False)])
@@ -76,24 +73,24 @@ def test_an_adopted_store_reads_as_what_was_saved(tmp_path: Path, dtype: str, fl
     assert store.manifest == manifest == read_manifest(tmp_path)
     order = np.random.default_rng(0).permutation(16)
     latents, labels = store.gather(order)
-    np.testing.assert_array_equal(latents.numpy(), join_group(tensors, "latents")[order])
-    np.testing.assert_array_equal(labels.numpy(), join_group(tensors, "labels")[order])
+    np.testing.assert_array_equal(latents.numpy(), joined(tensors, "latents")[order])
+    np.testing.assert_array_equal(labels.numpy(), joined(tensors, "labels")[order])
     if flips:
         flipped, _ = store.gather(order, np.ones(16, dtype=bool))
-        np.testing.assert_array_equal(flipped.numpy(), join_group(tensors, "latents_flip")[order])
+        np.testing.assert_array_equal(flipped.numpy(), joined(tensors, "latents_flip")[order])
 
 
 def test_the_manifest_says_what_the_files_hold(tmp_path: Path) -> None:
     tensors = save_set(tmp_path)
     manifest = adopt(tmp_path)
-    values = np.concatenate([join_group(tensors, name) for name in ("latents", "latents_flip")]).astype(np.float64)
+    values = np.concatenate([joined(tensors, name) for name in ("latents", "latents_flip")]).astype(np.float64)
     np.testing.assert_allclose(manifest.mean, values.mean(), rtol=1e-12)
     np.testing.assert_allclose(manifest.std, values.std(), rtol=1e-12)
     np.testing.assert_allclose(manifest.channel_mean, values.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(manifest.channel_std, values.std((0, 2, 3)), rtol=1e-9)
     assert (manifest.minimum, manifest.maximum) == (values.min(), values.max())
     assert (manifest.count, manifest.flips, manifest.dtype, manifest.resolution) == (16, True, "float16", 32)
-    assert manifest.class_names == tuple("0123456"[: 1 + join_group(tensors, "labels").max()])
+    assert manifest.class_names == tuple("0123456"[: 1 + joined(tensors, "labels").max()])
     assert manifest.encoding is None
     assert manifest.source == {"kind": "adopted", "count": 16}
     assert manifest.autoencoder == {
@@ -223,7 +220,7 @@ def test_repeated_latents_are_counted_and_kept(tmp_path: Path, capsys: pytest.Ca
     assert "2 of 19 latents are exact copies of others" in capsys.readouterr().err
 
 
-def set_of(change: Callable[[Arrays], None], **options: Any) -> Arrays:
+def set_of(change: Callable[[Arrays], object], **options: Any) -> Arrays:
     tensors = arrays(3, 7, **options)
     change(tensors)
     return tensors
@@ -241,37 +238,17 @@ def negative(tensors: Arrays) -> None:
     tensors["labels"][1] = -1
 
 
-def flat_labels(tensors: Arrays) -> None:
-    tensors["labels"] = tensors["labels"][:, None]
-
-
-def no_labels(tensors: Arrays) -> None:
-    del tensors["labels"]
-
-
-def short_flips(tensors: Arrays) -> None:
-    tensors["latents_flip"] = tensors["latents_flip"][:2]
-
-
-def float_labels(tensors: Arrays) -> None:
-    tensors["labels"] = tensors["labels"].astype(np.float32)
-
-
-def nothing(tensors: Arrays) -> None:
-    tensors |= {name: values[:0] for name, values in tensors.items()}
-
-
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
         (set_of(nan), r"latents_flip that are not finite, row 2 first"),
         (set_of(infinite), r"latents that are not finite, row 1 first"),
         (set_of(negative), r"labels from -1 to .*count from 0"),
-        (set_of(flat_labels), r"labels as I64 \(3, 1\)"),
-        (set_of(float_labels), r"labels as F32"),
-        (set_of(no_labels), r"holds no labels"),
-        (set_of(short_flips), r"different shapes"),
-        (set_of(nothing), r"shape \(0, 128, 2, 2\)"),
+        (set_of(lambda found: found.update(labels=found["labels"][:, None])), r"labels as I64 \(3, 1\)"),
+        (set_of(lambda found: found.update(labels=found["labels"].astype(np.float32))), r"labels as F32"),
+        (set_of(lambda found: found.pop("labels")), r"holds no labels"),
+        (set_of(lambda found: found.update(latents_flip=found["latents_flip"][:2])), r"different shapes"),
+        (set_of(lambda found: found.update({n: values[:0] for n, values in found.items()})), r"shape \(0, 128, 2, 2\)"),
         (set_of(lambda _: None, dtype="float64"), r"in F64: convert it first, to float16 or float32"),
         (set_of(lambda _: None, dtype="float32"), r"float32 latents.*but .*shard000.* float16 latents"),
         (set_of(lambda _: None, flips=False), r"without flips.*with flips"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import random
 import shutil
 import signal
@@ -14,15 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from data_helpers import (
-    CONFIG,
-    NoiseSource,
-    PatchAutoencoder,
-    expected_latents,
-    file_bytes,
-    make_store,
-    noise_image,
-)
+from data_helpers import CONFIG, NoiseSource, PatchAutoencoder, expected_latents, file_bytes, make_store, noise_image
 from image_zoo import write_zoo
 from noise_source import LethalSource
 from PIL import Image
@@ -108,8 +100,23 @@ class Stopped(Exception):
     """Any event that ends the process at a chosen point."""
 
 
-def stop(*args: object) -> None:
-    raise Stopped
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    owner: object = encode_module,
+    name: str = "write_manifest",
+    source: NoiseSource | None = None,
+    config: EncodeConfig = CONFIG,
+) -> None:
+    """Encode until a function is called, by default the one that completes the store."""
+
+    def stop(*args: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(Stopped):
+            encode_source(source or NoiseSource(COUNT), PatchAutoencoder(), config, folder)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +151,7 @@ def test_resuming_keeps_intact_shards_and_makes_the_others_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
-    with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "write_manifest", stop)
-        with pytest.raises(Stopped):
-            make_store(folder)
+    interrupt(monkeypatch, folder)
     with pytest.raises(JLTError, match="unfinished"):
         LatentStore.open(folder)
     damaged, lost = folder / "shard-00001.safetensors", folder / "shard-00002.safetensors"
@@ -205,10 +209,7 @@ def test_different_arguments_on_the_same_folder_are_refused_with_the_difference(
 ) -> None:
     for finished in (True, False):
         folder = tmp_path / str(finished)
-        with monkeypatch.context() as patch, contextlib.nullcontext() if finished else pytest.raises(Stopped):
-            if not finished:
-                patch.setattr(encode_module, "write_manifest", stop)
-            make_store(folder)
+        make_store(folder) if finished else interrupt(monkeypatch, folder)
         before = file_bytes(folder)
         with pytest.raises(JLTError, match=r"dtype: 'float32' -> 'float16'; encoding.batch_size: 4 -> 8\)"):
             make_store(folder, dtype="float16", batch_size=8)
@@ -232,13 +233,12 @@ def test_foreign_content_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_two_encodings_into_one_folder(tmp_path: Path) -> None:
-    class Second(PatchAutoencoder):
-        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
-            with pytest.raises(JLTError, match="Another process"):
-                make_store(tmp_path / "store")
-            return super().encode(images)
+    def encode_again(latents: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(JLTError, match="Another process"):
+            make_store(tmp_path / "store")
+        return latents
 
-    encode_source(NoiseSource(COUNT), Second(), CONFIG, tmp_path / "store")
+    encode_source(NoiseSource(COUNT), PatchAutoencoder(change=encode_again), CONFIG, tmp_path / "store")
     assert verify_store(tmp_path / "store") == []
 
 
@@ -261,19 +261,16 @@ def test_only_a_codec_without_normalisation_is_exempt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e5, "float16")])
 def test_latents_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float, dtype: str) -> None:
-    class Broken(PatchAutoencoder):
-        batches = 0
+    batches = itertools.count(1)
 
-        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
-            self.batches += 1
-            latents = super().encode(images)
-            if self.batches == 2:
-                latents[1, 5, 0, 0] = value
-            return latents
+    def break_second(latents: torch.Tensor) -> torch.Tensor:
+        if next(batches) == 2:
+            latents[1, 5, 0, 0] = value
+        return latents
 
     config = dataclasses.replace(CONFIG, flips=False, dtype=dtype)
     with pytest.raises(JLTError, match=rf"noise/5.png are not finite in {dtype}: 1 of 192 values"):
-        encode_source(NoiseSource(COUNT), Broken(), config, tmp_path / "store")
+        encode_source(NoiseSource(COUNT), PatchAutoencoder(change=break_second), config, tmp_path / "store")
 
 
 def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -307,19 +304,13 @@ def test_shards_hold_where_their_latents_come_from(tmp_path: Path) -> None:
 
 
 def test_the_first_of_many_shards_is_judged_before_the_rest_is_made(tmp_path: Path) -> None:
-    class Counting(PatchAutoencoder):
-        images = 0
-
-        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
-            self.images += len(images)
-            return super().encode(images)
-
-    autoencoder = Counting(scale=0.4, delay=0.01)
+    batches: list[int] = []
+    autoencoder = PatchAutoencoder(0.4, delay=0.01, change=lambda latents: (batches.append(len(latents)), latents)[1])
     config = dataclasses.replace(CONFIG, batch_size=64, shard_size=256, flips=False)
     with pytest.raises(JLTError, match="not normalised"):
         encode_source(NoiseSource(6000), autoencoder, config, tmp_path / "store")
     # All latents would fit into the queue, and yet the failure of the writer is noticed at once.
-    assert autoencoder.images < 1500
+    assert sum(batches) < 1500
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -359,10 +350,7 @@ def test_an_encoding_that_stopped_at_a_bad_image_resumes_without_it(tmp_path: Pa
 def test_skipped_images_are_reported_when_an_encoding_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = NoiseSource(COUNT, [3])
     skipping = dataclasses.replace(CONFIG, on_bad_image="skip")
-    with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "write_manifest", stop)
-        with pytest.raises(Stopped):
-            encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
+    interrupt(monkeypatch, tmp_path / "store", source=source, config=skipping)
     with pytest.raises(JLTError, match=r"earlier attempt skipped noise/3.png"):
         encode_source(source, PatchAutoencoder(), CONFIG, tmp_path / "store")
     encode_source(source, PatchAutoencoder(), skipping, tmp_path / "store")
@@ -440,18 +428,15 @@ def test_a_damaged_store_is_repaired_in_place(tmp_path: Path, whole: dict[str, b
 
 
 def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path: Path) -> None:
-    class Drifted(PatchAutoencoder):
-        def encode(self, images: torch.Tensor, noise_seeds: object = None) -> torch.Tensor:
-            return super().encode(images) * (1 + 2**-20)
-
     folder = tmp_path / "store"
     make_store(folder)
     damaged = folder / "shard-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     before = file_bytes(folder)
     config = dataclasses.replace(CONFIG, repair=True)
+    drifted = PatchAutoencoder(change=lambda latents: latents * (1 + 2**-20))
     with pytest.raises(JLTError, match=r"shard-00001.safetensors is left as it is.*new folder"):
-        encode_source(NoiseSource(COUNT), Drifted(), config, folder)
+        encode_source(NoiseSource(COUNT), drifted, config, folder)
     after = file_bytes(folder)
     after.pop(".encoding/.lock")
     assert after == before
@@ -511,10 +496,7 @@ def test_the_manifest_names_device_and_versions(tmp_path: Path) -> None:
 
 
 def test_a_store_resumed_on_another_machine_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "write_manifest", stop)
-        with pytest.raises(Stopped):
-            make_store(tmp_path / "store")
+    interrupt(monkeypatch, tmp_path / "store")
     (tmp_path / "store" / "shard-00002.safetensors").unlink()
     elsewhere = {"device": "another", "torch": "0", "pillow": "0"}
     with monkeypatch.context() as patch:
@@ -526,10 +508,7 @@ def test_a_store_resumed_on_another_machine_names_both(tmp_path: Path, monkeypat
 
 def test_a_shard_of_abandoned_arguments_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is killed between renaming a shard and saving its facts; then the arguments change."""
-    with monkeypatch.context() as patch:
-        patch.setattr(job_module.EncodingJob, "save_facts", stop)
-        with pytest.raises(Stopped):
-            make_store(tmp_path / "store")
+    interrupt(monkeypatch, tmp_path / "store", job_module.EncodingJob, "save_facts")
     stray = tmp_path / "store" / "shard-00003.safetensors"
     stray.write_bytes((tmp_path / "store" / "shard-00000.safetensors").read_bytes())
     make_store(tmp_path / "store", shard_size=COUNT)

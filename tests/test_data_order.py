@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlt.latents.order import SampleOrder
+from jlt.latents.loader import SampleOrder
 
 SIZES = st.integers(1, 300)
 SEEDS = st.integers(0, 2**64 - 1)

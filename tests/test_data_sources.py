@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_zoo import assert_is_zoo, write_zoo
+from image_zoo import assert_is_zoo, encoded, png, write_tar, write_zoo
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -89,14 +87,13 @@ def test_every_kind_of_image_is_read_and_cropped(tmp_path: Path) -> None:
 
 
 def test_files_that_do_not_decode_are_named(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, "JPEG")
+    whole = encoded(Image.fromarray(noise), "JPEG")
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.png").write_text("not an image")
-    (folder / "truncated.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "vanished.jpg").symlink_to(tmp_path / "nowhere")
     source = ClassFolders(tmp_path)
     assert len(source) == 4
@@ -234,21 +231,11 @@ def test_the_split_and_names_of_a_source_are_part_of_its_identity(tmp_path: Path
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\n")
     for split in ("train", "test"):
-        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:
-            for name, content in (("1.png", png(9)), ("1.cls", b"1")):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+        write_tar(tmp_path / f"{split}-000.tar", [("1.png", png(9)), ("1.cls", b"1")])
     source = open_source(str(tmp_path), "test", str(names))
     identity = json.loads(json.dumps(source.identity()))
     assert (identity["split"], identity["class_names"]) == ("test", str(names))
     assert reopen_source(identity).class_names == ("cat", "dog")
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (4, 4), value).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_selected_images_are_those_of_their_positions() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_zoo import assert_is_zoo, encoded, zoo
+from image_zoo import assert_is_zoo, encoded, png, zoo
 from PIL import Image
 
 from jlt.errors import JLTError, UsageError
@@ -23,10 +23,6 @@ from jlt.images.registry import open_source
 from jlt.images.source import BadImageError, ImageSource
 
 HUB_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def png(value: int) -> bytes:
-    return encoded(Image.new("L", (2, 2), value), "PNG")
 
 
 def write(
@@ -68,16 +64,10 @@ def test_every_kind_of_image_of_the_zoo(tmp_path: Path) -> None:
 
 
 def test_a_clone_of_a_hub_repository(tmp_path: Path) -> None:
-    data = tmp_path / "imagenet-1k" / "data"
-    write(data / "train-00000-of-00002.parquet", rows(range(7)), [0, 1, 0, 1, 2, 0, 0], ["tench", "shark", "hen"])
-    write(
-        data / "train-00001-of-00002.parquet",
-        rows(range(7, 12)),
-        [2] * 5,
-        ["tench", "shark", "hen"],
-        row_group_size=2,
-    )
-    write(data / "test-00000-of-00001.parquet", rows(range(3)), [-1] * 3, ["tench", "shark", "hen"])
+    data, names = tmp_path / "imagenet-1k" / "data", ["tench", "shark", "hen"]
+    write(data / "train-00000-of-00002.parquet", rows(range(7)), [0, 1, 0, 1, 2, 0, 0], names)
+    write(data / "train-00001-of-00002.parquet", rows(range(7, 12)), [2] * 5, names, row_group_size=2)
+    write(data / "test-00000-of-00001.parquet", rows(range(3)), [-1] * 3, names)
     (tmp_path / "imagenet-1k" / "README.md").touch()
     spec = str(tmp_path / "imagenet-1k")
     with pytest.raises(UsageError, match=r"test \(1 files\), train \(2 files\)"):
@@ -142,14 +132,10 @@ def test_a_plain_column_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
         source[2]
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        pa.array(["pear", "fig", "pear", "apple"]),
-        pa.array(["pear", "fig", "pear", "apple"], type=pa.large_string()),
-        pa.array(["pear", "fig", "pear", "apple"]).dictionary_encode(),
-    ],
-)
+FRUIT = pa.array(["pear", "fig", "pear", "apple"])
+
+
+@pytest.mark.parametrize("labels", [FRUIT, FRUIT.cast(pa.large_string()), FRUIT.dictionary_encode()])
 def test_names_as_labels_are_sorted_over_all_files(tmp_path: Path, labels: pa.Array) -> None:
     files = [
         write(tmp_path / "0.parquet", rows(range(4)), labels),

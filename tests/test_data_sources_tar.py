@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import pickle
@@ -12,26 +11,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from image_zoo import assert_is_zoo, encoded, zoo
+from image_zoo import assert_is_zoo, encoded, png, write_tar, zoo
 from PIL import Image
 
 from jlt.errors import JLTError, UsageError
 from jlt.images.registry import open_source
 from jlt.images.source import BadImageError
 from jlt.images.tar import TarShards
-
-
-def png(value: int) -> bytes:
-    return encoded(Image.new("L", (2, 2), value), "PNG")
-
-
-def write(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, mtime: float = 0) -> Path:
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), mtime
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def samples(*keys: tuple[str, int, object]) -> list[tuple[str, bytes]]:
@@ -58,8 +44,8 @@ def test_every_kind_of_image_of_the_zoo(tmp_path: Path) -> None:
     for name in names:
         key = name.partition(".")[0]
         members += [(name, zoo()[name][0]), (f"{key}.json", json.dumps({"label": name.partition("/")[0]}).encode())]
-    write(tmp_path / "zoo-0.tar", members[:20])
-    write(tmp_path / "zoo-1.tar", members[20:])
+    write_tar(tmp_path / "zoo-0.tar", members[:20])
+    write_tar(tmp_path / "zoo-1.tar", members[20:])
     source = open_source(str(tmp_path))
     assert source.class_names == ("bad", "common", "odd")
     assert_is_zoo(source, names)
@@ -81,7 +67,7 @@ LONGER = "folder_" * 50 + "/" + "ü" * 90  # beyond ustar
 )
 def test_all_formats_of_python_are_read(tmp_path: Path, form: int, mtime: float, long: str) -> None:
     members = samples(("a", 10, 0), (long, 20, 1), ("b.folder/c", 30, 2), ("ü", 40, 0))
-    source = opened(write(tmp_path / "x.tar", members, form, mtime))
+    source = opened(write_tar(tmp_path / "x.tar", members, form, mtime))
     assert content(source) == [(10, "0"), (20, "1"), (30, "2"), (40, "0")]
     described = ["a.png", f"{long}.png", "b.folder/c.png", "ü.png"]
     assert [source.describe(index) for index in range(4)] == [f"x.tar member {name}" for name in described]
@@ -134,7 +120,7 @@ def test_samples_with_more_members_than_are_needed(tmp_path: Path) -> None:
     members = [("__info__.json", b"{}"), (".DS_Store", b"?"), ("README", b"no dot"), ("a.txt", b"a caption")]
     members += [("a.json", b'{"caption": "x", "label": 7}'), ("a.PNG", png(1)), ("a.cls", b"0\n"), ("a.emb.npy", b"?")]
     members += [("b.cls", b" 1 "), ("b.seg.webp", encoded(Image.new("L", (2, 2), 2), "WEBP", lossless=True))]
-    source = opened(write(tmp_path / "x.tar", members))
+    source = opened(write_tar(tmp_path / "x.tar", members))
     # The label of .cls, which is the format's own, is taken before that of .json.
     assert [source[index][1] for index in range(2)] == [0, 1]
 
@@ -144,7 +130,7 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
         members = []
         for number, field in enumerate(fields):
             members += [(f"{number}.png", png(0)), (f"{number}.json", json.dumps(field).encode())]
-        path = write(tmp_path / "x.tar", members)
+        path = write_tar(tmp_path / "x.tar", members)
         source = TarShards(path, [path], class_names)
         return [source[index][1] for index in range(len(source))], list(source.class_names)
 
@@ -190,7 +176,7 @@ def test_labels_and_names_in_json(tmp_path: Path) -> None:
 )
 def test_invalid_samples_are_refused_by_name(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
     with pytest.raises(JLTError, match=reason):
-        opened(write(tmp_path / "x.tar", members))
+        opened(write_tar(tmp_path / "x.tar", members))
 
 
 def test_links_are_refused(tmp_path: Path) -> None:
@@ -203,7 +189,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tar_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = write(tmp_path / "x.tar", samples(("a", 1, 0), ("b", 2, 1))).read_bytes()
+    whole = write_tar(tmp_path / "x.tar", samples(("a", 1, 0), ("b", 2, 1))).read_bytes()
     end = whole.rstrip(b"\0")
     last = -(-len(end) // 512) * 512  # where the two blocks of zeros that end the archive begin
     for length in [*range(0, last, 128), last]:
@@ -215,7 +201,7 @@ def test_a_tar_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.tar", samples(("a", 1, 0), ("b", 2, 1)))
+    path = write_tar(tmp_path / "x.tar", samples(("a", 1, 0), ("b", 2, 1)))
     whole = path.read_bytes()
     path.write_bytes(whole + whole)
     with pytest.raises(JLTError, match="x.tar continues after its end"):
@@ -238,9 +224,9 @@ def test_damage_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_are_in_the_order_of_their_names_and_splits_are_chosen(tmp_path: Path) -> None:
-    write(tmp_path / "imagenet1k-train-0001.tar", samples(("c", 3, 0)))
-    write(tmp_path / "imagenet1k-train-0000.tar", samples(("b", 1, 1), ("a", 2, 0)))
-    write(tmp_path / "imagenet1k-validation-00.tar", samples(("d", 4, 0)))
+    write_tar(tmp_path / "imagenet1k-train-0001.tar", samples(("c", 3, 0)))
+    write_tar(tmp_path / "imagenet1k-train-0000.tar", samples(("b", 1, 1), ("a", 2, 0)))
+    write_tar(tmp_path / "imagenet1k-validation-00.tar", samples(("d", 4, 0)))
     source = open_source(str(tmp_path), split="imagenet1k-train")
     assert content(source) == [(1, "1"), (2, "0"), (3, "0")]
     with pytest.raises(UsageError, match=r"imagenet1k-train \(2 files\), imagenet1k-validation \(1 files\)"):
@@ -256,7 +242,7 @@ def test_files_are_in_the_order_of_their_names_and_splits_are_chosen(tmp_path: P
 
 def test_identity_follows_members_and_labels(tmp_path: Path) -> None:
     def identity(*keys: tuple[str, int, object], name: str = "x.tar") -> str:
-        return json.dumps(opened(write(tmp_path / name, samples(*keys))).identity())
+        return json.dumps(opened(write_tar(tmp_path / name, samples(*keys))).identity())
 
     first = identity(("a", 1, 0), ("b", 2, 1))
     assert identity(("a", 1, 0), ("b", 2, 1)) == first
@@ -270,7 +256,7 @@ def _read_in_worker(source: TarShards) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_processes_read_from_a_source_that_was_read_from(tmp_path: Path, method: str) -> None:
-    source = opened(write(tmp_path / "x.tar", samples(*((f"{n}", n, 0) for n in range(50)))))
+    source = opened(write_tar(tmp_path / "x.tar", samples(*((f"{n}", n, 0) for n in range(50)))))
     expected = [(n, "0") for n in range(50)]
     assert content(source) == expected
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -281,11 +267,7 @@ def test_worker_processes_read_from_a_source_that_was_read_from(tmp_path: Path, 
 
 
 def test_a_size_below_zero_is_damage_and_no_endless_loop(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        entry = tarfile.TarInfo("1.png")
-        entry.size = 3
-        tar.addfile(entry, io.BytesIO(b"abc"))
+    path = write_tar(tmp_path / "a.tar", [("1.png", b"abc")])
     content = bytearray(path.read_bytes())
     content[124:136] = b"-0000001000\0"
     content[148:156] = b" " * 8

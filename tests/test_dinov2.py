@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import generator, random_images
 from PIL import Image
 
 from jlt.errors import JLTError
@@ -39,11 +40,6 @@ def extractor(folder):
     return load_extractor("dinov2", path=folder)
 
 
-def noise(count: int, height: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height)
-    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
-
-
 def cubic(distance: float) -> float:
     """The bicubic kernel by its definition, with a = -0.75."""
     d, a = abs(distance), -0.75
@@ -55,7 +51,7 @@ def cubic(distance: float) -> float:
 def test_features_are_the_class_token_of_transformers_own_model(folder, extractor):
     from transformers import Dinov2Model
 
-    images = noise(3, INPUT_SIZE, INPUT_SIZE)
+    images = random_images(3, INPUT_SIZE, INPUT_SIZE)
     model = Dinov2Model.from_pretrained(folder).eval()
     positions = position_embeddings_for(model.embeddings.position_embeddings.detach(), SIDE)
     model.embeddings.position_embeddings = torch.nn.Parameter(positions)
@@ -70,7 +66,7 @@ def test_features_are_the_class_token_of_transformers_own_model(folder, extracto
 
 def test_position_embeddings_are_scaled_by_side_and_a_tenth():
     trained = 37
-    embeddings = torch.randn(1, 1 + trained**2, 2, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(1, 1 + trained**2, 2, generator=generator())
     scale = (SIDE + 0.1) / trained
 
     def weights(i: int) -> list[tuple[int, float]]:
@@ -92,7 +88,7 @@ def test_position_embeddings_are_scaled_by_side_and_a_tenth():
 
 @pytest.mark.parametrize("shape", [(32, 32), (256, 256), (333, 500), (224, 100)])
 def test_resize_is_pillows_but_for_single_levels(shape):
-    image = noise(1, *shape)
+    image = random_images(1, *shape)
     pillow = Image.fromarray(image[0].numpy()).resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC)
     difference = (resize_like_pillow(image, INPUT_SIZE)[0].permute(1, 2, 0).numpy() - np.asarray(pillow)).astype(int)
     assert np.abs(difference).max() <= 1
@@ -100,7 +96,7 @@ def test_resize_is_pillows_but_for_single_levels(shape):
 
 
 def test_an_image_is_alone_in_its_batch_and_autocast_changes_nothing(extractor):
-    images = noise(3, 64, 64)
+    images = random_images(3, 64, 64)
     together = extractor(images).pooled
     with torch.autocast("cpu", dtype=torch.bfloat16):
         alone = torch.cat([extractor(image[None]).pooled for image in images])

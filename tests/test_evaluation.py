@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from data_helpers import generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +19,6 @@ from jlt.evaluation.suite import Columns, evaluate_images, frechet_without_group
 from jlt.images.registry import open_source
 from jlt.results.evaluation import Metrics
 from jlt.storage.weights import read_metadata
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 # ---- statistics ----
 

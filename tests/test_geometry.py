@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_results import analyze
+from fake_results import LATENTS, GaussianStore, analyze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jlt.config import PREDICTIONS, LatentShape
+from jlt.config import PREDICTIONS
 from jlt.errors import JLTError
 from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.geometry import gaussian
@@ -218,25 +219,12 @@ def test_sampling_error_is_that_of_many_estimates() -> None:
     assert sampling_error(200) == pytest.approx(np.std(estimates), rel=0.05)
 
 
-class FakeStore:
-    def __init__(self, data: Tensor, classes: int = 1) -> None:
-        self.data = data
-        self.labels = torch.arange(len(data)) % classes
-        self.shape = LatentShape(*data.shape[1:], classes)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.data[indices], self.labels[indices]
-
-    def identity(self) -> dict[str, Any]:
-        return {"autoencoder": "fake"}
+FakeStore = functools.partial(GaussianStore, classes=1)
 
 
 def test_analysis_is_json_and_its_tables_are_the_closed_forms() -> None:
     result = json.loads(json.dumps(result_json(analyze(FakeStore(latents(300)), [1, 2])), allow_nan=False))
-    assert result["latents"] == {"autoencoder": "fake"}
+    assert result["latents"] == LATENTS
     assert list(result["tokens"]) == ["1", "2"]
     entry = result["tokens"]["2"]
     lam = np.array(entry["eigenvalues"])
@@ -267,7 +255,7 @@ def assert_alike(one: Any, other: Any) -> None:
 
 
 def test_analysis_does_not_depend_on_the_batch_size() -> None:
-    one, other = (result_json(analyze(FakeStore(latents(50), 3), [2], batch_size=size)) for size in (7, 50))
+    one, other = (result_json(analyze(FakeStore(latents(50), classes=3), [2], batch_size=size)) for size in (7, 50))
     assert_alike(one, other)
 
 
@@ -281,7 +269,7 @@ def test_few_images_have_cautions_and_one_is_refused(tmp_path: Path, capsys: pyt
     config = AnalysisConfig((8,), (64,), few.training)
     measure_geometry(FakeStore(latents(52)), tmp_path, config)
     assert "Patch size 8, 52 latents: 52 tokens cannot span 192 directions" in capsys.readouterr().err
-    assert analyze(FakeStore(latents(400), 2), [1]).cautions == ()
+    assert analyze(FakeStore(latents(400), classes=2), [1]).cautions == ()
     with pytest.raises(JLTError, match="holds 1 latents"):
         analyze(FakeStore(latents(1)), [1])
     with pytest.raises(JLTError, match="All latents of the store are equal"):

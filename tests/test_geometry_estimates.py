@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from data_helpers import generator
 from test_geometry import assert_alike
 from training_helpers import run_processes
 
@@ -23,10 +24,6 @@ from jlt.geometry.covariance import (
 from jlt.geometry.spectrum import eigenvalues_descending
 from jlt.geometry.tokens import NEIGHBOURS, direction_moments, neighbourhood_covariance
 from jlt.patches import patch_tokens
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def latents(count=60, channels=3, height=4, width=6, seed=0, classes=4):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import Trap, generator, random_images
 from safetensors.torch import save_file
 
 from jlt.cli.main import main
@@ -29,12 +30,13 @@ SIZES = [(32, 32), (64, 64), (256, 256), (299, 299), (333, 333), (70, 401)]
 CONTENT = os.urandom(3_000_000)
 
 
-def random_weights() -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
     """Weights under which activations keep their scale from layer to layer, as those of a trained network do."""
-    generator = torch.Generator().manual_seed(0)
+    random = generator()
 
     def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=random)
         if name.endswith("conv.weight"):
             return noise * (2 / shape[1:].numel()) ** 0.5
         if name.endswith("running_var"):
@@ -45,16 +47,6 @@ def random_weights() -> dict[str, torch.Tensor]:
         expected = InceptionNetwork().state_dict()
     # The public file is older than PyTorch's counters of batches.
     return {name: drawn(name, tensor.shape) for name, tensor in expected.items() if "num_batches" not in name}
-
-
-def noise(count: int, height: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height)
-    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return random_weights()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +79,7 @@ def outsider(file):
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_features_and_logits_are_torch_fidelitys(extractor, outsider, height, width):
-    images = noise(1, height, width)
+    images = random_images(1, height, width)
     found = extractor(images)
     pooled, logits = outsider(images.permute(0, 3, 1, 2))
     torch.testing.assert_close(found.pooled, pooled, rtol=0, atol=1e-4)
@@ -98,7 +90,7 @@ def test_features_and_logits_are_torch_fidelitys(extractor, outsider, height, wi
 
 
 def test_spatial_features_are_those_of_the_first_branch_of_the_seventh_block(extractor, outsider):
-    images, seen = noise(1, 64, 64), []
+    images, seen = random_images(1, 64, 64), []
     handle = outsider.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     outsider(images.permute(0, 3, 1, 2))
     handle.remove()
@@ -111,7 +103,7 @@ def test_spatial_features_are_those_of_the_first_branch_of_the_seventh_block(ext
 
 def test_an_image_is_alone_in_its_batch_and_autocast_changes_nothing(extractor, monkeypatch):
     monkeypatch.setattr("jlt.evaluation.extractor.PIECE_ON_CPU", 2)
-    images = noise(3, 48, 48)
+    images = random_images(3, 48, 48)
     together = extractor(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         alone = extractor(images[1:2])
@@ -123,7 +115,7 @@ def test_an_image_is_alone_in_its_batch_and_autocast_changes_nothing(extractor, 
 
 @pytest.mark.parametrize(("shape", "size"), [((5, 7), 13), ((13, 13), 13), ((32, 20), 9), ((1, 3), 4)])
 def test_resize_is_the_loop_over_pixels(shape, size):
-    image = noise(1, *shape)
+    image = random_images(1, *shape)
     pixels = image[0].numpy().astype(np.float32)
     expected = np.zeros((size, size, 3), np.float32)
     for i in range(size):
@@ -161,18 +153,8 @@ def test_wrong_names_and_shapes_are_named(weights, tmp_path):
         assert part in str(caught.value)
 
 
-class Malicious:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_code_in_a_file_is_not_run(tmp_path):
-    torch.save({"fc.weight": Malicious(tmp_path / "owned")}, tmp_path / "weights.pth")
+    torch.save({"fc.weight": Trap(tmp_path / "owned")}, tmp_path / "weights.pth")
     with pytest.raises(JLTError, match="its code was not run"):
         load_extractor("inception", path=tmp_path / "weights.pth")
     assert not (tmp_path / "owned").exists()

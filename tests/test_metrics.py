@@ -10,21 +10,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from data_helpers import generator
 
 from jlt.errors import JLTError
-from jlt.evaluation.metrics import (
-    Gaussian,
-    inception_score,
-    jackknife,
-    kernel_distance,
-    label_agreement,
-    overlap,
-)
+from jlt.evaluation.metrics import Gaussian, inception_score, jackknife, kernel_distance, label_agreement, overlap
 from jlt.evaluation.suite import group_of
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def random_covariance(dimension, rank=None, seed=0):
@@ -241,11 +231,8 @@ print(json.dumps({**kid, **isc_features_to_metric(logits)}))
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
 def test_kernel_distance_and_inception_score_are_those_of_torch_fidelity(tmp_path):
     random = np.random.default_rng(0)
-    x, y, logits = (
-        random.standard_normal((150, 16)),
-        random.standard_normal((130, 16)) + 0.3,
-        random.normal(size=(150, 9)),
-    )
+    x, y = random.standard_normal((150, 16)), random.standard_normal((130, 16)) + 0.3
+    logits = random.normal(size=(150, 9))
     np.savez(tmp_path / "features.npz", x=x, y=y, logits=logits)
     command = [sys.executable, "-W", "ignore", "-c", FIDELITY, str(tmp_path / "features.npz")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

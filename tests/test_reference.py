@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import NoiseSource
+from data_helpers import NoiseSource, Trap, generator
 from training_helpers import start_processes
 
 from jlt.cli.main import main
@@ -24,10 +24,6 @@ from jlt.runtime.random_numbers import random_subset
 from jlt.runtime.signals import Stopped
 
 PROTOCOL = {"images": {"kind": "digits"}, "resolution": 32}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Corners(FeatureExtractor):
@@ -108,16 +104,6 @@ def test_the_hash_covers_every_array(saved, name):
 def test_statistics_are_written_to_npz_only(saved, tmp_path):
     with pytest.raises(JLTError, match=r"ends in \.npz"):
         saved[0].save(tmp_path / "stats.json")
-
-
-class Trap:
-    """A pickle that leaves a file behind when it is opened."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 def test_pickles_are_refused_and_not_run(tmp_path):
@@ -390,8 +376,8 @@ def test_the_command_makes_what_evaluation_takes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_real_processes_make_one_file(tmp_path):
-    words = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
-    started = start_processes(2, words)
+    arguments = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
+    started = start_processes(2, arguments)
     printed = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     assert "".join(stdout for stdout, _ in printed).count("1,797 images") == 1

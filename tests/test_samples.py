@@ -1,5 +1,6 @@
 """Samples on disk: exactly the requested ones, with any files there before; images that are read back or refused."""
 
+import copy
 import dataclasses
 import pickle
 import types
@@ -8,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import file_bytes
+from data_helpers import Trap, file_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.load import load_autoencoder
 from jlt.config import SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.image_files import open_images
@@ -45,8 +46,6 @@ class FewDigits(Digits):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A network of the digits recipe after some steps, so that what it draws depends on noise, time and label."""
-    from jlt.autoencoders.load import load_autoencoder
-
     folder = tmp_path_factory.mktemp("samples")
     encoding = EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False)
     encode_source(FewDigits(), load_autoencoder("tiny"), encoding, folder / "latents")
@@ -186,47 +185,24 @@ def test_images_of_another_checkpoint_are_refused(checkpoint, sampler, tmp_path)
         save_samples(open_sampler(earlier, CONFIG), out, "png")
 
 
-class BreakingAutoencoder(Autoencoder):
-    """Another autoencoder that stops decoding after some batches, as a process does that is killed."""
+def recording(sampler, sizes: list[int], batches: int = 1000):
+    """The sampler; it lists how many images it decodes at a time, and stops after some batches, as by a kill."""
+    autoencoder = copy.copy(sampler.autoencoder)
 
-    def __init__(self, inner: Autoencoder, batches: int) -> None:
-        self.inner, self.batches = inner, batches
-        self.name, self.channels, self.downsampling = inner.name, inner.channels, inner.downsampling
-        self.device = inner.device
-
-    def encode(self, images):
-        return self.inner.encode(images)
-
-    def decode(self, latents):
-        if self.batches == 0:
+    def decode(latents):
+        if len(sizes) == batches:
             raise KeyboardInterrupt
-        self.batches -= 1
-        return self.inner.decode(latents)
+        sizes.append(len(latents))
+        return sampler.autoencoder.decode(latents)
 
-    def identity(self):
-        return self.inner.identity()
-
-    def to(self, device):
-        return self
-
-
-class Recording(BreakingAutoencoder):
-    """Another autoencoder that notes how many images it decodes at a time."""
-
-    def __init__(self, inner: Autoencoder, sizes: list[int]) -> None:
-        super().__init__(inner, batches=1000)
-        self.sizes = sizes
-
-    def decode(self, latents):
-        self.sizes.append(len(latents))
-        return super().decode(latents)
+    autoencoder.decode = decode
+    return dataclasses.replace(sampler, autoencoder=autoencoder)
 
 
 def interrupted(sampler, out: Path, form: str = "png") -> None:
     """Leave what a sampling that is interrupted after two batches leaves."""
-    breaking = dataclasses.replace(sampler, autoencoder=BreakingAutoencoder(sampler.autoencoder, 2))
     with pytest.raises(KeyboardInterrupt):
-        save_samples(breaking, out, form)
+        save_samples(recording(sampler, [], batches=2), out, form)
 
 
 def test_the_same_command_completes_an_interrupted_folder(sampler, whole, tmp_path):
@@ -249,8 +225,7 @@ def test_an_interrupted_array_or_grid_is_absent_rather_than_short_and_is_continu
     rows = (out / ".images.rows").read_bytes()
     (out / ".images.rows").write_bytes(rows[:7] + b"\0" * 40 + rows[47:])
     written = []
-    drawn = dataclasses.replace(sampler(), autoencoder=Recording(sampler().autoencoder, written))
-    assert save_samples(drawn, out, form).read_bytes() == undisturbed.read_bytes()
+    assert save_samples(recording(sampler(), written), out, form).read_bytes() == undisturbed.read_bytes()
     assert written == [5, 5, 5, 3]
     assert visible(out) == visible(undisturbed.parent)
 
@@ -306,9 +281,8 @@ def test_an_image_beyond_the_last_is_refused(sampler, tmp_path):
 def test_a_disk_without_room_is_refused_before_the_first_image(sampler, tmp_path, monkeypatch, form):
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=10_000))
     drawn = []
-    drawing = dataclasses.replace(sampler(), autoencoder=Recording(sampler().autoencoder, drawn))
     with pytest.raises(JLTError, match="make room first"):
-        save_samples(drawing, tmp_path / "out", form)
+        save_samples(recording(sampler(), drawn), tmp_path / "out", form)
     assert drawn == []
 
 
@@ -409,16 +383,6 @@ def test_an_array_is_read_with_its_labels(tmp_path):
     assert np.concatenate([part.numpy() for _, part in batches]).tolist() == labels.tolist()
     unlabelled = open_images(array_file(tmp_path / "b.npz", arr_0=images))
     assert [labels for _, labels in unlabelled.batches(5)] == [None, None]
-
-
-class Trap:
-    """A pickle that leaves a file behind when it is opened."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 def test_object_arrays_and_pickles_are_refused_and_not_run(tmp_path):

@@ -141,7 +141,7 @@ def test_runge_kutta_steps_are_those_of_torchdiffeq(solver, grid):
     noise = torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     method = {"heun": "heun2"}.get(solver, solver)
     times = torch.tensor(grid, dtype=torch.float64)
-    # Eq. 8 ends with Euler where another solver would ask for the velocity of t = 1.
+    # Eq. 8 ends with Euler where another solver would evaluate the velocity at t = 1.
     split = len(grid) if solver != "heun" else len(grid) - 1
     theirs = torchdiffeq.odeint(lambda t, z: curved_velocity(z, t), noise, times[:split], method=method)[-1]
     if split < len(grid):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import save_kl
 from safetensors.torch import save_file
 
 from jlt.autoencoders.coordinates import Coordinates
@@ -15,21 +16,10 @@ from jlt.errors import JLTError
 from jlt.sampling.sampler import matching_autoencoder
 from jlt.storage.weights import ASSETS
 
-KL = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (8, 8),
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-}
-
 
 @pytest.fixture
 def kl_folder(tmp_path) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(**KL).save_pretrained(tmp_path / "kl")
+    save_kl(tmp_path / "kl")
     return tmp_path / "kl"
 
 
@@ -102,7 +92,7 @@ def test_adopted_latents_are_decoded_unchecked_with_a_notice(kl_folder, capsys):
     )
     with pytest.raises(JLTError, match="with channels 16, .* has 4: name the right one"):
         matching_autoencoder({**adopted, "channels": 16}, None, "cpu")
-    with pytest.raises(JLTError, match="with downsampling 8, .* has 2: name the right one"):
+    with pytest.raises(JLTError, match="with downsampling 8, .* has 4: name the right one"):
         matching_autoencoder({**adopted, "downsampling": 8}, None, "cpu")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import random_images
 from real_inputs import REAL, needs_real, photographs
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -35,24 +36,21 @@ def plain(weights: dict[str, torch.Tensor], images: torch.Tensor) -> tuple[torch
             x = functional.max_pool2d(x, 3, 2, ceil_mode=True)
         else:
             x = conv(x, f"features.{place}.squeeze")
-            x = torch.cat(
-                [conv(x, f"features.{place}.expand1x1"), conv(x, f"features.{place}.expand3x3", padding=1)], 1
-            )
+            expanded = conv(x, f"features.{place}.expand1x1"), conv(x, f"features.{place}.expand3x3", padding=1)
+            x = torch.cat(expanded, 1)
     return x.mean((2, 3)), conv(x, "classifier.1").mean((2, 3))
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    save_file(
-        {name: value.half() for name, value in SqueezeNet().state_dict().items()},
-        tmp_path / "squeezenet1_1.safetensors",
-    )
-    return tmp_path / "squeezenet1_1.safetensors"
+    path = tmp_path / "squeezenet1_1.safetensors"
+    save_file({name: value.half() for name, value in SqueezeNet().state_dict().items()}, path)
+    return path
 
 
 def test_features_and_logits_agree_with_a_plain_implementation(file):
-    images = torch.randint(0, 256, (3, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = random_images(3, 224, 224)
     found = load_extractor("squeezenet", path=file)(images)
     features, logits = plain(load_file(file), images)
     assert found.pooled.shape == (3, 512)
@@ -63,11 +61,8 @@ def test_features_and_logits_agree_with_a_plain_implementation(file):
 
 def test_a_pth_of_torchvision_gives_the_same_features(file, tmp_path):
     torch.save({name: value.float() for name, value in load_file(file).items()}, tmp_path / "squeezenet1_1.pth")
-    one, other = (
-        load_extractor("squeezenet", path=file),
-        load_extractor("squeezenet", path=tmp_path / "squeezenet1_1.pth"),
-    )
-    assert one.identity() == other.identity()
+    other = load_extractor("squeezenet", path=tmp_path / "squeezenet1_1.pth")
+    assert other.identity() == load_extractor("squeezenet", path=file).identity()
 
 
 def test_missing_and_other_weights_are_refused(file, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import Trap
 from real_inputs import REAL, needs_real, photographs
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -35,17 +36,15 @@ class Plain:
         self.weights = {name: value.double() for name, value in weights.items()}
 
     def conv(self, x: torch.Tensor, name: str, stride: int = 1, padding: int = 1) -> torch.Tensor:
-        return functional.conv2d(
-            x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), stride, padding=padding
-        )
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return functional.conv2d(x, weight, bias, stride, padding=padding)
 
     def block(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if f"{name}.pool.0.weight" in self.weights:
             wide = self.conv(x, f"{name}.pool.0", padding=0)
             groups = wide.reshape(len(wide), 4, -1)
-            normed = (groups - groups.mean(2, keepdim=True)) / (
-                groups.var(2, keepdim=True, unbiased=False) + 1e-5
-            ).sqrt()
+            std = (groups.var(2, keepdim=True, unbiased=False) + 1e-5).sqrt()
+            normed = (groups - groups.mean(2, keepdim=True)) / std
             scale, shift = self.weights[f"{name}.pool.1.weight"], self.weights[f"{name}.pool.1.bias"]
             normed = normed.reshape(wide.shape) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
             x = x + self.conv(normed.relu(), f"{name}.pool.3", padding=0)
@@ -104,12 +103,8 @@ def test_photographs_through_the_public_weights():
 
 def test_the_identity_names_the_weights_and_no_normalisation(folder):
     identity = load_autoencoder("taef2", str(folder)).identity()
-    assert (identity["name"], identity["class"], identity["channels"], identity["downsampling"]) == (
-        "taef2",
-        "TAEF2",
-        128,
-        16,
-    )
+    assert (identity["name"], identity["class"]) == ("taef2", "TAEF2")
+    assert (identity["channels"], identity["downsampling"]) == (128, 16)
     assert identity["normalisation"] == {"kind": "none"}
     save_file(random_weights(1), folder / "taef2.safetensors")
     assert load_taef2(str(folder)).identity()["weights_sha256"] != identity["weights_sha256"]
@@ -148,14 +143,8 @@ def test_damaged_foreign_and_missing_weights_are_refused(folder, tmp_path):
         load_taef2(str(tmp_path / "nowhere" / "at" / "all"))
 
 
-class Hostile:
-    def __reduce__(self):
-        return (Path.touch, (Path("ran"),))
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taef2.pth").write_bytes(pickle.dumps(Hostile()))
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    (tmp_path / "taef2.pth").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
     with pytest.raises(JLTError, match=r"taef2\.pth"):
         load_taef2(str(tmp_path / "taef2.pth"))
     assert not (tmp_path / "ran").exists()

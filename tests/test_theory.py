@@ -10,7 +10,7 @@ from jlt.config import PREDICTIONS, LossConfig, TimestepConfig
 from jlt.errors import JLTError
 from jlt.loss import denoising_loss
 from jlt.path import expand_time, interpolate
-from jlt.prediction import clean_from_velocity, noise_from_velocity, target, velocity_from_output
+from jlt.prediction import clean_from_velocity, target, velocity_from_output
 from jlt.timesteps import shift_time, time_density, times_from_uniform, uniform_grid
 
 CELLS = list(itertools.product(PREDICTIONS, PREDICTIONS))
@@ -38,7 +38,7 @@ def test_perfect_outputs_read_out_to_the_true_sample(shape, prediction):
     v = velocity_from_output(prediction, target(prediction, sample), sample.z, sample.t)
     torch.testing.assert_close(v, sample.x - sample.eps, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(clean_from_velocity(v, sample.z, sample.t), sample.x)
-    torch.testing.assert_close(noise_from_velocity(v, sample.z, sample.t), sample.eps)
+    torch.testing.assert_close(in_space("eps", v, sample), sample.eps)
 
 
 def test_clamped_readout_is_eq_3():
@@ -50,11 +50,9 @@ def test_clamped_readout_is_eq_3():
 
 
 def in_space(space, v, sample):
-    return {
-        "v": v,
-        "x": clean_from_velocity(v, sample.z, sample.t),
-        "eps": noise_from_velocity(v, sample.z, sample.t),
-    }[space]
+    """Eq. 4."""
+    t = expand_time(sample.t, v)
+    return {"v": v, "x": sample.z + (1 - t) * v, "eps": sample.z - t * v}[space]
 
 
 @pytest.mark.parametrize(("prediction", "space"), CELLS)

@@ -20,7 +20,7 @@ from training_helpers import (
 
 from jlt.config import LossConfig, TrainConfig
 from jlt.errors import JLTError
-from jlt.latents.order import SampleOrder
+from jlt.latents.loader import SampleOrder
 from jlt.runtime.signals import StopRequest
 from jlt.storage.codec import from_json, to_json
 from jlt.storage.files import lock_folder

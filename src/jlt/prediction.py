@@ -45,10 +45,3 @@ def clean_from_velocity(
 ) -> Float[Tensor, "batch *rest"]:
     """Eq. 4: x^ = z + (1 - t) v^."""
     return z + (1 - expand_time(t, z)) * v
-
-
-def noise_from_velocity(
-    v: Float[Tensor, "batch *rest"], z: Float[Tensor, "batch *rest"], t: Time
-) -> Float[Tensor, "batch *rest"]:
-    """Eq. 4: eps^ = z - t v^."""
-    return z - expand_time(t, z) * v

@@ -17,7 +17,7 @@ Posterior = Literal["mode", "sample"]
 
 
 class Autoencoder(abc.ABC):
-    """A frozen codec between images and latents of mean 0 and variance 1 in every channel.
+    """A frozen codec between images and latents, whose channels have means near 0 and variances near 1.
 
     `source` is the origin of the weights, `device` their place, `channels` the channel count of a latent,
     `downsampling` the image pixels per latent position along one side. `held_out_psnr` is the PSNR in dB on held-out

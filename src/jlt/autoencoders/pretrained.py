@@ -28,7 +28,7 @@ from torch.nn import functional
 from jlt.autoencoders.contract import Autoencoder, Posterior
 from jlt.errors import JLTError
 from jlt.runtime.random_numbers import normal_per_sample
-from jlt.storage.weights import read_metadata, require_reachable, weights_sha256
+from jlt.storage.weights import is_hub_id, read_metadata, require_reachable, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -218,7 +218,7 @@ def _places(path: str) -> tuple[str, tuple[str | None, ...]]:
     for subfolder in ("vae", None):
         if (folder / (subfolder or "") / "config.json").is_file():
             return str(folder.resolve()), (subfolder,)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise JLTError(
             f"{path} has no config.json, nor has a folder vae in it: name an autoencoder with --autoencoder-path, "
             "either a folder that diffusers saved or a Hub id such as organisation/name."

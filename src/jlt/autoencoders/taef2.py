@@ -21,7 +21,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
-from jlt.storage.weights import hub_file, read_weights, require_same_tensors, weights_sha256
+from jlt.storage.weights import hub_file, is_hub_id, read_weights, require_same_tensors, weights_sha256
 
 WIDTH = 64
 LATENTS = 32
@@ -173,6 +173,6 @@ def _find_weights(path: str) -> tuple[Path, str]:
     if file.is_file():
         return file, str(place.resolve())
     remedy = f"name a folder with {WEIGHTS_FILE}, or a Hub id, with --autoencoder-path."
-    if place.is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise JLTError(f"{path} is no file of weights and no folder with {WEIGHTS_FILE}: {remedy}")
     return hub_file(path, WEIGHTS_FILE, remedy), path

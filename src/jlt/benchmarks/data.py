@@ -33,8 +33,7 @@ from jlt.images.source import ImageSource, Selected
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_job import EncodingJob
-from jlt.latents.loader import DEPTH, read_ahead
-from jlt.latents.order import SampleOrder
+from jlt.latents.loader import DEPTH, SampleOrder, read_ahead
 from jlt.latents.store import LatentStore, write_store
 from jlt.runtime.environment import cores, default_device, exact_arithmetic, machine, peak_memory, seconds_of, versions
 from jlt.runtime.processes import spawn_context

@@ -24,7 +24,7 @@ from jlt.benchmarks.data import SHARD_ROWS, random_shards
 from jlt.benchmarks.plan import Figure, Figures
 from jlt.config import Precision, TrainConfig, in_steps
 from jlt.errors import JLTError, UsageError
-from jlt.latents.order import SampleOrder
+from jlt.latents.loader import SampleOrder
 from jlt.latents.store import LatentStore, write_store
 from jlt.networks.transformer import count_network, training_flops
 from jlt.runtime import environment

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor, Features
-from jlt.storage.weights import require_reachable
+from jlt.storage.weights import is_hub_id, require_reachable
 
 DEFAULT = "facebook/dinov2-large"
 INPUT_SIZE = 224
@@ -62,20 +62,18 @@ class DinoExtractor(FeatureExtractor):
         folder = Path(source).expanduser()
         if folder.is_dir():
             source = str(folder)
-        elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise JLTError(f"{source} is no folder of DINOv2: {REMEDY}")
-        else:
+        elif is_hub_id(source):
             require_reachable(source, ["config.json"], REMEDY)
+        else:
+            raise JLTError(f"{source} is no folder of DINOv2: {REMEDY}")
         return cls(_load_model(Dinov2Model, source))
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return the class tokens; images of another size are squeezed to 224x224."""
-
-        def class_tokens(piece: UInt8[Tensor, "_ h w 3"]) -> Float[Tensor, "_ d"]:
-            return self._network(imagenet_input(piece, INPUT_SIZE)).last_hidden_state[:, 0]
-
-        return Features(torch.cat(self._apply_exactly(class_tokens, images)))
+        return self._apply_exactly(
+            lambda piece: (self._network(imagenet_input(piece, INPUT_SIZE)).last_hidden_state[:, 0],), images
+        )
 
 
 def resize_like_pillow(images: UInt8[Tensor, "n h w 3"], size: int) -> Float[Tensor, "n 3 size size"]:

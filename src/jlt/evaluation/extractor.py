@@ -6,7 +6,7 @@ import abc
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from jlt.runtime.environment import exact_arithmetic
 from jlt.storage.weights import weights_sha256
 
-T = TypeVar("T")
 PIECE_ON_CPU = 16
 PIECE_ON_GPU = 256
 
@@ -36,9 +35,8 @@ class FeatureExtractor(abc.ABC):
     """A frozen network; the features of an image depend on that image alone, except for last digits.
 
     `num_classes` and `spatial_dimension` are the lengths of logits and spatial features, 0 without these outputs.
-    `held_out_accuracy` is the share of
-    correct classes, 0..1, on held-out images that the weights' file states, or None. `resize` names the rule for images
-    of another size than `input_size`.
+    `held_out_accuracy` is the share of correct classes, 0..1, on held-out images that the weights' file states, or
+    None. `resize` names the rule for images of another size than `input_size`.
     """
 
     name: str
@@ -84,13 +82,14 @@ class FeatureExtractor(abc.ABC):
         return weights_sha256(self._network.state_dict())
 
     def _apply_exactly(
-        self, function: Callable[[UInt8[Tensor, "_ h w 3"]], T], images: UInt8[Tensor, "n h w 3"]
-    ) -> list[T]:
-        """Apply a function to pieces of the images, in float32 even inside autocast or with TF32 enabled.
+        self, outputs: Callable[[UInt8[Tensor, "_ h w 3"]], tuple[Tensor, ...]], images: UInt8[Tensor, "n h w 3"]
+    ) -> Features:
+        """Return the outputs for pieces of the images, in float32 even inside autocast or with TF32 enabled.
 
         The pieces bound a large network's memory; on a CPU small pieces are as fast as large ones.
         """
         device = self.device
         pieces = images.split(PIECE_ON_CPU if device.type == "cpu" else PIECE_ON_GPU)
         with torch.autocast(device.type, enabled=False), exact_arithmetic(torch.get_num_threads()):
-            return [function(piece.to(device)) for piece in pieces]
+            found = [outputs(piece.to(device)) for piece in pieces]
+        return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))

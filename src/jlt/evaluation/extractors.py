@@ -14,12 +14,20 @@ from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jlt.errors import UsageError, unknown_name
+from jlt.evaluation.dinov2 import DinoExtractor
 from jlt.evaluation.extractor import FeatureExtractor, Features
+from jlt.evaluation.inception import InceptionExtractor
+from jlt.evaluation.squeezenet import SqueezeNetExtractor
 from jlt.images.crop import centre_crop
 from jlt.images.digits import Digits
 from jlt.storage.weights import ASSETS, read_metadata
 
-EXTRACTORS = ("digits", "squeezenet", "inception", "dinov2")
+EXTRACTORS: dict[str, type[SqueezeNetExtractor | InceptionExtractor | DinoExtractor]] = {
+    "squeezenet": SqueezeNetExtractor,
+    "inception": InceptionExtractor,
+    "dinov2": DinoExtractor,
+}
+"""Extractors whose weights are not bundled."""
 WEIGHTS_FILE = ASSETS / "digit_classifier.safetensors"
 HELD_OUT_EVERY = 6
 
@@ -29,25 +37,15 @@ def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | s
 
     `path` names weights: a file for squeezenet and inception, a folder or Hub id for dinov2. The default for the last
     two is the place to which they are downloaded. JLTError for weights that are missing or cannot be read; UsageError
-    for an unknown name, with the nearest ones.
+    for an unknown name, with the nearest ones, and for a path that is required or does not apply.
     """
     if name == "digits":
         if path is not None:
             raise UsageError("The extractor 'digits' is bundled and takes no --features-path.")
         return DigitClassifier.load().to(device)
-    if name == "squeezenet":
-        from jlt.evaluation.squeezenet import SqueezeNetExtractor
-
-        return SqueezeNetExtractor.load(path).to(device)
-    if name == "inception":
-        from jlt.evaluation.inception import InceptionExtractor
-
-        return InceptionExtractor.load(path).to(device)
-    if name == "dinov2":
-        from jlt.evaluation.dinov2 import DinoExtractor
-
-        return DinoExtractor.load(path).to(device)
-    raise unknown_name("feature extractor", name, EXTRACTORS)
+    if name not in EXTRACTORS:
+        raise unknown_name("feature extractor", name, ("digits", *EXTRACTORS))
+    return EXTRACTORS[name].load(path).to(device)
 
 
 class DigitNetwork(nn.Module):

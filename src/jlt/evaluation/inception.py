@@ -287,14 +287,12 @@ class InceptionExtractor(FeatureExtractor):
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return features, logits without bias and spatial features; images are resized as TensorFlow 1 does."""
-        results = self._apply_exactly(lambda piece: self._network(_network_input(piece)), images)
-        pooled, logits, spatial = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return Features(pooled, logits, spatial)
 
+        def outputs(piece: UInt8[Tensor, "_ h w 3"]) -> tuple[Tensor, ...]:
+            # Channels stay last in memory, where convolutions are fastest.
+            return self._network(resize_like_tensorflow1(piece, INPUT_SIZE).sub_(128).div_(128).permute(0, 3, 1, 2))
 
-def _network_input(images: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n 3 299 299"]:
-    # Channels stay last in memory, where convolutions are fastest.
-    return resize_like_tensorflow1(images, INPUT_SIZE).sub_(128).div_(128).permute(0, 3, 1, 2)
+        return self._apply_exactly(outputs, images)
 
 
 def _check_hash(file: Path) -> None:

@@ -28,7 +28,7 @@ from jlt.runtime.random_numbers import random_subset
 from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
 
 SCHEMA = 2
-SUFFIXES = (".npz", ".pt")
+STATISTICS_SUFFIXES = (".npz", ".pt")
 """Files of statistics: numpy's, which pytorch-fid and ADM use too, and torch's, which torch-fidelity uses."""
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features")
 
@@ -260,10 +260,9 @@ def reference_statistics(
     parts = group.gather((pooled, spatial, rows))
 
     def merged() -> Reference:
-        pooled, spatial = FeatureStatistics(extractor.dimension), FeatureStatistics(extractor.spatial_dimension)
-        rows: dict[int, Float32[np.ndarray, " d"]] = {}
         # In the order of ranks.
-        for part_pooled, part_spatial, part_rows in parts:
+        (pooled, spatial, rows), *others = parts
+        for part_pooled, part_spatial, part_rows in others:
             pooled.merge(part_pooled)
             spatial.merge(part_spatial)
             rows |= part_rows
@@ -292,7 +291,7 @@ def open_reference(
 
     JLTError for those of another extractor or of images of another size.
     """
-    if isinstance(images, str) and images.endswith(SUFFIXES):
+    if isinstance(images, str) and images.endswith(STATISTICS_SUFFIXES):
         reference = Reference.load(Path(images))
         if not reference.protocol:
             inform(f"{images} does not record the extractor and the image size of its statistics: they are unchecked.")

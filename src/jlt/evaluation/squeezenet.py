@@ -103,6 +103,4 @@ class SqueezeNetExtractor(FeatureExtractor):
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n h w 3"]) -> Features:
         """Return features and logits; images of another size are resized to 224x224."""
-        results = self._apply_exactly(lambda piece: self._network(imagenet_input(piece, self.input_size)), images)
-        pooled, logits = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return Features(pooled, logits)
+        return self._apply_exactly(lambda piece: self._network(imagenet_input(piece, self.input_size)), images)

@@ -16,7 +16,6 @@ from jlt.latents.shards import ShardWriter
 from jlt.latents.store import LatentStore
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder
-from jlt.storage.files import sha256_file
 from jlt.storage.rows import require_space
 
 NAME = "coordinates/map.safetensors"
@@ -57,8 +56,8 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
         numbers = np.arange(first, first + shard.count)
         path, first = begun / shard.file, first + shard.count
         kinds = {"latents": False, **({"latents_flip": True} if manifest.flips else {})}
-        shape = (shard.count, manifest.channels, manifest.height, manifest.width)
-        sizes = {"labels": ("I64", (shard.count,)), **dict.fromkeys(kinds, ("F32", shape))}
+        latents = ("float32", manifest.latents_shape(shard.count))
+        sizes = {"labels": ("int64", (shard.count,)), **dict.fromkeys(kinds, latents)}
         with ShardWriter(path, sizes) as writer:
             writer.write("labels", 0, store.labels[numbers])
             for (name, flipped), row in itertools.product(kinds.items(), range(0, shard.count, BATCH_SIZE)):
@@ -66,7 +65,7 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
                 mapped = coordinates.apply(store.gather(chosen, np.full(len(chosen), flipped))[0]).numpy()
                 writer.write(name, row, mapped)
                 sums = sums.add(mapped)
-        records.append(ShardRecord(path.name, shard.count, path.stat().st_size, sha256_file(path)))
+        records.append(ShardRecord.of(path, shard.count))
     autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu")
     identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
     # The final place of the map, as other stores name the place of their weights.

@@ -41,11 +41,7 @@ LARGE_ERROR = 0.1
 
 
 def assemble_geometry(
-    moments: Moments,
-    identity: dict[str, Any],
-    patch_sizes: Sequence[int],
-    widths: Sequence[int],
-    model: TrainingModel,
+    moments: Moments, identity: dict[str, Any], patch_sizes: Sequence[int], widths: Sequence[int], model: TrainingModel
 ) -> Geometry:
     """Return the geometry of a store with this identity, for networks of some widths trained as `model` says.
 

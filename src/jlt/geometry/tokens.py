@@ -21,8 +21,6 @@ from jlt.runtime.random_numbers import random_subset
 TOKEN_BATCH = 256
 MIN_LATENTS = 50
 """Latents below which there is no forecast, since their own scatter is not known."""
-
-
 NEIGHBOURS = 16
 ANCHORS = 128
 """Neighbourhoods, each of a latent and its NEIGHBOURS nearest ones."""
@@ -123,10 +121,7 @@ def _local_estimates(moments: Moments, patch_size: int, per_latent: float) -> li
 
 
 def direction_moments(
-    latents: Float[Tensor, "m c h w"],
-    patch_size: int,
-    mean: Float64[Tensor, " d"],
-    basis: Float64[Tensor, "d d"],
+    latents: Float[Tensor, "m c h w"], patch_size: int, mean: Float64[Tensor, " d"], basis: Float64[Tensor, "d d"]
 ) -> DirectionMoments:
     """Measure the tokens of latents along the columns of a basis, about a mean; 0 where a direction has no variance."""
     mean, basis = mean.cpu(), basis.cpu()

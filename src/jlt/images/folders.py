@@ -26,7 +26,8 @@ class ClassFolders(ImageSource):
         self.folder = folder.resolve()
         self.name = self.folder.name
         with os.scandir(self.folder) as entries:
-            self.class_names = tuple(sorted(entry.name for entry in entries if _is_class_folder(entry)))
+            folders = (entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            self.class_names = tuple(sorted(folders))
         if not self.class_names:
             raise JLTError(f"{folder} holds no class folders: put the images of each class into their own folder.")
         listing, counts = bytearray(), []
@@ -62,10 +63,6 @@ class ClassFolders(ImageSource):
     def _path(self, index: int) -> Path:
         start = int(self._ends[index - 1]) + 1 if index else 0
         return self.folder / os.fsdecode(self._names[start : int(self._ends[index])])
-
-
-def _is_class_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
 
 
 def _files_below(folder: Path, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +42,7 @@ class Parquet(ShardedSource):
 
     kind = "parquet"
 
-    def __init__(
-        self,
-        path: Path,
-        files: Sequence[Path],
-        class_names: tuple[str, ...] | None = None,
-        options: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(path, files, options)
+    def _read_listing(self, class_names: Sequence[str] | None) -> None:
         tables = [_Table(file) for file in self._files]
         for table in tables[1:]:
             if table.columns != tables[0].columns:
@@ -62,22 +55,25 @@ class Parquet(ShardedSource):
         self._group_starts = np.cumsum([0, *(rows for table in tables for rows in table.group_rows)])
         self._file_starts = np.cumsum([0, *(sum(table.group_rows) for table in tables)])
         if not len(self):
-            raise JLTError(f"{path} holds parquet files without a single row.")
+            raise JLTError(f"{self.path} holds parquet files without a single row.")
         self._has_paths = tables[0].has_paths
         self._cursor: _Cursor | None = None
         code_of: dict[str, int] = {}
         labels = np.concatenate([table.labels(code_of) for table in tables])
         self._set_classes(labels, code_of, class_names, tables[0].class_names)
-        self.listing_sha256 = self._hash_listing()
+        listing = hashlib.sha256(json.dumps(self.class_names).encode())
+        for file, part in zip(self._files, np.split(self._labels, self._file_starts[1:-1]), strict=True):
+            listing.update(json.dumps([file.name, file.stat().st_size, len(part)]).encode())
+            listing.update(part.astype("<i4").tobytes())
+        self.listing_sha256 = listing.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         require_index(index, self)
         label = int(self._labels[index])
-        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
-        file = self._files[self._file_of_group[group]]
+        file, group, row = self._place(index)
         if self._cursor is None or self._cursor.file != file:
             self._cursor = _Cursor(file)
-        value = self._cursor.value(int(self._group_in_file[group]), index - int(self._group_starts[group]))
+        value = self._cursor.value(group, row)
         content = value if isinstance(value, dict) else {"bytes": value}
         if content["bytes"] is not None:
             return decode_image(content["bytes"], lambda: self.describe(index)), label
@@ -90,21 +86,20 @@ class Parquet(ShardedSource):
 
     def describe(self, index: int) -> str:
         """Return the file, the row in it, and the path in that row."""
-        number = self._file_number(index)
-        row = index - int(self._file_starts[number])
-        place = f"{self._files[number].name} row {row}"
+        file, group, row = self._place(index)
+        described = f"{file.name} row {index - int(self._file_starts[self._file_number(index)])}"
         with contextlib.suppress(JLTError):
-            if self._has_paths and (path := _read_path(self._files[number], row)):
-                return f"{place} ({path})"
-        return place
+            # Without reading the bytes of any image.
+            image = _Cursor(file, "image.path").value(group, row) if self._has_paths else None
+            if image and image["path"]:
+                return f"{described} ({image['path']})"
+        return described
 
-    def _hash_listing(self) -> str:
-        listing = hashlib.sha256(json.dumps(self.class_names).encode())
-        for number, file in enumerate(self._files):
-            labels = self._labels[self._file_starts[number] : self._file_starts[number + 1]]
-            listing.update(json.dumps([file.name, file.stat().st_size, len(labels)]).encode())
-            listing.update(labels.astype("<i4").tobytes())
-        return listing.hexdigest()
+    def _place(self, index: int) -> tuple[Path, int, int]:
+        """Return the file of an image, its row group there, and its row in that group."""
+        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
+        file = self._files[self._file_of_group[group]]
+        return file, int(self._group_in_file[group]), index - int(self._group_starts[group])
 
 
 class _Table:
@@ -175,10 +170,6 @@ class _Cursor:
         self._group, self._start = -1, 0
         self._values: Any = []
 
-    def rows(self, group: int) -> int:
-        """Return the number of rows in a row group."""
-        return self._parquet.metadata.row_group(group).num_rows
-
     def value(self, group: int, row: int) -> Any:
         """Return the value in a row of a row group; JLTError if the file is damaged."""
         with _reading(self.file):
@@ -193,16 +184,6 @@ class _Cursor:
                 values = next(self._batches).column(0)
                 self._group, self._start, self._values = group, self._start + len(self._values), values
             return self._values[row - self._start].as_py()
-
-
-def _read_path(file: Path, row: int) -> str | None:
-    """Return the path in a row, without reading the bytes of any image."""
-    cursor = _Cursor(file, "image.path")
-    group = 0
-    while row >= (rows := cursor.rows(group)):
-        row, group = row - rows, group + 1
-    image = cursor.value(group, row)
-    return image["path"] if image else None
 
 
 def _open(file: Path) -> ParquetFile:

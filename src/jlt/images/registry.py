@@ -12,14 +12,14 @@ from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.images.digits import Digits
 from jlt.images.folders import ClassFolders
 from jlt.images.parquet import Parquet
-from jlt.images.sharded import read_class_names
+from jlt.images.sharded import ShardedSource, read_class_names
 from jlt.images.source import ImageSource, absolute
 from jlt.images.tar import TarShards
 
 BUNDLED = ("digits",)
 REOPENED = (*BUNDLED, "folder", "parquet", "tar")
 """Kinds of sources that can be opened from their identity alone."""
-SHARDED: dict[str, type[Parquet] | type[TarShards]] = {".parquet": Parquet, ".tar": TarShards}
+SHARDED: dict[str, type[ShardedSource]] = {".parquet": Parquet, ".tar": TarShards}
 """Sources whose files hold many images each, by the suffix of these files."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
 

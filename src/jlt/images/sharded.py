@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def no_class(image: str, label: int, limit: int = MOST_CLASSES) -> JLTError:
 class ShardedSource(ImageSource):
     """Images in `files`; `path` is the user's argument, and `options` are the other arguments that select images.
 
-    Subclasses set `_file_starts`, the position of each file's first image, and `listing_sha256`: the hash of class
-    names, files, labels, and all sizes that can be read without an image.
+    `listing_sha256` is the hash of class names, files, labels, and all sizes that can be read without an image.
+    `_file_starts` are the positions of each file's first image, and the number of all.
     """
 
     kind: str
@@ -55,11 +56,23 @@ class ShardedSource(ImageSource):
     _file_starts: Int[np.ndarray, " files_and_1"]
     _labels: Int[np.ndarray, " n"]
 
-    def __init__(self, path: Path, files: Sequence[Path], options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path],
+        class_names: Sequence[str] | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Read all labels; JLTError for damaged files, for files without images, and for labels that are no classes."""
         self.path = absolute(path)
         self.name = self.path.name
         self._files = [absolute(file) for file in files]
         self._options = dict(options or {})
+        self._read_listing(class_names)
+
+    @abc.abstractmethod
+    def _read_listing(self, class_names: Sequence[str] | None) -> None:
+        """Set `_file_starts`, `listing_sha256`, and the classes by `_set_classes`."""
 
     def __len__(self) -> int:
         return int(self._file_starts[-1])

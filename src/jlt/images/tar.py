@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -61,21 +61,14 @@ class TarShards(ShardedSource):
 
     kind = "tar"
 
-    def __init__(
-        self,
-        path: Path,
-        files: Sequence[Path],
-        class_names: tuple[str, ...] | None = None,
-        options: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(path, files, options)
+    def _read_listing(self, class_names: Sequence[str] | None) -> None:
         index = _Index()
         file_starts = [0]
         for file in track(self._files, f"reading the headers of {self.name}"):
             index.add(file)
             file_starts.append(len(index.labels))
         if not index.labels:
-            raise JLTError(f"{path} holds tar files without a single image.")
+            raise JLTError(f"{self.path} holds tar files without a single image.")
         self._file_starts = np.array(file_starts)
         self._headers, self._starts, self._sizes, labels = (
             np.array(column, dtype=np.int64) for column in (index.headers, index.starts, index.sizes, index.labels)

@@ -25,14 +25,13 @@ from jlt.autoencoders.load import USUAL_PLACES
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.images.sharded import MOST_CLASSES
 from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, write_manifest
-from jlt.latents.shards import ShardFile, TensorEntry
-from jlt.latents.store import VERIFY_THREADS, LatentStore
+from jlt.latents.shards import DTYPES, ShardFile, TensorEntry
+from jlt.latents.store import STORED_DTYPES, VERIFY_THREADS, LatentStore
 from jlt.runtime.progress import inform, track
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
-DTYPES = {"F16": "float16", "F32": "float32"}
 ADVICE = (
     "Adoption does not change latents. LightningDiT's own (VA-VAE) are stored without their statistics: apply these "
     "and save the result first."
@@ -159,7 +158,7 @@ def _inspect(path: Path, rank: int) -> _Shard:
             raise JLTError(f"{path} holds no {name}.")
     latents = {name: entry for name, entry in entries.items() if name in ("latents", "latents_flip")}
     for name, entry in latents.items():
-        if entry.dtype not in DTYPES:
+        if DTYPES.get(entry.dtype) not in STORED_DTYPES:
             dtype = "bfloat16" if entry.dtype == "BF16" else entry.dtype
             raise JLTError(f"{path} holds {name} in {dtype}: convert it first, to float16 or float32.")
         if len(entry.shape) != 4 or 0 in entry.shape:

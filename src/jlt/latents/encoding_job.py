@@ -25,7 +25,7 @@ from jlt.images.decoding import PixelBatch
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.manifest import LatentSums, ShardRecord, StoreManifest
-from jlt.latents.shards import ITEM_BYTES
+from jlt.latents.shards import Layout
 from jlt.latents.store import STATE_FOLDER, STORED_DTYPES, VERIFY_THREADS
 from jlt.runtime.progress import inform, track
 from jlt.runtime.random_numbers import derive_seed
@@ -96,17 +96,17 @@ class EncodingJob:
         rows, size = self.rows(shard), self.config.batch_size
         return [range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
-    def layout(self, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the tensors of a shard with their dtypes and shapes."""
+    def layout(self, count: int) -> Layout:
+        """Return the tensors of a shard of `count` latents."""
         shape = (count, self.autoencoder.channels, self.side, self.side)
-        latents = dict.fromkeys(self.orientations, (STORED_DTYPES[self.config.dtype][0], shape))
-        return {**latents, "labels": ("I64", (count,)), "index": ("I64", (count,))}
+        latents = dict.fromkeys(self.orientations, (self.config.dtype, shape))
+        return {**latents, "labels": ("int64", (count,)), "index": ("int64", (count,))}
 
     @property
     def batch_bytes(self) -> int:
         """Bytes of one batch of latents, in all its orientations."""
         values = self.config.batch_size * self.autoencoder.channels * self.side**2 * len(self.orientations)
-        return values * ITEM_BYTES[STORED_DTYPES[self.config.dtype][0]]
+        return values * np.dtype(self.config.dtype).itemsize
 
     def shard_path(self, shard: int) -> Path:
         """Return the path of a shard."""
@@ -205,7 +205,7 @@ def encode_batch(job: EncodingJob, batch: PixelBatch) -> EncodedBatch:
             # A function of the image's position in the source alone.
             seeds = [derive_seed(0, name, index) for index in batch.index.tolist()]
         exact = _encode_images(job, images.flip(3) if name == "latents_flip" else images, seeds)
-        latents[name] = exact.to(STORED_DTYPES[job.config.dtype][1])
+        latents[name] = exact.to(STORED_DTYPES[job.config.dtype])
         largest[name] = exact.abs().amax(dim=(1, 2, 3)) if len(exact) else exact.new_empty(0)
     return EncodedBatch(batch.rows, batch.index, batch.labels, latents, largest, batch.bad)
 
@@ -227,7 +227,7 @@ def require_finite(job: EncodingJob, batch: EncodedBatch, name: str) -> None:
     """Raise a JLTError that names the first image whose latent, as stored, holds infinities or NaN."""
     dtype, largest = job.config.dtype, batch.largest[name]
     # Rounding keeps the order, so a latent is finite as stored if its largest value is.
-    finite = torch.isfinite(largest.to(STORED_DTYPES[dtype][1]))
+    finite = torch.isfinite(largest.to(STORED_DTYPES[dtype]))
     if finite.all():
         return
     first = int(finite.logical_not().nonzero()[0, 0])

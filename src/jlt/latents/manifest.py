@@ -73,6 +73,10 @@ class StoreManifest:
         """The latents' shape and number of classes."""
         return LatentShape(self.channels, self.height, self.width, len(self.class_names))
 
+    def latents_shape(self, count: int) -> tuple[int, int, int, int]:
+        """Return the shape of a tensor of `count` latents."""
+        return count, self.channels, self.height, self.width
+
     @property
     def orientations(self) -> tuple[str, ...]:
         """The names of the tensors of latents in each shard."""
@@ -193,7 +197,8 @@ class LatentSums:
     def require_normalised(self, autoencoder: Mapping[str, Any], advice: str = "") -> None:
         """Raise a JLTError with the measured values if noise of unit variance does not suit the latents' scale.
 
-        `autoencoder` is an identity; one without normalisation, pixels, is not checked. `advice` ends the message.
+        `autoencoder` is an identity; one without normalisation, such as pixels, is not checked. `advice` ends the
+        message.
         """
         if autoencoder["normalisation"]["kind"] == "none":
             return
@@ -202,11 +207,10 @@ class LatentSums:
         mean, std, stds = moments["mean"], moments["std"], moments["channel_std"]
         if low <= std <= high and abs(mean) <= MAX_MEAN and largest <= MAX_VALUE:
             return
+        ending = f" {advice}" if advice else ""
         raise JLTError(
             f"The latents of {autoencoder['name']!r} are not normalised. Their standard deviation is {std:.3g} "
             f"(per channel {min(stds):.3g} to {max(stds):.3g}; expected {low} to {high}), their mean {mean:.3g} "
             f"(expected within {MAX_MEAN:g}), their values go from {self.minimum:.3g} to {self.maximum:.3g} "
-            f"(expected within {MAX_VALUE:g}). Check the autoencoder's weights, statistics and scaling factor."
-            + f" {advice}"
-            * bool(advice)
+            f"(expected within {MAX_VALUE:g}). Check the autoencoder's weights, statistics and scaling factor.{ending}"
         )

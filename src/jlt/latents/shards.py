@@ -20,10 +20,14 @@ import numpy as np
 
 from jlt.errors import JLTError
 
-ITEM_BYTES = {"F16": 2, "F32": 4, "I32": 4, "I64": 8}
+DTYPES = {"F16": "float16", "F32": "float32", "I32": "int32", "I64": "int64"}
+"""The dtypes of a shard's tensors: their names in safetensors and in numpy."""
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 CACHE_LINE_BYTES = 64
 ROWS_PER_COPY = 256
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Names, numpy dtypes and shapes of a shard's tensors."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class TensorEntry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, an element of the first dimension."""
-        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape[1:]) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 class ShardFile:
@@ -101,7 +105,7 @@ class ShardFile:
 
     def read_array(self, entry: TensorEntry) -> np.ndarray:
         """Return a whole tensor of integers (labels, index) as int64."""
-        values = np.empty(entry.shape, dtype={"I32": "<i4", "I64": "<i8"}[entry.dtype])
+        values = np.empty(entry.shape, DTYPES[entry.dtype])
         self.read_into(values.data.cast("B"), entry.offset)
         return values.astype(np.int64, copy=False)
 
@@ -115,8 +119,8 @@ def _checked_end(fields: dict[str, Any]) -> int:
             raise ValueError("sizes and offsets must be whole numbers")
         if start != end or stop < start:
             raise ValueError("tensors overlap or leave a gap")
-        item_bytes = ITEM_BYTES.get(field["dtype"])
-        if item_bytes is not None and stop - start != math.prod(shape) * item_bytes:
+        dtype = DTYPES.get(field["dtype"])
+        if dtype is not None and stop - start != math.prod(shape) * np.dtype(dtype).itemsize:
             raise ValueError("a tensor's size differs from that of its shape")
         end = stop
     return end
@@ -125,21 +129,24 @@ def _checked_end(fields: dict[str, Any]) -> int:
 class ShardWriter:
     """Writes the rows of a shard's tensors in any order into a new file; a context manager."""
 
-    def __init__(self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Lay out the file for tensors of the given dtypes (`F16`, `F32`, `I64`) and shapes."""
+    def __init__(self, path: Path, tensors: Layout) -> None:
+        """Lay out the file for the tensors."""
         # Widest items first keeps every tensor aligned to its item size.
-        order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
+        order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name))
         fields, starts, end = {}, {}, 0
         for name in order:
             dtype, shape = tensors[name]
-            starts[name], end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
-            fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": (starts[name], end)}
+            starts[name], end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+            fields[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": (starts[name], end)}
         header = json.dumps(fields, separators=(",", ":")).encode()
         # Padded so that the largest tensor, the latents, starts on a cache line: the kernel copies it a third faster.
         largest = max(order, key=lambda name: math.prod(tensors[name][1]))
         header += b" " * (-(8 + len(header) + starts[largest]) % CACHE_LINE_BYTES)
         base = 8 + len(header)
-        self._entries = {name: TensorEntry(*tensors[name], offset=base + starts[name]) for name in order}
+        self._entries = {
+            name: TensorEntry(SAFETENSORS_NAMES[dtype], shape, base + starts[name])
+            for name, (dtype, shape) in tensors.items()
+        }
         self._file = path.open("wb")
         self._file.write(struct.pack("<Q", len(header)) + header)
         self._file.truncate(base + end)
@@ -163,20 +170,18 @@ class ShardWriter:
         self._file.close()
 
 
-def keep_rows(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Rewrite a shard to the first rows of its tensors, as many as the given dtypes and shapes say."""
+def keep_rows(path: Path, tensors: Layout) -> None:
+    """Rewrite a shard to the first rows of its tensors, as many as the given shapes say."""
     shorter = path.with_name(f"{path.stem}.shorter{path.suffix}")
     shorter.unlink(missing_ok=True)
     try:
         file = ShardFile(path)
         entries = file.read_entries()
         with ShardWriter(shorter, tensors) as writer:
-            for name, (_, shape) in tensors.items():
+            for name, (dtype, shape) in tensors.items():
                 entry = entries[name]
                 for start in range(0, shape[0], ROWS_PER_COPY):
-                    count = min(ROWS_PER_COPY, shape[0] - start)
-                    # Raw bytes, since their values do not matter for a copy.
-                    rows = np.empty((count, *shape[1:]), f"V{ITEM_BYTES[entry.dtype]}")
+                    rows = np.empty((min(ROWS_PER_COPY, shape[0] - start), *shape[1:]), dtype)
                     file.read_into(rows.data.cast("B"), entry.offset + start * entry.row_bytes)
                     writer.write(name, start, rows)
         shorter.replace(path)

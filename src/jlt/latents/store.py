@@ -1,7 +1,7 @@
 """The latent store: reading of encoded images, verification of everything stored, and writing of arrays.
 
-A few threads read rows with `preadv` straight into the result. This is as fast as a memory map, and it reads a latent
-from a disk in one request. Memory does not grow with the store, and a file that shrinks is a named error, no SIGBUS.
+A few threads read rows with `preadv` straight into the result. Unlike with a memory map, a latent is one request to the
+disk, memory does not grow with the store, and a file that shrinks is a named error instead of a SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from jlt.errors import JLTError
 from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, read_manifest, write_manifest
-from jlt.latents.shards import ShardFile, ShardWriter, TensorEntry
+from jlt.latents.shards import SAFETENSORS_NAMES, ShardFile, ShardWriter, TensorEntry
 from jlt.runtime.environment import cores
 from jlt.runtime.progress import track
 from jlt.storage.files import sha256_file
 
 STATE_FOLDER = ".encoding"
-STORED_DTYPES = {"float16": ("F16", torch.float16), "float32": ("F32", torch.float32)}
+STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MAX_OPEN_SHARDS = 256
 VERIFY_THREADS = 8
 READING_THREADS = min(8, cores())
@@ -97,9 +97,7 @@ class LatentStore:
 
     def empty(self, count: int) -> Float[Tensor, "{count} c h w"]:
         """Return uninitialised memory for `count` latents in the stored dtype."""
-        shape = self.shape
-        dtype = STORED_DTYPES[self.manifest.dtype][1]
-        return torch.empty((count, shape.channels, shape.height, shape.width), dtype=dtype)
+        return torch.empty(self.manifest.latents_shape(count), dtype=STORED_DTYPES[self.manifest.dtype])
 
     def gather(
         self,
@@ -119,9 +117,7 @@ class LatentStore:
             raise JLTError(
                 f"The latent store {self.folder} holds no flipped latents: encode with flips, or train without."
             )
-        latents = self.empty(len(indices)) if out is None else out
-        if out is not None:
-            self._require_like_empty(out, len(indices))
+        latents = self.empty(len(indices)) if out is None else self._require_like_empty(out, len(indices))
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         orientation = 0 if flips is None else flips.astype(np.int64)
         offsets = self._offsets[orientation, shards] + (indices - self._starts[shards]) * self._row_bytes
@@ -133,14 +129,12 @@ class LatentStore:
         for start in range(0, len(self), batch_size):
             yield self.gather(np.arange(start, min(start + batch_size, len(self))))
 
-    def _require_like_empty(self, out: Tensor, count: int) -> None:
-        manifest = self.manifest
-        expected = (count, manifest.channels, manifest.height, manifest.width), STORED_DTYPES[manifest.dtype][1]
-        if (tuple(out.shape), out.dtype) != expected or out.device.type != "cpu" or not out.is_contiguous():
-            raise ValueError(
-                f"out has to be contiguous {expected[1]} of {expected[0]} in host memory, got {out.dtype} of "
-                f"{tuple(out.shape)} on {out.device}"
-            )
+    def _require_like_empty(self, out: Tensor, count: int) -> Tensor:
+        shape, dtype = self.manifest.latents_shape(count), STORED_DTYPES[self.manifest.dtype]
+        if (out.shape, out.dtype, out.device.type) != (shape, dtype, "cpu") or not out.is_contiguous():
+            got = f"{out.dtype} of {tuple(out.shape)} on {out.device}"
+            raise ValueError(f"out has to be contiguous {dtype} of {shape} in host memory, got {got}")
+        return out
 
     def _read_rows(self, latents: Tensor, shards: np.ndarray, offsets: np.ndarray) -> None:
         # Rows that are consecutive in the file and in the result are one read; reads go forward in each file.
@@ -268,10 +262,10 @@ def _check_positions(folder: Path, manifest: StoreManifest) -> None:
 
 def _checked_header(file: ShardFile, record: ShardRecord, manifest: StoreManifest) -> dict[str, TensorEntry]:
     entries = file.read_entries()
-    latents = (record.count, manifest.channels, manifest.height, manifest.width)
     # Adopted shards may hold labels of either integer type.
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {"labels": (("I64", "I32"), (record.count,))}
-    expected |= dict.fromkeys(manifest.orientations, ((STORED_DTYPES[manifest.dtype][0],), latents))
+    latents = (SAFETENSORS_NAMES[manifest.dtype],), manifest.latents_shape(record.count)
+    expected |= dict.fromkeys(manifest.orientations, latents)
     for name, (dtypes, shape) in expected.items():
         if name not in entries:
             raise JLTError(f"{file.path} holds no {name}.")
@@ -292,7 +286,6 @@ def _checked_labels(file: ShardFile, header: dict[str, TensorEntry], manifest: S
     return labels
 
 
-SAFETENSORS_NAMES = {"float16": "F16", "float32": "F32", "int64": "I64"}
 BLOCK_ROWS = 256
 
 
@@ -307,7 +300,7 @@ def write_store(folder: Path, shards: Iterable[dict[str, np.ndarray]], classes: 
     sums: LatentSums | None = None
     for arrays in shards:
         path = folder / f"shard-{len(records):05d}.safetensors"
-        with ShardWriter(path, {n: (SAFETENSORS_NAMES[a.dtype.name], a.shape) for n, a in arrays.items()}) as writer:
+        with ShardWriter(path, {name: (values.dtype.name, values.shape) for name, values in arrays.items()}) as writer:
             for name, values in arrays.items():
                 writer.write(name, 0, values)
         records.append(ShardRecord.of(path, len(arrays["labels"])))

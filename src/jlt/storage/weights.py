@@ -106,6 +106,11 @@ def require_same_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapp
         raise JLTError(f"{file} does not hold the weights of {what}: {'; '.join(faults)}.")
 
 
+def is_hub_id(path: str) -> bool:
+    """Return whether a text that names no existing file or folder has the form of a Hub id, organisation/name."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+
+
 def require_reachable(repository: str, files: Sequence[str], remedy: str) -> None:
     """Raise a JLTError at once if the Hub is not reachable; its library would retry for a minute first.
 

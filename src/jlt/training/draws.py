@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jlt.config import TrainConfig
-from jlt.latents.order import SampleOrder
+from jlt.latents.loader import SampleOrder
 from jlt.runtime.random_numbers import derive_seed, generator
 from jlt.timesteps import times_from_uniform
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from jlt.config import LatentShape, TrainConfig
 from jlt.errors import JLTError
-from jlt.latents.loader import read_ahead
-from jlt.latents.order import SampleOrder
+from jlt.latents.loader import SampleOrder, read_ahead
 from jlt.latents.store import LatentStore
 from jlt.runtime.processes import Group, SingleProcess, lost_process_as_error
 from jlt.runtime.progress import inform

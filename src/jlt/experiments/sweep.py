@@ -56,7 +56,7 @@ from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open
 from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, lock_folder, require_unlinked
 from jlt.storage.rows import require_space
-from jlt.training.averages import choose_name, require_ema
+from jlt.training.averages import choose_name
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -171,7 +171,7 @@ def sweep(
         if wanted.autoguided:
             check_guide(checkpoint, wanted)
     for ema in config.ema:
-        require_ema(checkpoint, ema)
+        choose_name(checkpoint, ema)
     first = config.sample_config(config.settings()[0], config.coarse_num, config.sample.seed)
     sampler = open_sampler(checkpoint, first, device, autoencoder_path)
     reference = open_reference(real_images, extractor, sampler.resolution, group=group)
@@ -291,5 +291,5 @@ def _described(points: Sequence[Measured]) -> tuple[SweepPoint, ...]:
 
 
 def resolve_ema(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the requested averages of the weights, by default all that are stored."""
-    return tuple(names) or tuple(checkpoint.ema_names()) or (choose_name(checkpoint, ""),)
+    """Return the requested averages of the weights, by default all that are stored, else the weights themselves."""
+    return tuple(names) or tuple(checkpoint.ema_names()) or ("none",)

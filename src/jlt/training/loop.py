@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,19 +40,16 @@ class NotFiniteError(JLTError):
     """Too many updates in a row have a loss or a gradient that is not finite; the message names the step."""
 
 
-class Watcher(abc.ABC):
+@dataclass
+class Watcher:
     """Something that looks at a run's checkpoints at intervals, such as an evaluation."""
 
-    @abc.abstractmethod
-    def due(self, step: int) -> bool:
-        """Whether it looks at the checkpoint of this step: a function of the step, the same in all processes."""
+    due: Callable[[int], bool]
+    """Whether it looks at the checkpoint of a step; the same in all processes."""
+    look: Callable[[Path, Group], dict[str, Any] | None]
+    """Looks at a checkpoint, and returns an `event` and its values for the log; None if the log has them already.
 
-    @abc.abstractmethod
-    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
-        """Look at a checkpoint, and return an `event` and its values for the log; None if the log has them already.
-
-        Every process of the group calls it, and all return or raise alike.
-        """
+    Every process of the group calls it, and all return or raise alike."""
 
 
 def train(

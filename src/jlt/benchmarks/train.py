@@ -28,7 +28,7 @@ from jlt.latents.order import SampleOrder
 from jlt.latents.store import LatentStore, write_store
 from jlt.networks.transformer import count_network, training_flops
 from jlt.runtime import environment
-from jlt.runtime.environment import default_device, machine, versions
+from jlt.runtime.environment import default_device, measured_on
 from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
@@ -91,8 +91,7 @@ def benchmark_train(
         "precisions": asdict(precisions),
         "warning": precisions.warning,
         "threads": torch.get_num_threads(),
-        "machine": machine(device),
-        "versions": versions(),
+        **measured_on(device),
     }
 
 

@@ -16,7 +16,6 @@ from jlt.latents.shards import ShardWriter
 from jlt.latents.store import LatentStore
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder
-from jlt.storage.files import sha256_file
 from jlt.storage.rows import require_space
 
 NAME = "coordinates/map.safetensors"
@@ -66,12 +65,12 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
                 mapped = coordinates.apply(store.gather(chosen, np.full(len(chosen), flipped))[0]).numpy()
                 writer.write(name, row, mapped)
                 sums = sums.add(mapped)
-        records.append(ShardRecord(path.name, shard.count, path.stat().st_size, sha256_file(path)))
+        records.append(ShardRecord.of(path, shard.count))
     autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu")
     identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
     # The final place of the map, as other stores name the place of their weights.
     identity["normalisation"]["coordinates"]["source"] = str((folder / NAME).resolve())
-    changed = replace(
-        manifest, autoencoder=identity, encoding=None, dtype="float32", shards=tuple(records), **sums.moments()
+    shards, moments = tuple(records), sums.moments()
+    write_manifest(
+        begun, replace(manifest, autoencoder=identity, encoding=None, dtype="float32", shards=shards, **moments)
     )
-    write_manifest(begun, changed)

@@ -42,6 +42,11 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     return {"cpu": cpu, "cores": cores(), "device": accelerator}
 
 
+def measured_on(device: torch.device | str) -> dict[str, Any]:
+    """Return the machine and the versions of a benchmark, as entries of its result."""
+    return {"machine": machine(device), "versions": versions()}
+
+
 def cores() -> int:
     """Return how many processors this process may use."""
     # Only some systems report the cores of a process; all report those of the machine.

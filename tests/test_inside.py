@@ -75,7 +75,7 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     basis = measure_basis(moments, patch_size, scale)
     network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, scale)
     denoiser = Denoiser(network, prediction, null_label=1)
-    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
+    squares = squared_errors(denoiser, store, np.arange(len(store)), basis, 0, "cpu", SingleProcess())
     error = squares.std(1) / len(store) ** 0.5
     assert squares.shape == (len(MEASURED_TIMES), len(store), 2 * patch_size**2)
     apart = (squares.mean(1) - torch.from_numpy(basis.whole_optimum)) / error
@@ -238,9 +238,9 @@ def test_a_damaged_geometry_is_named_and_measured_again(place, tmp_path, capsys)
 def test_bands_are_in_units_of_the_noise(place):
     checkpoint = open_checkpoint(place / "x")
     lam = np.array([4.0, 0.03, 0.01])
-    basis = Basis(1, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
+    basis = Basis(1, 2.0, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
     identity = {"checkpoint": "", "ema": "0.99"}
-    found = network_error(checkpoint, identity, torch.ones(1, 5, 3, dtype=torch.float64), basis, 2.0)
+    found = network_error(checkpoint, identity, torch.ones(1, 5, 3, dtype=torch.float64), basis)
     assert [(band.low, band.high, band.directions) for band in found.bands] == [(*BANDS[0], 2), (*BANDS[3], 1)]
 
 

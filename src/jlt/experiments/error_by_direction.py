@@ -70,6 +70,7 @@ class Basis:
     """The eigen-directions of tokens as columns, their variances, and the unavoidable error in each at each time."""
 
     patch_size: int
+    noise_scale: float
     eigenvalues: Float64[np.ndarray, " d"]
     vectors: Float64[Tensor, "d d"]
     optimum: Float64[np.ndarray, "t d"]
@@ -85,13 +86,12 @@ def measure_error_by_direction(
     `moments` are those of the store for the networks' patch size, in the first process; None in the others. `num`
     latents are drawn from the store, the same for all networks and any number of processes.
     """
-    scale = networks.noise_scale
-    basis = group.on_rank0(lambda: measure_basis(rank0_value(moments), networks.patch_size, scale))
+    basis = group.on_rank0(lambda: measure_basis(rank0_value(moments), networks.patch_size, networks.noise_scale))
     numbers = random_subset(len(store), networks.num)
     found = []
     for checkpoint in networks.checkpoints:
         weights = open_weights(checkpoint, networks.ema, device)
-        squares = squared_errors(weights.denoiser, store, numbers, basis, scale, seed, device, group)
+        squares = squared_errors(weights.denoiser, store, numbers, basis, seed, device, group)
         found.append((checkpoint, weights.identity, squares))
 
     def assemble() -> ErrorByDirection:
@@ -107,7 +107,7 @@ def measure_error_by_direction(
             whole_optimum=rows(basis.whole_optimum),
             whole_estimate=basis.whole_estimate,
             networks=tuple(
-                network_error(checkpoint, identity, errors, basis, scale)
+                network_error(checkpoint, identity, errors, basis)
                 for (checkpoint, identity, _), errors in zip(found, squares, strict=True)
             ),
             beyond_the_first=tuple(
@@ -122,12 +122,11 @@ def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -
     """Return the directions of tokens with the optima of eq. 11, of tokens and of whole latents."""
     eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
     vectors, stationary, whole = vectors.cpu(), moments.stationary, moments.whole
-    optimum = unavoidable_error(eigenvalues, noise_scale)
+    of_tokens = patch_size, noise_scale, eigenvalues, vectors, unavoidable_error(eigenvalues, noise_scale)
     if isinstance(whole, TokenCovariance):
         exact = whole_optimum(whole.covariance.cpu(), stationary.shape, patch_size, vectors, noise_scale)
-        return Basis(patch_size, eigenvalues, vectors, optimum, exact, "exact")
-    on_torus = stationary_optimum(stationary, patch_size, vectors, noise_scale)
-    return Basis(patch_size, eigenvalues, vectors, optimum, on_torus, "stationary")
+        return Basis(*of_tokens, exact, "exact")
+    return Basis(*of_tokens, stationary_optimum(stationary, patch_size, vectors, noise_scale), "stationary")
 
 
 def unavoidable_error(lam: Float64[np.ndarray, " d"], noise_scale: float) -> Float64[np.ndarray, "t d"]:
@@ -179,7 +178,6 @@ def squared_errors(
     store: Latents,
     numbers: Int64[np.ndarray, " n"],
     basis: Basis,
-    noise_scale: float,
     seed: int,
     device: str,
     group: Group,
@@ -195,7 +193,7 @@ def squared_errors(
             latents, labels = store.gather(chosen)
             x, labels = latents.to(device).float(), labels.to(device)
             seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
-            eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
+            eps = basis.noise_scale * normal_per_sample(seeds, x.shape[1:], device)
             velocities = (denoiser.velocity(t * x + (1 - t) * eps, t, labels) for t in MEASURED_TIMES)
             found.append((start, torch.stack([_along(velocity - (x - eps), basis) for velocity in velocities])))
             shown.show(group.add(seen, len(chosen)))
@@ -214,16 +212,11 @@ def _mean_and_error(values: Float64[Tensor, "t n d"]) -> tuple[Float64[np.ndarra
 
 
 def network_error(
-    checkpoint: Checkpoint,
-    identity: Mapping[str, Any],
-    squares: Float64[Tensor, "t n d"],
-    basis: Basis,
-    noise_scale: float,
+    checkpoint: Checkpoint, identity: Mapping[str, Any], squares: Float64[Tensor, "t n d"], basis: Basis
 ) -> NetworkError:
     """Return the errors of one network: means over latents, and their sums over bands of directions."""
     mean, standard_error = _mean_and_error(squares)
-    lam = basis.eigenvalues / noise_scale**2
-    bands = []
+    lam, bands = basis.eigenvalues / basis.noise_scale**2, []
     for low, high in BANDS:
         inside = (lam >= low) & (lam < (np.inf if high is None else high))
         if inside.any():

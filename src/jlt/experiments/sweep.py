@@ -89,12 +89,11 @@ class Sweeper:
         for place, setting in enumerate(settings, 1):
             point = self.one(setting, num, seed, fresh)
             found.append(point)
-            error = f" ± {point.error:.2g}" if point.error else ""
             images_left = (len(settings) - place) * fresh + after
-            known = self.images and images_left
-            left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if known else ""
             if self.group.rank == 0:
-                value = f"{self.config.metric} {point.value:.4g}{error} ({num} images{left})"
+                error = f" ± {point.error:.2g}" if point.error else ""
+                left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if self.images else ""
+                value = f"{self.config.metric} {point.value:.4g}{error} ({num} images{left if images_left else ''})"
                 inform(f"{name}, {place} of {len(settings)}: {setting.name}: {value}")
         return found
 

@@ -155,11 +155,6 @@ def peak_memory(device: torch.device | str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if peak is None else peak
 
 
-def machine_memory() -> int:
-    """Return this machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def reset_peak_memory(device: torch.device | str) -> None:
     """Reset the peak to the present use; without Linux's `/proc` the peak of a process stays."""
     if torch.device(device).type == "cuda":

@@ -41,10 +41,6 @@ class EMA:
             for name in self._betas
         }
 
-    def power_averages(self) -> dict[str, dict[str, Tensor]]:
-        """Return the power-function averages, from which others can be rebuilt."""
-        return {name: average for name, average in self.averages.items() if name.startswith(SIGMA_REL)}
-
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move every average towards the present weights, the result of this many updates."""

@@ -41,7 +41,7 @@ class RandomLatents:
         return self._latents[indices % len(self._latents)], torch.from_numpy(indices % self.shape.num_classes)
 
     def identity(self) -> dict[str, Any]:
-        """Return that these are no data."""
+        """Return an identity that names no data."""
         return {"source": "random", "count": self._count}
 
 

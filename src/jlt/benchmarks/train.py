@@ -147,12 +147,10 @@ def measure_share(config: TrainConfig, processes: int) -> Figures:
 
     The process works alone: nothing is sent, and nothing is sharded. JLTError where the share does not fit.
     """
-    inform("measuring an update")
     share = replace(config, batch_size=config.batch_size // processes, parallel="ddp")
-    try:
-        found = measure_update(share, 1, default_device())
-    except torch.OutOfMemoryError:
-        raise JLTError("An update does not fit on this machine: leave --measure out.") from None
+    found = measure_or_skip(share, 1, default_device())
+    if found["out_of_memory"]:
+        raise JLTError("An update does not fit on this machine: leave --measure out.")
     source = "measured here: the update of one process alone"
     return {
         "peak_memory": Figure(found["peak_memory_gib"] * 2**30, source),

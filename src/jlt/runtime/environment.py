@@ -129,7 +129,7 @@ class ProductRates:
 
 
 def compare_precisions(device: torch.device | str, seconds: float = 0.2) -> ProductRates:
-    """Measure products in float32 and bfloat16, each of the largest matrices at which one takes no more than `seconds`.
+    """Measure products in float32 and bfloat16, of the largest matrices whose product takes no more than `seconds`.
 
     Smaller products would measure how the threads of a busy machine wait for each other.
     """

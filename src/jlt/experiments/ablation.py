@@ -1,7 +1,7 @@
 """Matched ablations: the same run with another prediction, loss space, patch size or seed, and nothing else changed.
 
-An ablation folder holds `runs/`, `reference.npz`, `ablation.json`, and `coordinates/` if the geometry of the latents is
-an axis. Run the same command again to resume: every part that exists is kept.
+An ablation folder holds `plan.json`, `runs/`, `reference.npz`, `ablation.json`, and `coordinates/` if the geometry of
+the latents is an axis. Run the same command again to resume: every part that exists is kept.
 """
 
 from __future__ import annotations

@@ -160,6 +160,7 @@ def sweep(
         if wanted.autoguided:
             check_guide(checkpoint, wanted)
     for ema in config.ema:
+        # It refuses an unknown name.
         choose_name(checkpoint, ema)
     first = config.sample_config(config.settings()[0], config.coarse_num, config.sample.seed)
     sampler = open_sampler(checkpoint, first, device, autoencoder_path)

@@ -20,8 +20,8 @@ def test_an_unknown_gpu_gets_the_nearest():
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
 def test_rates_fall_with_precision_and_memory_is_in_bytes(gpu):
-    assert gpu.peak("bfloat16") >= 1.9 * gpu.peak("tf32")
-    assert gpu.peak("tf32") >= gpu.peak("float32") > 1e13
+    assert gpu.peak["bfloat16"] >= 1.9 * gpu.peak["tf32"]
+    assert gpu.peak["tf32"] >= gpu.peak["float32"] > 1e13
     assert 20e9 < gpu.memory < 300e9
 
 

@@ -80,7 +80,7 @@ def test_the_best_linear_network_has_the_error_of_eq_11(prediction, patch_size, 
     basis = measure_basis(moments, patch_size, scale)
     network = Optimal(prediction, moments.whole.covariance, moments.whole.mean, scale)
     denoiser = Denoiser(network, prediction, null_label=1)
-    errors = velocity_errors(denoiser, store, np.arange(len(store)), basis, scale, 0, "cpu", SingleProcess())
+    errors = velocity_errors(denoiser, store, np.arange(len(store)), basis, 0, "cpu", SingleProcess())
     # The outputs of a conditional mean are neither too small nor too large.
     np.testing.assert_allclose(errors.calibration, 1, atol=0.1)
     squares = errors.squares
@@ -100,7 +100,7 @@ def sampled(network, prediction, moments, scale=1.0, steps=25):
     sampler = LatentSampler(Denoiser(network, prediction, 1), LatentShape(*SHAPE, 1), settings, "cpu", scale)
     states = sampled_states(sampler, measure_basis(moments, 1, scale), SingleProcess())
     assert states is not None
-    return states.spectrum(moments.stationary, scale, steps)
+    return states.spectrum(moments.stationary, steps)
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
@@ -130,7 +130,7 @@ def test_outputs_that_are_too_small_show_in_the_calibration_and_in_the_samples()
     moments = measure_moments(store, [1], "cpu", SingleProcess())
     network = Shrunk(Optimal("x", moments.whole.covariance, 0 * moments.whole.mean, 1.0), 0.8)
     basis, denoiser = measure_basis(moments, 1), Denoiser(network, "x", 1)
-    errors = velocity_errors(denoiser, store, np.arange(2000), basis, 1.0, 0, "cpu", SingleProcess())
+    errors = velocity_errors(denoiser, store, np.arange(2000), basis, 0, "cpu", SingleProcess())
     # Near the noise x^ is a small part of v; near the data v^ is all of it, and far too large.
     assert (errors.calibration[-1] < 0.5).all()
     spread = np.array(sampled(network, "x", moments).spread)
@@ -146,7 +146,7 @@ def test_a_decoder_shows_the_directions_that_images_depend_on():
         def decode(self, latents):
             return super().decode(latents * torch.tensor([2.0, 1.0, 0.0]).view(3, 1, 1))
 
-    directions = Directions(1, np.array([3.0, 2.0, 1.0]), torch.eye(3, dtype=torch.float64))
+    directions = Directions(1, 1.0, np.array([3.0, 2.0, 1.0]), torch.eye(3, dtype=torch.float64))
     found = decoder_sensitivity(First(), torch.zeros(8, 3, 16, 16), directions)
     assert found.directions == (0, 1, 2)
     # A third of the values changes.
@@ -312,10 +312,10 @@ def test_a_damaged_geometry_is_named_and_measured_again(place, tmp_path, capsys)
 def test_bands_are_in_units_of_the_noise(place):
     checkpoint = open_checkpoint(place / "x")
     lam = np.array([4.0, 0.03, 0.01])
-    basis = Basis(1, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
+    basis = Basis(1, 2.0, lam, torch.eye(3, dtype=torch.float64), np.ones((1, 3)), np.ones((1, 3)), "exact")
     identity = {"checkpoint": "", "ema": "0.99"}
     errors = VelocityErrors(torch.ones(1, 5, 3, dtype=torch.float64), np.ones((1, 3)))
-    found = network_error(checkpoint, identity, errors, basis, 2.0)
+    found = network_error(checkpoint, identity, errors, basis)
     assert [(band.low, band.high, band.directions) for band in found.bands] == [(*BANDS[0], 2), (*BANDS[3], 1)]
 
 

@@ -185,17 +185,16 @@ def test_settings_of_a_launcher_that_have_no_effect_are_named(monkeypatch, capsy
     assert "use --precision instead" in capsys.readouterr().err
 
 
-class FailingOnce(Watcher):
-    """Fails in one process alone, before the processes come together."""
+def failing_once():
+    """Return a watcher that fails in one process alone, before the processes come together."""
 
-    def due(self, step):
-        return step == 2
-
-    def look(self, checkpoint, group):
+    def look(checkpoint, group):
         with stop_together(group):
             if group.rank == 1:
                 raise RuntimeError("no memory here")
-        raise AssertionError("nobody comes here")
+        raise AssertionError("no process comes here")
+
+    return Watcher(lambda step: step == 2, look)
 
 
 def test_a_look_that_fails_in_one_process_alone_fails_in_all_and_the_training_goes_on(store, tmp_path):
@@ -203,8 +202,8 @@ def test_a_look_that_fails_in_one_process_alone_fails_in_all_and_the_training_go
 import sys
 sys.path.insert(0, TESTS)
 import jlt.experiments.run_training as place
-from test_training_watch import FailingOnce
-place.watchers_of = lambda *arguments: [FailingOnce()]
+from test_training_watch import failing_once
+place.watchers_of = lambda *arguments: [failing_once()]
 """.replace("TESTS", repr(str(Path(__file__).parent)))
     run_processes(2, train_arguments(store, tmp_path / "run", "--steps", "4"), plant)
     assert [event["step"] for event in events(tmp_path / "run", "failed")] == [2]

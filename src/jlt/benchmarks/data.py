@@ -35,7 +35,7 @@ from jlt.latents.encoding import encode_source
 from jlt.latents.encoding_job import EncodingJob
 from jlt.latents.loader import DEPTH, SampleOrder, read_ahead
 from jlt.latents.store import LatentStore, write_store
-from jlt.runtime.environment import cores, default_device, exact_arithmetic, machine, peak_memory, seconds_of, versions
+from jlt.runtime.environment import cores, default_device, exact_arithmetic, measured_on, peak_memory, seconds_of
 from jlt.runtime.processes import spawn_context
 from jlt.runtime.progress import inform
 from jlt.storage.rows import require_space
@@ -93,8 +93,7 @@ def benchmark_data(latents: Path | None, count: int, batch_size: int, seconds: f
         "loader_ratio": {way: rounds.ratio("loader", way) for way in rounds.by_way},
         "rounds": {way: [batch_size / spent for spent in times] for way, times in rounds.by_way.items()},
         "threads": torch.get_num_threads(),
-        "machine": machine(default_device()),
-        "versions": versions(),
+        **measured_on(default_device()),
     }
 
 
@@ -231,8 +230,7 @@ def benchmark_encode(config: EncodeConfig, num: int) -> dict[str, Any]:
         "ratio": rate / bare_rate,
         "ratio_by_round": rounds.ratios("encoding", "bare"),
         "peak_memory_mib": peak_memory(autoencoder.device.type) / 2**20,
-        "machine": machine(autoencoder.device),
-        "versions": versions(),
+        **measured_on(autoencoder.device),
     }
 
 

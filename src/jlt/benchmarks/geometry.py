@@ -16,7 +16,7 @@ from jlt.config import FLUX2_IMAGENET256, LatentShape
 from jlt.geometry.accumulate import BATCH_VALUES, measure_moments
 from jlt.geometry.covariance import TokenCovariance
 from jlt.patches import patch_tokens
-from jlt.runtime.environment import default_device, machine, peak_memory, reset_peak_memory, seconds_of, versions
+from jlt.runtime.environment import default_device, measured_on, peak_memory, reset_peak_memory, seconds_of
 from jlt.runtime.processes import SingleProcess
 
 ROUNDS = 5
@@ -41,7 +41,7 @@ class RandomLatents:
         return self._latents[indices % len(self._latents)], torch.from_numpy(indices % self.shape.num_classes)
 
     def identity(self) -> dict[str, Any]:
-        """Return that these are no data."""
+        """Return an identity that names no data."""
         return {"source": "random", "count": self._count}
 
 
@@ -65,8 +65,7 @@ def benchmark_geometry(
         "latents_per_second": rate,
         "imagenet_minutes": IMAGENET / rate / 60,
         "peak_memory_mib": peak_memory(device) / 2**20,
-        "machine": machine(device),
-        "versions": versions(),
+        **measured_on(device),
     }
 
 

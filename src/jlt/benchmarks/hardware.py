@@ -9,6 +9,7 @@ taken as 1e9 bytes, which is a little less than the cards report.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jlt.config import Precision
@@ -21,18 +22,12 @@ class GPU:
 
     name: str
     memory: int
-    bfloat16: float
-    tf32: float
-    float32: float
-
-    def peak(self, precision: Precision) -> float:
-        """Return the peak rate in a precision."""
-        return getattr(self, precision)
+    peak: Mapping[Precision, float]
 
 
 GPUS = {
-    name: GPU(name, memory_gb * 10**9, *(tflops * 1e12 for tflops in rates))
-    for name, memory_gb, *rates in (
+    name: GPU(name, memory_gb * 10**9, {"bfloat16": bfloat16 * 1e12, "tf32": tf32 * 1e12, "float32": float32 * 1e12})
+    for name, memory_gb, bfloat16, tf32, float32 in (
         ("A100-40", 40, 312, 156, 19.5),
         ("A100-80", 80, 312, 156, 19.5),
         ("A10", 24, 125, 62.5, 31.2),

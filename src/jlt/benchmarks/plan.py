@@ -7,6 +7,7 @@ measurement, a formula or an assumption.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
 from jlt.networks.transformer import count_network, training_flops
-from jlt.runtime.environment import affordable_size, machine_memory, matmul_rate, peak_memory
+from jlt.runtime.environment import affordable_size, matmul_rate, peak_memory
 from jlt.training.step import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
@@ -114,7 +115,7 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
         raise JLTError(f"A run needs at least one process, not {processes}.")
     if gpu.lower() != "cpu":
         found = find_gpu(gpu)
-        peak = Figure(found.peak(config.precision), f"data sheet: dense {config.precision}", "FLOP/s")
+        peak = Figure(found.peak[config.precision], f"data sheet: dense {config.precision}", "FLOP/s")
         context = f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes"
         memory, outside = Figure(found.memory, "data sheet"), Figure(CUDA_CONTEXT, context)
         return Hardware(found.name, processes, peak, memory, outside, GPU_SLACK)
@@ -122,8 +123,9 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     rate = matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0))
     shared = ", shared among the processes" if processes > 1 else ""
+    bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = Figure(rate / processes, f"measured here: a matrix product{shared}", "FLOP/s")
-    memory = Figure(machine_memory() // processes, f"this machine's{shared}")
+    memory = Figure(bytes_here // processes, f"this machine's{shared}")
     return Hardware("cpu", processes, peak, memory, outside, CPU_SLACK)
 
 

@@ -19,15 +19,7 @@ from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network, forward_flops
 from jlt.prediction import velocity_from_output
-from jlt.runtime.environment import (
-    default_device,
-    machine,
-    matmul_rate,
-    peak_memory,
-    reset_peak_memory,
-    seconds_of,
-    versions,
-)
+from jlt.runtime.environment import default_device, matmul_rate, measured_on, peak_memory, reset_peak_memory, seconds_of
 from jlt.runtime.progress import inform
 from jlt.sampling.guidance import Denoiser, in_interval, rows_evaluated
 from jlt.sampling.sampler import LatentSampler, Start, decode_to_uint8
@@ -83,8 +75,7 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
         "matmul_gflops": product / 1e9,
         "mfu": rate * rows * forward_flops(config.network) / product,
         "peak_memory_gib": peak / 2**30,
-        "machine": machine(device),
-        "versions": versions(),
+        **measured_on(device),
     }
 
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from jlt.latents.loader import SampleOrder
 from jlt.latents.store import LatentStore, write_store
 from jlt.networks.transformer import count_network, training_flops
 from jlt.runtime import environment
-from jlt.runtime.environment import default_device, machine, versions
-from jlt.runtime.processes import Group, SingleProcess
+from jlt.runtime.environment import default_device, measured_on
+from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
 from jlt.storage.rows import require_space
@@ -91,8 +91,7 @@ def benchmark_train(
         "precisions": asdict(precisions),
         "warning": precisions.warning,
         "threads": torch.get_num_threads(),
-        "machine": machine(device),
-        "versions": versions(),
+        **measured_on(device),
     }
 
 
@@ -148,12 +147,10 @@ def measure_share(config: TrainConfig, processes: int) -> Figures:
 
     The process works alone: nothing is sent, and nothing is sharded. JLTError where the share does not fit.
     """
-    inform("measuring an update")
     share = replace(config, batch_size=config.batch_size // processes, parallel="ddp")
-    try:
-        found = measure_update(share, 1, default_device())
-    except torch.OutOfMemoryError:
-        raise JLTError("An update does not fit on this machine: leave --measure out.") from None
+    found = measure_or_skip(share, 1, default_device())
+    if found["out_of_memory"]:
+        raise JLTError("An update does not fit on this machine: leave --measure out.")
     source = "measured here: the update of one process alone"
     return {
         "peak_memory": Figure(found["peak_memory_gib"] * 2**30, source),
@@ -218,20 +215,6 @@ def compare_variants(config: TrainConfig, steps: int, device: str) -> list[dict[
     return entries
 
 
-@dataclass(frozen=True)
-class SavesOnce(Watcher):
-    """Requests a checkpoint at one step: training waits until it is written, so that the next one need not."""
-
-    step: int
-
-    def due(self, step: int) -> bool:
-        """Whether this is the step."""
-        return step == self.step
-
-    def look(self, checkpoint: Path, group: Group) -> None:
-        """Do nothing."""
-
-
 def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Train on a temporary store of random latents, and read speed, waiting, pause and memory from the run's log.
 
@@ -246,8 +229,9 @@ def benchmark_loop(config: TrainConfig, steps: int, bare: Mapping[str, Any], dev
         shape = (network.channels, network.height, network.width)
         write_store(latents, random_shards(count, shape, SHARD_ROWS, network.num_classes), network.num_classes)
         config = in_steps(config, count)
-        save_once = SavesOnce(config.steps - config.log_every)
-        train(config, LatentStore.open(latents), run, device, watchers=[save_once])
+        # It requests the first checkpoint: training waits until that is written, so that the next one need not.
+        saves_once = Watcher(lambda step: step == config.steps - config.log_every, lambda *_: None)
+        train(config, LatentStore.open(latents), run, device, watchers=[saves_once])
         log = (run / "log.jsonl").read_text(encoding="utf-8")
     return loop_figures([json.loads(line) for line in log.splitlines()], bare["img_per_second"])
 

@@ -1,7 +1,7 @@
 """Matched ablations: the same run with another prediction, loss space, patch size or seed, and nothing else changed.
 
-An ablation folder holds `runs/`, `reference.npz`, `ablation.json`, and `coordinates/` if the geometry of the latents is
-an axis. Run the same command again to resume: every part that exists is kept.
+An ablation folder holds `plan.json`, `runs/`, `reference.npz`, `ablation.json`, and `coordinates/` if the geometry of
+the latents is an axis. Run the same command again to resume: every part that exists is kept.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.ablation import Ablation, Matched, SystemRun
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
-from jlt.results.run import evaluation_files
+from jlt.results.run import evaluation_files, read_log
 from jlt.runtime.environment import default_device, machine
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.workers import run_jobs
@@ -67,7 +66,8 @@ def show_progress(systems: Sequence[AblationRun]) -> Iterator[Callable[[], None]
         def show() -> None:
             done, active = 0.0, []
             for system in systems:
-                step, evaluated = last_step(system.run), _evaluated(system)
+                logged, evaluated = read_log(system.run / "log.jsonl").steps, _evaluated(system)
+                step = logged[-1].step if logged else 0
                 done += _work(system, step, evaluated)
                 if step > 0 and evaluated < len(system.evaluated_steps):
                     active.append(f"{system.config.name} {step}/{system.config.steps}")
@@ -90,19 +90,11 @@ def _evaluated(system: AblationRun) -> int:
     return len(found & {f"step_{step:07d}" for step in system.evaluated_steps})
 
 
-def last_step(run: Path) -> int:
-    """Return the last logged step of a run, 0 before the first."""
-    path = run / "log.jsonl"
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        with contextlib.suppress(ValueError):
-            return json.loads(line).get("step", 0)
-    return 0
-
-
 def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None, command: str) -> Ablation:
     """Run an ablation, or what is missing of it, and return what `ablation.json` holds.
 
-    `command` repeats it. JLTError if the runs are not matched, Stopped on request.
+    `command` repeats it. JLTError if the runs are not matched, and for a folder that holds other content or an ablation
+    with other settings. Stopped on request.
     """
     store, device = LatentStore.open(latents), default_device()
     systems = systems_of(config, latents, out)
@@ -113,7 +105,9 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     workers = WORKERS[device] if workers is None else workers
     if workers < 1:
         raise UsageError(f"An ablation needs at least one worker, not {workers}.")
-    claim(out, config, store)
+    # Points of the axes may be added later, because each is a run of its own.
+    settings = {key: value for key, value in to_json(config).items() if key not in GROWING}
+    claim_folder(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
     with lock_folder(out):
         images = config.reference or images_of(store)
         if not config.reference_path(out).exists():
@@ -143,15 +137,6 @@ def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig
     if not differs <= axes:
         raise JLTError(f"The runs are not matched: they also differ in {', '.join(sorted(differs - axes))}.")
     return sorted(differs - {"name"})
-
-
-def claim(out: Path, config: AblationConfig, store: LatentStore) -> None:
-    """Claim the folder for this ablation; JLTError if it holds other content, or an ablation with other settings.
-
-    Points of the axes may be added later, because each is a run of its own.
-    """
-    settings = {key: value for key, value in to_json(config).items() if key not in GROWING}
-    claim_folder(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
 
 
 def describe(config: AblationConfig, systems: Sequence[AblationRun], store: LatentStore, device: str) -> Ablation:

@@ -32,13 +32,6 @@ class AnalysisConfig:
         return assemble_geometry(moments, store.identity(), self.patch_sizes, self.widths, self.model)
 
 
-def measure_geometry(
-    store: Latents, folder: Path, config: AnalysisConfig, device: str = "cpu", group: Group | None = None
-) -> Geometry:
-    """Write `geometry.json` into a folder, or keep the one that is there if it is of the same configuration."""
-    return _measure(store, folder, config, (), device, group or SingleProcess())[0]
-
-
 def analyze_into(
     store: Latents,
     out: Path,
@@ -59,7 +52,7 @@ def analyze_into(
         require_divisor(patch_size, store.shape.height, store.shape.width)
     group.on_rank0(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
     further = (networks.patch_size,) if networks else ()
-    geometry, moments = _measure(store, out, config, further, device, group)
+    geometry, moments = measure_geometry(store, out, config, device, group, further)
     if networks:
         inside = measure_error_by_direction(networks, store, moments, device, group)
 
@@ -74,10 +67,19 @@ def analyze_into(
     return geometry, inside
 
 
-def _measure(
-    store: Latents, folder: Path, config: AnalysisConfig, further: tuple[int, ...], device: str, group: Group
+def measure_geometry(
+    store: Latents,
+    folder: Path,
+    config: AnalysisConfig,
+    device: str = "cpu",
+    group: Group | None = None,
+    further: tuple[int, ...] = (),
 ) -> tuple[Geometry, Moments | None]:
-    """Return the geometry in a folder, written if need be, in all processes, and moments for further patch sizes."""
+    """Return the geometry in a folder, in all processes, and moments for further patch sizes, in the first one.
+
+    `geometry.json` is written, or kept if it is of the same configuration.
+    """
+    group = group or SingleProcess()
     stored = group.on_rank0(lambda: _stored(store, folder / GEOMETRY, config))
     patch_sizes = (*further, *(() if stored else config.patch_sizes))
     moments = measure_moments(store, patch_sizes, device, group) if patch_sizes else None

@@ -70,7 +70,7 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
     identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
     # The final place of the map, as other stores name the place of their weights.
     identity["normalisation"]["coordinates"]["source"] = str((folder / NAME).resolve())
-    changed = replace(
-        manifest, autoencoder=identity, encoding=None, dtype="float32", shards=tuple(records), **sums.moments()
+    shards, moments = tuple(records), sums.moments()
+    write_manifest(
+        begun, replace(manifest, autoencoder=identity, encoding=None, dtype="float32", shards=shards, **moments)
     )
-    write_manifest(begun, changed)

@@ -92,8 +92,7 @@ def measure_error_by_direction(
     `moments` are those of the store for the networks' patch size, in the first process; None in the others. `num`
     latents are drawn from the store, the same for all networks and any number of processes.
     """
-    scale = networks.noise_scale
-    basis = group.on_rank0(lambda: measure_basis(rank0_value(moments), networks.patch_size, scale))
+    basis = group.on_rank0(lambda: measure_basis(rank0_value(moments), networks.patch_size, networks.noise_scale))
     numbers = random_subset(len(store), networks.num)
     autoencoder = None
     if networks.samples:
@@ -102,11 +101,11 @@ def measure_error_by_direction(
     found = []
     for checkpoint in networks.checkpoints:
         weights = open_weights(checkpoint, networks.ema, device)
-        errors = velocity_errors(weights.denoiser, store, numbers, basis, scale, seed, device, group)
+        errors = velocity_errors(weights.denoiser, store, numbers, basis, seed, device, group)
         states = None
         if networks.samples:
             settings = SampleConfig(num=networks.samples, steps=networks.steps, batch_size=BATCH_SIZE, seed=seed)
-            sampler = LatentSampler(weights.denoiser, store.shape, settings, device, scale)
+            sampler = LatentSampler(weights.denoiser, store.shape, settings, device, basis.noise_scale)
             states = sampled_states(sampler, basis, group)
         found.append((checkpoint, weights.identity, errors, states))
 
@@ -125,8 +124,8 @@ def measure_error_by_direction(
             whole_estimate=basis.whole_estimate,
             networks=tuple(
                 replace(
-                    network_error(checkpoint, identity, rank0_value(errors), basis, scale),
-                    samples=states.spectrum(data, scale, networks.steps) if states else None,
+                    network_error(checkpoint, identity, rank0_value(errors), basis),
+                    samples=states.spectrum(data, networks.steps) if states else None,
                 )
                 for checkpoint, identity, errors, states in found
             ),
@@ -145,12 +144,11 @@ def measure_basis(moments: Moments, patch_size: int, noise_scale: float = 1.0) -
     """Return the directions of tokens with the optima of eq. 11, of tokens and of whole latents."""
     eigenvalues, vectors = eigenbasis(moments.tokens[patch_size])
     vectors, stationary, whole = vectors.cpu(), moments.stationary, moments.whole
-    optimum = unavoidable_error(eigenvalues, noise_scale)
+    of_tokens = patch_size, noise_scale, eigenvalues, vectors, unavoidable_error(eigenvalues, noise_scale)
     if isinstance(whole, TokenCovariance):
         exact = whole_optimum(whole.covariance.cpu(), stationary.shape, patch_size, vectors, noise_scale)
-        return Basis(patch_size, eigenvalues, vectors, optimum, exact, "exact")
-    on_torus = stationary_optimum(stationary, patch_size, vectors, noise_scale)
-    return Basis(patch_size, eigenvalues, vectors, optimum, on_torus, "stationary")
+        return Basis(*of_tokens, exact, "exact")
+    return Basis(*of_tokens, stationary_optimum(stationary, patch_size, vectors, noise_scale), "stationary")
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,6 @@ def velocity_errors(
     store: Latents,
     numbers: Int64[np.ndarray, " n"],
     basis: Basis,
-    noise_scale: float,
     seed: int,
     device: str,
     group: Group,
@@ -229,7 +226,7 @@ def velocity_errors(
             latents, labels = store.gather(chosen)
             x, labels = latents.to(device).float(), labels.to(device)
             seeds = [derive_seed(seed, "inside", number) for number in chosen.tolist()]
-            eps = noise_scale * normal_per_sample(seeds, x.shape[1:], device)
+            eps = basis.noise_scale * normal_per_sample(seeds, x.shape[1:], device)
             target, errors, sums = basis.components(x - eps), [], []
             for t in MEASURED_TIMES:
                 output = basis.components(denoiser.velocity(t * x + (1 - t) * eps, t, labels))
@@ -256,11 +253,10 @@ def network_error(
     identity: Mapping[str, Any],
     errors: VelocityErrors,
     basis: Basis,
-    noise_scale: float,
 ) -> NetworkError:
     """Return the errors of one network: means over latents, and their sums over bands of directions."""
     mean, standard_error = _mean_and_error(errors.squares)
-    lam = basis.eigenvalues / noise_scale**2
+    lam = basis.eigenvalues / basis.noise_scale**2
     bands = []
     for low, high in BANDS:
         inside = (lam >= low) & (lam < (np.inf if high is None else high))

@@ -6,6 +6,7 @@ Watchers look at checkpoints during the training: they draw grids of samples fro
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,8 @@ def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Gro
     """Return the watchers of a run's configuration; JLTError, printed once, for a reference that cannot be opened."""
     if config.sample_every or config.evaluate_every:
         group.on_rank0(lambda: check_sampling(config, store, device))
-    watchers: list[Watcher] = []
-    if config.sample_every:
-        watchers.append(GridWatcher(config, device))
-    if config.evaluate_every:
-        watchers.append(EvaluationWatcher(config, device, store, group))
-    return watchers
+    watchers = [grid_watcher(config, device)] if config.sample_every else []
+    return watchers + ([evaluation_watcher(config, device, store, group)] if config.evaluate_every else [])
 
 
 def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None:
@@ -75,53 +72,38 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     matching_autoencoder(store.manifest.autoencoder, None, device, sample.decoder)
 
 
-class PeriodicWatcher(Watcher):
-    """Looks at the checkpoints of every so many steps, and at the last one."""
+def grid_watcher(config: TrainConfig, device: str) -> Watcher:
+    """Return what draws a grid of samples, from the same noise and labels each time, unless it exists."""
 
-    def __init__(self, every: int, last: int) -> None:
-        self._every, self._last = every, last
-
-    def due(self, step: int) -> bool:
-        """Whether it looks at the checkpoint of this step."""
-        return step > 0 and (step % self._every == 0 or step == self._last)
-
-
-class GridWatcher(PeriodicWatcher):
-    """Draws a grid of samples, from the same noise and labels each time."""
-
-    def __init__(self, config: TrainConfig, device: str) -> None:
-        super().__init__(config.sample_every, config.steps)
-        self._sample, self._device = config.evaluation.sample, device
-
-    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
-        """Draw a checkpoint's grid into the run, unless it exists, in the first process."""
-        return group.on_rank0(lambda: self._draw(checkpoint))
-
-    def _draw(self, checkpoint: Path) -> dict[str, Any] | None:
+    def draw(checkpoint: Path) -> dict[str, Any] | None:
         opened = open_checkpoint(checkpoint)
         path = opened.run / "samples" / f"{checkpoint.name}.png"
         if path.exists() and path.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime:
             return None
-        draw_grid(opened, self._sample, self._device, path)
+        draw_grid(opened, config.evaluation.sample, device, path)
         return {"event": "sampled", "file": f"samples/{path.name}"}
 
+    due = _at_intervals(config.sample_every, config.steps)
+    return Watcher(due, lambda checkpoint, group: group.on_rank0(lambda: draw(checkpoint)))
 
-class EvaluationWatcher(PeriodicWatcher):
-    """Measures samples against the reference, as `jlt evaluate` does, in all processes."""
 
-    def __init__(self, config: TrainConfig, device: str, store: LatentStore, group: Group) -> None:
-        """Measure or read the reference now, before the training."""
-        super().__init__(config.evaluate_every, config.steps)
-        self._config, self._device = config.evaluation, device
-        self._extractor = load_extractor(self._config.features, device, self._config.features_path or None)
-        self._reference = reference_of(store, self._config.reference, self._extractor, group)
+def evaluation_watcher(config: TrainConfig, device: str, store: LatentStore, group: Group) -> Watcher:
+    """Return what measures samples in all processes, as `jlt evaluate` does; measure or read the reference now."""
+    settings = config.evaluation
+    extractor = load_extractor(settings.features, device, settings.features_path or None)
+    reference = reference_of(store, settings.reference, extractor, group)
 
-    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
-        """Measure a checkpoint and write the result into its run, unless it exists."""
+    def evaluate(checkpoint: Path, group: Group) -> dict[str, Any] | None:
         with stop_together(group):
-            sampler = open_sampler(open_checkpoint(checkpoint), self._config.sample, self._device)
-        found = evaluate_once(sampler, self._reference, self._extractor, group)
+            sampler = open_sampler(open_checkpoint(checkpoint), settings.sample, device)
+        found = evaluate_once(sampler, reference, extractor, group)
         if found is None:
             return None
         path, evaluation = found
         return {"event": "evaluated", "file": f"evaluations/{path.name}", "metrics": to_json(evaluation.metrics)}
+
+    return Watcher(_at_intervals(config.evaluate_every, config.steps), evaluate)
+
+
+def _at_intervals(every: int, last: int) -> Callable[[int], bool]:
+    return lambda step: step > 0 and (step % every == 0 or step == last)

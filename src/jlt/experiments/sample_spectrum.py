@@ -34,9 +34,10 @@ PERTURBATION = 0.1
 
 @dataclass(frozen=True)
 class Directions:
-    """The eigen-directions of the data's tokens as columns, and the variances along them."""
+    """The eigen-directions of the data's tokens as columns, the variances along them, and the scale of the noise."""
 
     patch_size: int
+    noise_scale: float
     eigenvalues: Float64[np.ndarray, " d"]
     vectors: Float64[Tensor, "d d"]
 
@@ -67,12 +68,12 @@ class States:
         self.tokens += other.tokens
         self.frequencies.merge(other.frequencies)
 
-    def spectrum(self, data: StationaryCovariance, noise_scale: float, steps: int) -> SampleSpectrum:
+    def spectrum(self, data: StationaryCovariance, steps: int) -> SampleSpectrum:
         """Return the variances over those of the path, whose end is the data."""
         mean, square = (self.sums / self.tokens).unbind(1)
         times = np.array([*self.times, 1.0])
         lam = np.maximum(self.directions.eigenvalues, np.finfo(np.float64).tiny)
-        path = times[:, None] ** 2 * lam + (1 - times[:, None]) ** 2 * noise_scale**2
+        path = times[:, None] ** 2 * lam + (1 - times[:, None]) ** 2 * self.directions.noise_scale**2
         return SampleSpectrum(
             count=self.frequencies.images,
             steps=steps,

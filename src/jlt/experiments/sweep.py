@@ -24,17 +24,7 @@ from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.reference import Reference, open_reference
 from jlt.experiments.checkpoint_evaluation import evaluate_sampler, warn_if_few
-from jlt.experiments.search import (
-    ERRORS,
-    GROWTH,
-    Measured,
-    Round,
-    Stage,
-    SweepConfig,
-    images_after,
-    search,
-    to_confirm,
-)
+from jlt.experiments.search import ERRORS, GROWTH, Measured, Round, Stage, SweepConfig, images_after, search, to_confirm
 from jlt.results import Sweep
 from jlt.results.evaluation import LOWER_IS_BETTER, Evaluation
 from jlt.results.files import read_result, write_result
@@ -56,7 +46,7 @@ from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, open
 from jlt.storage.codec import to_json
 from jlt.storage.files import claim_folder, lock_folder, require_unlinked
 from jlt.storage.rows import require_space
-from jlt.training.averages import choose_name, require_ema
+from jlt.training.averages import choose_name
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -99,12 +89,11 @@ class Sweeper:
         for place, setting in enumerate(settings, 1):
             point = self.one(setting, num, seed, fresh)
             found.append(point)
-            error = f" ± {point.error:.2g}" if point.error else ""
             images_left = (len(settings) - place) * fresh + after
-            known = self.images and images_left
-            left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if known else ""
             if self.group.rank == 0:
-                value = f"{self.config.metric} {point.value:.4g}{error} ({num} images{left})"
+                error = f" ± {point.error:.2g}" if point.error else ""
+                left = f"; {format_seconds(images_left * self.seconds / self.images)} left" if self.images else ""
+                value = f"{self.config.metric} {point.value:.4g}{error} ({num} images{left if images_left else ''})"
                 inform(f"{name}, {place} of {len(settings)}: {setting.name}: {value}")
         return found
 
@@ -171,7 +160,8 @@ def sweep(
         if wanted.autoguided:
             check_guide(checkpoint, wanted)
     for ema in config.ema:
-        require_ema(checkpoint, ema)
+        # It refuses an unknown name.
+        choose_name(checkpoint, ema)
     first = config.sample_config(config.settings()[0], config.coarse_num, config.sample.seed)
     sampler = open_sampler(checkpoint, first, device, autoencoder_path)
     reference = open_reference(real_images, extractor, sampler.resolution, group=group)
@@ -291,5 +281,5 @@ def _described(points: Sequence[Measured]) -> tuple[SweepPoint, ...]:
 
 
 def resolve_ema(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the requested averages of the weights, by default all that are stored."""
-    return tuple(names) or tuple(checkpoint.ema_names()) or (choose_name(checkpoint, ""),)
+    """Return the requested averages of the weights, by default all that are stored, else the weights themselves."""
+    return tuple(names) or tuple(checkpoint.ema_names()) or ("none",)

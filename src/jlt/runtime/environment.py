@@ -42,6 +42,11 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     return {"cpu": cpu, "cores": cores(), "device": accelerator}
 
 
+def measured_on(device: torch.device | str) -> dict[str, Any]:
+    """Return the machine and the versions of a benchmark, as entries of its result."""
+    return {"machine": machine(device), "versions": versions()}
+
+
 def cores() -> int:
     """Return how many processors this process may use."""
     # Only some systems report the cores of a process; all report those of the machine.
@@ -124,7 +129,7 @@ class ProductRates:
 
 
 def compare_precisions(device: torch.device | str, seconds: float = 0.2) -> ProductRates:
-    """Measure products in float32 and bfloat16, each of the largest matrices at which one takes no more than `seconds`.
+    """Measure products in float32 and bfloat16, of the largest matrices whose product takes no more than `seconds`.
 
     Smaller products would measure how the threads of a busy machine wait for each other.
     """
@@ -148,11 +153,6 @@ def peak_memory(device: torch.device | str) -> int:
     # On Linux, getrusage reports a figure that a process inherits from its parent.
     peak, unit = _status_bytes("VmHWM"), 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if peak is None else peak
-
-
-def machine_memory() -> int:
-    """Return this machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def reset_peak_memory(device: torch.device | str) -> None:

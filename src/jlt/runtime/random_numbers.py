@@ -1,6 +1,6 @@
 """Random numbers as pure functions of a seed, a purpose, and a step, sample or image.
 
-Nothing depends on how many numbers were drawn before, so every process, batch size and restart draws the same.
+Nothing depends on how many numbers were drawn before, so every process and every restart draws the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and SIGUSR1, which clusters send as a warning, as a request: finish the step, save, and leave."""
+"""SIGTERM, Ctrl-C and SIGUSR1 (the warning of a cluster) as requests to finish the step, save and exit."""
 
 from __future__ import annotations
 

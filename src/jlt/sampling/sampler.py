@@ -29,7 +29,7 @@ from jlt.sampling.solvers import Noise, network_evaluations, no_noise, solve
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
 from jlt.timesteps import sampling_grid
-from jlt.training.averages import choose_name, choose_weights, require_ema
+from jlt.training.averages import choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
 
 Observer = Callable[[float, Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]], None]
@@ -292,9 +292,8 @@ def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
     mine, theirs = (_sampled_space(side) for side in (checkpoint, guide))
     if differences := difference(mine, theirs):
         raise JLTError(f"{guide.folder} cannot guide, since it draws other latents: {format_difference(differences)}.")
-    require_ema(guide, config.autoguide_ema)
-    mine_ema = choose_name(checkpoint, config.ema)
-    if guide.sha256 == checkpoint.sha256 and choose_name(guide, config.autoguide_ema) == mine_ema:
+    guide_ema, mine_ema = choose_name(guide, config.autoguide_ema), choose_name(checkpoint, config.ema)
+    if guide.sha256 == checkpoint.sha256 and guide_ema == mine_ema:
         raise JLTError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
     return guide
 

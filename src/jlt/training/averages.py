@@ -41,10 +41,6 @@ class EMA:
             for name in self._betas
         }
 
-    def power_averages(self) -> dict[str, dict[str, Tensor]]:
-        """Return the power-function averages, from which others can be rebuilt."""
-        return {name: average for name, average in self.averages.items() if name.startswith(SIGMA_REL)}
-
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move every average towards the present weights, the result of this many updates."""
@@ -79,9 +75,16 @@ class ChosenWeights:
 
 
 def choose_name(checkpoint: Checkpoint, ema: str) -> str:
-    """Return the name of the chosen weights; an empty one becomes the first average, or `none`."""
-    names = checkpoint.ema_names()
-    return ema or (names[0] if names else "none")
+    """Return the name of the chosen weights, and read none; an empty name becomes the first average, or `none`.
+
+    JLTError for an unknown name.
+    """
+    names = [*checkpoint.ema_names(), "none"]
+    if ema and ema not in names:
+        if not ema.startswith(SIGMA_REL):
+            raise unknown_name("EMA in this checkpoint", ema, [*names, f"{SIGMA_REL}0.07"])
+        parse_sigma_rel(ema)
+    return ema or names[0]
 
 
 def choose_weights(checkpoint: Checkpoint, ema: str) -> ChosenWeights:
@@ -89,22 +92,11 @@ def choose_weights(checkpoint: Checkpoint, ema: str) -> ChosenWeights:
 
     JLTError for an unknown name, for damaged files, and if there is no average to rebuild from.
     """
-    require_ema(checkpoint, ema)
     chosen = choose_name(checkpoint, ema)
     if chosen not in (*checkpoint.ema_names(), "none"):
         return _rebuild(checkpoint, chosen)
     file = "network" if chosen == "none" else f"ema_{chosen}"
     return ChosenWeights(checkpoint.read(f"{file}.safetensors"), chosen, None)
-
-
-def require_ema(checkpoint: Checkpoint, ema: str) -> None:
-    """Raise a JLTError for an unknown name of weights; reads none."""
-    names, chosen = checkpoint.ema_names(), choose_name(checkpoint, ema)
-    if chosen in (*names, "none"):
-        return
-    if not chosen.startswith(SIGMA_REL):
-        raise unknown_name("EMA in this checkpoint", chosen, [*names, "none", f"{SIGMA_REL}0.07"])
-    parse_sigma_rel(chosen)
 
 
 def _rebuild(checkpoint: Checkpoint, name: str) -> ChosenWeights:

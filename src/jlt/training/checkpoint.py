@@ -2,7 +2,7 @@
 
 checkpoints/step_0000500/
     network.safetensors, ema_0.99.safetensors, ..., optimizer.safetensors
-    state.json       step, digest of all draws so far, hash of the initial weights
+    state.json       step and other counts, digest of all draws so far, hash of the initial weights, seconds, device
     manifest.json    configuration, latent space, SHA-256 of every file; written last
 snapshots/step_0000500/
     ema_sigma_rel=0.05.safetensors, ...
@@ -143,7 +143,7 @@ def save_snapshot(run: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path
 def _write_folder(final: Path, tensors: Tensors, state: Mapping[str, Any], **training: Any) -> Path:
     """Write a folder under a temporary name, flush it to disk, its manifest last, and rename it.
 
-    `training` is the configuration and the latents that a checkpoint holds besides.
+    `training` is the configuration and the latents, which only a checkpoint holds.
     """
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

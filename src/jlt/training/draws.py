@@ -1,4 +1,4 @@
-"""The random draws of training: pure functions of (seed, step, sample), so every process can draw its own share."""
+"""The random draws of training: functions of seed and step. Every process draws the whole batch and keeps its share."""
 
 from __future__ import annotations
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
 from jlt.config import LatentShape, TrainConfig
@@ -32,27 +30,21 @@ from jlt.training.saver import Saver
 from jlt.training.state import TrainState, initial_state, prepare_run, resume
 from jlt.training.step import BatchSplit, Outcome, Stepper, Verdict, float32_products, split_batch
 
-DrawnBatch = tuple[StepDraws, Float[Tensor, "share c h w"], Int64[Tensor, "share"]]
-"""The draws of this process's share of a step, with the latents and labels at their indices."""
-
 
 class NotFiniteError(JLTError):
     """Too many updates in a row have a loss or a gradient that is not finite; the message names the step."""
 
 
-class Watcher(abc.ABC):
+@dataclass
+class Watcher:
     """Something that looks at a run's checkpoints at intervals, such as an evaluation."""
 
-    @abc.abstractmethod
-    def due(self, step: int) -> bool:
-        """Whether it looks at the checkpoint of this step: a function of the step, the same in all processes."""
+    due: Callable[[int], bool]
+    """Whether it looks at the checkpoint of a step; the same in all processes."""
+    look: Callable[[Path, Group], dict[str, Any] | None]
+    """Looks at a checkpoint, and returns an `event` and its values for the log; None if the log has them already.
 
-    @abc.abstractmethod
-    def look(self, checkpoint: Path, group: Group) -> dict[str, Any] | None:
-        """Look at a checkpoint, and return an `event` and its values for the log; None if the log has them already.
-
-        Every process of the group calls it, and all return or raise alike.
-        """
+    Every process of the group calls it, and all return or raise alike."""
 
 
 def train(
@@ -78,11 +70,12 @@ def train(
         if complete:
             resume(state, open_checkpoint(complete[-1]), config, store.identity())
         with Journal(run, config, state.step, group.rank) as journal:
+            training = Training(config, store, run, state, split, group, journal, watchers, stop)
             try:
                 # The last session may have ended between a save and a look.
-                show_checkpoint(watchers, run, state, group, journal)
+                training.show_checkpoint()
                 if state.step < config.steps:
-                    Training(config, store, run, state, split, group, journal, watchers, stop).run_steps()
+                    training.run_steps()
             except Stopped:
                 # A launcher may kill the other processes once the first one has left.
                 group.pulse.leaving = True
@@ -130,19 +123,16 @@ class Training:
     pending: Verdict | None = None
     stopping: bool = False
 
-    def __post_init__(self) -> None:
-        with lost_process_as_error():
-            self.stepper = Stepper(self.config, self.state, self.split, self.group)
-        self.meter = Meter(self.config, self.state, self.group)
-        latents, on_saved = self.store.identity(), partial(self._log, "saved")
-        self.saver = Saver(self.run, self.config, latents, self.state, self.group, on_saved)
-
     def run_steps(self) -> None:
         """Make the remaining updates."""
-        config, state = self.config, self.state
+        config, state, group = self.config, self.state, self.group
+        with lost_process_as_error():
+            self.stepper = Stepper(config, state, self.split, group)
+        self.meter = Meter(config, state, group)
+        self.saver = Saver(self.run, config, self.store.identity(), state, group, partial(self._log, "saved"))
         self._log(
             "start",
-            processes=self.group.size,
+            processes=group.size,
             micro_batch_size=self.split.micro_batch_size,
             accumulation=self.split.accumulation,
             parallel=config.parallel,
@@ -151,27 +141,27 @@ class Training:
             initial_weights=state.initial_weights,
             draws=state.draws_digest,
         )
-        if self.group.rank == 0 and (warning := precision_warning(config.precision, state.device)):
+        if group.rank == 0 and (warning := precision_warning(config.precision, state.device)):
             inform(warning)
         self.journal.show()
         with self.saver, contextlib.closing(self._batches()) as batches:
             while state.step < config.steps:
                 with _step_in_errors(state.step + 1):
                     self._step(batches)
-                self.group.pulse.step()
-            self.group.pulse.leaving = True
+                group.pulse.step()
+            group.pulse.leaving = True
             self.saver.wait()
         self._log("end", seconds=state.seconds, draws=state.draws_digest)
 
-    def _batches(self) -> Generator[DrawnBatch, None, None]:
-        """Yield this process's share of the remaining steps; a thread prepares the next one during each."""
+    def _batches(self) -> Generator[tuple[StepDraws, Tensor, Tensor], None, None]:
+        """Yield draws, latents and labels of this process's share of the remaining steps, as `read_ahead` does."""
         share, state = self.split.share, self.state
         mine = slice(self.group.rank * share, (self.group.rank + 1) * share)
         order = SampleOrder(len(self.store), derive_seed(self.config.seed, "order"))
         steps = draw_steps(self.config, order, range(state.step, self.config.steps), state.draws_digest)
         return read_ahead(self.store, (draws.part(mine) for draws in steps), share, state.device)
 
-    def _step(self, batches: Iterator[DrawnBatch]) -> None:
+    def _step(self, batches: Iterator[tuple[StepDraws, Tensor, Tensor]]) -> None:
         """Make one update; then log, save and look where it is time."""
         config, state = self.config, self.state
         before = time.perf_counter()
@@ -248,31 +238,31 @@ class Training:
             if watched and not self.stopping:
                 before = time.perf_counter()
                 self.saver.wait()
-                show_checkpoint(self.watchers, self.run, self.state, self.group, self.journal)
+                self.show_checkpoint()
                 self.meter.pause(time.perf_counter() - before)
+
+    def show_checkpoint(self) -> None:
+        """Show the checkpoint of the present step to the watchers that are due; their errors are only logged."""
+        step, device = self.state.step, self.state.device
+        for watcher in self.watchers:
+            if not watcher.due(step):
+                continue
+            try:
+                with self.journal.hidden(), float32_products("float32"):
+                    seen = watcher.look(step_folder(self.run, step), self.group)
+                if seen:
+                    self._log(**seen)
+            except Stopped:
+                raise
+            except (Exception, SystemExit) as error:
+                self._log("failed", error=f"{error or type(error).__name__}")
+            if device.type == "cuda":
+                # The memory of the look is no part of the training's peak.
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
 
     def _log(self, event: str, **values: Any) -> None:
         self.journal.write(event, **{"step": self.state.step, **values})
-
-
-def show_checkpoint(watchers: Sequence[Watcher], run: Path, state: TrainState, group: Group, journal: Journal) -> None:
-    """Show the checkpoint of the present step to the watchers that are due; their errors are only logged."""
-    for watcher in watchers:
-        if not watcher.due(state.step):
-            continue
-        try:
-            with journal.hidden(), float32_products("float32"):
-                seen = watcher.look(step_folder(run, state.step), group)
-            if seen:
-                journal.write(**{"step": state.step, **seen})
-        except Stopped:
-            raise
-        except (Exception, SystemExit) as error:
-            journal.write("failed", step=state.step, error=f"{error or type(error).__name__}")
-        if state.device.type == "cuda":
-            # The memory of the look is no part of the training's peak.
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(state.device)
 
 
 @contextlib.contextmanager

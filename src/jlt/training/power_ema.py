@@ -158,9 +158,7 @@ def format_sigma_rel(sigma_rel: float) -> str:
     return f"{SIGMA_REL}{float(sigma_rel)!r}"
 
 
-def _times_and_exponents(
-    snapshots: Sequence[Snapshot],
-) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+def _times_and_exponents(snapshots: Sequence[Snapshot]) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     times = np.array([snapshot.updates for snapshot in snapshots], dtype=np.float64)
     if not (times >= 1).all():
         raise ValueError(f"updates count from 1, got {times.min():.0f}")

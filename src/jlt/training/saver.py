@@ -16,6 +16,7 @@ from jlt.config import TrainConfig
 from jlt.runtime.processes import Group
 from jlt.training.checkpoint import prune_checkpoints, remove_later_snapshots, save_checkpoint, save_snapshot
 from jlt.training.parallel import full_tensor
+from jlt.training.power_ema import SIGMA_REL
 from jlt.training.state import TrainState
 
 HostTensors = dict[str, dict[str, Tensor]]
@@ -49,8 +50,9 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     def save(self, checkpoint: bool, snapshot: bool) -> None:
         """Save the present state. Every process has to call it; the caller waits for the copy only."""
         start = time.perf_counter()
-        averages = {f"ema_{name}": values for name, values in self._state.ema.power_averages().items()}
-        copies = self._copy(self._state.tensors() if checkpoint else averages)
+        tensors = self._state.tensors()
+        averages = {name: values for name, values in tensors.items() if name.startswith(f"ema_{SIGMA_REL}")}
+        copies = self._copy(tensors if checkpoint else averages)
         if copies:
             facts = {"step": self._state.step, **self._state.facts()}
             pause = time.perf_counter() - start

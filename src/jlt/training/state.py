@@ -111,9 +111,9 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     matrices = {module.weight for module in network.modules() if isinstance(module, nn.Linear)}
     decayed = [p for p in network.parameters() if config.decayed == "all" or p in matrices]
     others = [p for p in network.parameters() if config.decayed != "all" and p not in matrices]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    filled = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(filled, lr=config.learning_rate, betas=config.betas, fused=True)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     # Made before the first update, so that every checkpoint has the same tensors.
     for parameter in network.parameters():
         zeros = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
@@ -138,14 +138,13 @@ def _start_from(network: Transformer, config: TrainConfig) -> None:
         )
         # All but that of the null class, which is the last one.
         weights[CLASSES] = torch.cat((target[CLASSES][:-1], weights[CLASSES][-1:]))
-    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (weights, target)]
-    wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
-    if wrong:
-        name = wrong[0]
-        found, wanted = (side.get(name, "absent") for side in shapes)
+    theirs, mine = ({name: tuple(value.shape) for name, value in side.items()} for side in (weights, target))
+    if wrong := difference(theirs, mine):
+        name, found, wanted = wrong[0]
         more = f", and {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
         raise JLTError(
-            f"The weights of {source} do not fit this network: {name} is {found} there and {wanted} here{more}."
+            f"The weights of {source} do not fit this network: {name} is {found or 'absent'} there and "
+            f"{wanted or 'absent'} here{more}."
         )
     network.load_state_dict(weights)
     inform(f"Starting from the weights ({chosen.ema}) of {source}.")

@@ -1,4 +1,4 @@
-"""One update of the weights: draw, predict, weigh, differentiate, judge, apply; without waiting for the device.
+"""One update of the weights: add noise, predict, differentiate, judge, apply; without waiting for the device.
 
 The device decides whether an update's loss and gradient are finite, and the optimiser reads the verdict there. The
 host reads it one step later, and then moves the averages or counts the step as skipped. So the host stays a step ahead

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlt.errors import JLTError
-from jlt.results import Sweep
 from jlt.results.ablation import Ablation
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result, result_json, write_result
+from jlt.results.sweep import Sweep
 from jlt.storage.codec import from_json, to_json
 
 OLD = Path(__file__).parent / "old_results"

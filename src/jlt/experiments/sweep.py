@@ -35,7 +35,6 @@ from jlt.experiments.search import (
     search,
     to_confirm,
 )
-from jlt.results import Sweep
 from jlt.results.evaluation import LOWER_IS_BETTER, Evaluation
 from jlt.results.files import read_result, write_result
 from jlt.results.sweep import (
@@ -43,6 +42,7 @@ from jlt.results.sweep import (
     ConfirmationImages,
     SearchImages,
     Setting,
+    Sweep,
     SweepAxes,
     SweepPoint,
     SweepStage,

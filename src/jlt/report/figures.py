@@ -196,6 +196,14 @@ class Line:
             axes.fill_between(self.x, self.low, self.high, color=self.style["color"], alpha=0.18, linewidth=0)
 
 
+def draw_spreads(axes: Axes, points: Sequence[tuple[float, Spread]], **style: Any) -> None:
+    """Draw means over seeds at their places, with bars from the smallest to the largest."""
+    where, spreads = zip(*points, strict=True) if points else ((), ())
+    bars = [[spread.mean - spread.low for spread in spreads], [spread.high - spread.mean for spread in spreads]]
+    means = [spread.mean for spread in spreads]
+    axes.errorbar(where, means, yerr=bars, markersize=5, capsize=2, linewidth=1.2, **style)
+
+
 def step_panel(
     title: str,
     lines: Sequence[Line],

@@ -11,8 +11,6 @@ from typing import Any
 
 from jlt import __version__
 from jlt.report import findings, palette
-from jlt.report.cells import cell_sentences, cells
-from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
 from jlt.report.geometry_rows import advised_training, analyze_command, slider_spectra, spectrum_rows, whole_rows
 from jlt.report.geometry_sentences import caution_sentences, channels_sentence, inside_sentences
 from jlt.report.result_rows import MEASUREMENT_HEADS, result_rows
@@ -20,8 +18,8 @@ from jlt.report.sample_grids import sample_grids, sample_series
 from jlt.report.study import Study, flatten, read_study
 from jlt.report.text_table import Table
 from jlt.report.wording import listed, number
-from jlt.results import Sweep
 from jlt.results.run import Log, Run
+from jlt.results.sweep import Sweep
 from jlt.runtime.progress import format_seconds
 from jlt.storage.files import write_text
 
@@ -46,13 +44,13 @@ def write_report(folder: Path) -> Path:
 
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
-    from jlt.report.expected_figures import expected_figure
+    from jlt.report.expected import check_rows, check_sentences, checks, expected_figure, floor_sentences
     from jlt.report.run_figures import run_figures
     from jlt.report.training_figures import cells_figure, training_figure
 
     # Distances of noise neither confirm nor refute a forecast.
     compared = [] if findings.at_chance(study) else checks(study)
-    by_loss_space = cells(study)
+    by_loss_space = findings.cells(study)
     shared, differing = settings(study)
     context = {
         "study": study,
@@ -66,7 +64,7 @@ def render(study: Study) -> str:
         "set_aside": set_aside_table(study),
         "more_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
         "cells": cells_figure(by_loss_space),
-        "cell_texts": cell_sentences(by_loss_space),
+        "cell_texts": findings.cell_sentences(by_loss_space),
         "training": training_figure(study),
         "logged": run_figures(study),
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],

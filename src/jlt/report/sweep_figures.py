@@ -20,8 +20,7 @@ from jlt.report.wording import (
     sentence,
     setting_text,
 )
-from jlt.results import Sweep
-from jlt.results.sweep import WHOLE_INTERVAL, Setting, SweepPoint
+from jlt.results.sweep import WHOLE_INTERVAL, Setting, Sweep, SweepPoint
 
 Interval = tuple[float, float]
 

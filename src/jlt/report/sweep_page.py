@@ -10,9 +10,8 @@ from jlt.report import palette
 from jlt.report.study import flatten
 from jlt.report.text_table import Table, text_table
 from jlt.report.wording import behind_text, measured_text, metric_name, metric_text, sentence, setting_text
-from jlt.results import Sweep
 from jlt.results.files import read_result
-from jlt.results.sweep import SweepPoint, SweepStage
+from jlt.results.sweep import Sweep, SweepPoint, SweepStage
 
 FURTHER = ("frechet_distance", "inception_score", "recall", "label_agreement")
 """Metrics that the tables show in addition to the one of the search."""
@@ -25,20 +24,16 @@ def sweep_context(folder: Path) -> dict[str, Any]:
 
     result = read_result(Sweep, folder / Sweep.FILE)
     return {
+        "result": result,
         "title": result.title,
         "verdict": verdict(result),
         "details": details(result),
         "facts": facts(result),
         "confirmed": points_table(result, "Confirmed settings", "", [(point, "") for point in result.confirmed]),
-        "confirmed_caption": confirmed_caption(result),
         "figures": sweep_figures(result),
-        "rule": rule(result),
         "stages": [stage_table(result, place) for place in range(len(result.stages))],
         "protocol": flatten(result.confirmed[0].protocol),
         "machine_and_latents": flatten({"machine": result.machine, "latents": result.latents}),
-        "reproduce": result.reproduce,
-        "command": result.command,
-        "created": result.created[:10],
         "more_colours": [(f"s{place}", colour) for place, colour in enumerate(palette.SCALE)],
     }
 
@@ -82,15 +77,6 @@ def _rivals(result: Sweep) -> list[str]:
     return texts
 
 
-def rule(result: Sweep) -> str:
-    """State how the search drops settings."""
-    return (
-        f"Each stage draws {result.growth} times as many images of the settings that are left. A setting is dropped if "
-        f"it is in the worse half and worse than the best by more than {result.errors:g} errors of the difference, "
-        "where the metric has an error. That error is small, because both settings start from the same noise."
-    )
-
-
 def facts(result: Sweep) -> dict[str, str]:
     """Return the figures of the strip under the headline."""
     first, last, protocol = result.stages[0], result.stages[-1], result.confirmed[0].protocol or {}
@@ -107,17 +93,6 @@ def facts(result: Sweep) -> dict[str, str]:
 
 def _counts(settings: int, images: int) -> str:
     return f"1 setting, {images:,} images" if settings == 1 else f"{settings} settings, {images:,} images each"
-
-
-def confirmed_caption(result: Sweep) -> str:
-    """State what the confirmed numbers are made of."""
-    text = (
-        f"{result.confirmation.num:,} images of seed {result.confirmation.seed} for each setting; the choice, in bold, "
-        "was made before they were drawn."
-    )
-    if result.confirmed[0].error:
-        text += " ± is the standard error by the jackknife; that of a difference is smaller for the same noise."
-    return text
 
 
 def stage_table(result: Sweep, place: int) -> Table:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from jlt.report import palette
-from jlt.report.cells import Cells
 from jlt.report.figures import (
     Figure,
     Line,
     Panel,
     curve_style,
     draw,
+    draw_spreads,
     figure_of,
     moving_average,
     plain_log,
@@ -21,6 +21,7 @@ from jlt.report.figures import (
     step_panel,
     system_legend,
 )
+from jlt.report.findings import Cells
 from jlt.report.palette import PREDICTION, SHORT_NAMES, SYMBOL
 from jlt.report.study import MEASUREMENTS, Study, System, spread
 from jlt.report.wording import listed, metric_name, number, percent, sentence
@@ -135,12 +136,13 @@ def _cells_panel(where: str, cells: Cells) -> Panel:
 
     def paint(axes: Axes) -> None:
         for place, prediction in enumerate(PREDICTION):
-            found = [(at, cells[prediction, space]) for at, space in enumerate(spaces) if (prediction, space) in cells]
-            bars = [[cell.mean - cell.low for _, cell in found], [cell.high - cell.mean for _, cell in found]]
-            axes.errorbar(
-                [at + 0.12 * (place - 1) for at, _ in found], [cell.mean for _, cell in found], yerr=bars, capsize=2,
-                color=PREDICTION[prediction].light, marker=palette.MARKER[prediction], markersize=5, linewidth=1.2,
-            )  # fmt: skip
+            found = [
+                (at + 0.12 * (place - 1), cells[prediction, space])
+                for at, space in enumerate(spaces)
+                if (prediction, space) in cells
+            ]
+            style = {"color": PREDICTION[prediction].light, "marker": palette.MARKER[prediction]}
+            draw_spreads(axes, found, **style)
         axes.set_yscale("log")
         plain_log(axes.yaxis, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
         axes.set_xticks(range(len(spaces)), [f"{SYMBOL[space]}-space" for space in spaces])

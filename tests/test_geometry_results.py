@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from jlt.config import TimestepConfig
 from jlt.errors import JLTError
-from jlt.report.geometry_sentences import advice_sentences, caution_sentences, inside_sentences
+from jlt.report.geometry_text import advice_sentences, caution_sentences, inside_sentences
 from jlt.report.terminal import geometry_table
 from jlt.results.files import read_result, result_json, write_result
 from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, Geometry, NetworkError, TrainingModel

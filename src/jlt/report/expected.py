@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from jlt.config import Prediction
-from jlt.report.figures import Figure, Panel, draw, draw_spreads, plain_log
+from jlt.report.figures import Figure, Panel, draw, draw_spreads, make_log
 from jlt.report.findings import CLOSE_RATIO
 from jlt.report.palette import INK, MUTED, PAPER, SYMBOL
 from jlt.report.study import Spread, Study, System, spread
@@ -221,8 +221,7 @@ def _along(found: Sequence[Check], label: str) -> Panel:
             axes.set_xscale("log")
             axes.set_xticks(values, [f"{value:g}" for value in values])
             axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title("Distance of velocity over clean")
-        axes.set_xlabel(label)
+        axes.set(title="Distance of velocity over clean", xlabel=label)
 
     ratios = [f"{number(check.ratio.mean)} at {check.setting}" for check in found]
     return _panel(found, label, place, "-", finish, f"Ratio of distances against {name}: {listed(ratios)}.")
@@ -231,8 +230,8 @@ def _along(found: Sequence[Check], label: str) -> Panel:
 def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
     def finish(axes: Axes) -> None:
         axes.axvline(0.0, color=MUTED.light, linewidth=1)
-        axes.set_title("Measured against expected")
-        axes.set_xlabel(f"needed beyond clean, of {'the width' if by_width else 'all directions'}")
+        what = f"needed beyond clean, of {'the width' if by_width else 'all directions'}"
+        axes.set(title="Measured against expected", xlabel=what)
         axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
 
     pairs = [f"expected {percent(check.needed(by_width))}, measured {number(check.ratio.mean)}" for check in found]
@@ -256,8 +255,7 @@ def _panel(
             draw_spreads(axes, points, **style, label=label)
         finish(axes)
         axes.axhline(1.0, color=MUTED.light, linewidth=1)
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, [bound for check in found for bound in (check.ratio.low, check.ratio.high, 1.0)])
+        make_log(axes, [bound for check in found for bound in (check.ratio.low, check.ratio.high, 1.0)])
         if len(groups) > 1:
             axes.legend(fontsize=8, frameon=False)
 

@@ -123,13 +123,14 @@ def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def plain_log(axis: Any, values: Sequence[float]) -> None:
-    """Label a logarithmic axis with plain numbers, more of them if it spans few decades."""
-    decades = max(values) / min(values)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 300 else (1.0,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
+def make_log(axes: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic with plain numbers, more of them if the values span few decades."""
+    axes.set_yscale("log")
+    subs = (1.0, 2.0, 5.0) if max(values) / min(values) < 300 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 NOT_DRAWN = 1e-9
@@ -251,8 +252,7 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
     """Make the vertical axis logarithmic if the values span more than LOG_RATIO, and return whether they do."""
     wide = bool(values) and min(values) > 0 and max(values) / min(values) > LOG_RATIO
     if wide:
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, values)
+        make_log(axes, values)
     return wide
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlt.report.geometry_sentences import advice_sentences, geometry_verdict, spectrum_sentence
+from jlt.report.geometry_text import advice_sentences, geometry_verdict, spectrum_sentence
 from jlt.report.palette import NAMES, SYMBOL
 from jlt.report.study import Spread, Study, System
 from jlt.report.wording import listed, number, percent, sentence, spread_text

@@ -20,7 +20,7 @@ from jlt.report.figures import (
     Panel,
     draw,
     drawn_only,
-    plain_log,
+    make_log,
     prediction_legend,
     without_rounding,
 )
@@ -77,15 +77,12 @@ def _by_target(values: Mapping[Prediction, float], digits: int = 3) -> str:
 
 
 def _label_ranks(axes: Axes, title: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("directions, largest first")
+    axes.set(title=title, xlabel="directions, largest first", xlim=(-0.02, 1.02))
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
-    axes.set_xlim(-0.02, 1.02)
 
 
 def _label_directions(axes: Axes, title: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("direction, largest first")
+    axes.set(title=title, xlabel="direction, largest first")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
@@ -103,8 +100,7 @@ def _spectrum_figure(entries: Sequence[TokenGeometry]) -> Figure:
         plot(axes, [without_rounding(entry.eigenvalues, largest) for entry in entries])
         axes.axhline(1.0, color=MUTED.light, linewidth=1)
         axes.annotate("variance of the noise", (0.99, 1.0), (0, 3), ha="right", **NOTE)
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, [*drawn, 1.0])
+        make_log(axes, [*drawn, 1.0])
         _label_ranks(axes, "Variance of each direction of a token")
 
     def paint_share(axes: Axes) -> None:
@@ -145,9 +141,8 @@ def _target_figure(entries: Sequence[TokenGeometry]) -> Figure:
 
         def paint(axes: Axes) -> None:
             _plot_targets(axes, range(1, entry.dimension + 1), shown)
-            axes.set_yscale("log")
             axes.set_ylim(low / 1.6, high * 1.6)
-            plain_log(axes.yaxis, [low, high])
+            make_log(axes, [low, high])
             _label_directions(axes, f"Target variance, patch {entry.patch_size}")
 
         last = _by_target({name: variances[-1] for name, variances in entry.target_variance.items()})
@@ -174,11 +169,10 @@ def _capacity_figure(entries: Sequence[TokenGeometry]) -> Figure:
             _plot_targets(axes, [rank / entry.dimension for rank in forecast.ranks], excess, floor)
             axes.axhline(stated, color=MUTED.light, linewidth=1)
             axes.annotate(percent(stated), (0.0, stated), (3, 3), **NOTE)
-            axes.set_yscale("log")
-            axes.set_ylim(floor, 2 * max(stated, *map(max, excess.values())))
+            top = 2 * max(stated, *map(max, excess.values()))
+            title = f"Error beyond the unavoidable, patch {entry.patch_size}"
+            axes.set(yscale="log", ylim=(floor, top), title=title, xlabel="directions that the predictor has")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}" if v < 1 else f"{v:g}x"))
-            axes.set_title(f"Error beyond the unavoidable, patch {entry.patch_size}")
-            axes.set_xlabel("directions that the predictor has")
             axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
 
         alt = (
@@ -265,10 +259,8 @@ def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
     high = max(2 * _largest(table, _shown_columns(entry)), 10 * floor)
 
     def finish(axes: Axes) -> None:
-        axes.set_yscale("log")
-        axes.set_ylim(floor, high)
-        plain_log(axes.yaxis, [floor, high])
-        axes.set_xlim(-0.03, 1.03)
+        axes.set(xlim=(-0.03, 1.03), ylim=(floor, high))
+        make_log(axes, [floor, high])
 
     caption = (
         "The squared error that no predictor can avoid (eq. 11), each in the units of its own target. Converted to a "
@@ -311,8 +303,7 @@ def _paint_spectra(spectra: Mapping[str, tuple[Sequence[int], Values]], dimensio
     for (name, (ranks, spectrum)), dashes in zip(spectra.items(), LINES, strict=False):
         shares = [(rank + 1) / dimension for rank in ranks]
         axes.plot(shares, without_rounding(spectrum, largest), color=INK.light, dashes=dashes, label=name)
-    axes.set_yscale("log")
-    plain_log(axes.yaxis, [*drawn_only(values, largest), 1.0])
+    make_log(axes, [*drawn_only(values, largest), 1.0])
     axes.legend(fontsize=8, frameon=False)
     _label_ranks(axes, title)
 
@@ -337,9 +328,8 @@ def inside_figures(inside: ErrorByDirection) -> list[Figure]:
             for line, kind, before in zip(lines, kinds, repeats, strict=True):
                 style = _prediction_style(kind, len(line))
                 axes.plot(ranks, without_rounding(line, largest), **style, dashes=LINES[before % 3])
-            axes.set_yscale("log")
             axes.set_xlim(1 - 0.03 * len(ranks), 1.03 * len(ranks))
-            plain_log(axes.yaxis, drawn_only((value for line in lines for value in line), largest))
+            make_log(axes, drawn_only((value for line in lines for value in line), largest))
             _label_directions(axes, time)
 
         last = [f"{network.run} {number(line[-1], 2)}" for network, line in zip(networks, lines, strict=True)]

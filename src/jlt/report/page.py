@@ -11,8 +11,15 @@ from typing import Any
 
 from jlt import __version__
 from jlt.report import findings, palette
-from jlt.report.geometry_rows import advised_training, analyze_command, slider_spectra, spectrum_rows, whole_rows
-from jlt.report.geometry_sentences import caution_sentences, channels_sentence, inside_sentences
+from jlt.report.geometry_text import (
+    analyze_command,
+    caution_sentences,
+    channels_sentence,
+    inside_sentences,
+    slider_spectra,
+    spectrum_rows,
+    whole_rows,
+)
 from jlt.report.result_rows import MEASUREMENT_HEADS, result_rows
 from jlt.report.sample_grids import sample_grids, sample_series
 from jlt.report.study import Study, flatten, read_study
@@ -91,7 +98,7 @@ def render(study: Study) -> str:
 
 
 def _geometry_context(study: Study) -> dict[str, Any]:
-    """Return what the template shows of the geometry and of the networks' errors, None or empty without them."""
+    """Return what the template shows of the geometry and of the networks' errors, no geometry without one."""
     from jlt.report.geometry_figures import geometry_figures, inside_figures
 
     geometry, inside = study.geometry, study.inside
@@ -100,8 +107,7 @@ def _geometry_context(study: Study) -> dict[str, Any]:
         "inside_texts": inside_sentences(inside) if inside else [],
     }
     if geometry is None:
-        keys = ("geometry", "spectra", "whole", "advised_training", "slider_spectra", "channels_hide", "cautions")
-        return {**errors, **dict.fromkeys(keys)}
+        return {**errors, "geometry": None}
     sizes = [f"patch {size}" for size in geometry.tokens]
     summaries = [[name, *texts] for name, texts in spectrum_rows(geometry).items()]
     heads = ["Whole latents", "Directions", "Effective rank", "Participation", "Below 0.1", "their share", "Known to"]
@@ -110,7 +116,6 @@ def _geometry_context(study: Study) -> dict[str, Any]:
         "geometry": geometry_figures(geometry),
         "spectra": Table("Spectrum summary", ["", *sizes], summaries),
         "whole": Table("Whole latents", heads, whole_rows(geometry)),
-        "advised_training": advised_training(geometry),
         "slider_spectra": slider_spectra(geometry),
         "channels_hide": channels_sentence(geometry),
         "cautions": caution_sentences(geometry),

@@ -77,8 +77,7 @@ def _map_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[flo
                 text = metric_text(result.metric, point.value)
                 axes.text(column, row, text, ha="center", va="center", fontsize=9.5, color=ink)
         _mark(axes, scales, emas, result.choice.setting, interval)
-        axes.set_xlim(-0.5, len(scales) - 0.5)
-        axes.set_ylim(len(emas) - 0.5, -0.5)
+        axes.set(xlim=(-0.5, len(scales) - 0.5), ylim=(len(emas) - 0.5, -0.5))
         axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
         axes.set_yticks(range(len(emas)), list(map(_ema_label, emas)))
         axes.tick_params(length=0)
@@ -144,8 +143,8 @@ def _curve_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[f
             axes.set_ylim(min(ends) - margin, max(ends) + margin)
         axes.set_xticks(positions, ticks)
         axes.margins(x=0.08)
-        axes.set_xlabel("guidance scale" if by_scale else "average of the weights")
-        axes.set_title(sentence(interval_text(interval)) if by_scale else f"Guidance {scales[0]:g}")
+        title = sentence(interval_text(interval)) if by_scale else f"Guidance {scales[0]:g}"
+        axes.set(title=title, xlabel="guidance scale" if by_scale else "average of the weights")
 
     alt = f"{sentence(metric_name(result.metric))} against {'guidance scale' if by_scale else 'average'}."
     return draw(paint, f"{alt} {_best_of(result, points)}", HALF)

@@ -6,8 +6,7 @@ import textwrap
 from pathlib import Path
 
 from jlt.report.findings import verdict
-from jlt.report.geometry_rows import whole_rows
-from jlt.report.geometry_sentences import advice_sentences, inside_sentences
+from jlt.report.geometry_text import advice_sentences, inside_sentences, whole_rows
 from jlt.report.result_rows import result_rows
 from jlt.report.study import read_study
 from jlt.report.text_table import TEXT_WIDTH, text_table

@@ -15,8 +15,8 @@ from jlt.report.figures import (
     draw,
     draw_spreads,
     figure_of,
+    make_log,
     moving_average,
-    plain_log,
     prediction_legend,
     step_panel,
     system_legend,
@@ -143,12 +143,11 @@ def _cells_panel(where: str, cells: Cells) -> Panel:
             ]
             style = {"color": PREDICTION[prediction].light, "marker": palette.MARKER[prediction]}
             draw_spreads(axes, found, **style)
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
+        make_log(axes, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
         axes.set_xticks(range(len(spaces)), [f"{SYMBOL[space]}-space" for space in spaces])
-        axes.set_xlim(-0.4, len(spaces) - 0.6)
         axes.grid(visible=False, axis="x")
-        axes.set(title=f"Fréchet distance, {where}", xlabel="space of the loss")
+        title = f"Fréchet distance, {where}"
+        axes.set(title=title, xlabel="space of the loss", xlim=(-0.4, len(spaces) - 0.6))
 
     values = [
         f"{SHORT_NAMES[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jlt.report.expected import (
-    check_rows,
     check_sentences,
+    check_table,
     checks,
     expected_figure,
     floor_sentences,
@@ -85,7 +85,7 @@ def test_forecasts_that_failed_are_listed():
     assert "0.950 at patch 1 (white)" in even
     # Expected white < steep < turned, measured turned < white < steep.
     assert "is -0.50 over 3 settings" in correlation
-    assert check_rows(found)[0] == ("patch 1 (white)", "even, 5.0%", "0.950", "0.800 to 1.10")
+    assert check_table(found).rows[0] == ("patch 1 (white)", "even, 5.0%", "0.950", "0.800 to 1.10")
     assert len(expected_figure(found).panels) == 2
 
 

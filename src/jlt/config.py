@@ -231,7 +231,8 @@ class EvaluationConfig:
     features: str = "digits"
     """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
     features_path: str = ""
-    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
+    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones;
+    squeezenet has no default."""
 
 
 @dataclass(frozen=True)

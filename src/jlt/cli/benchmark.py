@@ -139,7 +139,7 @@ class TemporaryEncoding(EncodeConfig):
     images: str = "digits"
     """Images, as for jlt encode; they are repeated up to --num."""
     autoencoder: str = "tiny"
-    """Autoencoder: flux2, kl, pixels or tiny."""
+    """Autoencoder: flux2, taef2, kl, pixels or tiny."""
     preview: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
     repair: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
 
@@ -185,13 +185,8 @@ class GeometryBenchmark(Command):
         return Result(measured, tables.geometry_benchmark_table(measured))
 
 
-BENCHMARKS: dict[str, type[Command]] = {
-    "train": TrainBenchmark,
-    "sample": SampleBenchmark,
-    "data": DataBenchmark,
-    "encode": EncodeBenchmark,
-    "geometry": GeometryBenchmark,
-}
+KINDS = (TrainBenchmark, SampleBenchmark, DataBenchmark, EncodeBenchmark, GeometryBenchmark)
+BENCHMARKS: dict[str, type[Command]] = {kind.__name__.removesuffix("Benchmark").lower(): kind for kind in KINDS}
 
 
 @dataclass(frozen=True, kw_only=True)

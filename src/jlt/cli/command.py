@@ -22,8 +22,7 @@ Flat = arg(name="")
 CheckpointPath = Annotated[Path, arg(help="Run folder (its newest checkpoint) or checkpoint folder.")]
 LatentsPath = Annotated[Path, arg(help="Folder of the latent store.")]
 AutoencoderPath = Annotated[
-    str | None,
-    arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents."),
+    str | None, arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents.")
 ]
 Folder = Annotated[Path, Positional, arg(metavar="DIR")]
 SystemWorkers = Annotated[int | None, arg(help="Systems that train at the same time. Default: 2 on a CPU, 1 on a GPU.")]
@@ -59,7 +58,8 @@ class FeatureOptions:
     features: str = "digits"
     """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
     features_path: Path | None = None
-    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones."""
+    """Weights: a file for squeezenet or inception, a folder or Hub id for dinov2. Default: the downloaded ones;
+    squeezenet has no default."""
 
     def load(self, device: str) -> FeatureExtractor:
         """Load the extractor onto a device; JLTError for an unknown name and for weights that are missing."""

@@ -18,8 +18,8 @@ from jlt.config import Prediction
 from jlt.report.figures import Figure, Panel, draw, draw_spreads, make_log
 from jlt.report.findings import CLOSE_RATIO
 from jlt.report.palette import INK, MUTED, PAPER, SYMBOL
-from jlt.report.study import Spread, Study, System, spread
-from jlt.report.wording import listed, number, percent, range_text, spread_text
+from jlt.report.study import Spread, Study, System, grouped, spread
+from jlt.report.wording import Table, listed, number, patch_text, percent, range_text, spread_text
 from jlt.results.geometry import SettingForecast
 
 MARKERS = "osD^vPX<>"
@@ -64,14 +64,11 @@ class Check:
 
 def checks(study: Study) -> list[Check]:
     """Return every setting that has a forecast and measurements of both predictions."""
-    several = len({system.loss_space for system in study.systems}) > 1
     found = []
     for forecast in study.forecasts:
-        loss = f"{SYMBOL[forecast.loss_space]}-space loss" if several else ""
-        more = ", ".join(filter(None, [forecast.variant, loss]))
-        setting = f"patch {forecast.patch_size}{f' ({more})' if more else ''}"
+        loss = f"{SYMBOL[forecast.loss_space]}-space loss" if study.several_losses else ""
         if ratio := spread(_ratios(study, forecast)):
-            found.append(Check(setting, forecast, ratio))
+            found.append(Check(patch_text(forecast.patch_size, forecast.variant, loss), forecast, ratio))
     return found
 
 
@@ -144,11 +141,10 @@ def floor_sentences(study: Study) -> list[str]:
             if (loss := measured.get(name))
         ]
         when = "was forecast to be" if forecast.before_training else "is, by the latents alone,"
-        where = f"patch {forecast.patch_size}" + f" ({forecast.variant})" * bool(forecast.variant)
         texts.append(
-            f"At {where} a width of {forecast.width} cannot output {forecast.dimension} directions. The "
-            f"{SYMBOL[forecast.loss_space]}-space loss ended at {listed(losses)} {when} out of reach for any such "
-            "network."
+            f"At {patch_text(forecast.patch_size, forecast.variant)} a width of {forecast.width} cannot output "
+            f"{forecast.dimension} directions. The {SYMBOL[forecast.loss_space]}-space loss ended at {listed(losses)} "
+            f"{when} out of reach for any such network."
         )
     return texts
 
@@ -174,9 +170,10 @@ def _systems_of(study: Study, forecast: SettingForecast) -> list[System]:
     return [s for s in study.systems if (s.variant, s.patch_size, s.loss_space) == forecast.setting]
 
 
-def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
-    """Return the setting, the expectation, the measured ratio and its range over seeds, as text."""
-    return [
+def check_table(found: Sequence[Check]) -> Table:
+    """Return a row per setting: the expectation, the measured ratio and its range over seeds."""
+    header = ["Setting", "Expected", "Distance of v over x", "Range over seeds"]
+    rows = [
         (
             check.setting,
             f"{check.expected_first or check.forecast.call}, {percent(check.forecast.clean_over_velocity)}",
@@ -185,6 +182,7 @@ def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
         )
         for check in found
     ]
+    return Table("Expected and measured", header, rows, left=(0, 1))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -271,7 +269,4 @@ def _groups(found: Sequence[Check], along: str) -> dict[str, list[Check]]:
         "loss": lambda check: f"{SYMBOL[check.forecast.loss_space]}-space loss",
     }
     varied = [describe for name, describe in described.items() if name != along and len(set(map(describe, found))) > 1]
-    groups: dict[str, list[Check]] = {}
-    for check in found:
-        groups.setdefault(", ".join(filter(None, (describe(check) for describe in varied))), []).append(check)
-    return groups
+    return grouped((", ".join(filter(None, (describe(check) for describe in varied))), check) for check in found)

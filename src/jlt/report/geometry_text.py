@@ -10,6 +10,7 @@ from typing import Any
 
 from jlt.config import Prediction
 from jlt.report.palette import NAMES, SYMBOL
+from jlt.report.study import grouped
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import (
     Advice,
@@ -68,32 +69,32 @@ def slider_spectra(geometry: Geometry) -> dict[int, tuple[list[float], list[floa
     return found
 
 
-def spectrum_rows(geometry: Geometry) -> dict[str, list[str]]:
-    """Return the summaries of the spectra: one row per quantity, one text per patch size."""
-    rows: dict[str, list[str]] = {}
-    for entry in geometry.tokens.values():
-        below = entry.share_below["0.1"]
-        # Directions without variance have no kurtosis, and no error of it.
-        kurtosis = zip(entry.excess_kurtosis, entry.excess_kurtosis_error, strict=True)
-        span = dict.fromkeys([number(min(entry.channel_variance)), number(max(entry.channel_variance))])
-        summary = {
-            "Directions of a token": f"{entry.dimension:,}",
-            "Tokens measured": f"{entry.count:,}",
-            "Largest variance": number(entry.eigenvalues[0]),
-            "Smallest variance": number(entry.eigenvalues[-1]),
-            "Largest over smallest": "infinite, to rounding" if entry.anisotropy is None else number(entry.anisotropy),
-            "Effective rank": number(entry.effective_rank),
-            "Participation ratio": number(entry.participation_ratio),
-            "Sphericity": number(entry.sphericity, 2),
-            "Directions below 0.1": f"{below.directions:,}",
-            "their share of the variance": percent(below.variance_share),
-            "Variances of single channels": " to ".join(span),
-            **{f"Variance {name}": percent(local.variance_share) for name, local in entry.local.items()},
-            "Excess kurtosis, median direction": number(median([k for k, error in kurtosis if error > 0] or [0.0]), 2),
-        }
-        for name, text in summary.items():
-            rows.setdefault(name, []).append(text)
-    return rows
+def spectrum_rows(geometry: Geometry) -> list[list[str]]:
+    """Return the summaries of the spectra: a row per quantity, its name before one text per patch size."""
+    summaries = grouped(item for entry in geometry.tokens.values() for item in _summary(entry).items())
+    return [[name, *texts] for name, texts in summaries.items()]
+
+
+def _summary(entry: TokenGeometry) -> dict[str, str]:
+    below = entry.share_below["0.1"]
+    # Directions without variance have no kurtosis, and no error of it.
+    kurtosis = zip(entry.excess_kurtosis, entry.excess_kurtosis_error, strict=True)
+    span = dict.fromkeys([number(min(entry.channel_variance)), number(max(entry.channel_variance))])
+    return {
+        "Directions of a token": f"{entry.dimension:,}",
+        "Tokens measured": f"{entry.count:,}",
+        "Largest variance": number(entry.eigenvalues[0]),
+        "Smallest variance": number(entry.eigenvalues[-1]),
+        "Largest over smallest": "infinite, to rounding" if entry.anisotropy is None else number(entry.anisotropy),
+        "Effective rank": number(entry.effective_rank),
+        "Participation ratio": number(entry.participation_ratio),
+        "Sphericity": number(entry.sphericity, 2),
+        "Directions below 0.1": f"{below.directions:,}",
+        "their share of the variance": percent(below.variance_share),
+        "Variances of single channels": " to ".join(span),
+        **{f"Variance {name}": percent(local.variance_share) for name, local in entry.local.items()},
+        "Excess kurtosis, median direction": number(median([k for k, error in kurtosis if error > 0] or [0.0]), 2),
+    }
 
 
 def whole_rows(geometry: Geometry) -> list[tuple[str, ...]]:

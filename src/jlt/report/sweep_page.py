@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlt.report import palette
+from jlt.report import palette, wording
 from jlt.report.study import flatten
-from jlt.report.text_table import Table, text_table
-from jlt.report.wording import behind_text, measured_text, metric_name, metric_text, sentence, setting_text
+from jlt.report.wording import Table, behind_text, measured_text, metric_name, metric_text, sentence, setting_text
 from jlt.results.files import read_result
 from jlt.results.sweep import Sweep, SweepPoint, SweepStage
 
@@ -42,7 +41,7 @@ def verdict(result: Sweep) -> str:
     """State the choice and its confirmed number in a sentence."""
     best = result.confirmed[0]
     return (
-        f"{sentence(setting_text(best.setting))}: {metric_name(result.metric)} {measured_text(result, best)} on "
+        f"{sentence(setting_text(best))}: {metric_name(result.metric)} {measured_text(result, best)} on "
         f"{best.num:,} images that took no part in the choice."
     )
 
@@ -56,7 +55,7 @@ def details(result: Sweep) -> list[str]:
         *_rivals(result),
     ]
     scales, chosen = sorted(result.axes.cfg_scale), choice.cfg_scale
-    if len(scales) > 1 and choice.setting.guided and not scales[0] < chosen < scales[-1]:
+    if len(scales) > 1 and choice.guided and not scales[0] < chosen < scales[-1]:
         beyond = "Larger" if chosen >= scales[-1] else "Smaller"
         texts.append(f"The chosen guidance is at the edge of the grid. {beyond} scales may be better.")
     return texts
@@ -71,7 +70,7 @@ def _rivals(result: Sweep) -> list[str]:
         better = other.value < best.value if result.lower_is_better else other.value > best.value
         note = ": better, but the choice stays, because these images must not decide it" if better else ""
         texts.append(
-            f"The search could not distinguish it from {setting_text(other.setting)}, whose confirmed "
+            f"The search could not distinguish it from {setting_text(other)}, whose confirmed "
             f"{metric_name(result.metric)} is {measured_text(result, other)}{note}."
         )
     return texts
@@ -132,7 +131,7 @@ def points_table(result: Sweep, label: str, note: str, rows: Sequence[tuple[Swee
 
 def _setting_cells(point: SweepPoint) -> tuple[str, str, str]:
     low, high = point.cfg_interval
-    return f"{point.cfg_scale:g}", f"{low:g} to {high:g}" if point.setting.guided else "—", point.ema
+    return f"{point.cfg_scale:g}", f"{low:g} to {high:g}" if point.guided else "—", point.ema
 
 
 def sweep_table(result: Sweep) -> str:
@@ -151,4 +150,4 @@ def sweep_table(result: Sweep) -> str:
         for point in points
     ]
     header = ["stage", "guidance", "times", "EMA", "images", "seed", metric_name(result.metric), ""]
-    return f"{text_table(header, lines, left=(0, 2, 3, 7))}\n\n{verdict(result)}\n\n{result.reproduce}"
+    return f"{wording.text_table(header, lines, left=(0, 2, 3, 7))}\n\n{verdict(result)}\n\n{result.reproduce}"

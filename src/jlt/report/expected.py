@@ -23,14 +23,6 @@ from jlt.report.wording import Table, listed, number, patch_text, percent, range
 from jlt.results.geometry import SettingForecast
 
 MARKERS = "osD^vPX<>"
-POWER, WIDTH = "power of the eigenvalues (0 whitened, 1 untouched)", "width of the network"
-Place = Callable[["Check"], float | None]
-"""The position of a setting along an axis."""
-AXES: Mapping[str, tuple[str, Place]] = {
-    POWER: ("the power", lambda check: check.forecast.anisotropy),
-    WIDTH: ("the width", lambda check: check.forecast.width),
-}
-"""Quantities along a line: the label of the axis, a short name, and the value of a setting."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,16 @@ class Check:
         if self.forecast.call in ("even", "undecided"):
             return None
         return "x" if self.forecast.clean_over_velocity > 0 else "v"
+
+
+POWER, WIDTH = "power of the eigenvalues (0 whitened, 1 untouched)", "width of the network"
+Place = Callable[[Check], float | None]
+"""The position of a setting along an axis."""
+AXES: Mapping[str, tuple[str, Place]] = {
+    POWER: ("the power", lambda check: check.forecast.anisotropy),
+    WIDTH: ("the width", lambda check: check.forecast.width),
+}
+"""Quantities along a line: the label of the axis, a short name, and the value of a setting."""
 
 
 def checks(study: Study) -> list[Check]:

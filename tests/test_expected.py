@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from jlt.report.cells import cell_sentences, cells
-from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences, rank_correlation
-from jlt.report.expected_figures import expected_figure
+from jlt.report.expected import (
+    check_sentences,
+    check_table,
+    checks,
+    expected_figure,
+    floor_sentences,
+    rank_correlation,
+)
+from jlt.report.findings import cell_sentences, cells
 from jlt.report.study import Spread, Study, System
 from jlt.report.training_figures import cells_figure
 from jlt.results.ablation import Ablation
@@ -79,7 +85,7 @@ def test_forecasts_that_failed_are_listed():
     assert "0.950 at patch 1 (white)" in even
     # Expected white < steep < turned, measured turned < white < steep.
     assert "is -0.50 over 3 settings" in correlation
-    assert check_rows(found)[0] == ("patch 1 (white)", "even, 5.0%", "0.950", "0.800 to 1.10")
+    assert check_table(found).rows[0] == ("patch 1 (white)", "even, 5.0%", "0.950", "0.800 to 1.10")
     assert len(expected_figure(found).panels) == 2
 
 
@@ -87,7 +93,7 @@ def test_widths_are_what_needs_are_compared_with():
     narrow = {("x", "width 32"): [2.0], ("v", "width 32"): [8.0], ("x", "width 64"): [2.0], ("v", "width 64"): [3.0]}
     expected = [forecast("width 32", None, 0.5, width=32), forecast("width 64", None, 0.5)]
     found = checks(dataclasses.replace(study(narrow, []), ablation=ablation(expected)))
-    assert [check.load for check in found] == [0.25, 0.125]
+    assert [check.needed(of_width=True) for check in found] == [0.25, 0.125]
     along, against = expected_figure(found).panels
     assert along.alt.endswith("against the width: 4.00 at patch 1 (width 32) and 1.50 at patch 1 (width 64).")
     assert "expected 25.0%, measured 4.00" in against.alt

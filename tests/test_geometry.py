@@ -21,7 +21,7 @@ from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.geometry import gaussian
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.spectrum import eigenvalues_descending, sampling_error, share_below, summarise
-from jlt.report.geometry_sentences import advice_sentences, caution_sentences
+from jlt.report.geometry_text import advice_sentences, caution_sentences
 from jlt.results.files import result_json
 
 EIGENVALUES = np.array([6.0, 1.0, 0.03, 0.0008])

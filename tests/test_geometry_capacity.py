@@ -25,7 +25,7 @@ from jlt.geometry.forecast import (
     width_floor,
 )
 from jlt.geometry.spectrum import shrunk
-from jlt.report.geometry_sentences import advice_sentences
+from jlt.report.geometry_text import advice_sentences
 from jlt.results.geometry import TrainingModel
 from jlt.timesteps import times_from_uniform
 

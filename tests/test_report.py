@@ -33,7 +33,7 @@ from PIL import Image
 
 from jlt.errors import JLTError
 from jlt.report import findings, sample_grids
-from jlt.report.geometry_sentences import advice_sentences, spectrum_sentence
+from jlt.report.geometry_text import advice_sentences, spectrum_sentence
 from jlt.report.page import command, matched_statements, page_facts, set_aside_table, settings, write_report
 from jlt.report.result_rows import result_rows
 from jlt.report.run_figures import run_figures, thinned

@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jlt.config import TimestepConfig
 from jlt.errors import JLTError
-from jlt.results import Sweep
 from jlt.results.ablation import Ablation
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result, result_json, write_result
+from jlt.results.geometry import ErrorByDirection, Geometry, TrainingModel
+from jlt.results.sweep import Sweep
 from jlt.storage.codec import from_json, to_json
 
 OLD = Path(__file__).parent / "old_results"
@@ -30,12 +32,15 @@ SIMPLE = {
     int: st.integers(),
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(max_size=3),
+    TrainingModel: st.just(to_json(TrainingModel(TimestepConfig(), 0.05))),
 }
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Return the JSON of values of a field's type; tuples of any length hold one value or two."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in SIMPLE:
+        return SIMPLE[hint]
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         return st.fixed_dictionaries({entry.name: values(hints[entry.name]) for entry in dataclasses.fields(hint)})
@@ -47,12 +52,11 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(arguments[0]), min_size=1, max_size=2)
     if origin is tuple:
         return st.tuples(*map(values, arguments)).map(list)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return st.dictionaries(*map(values, arguments), max_size=2)
-    return SIMPLE[hint]
+    assert issubclass(origin, Mapping)
+    return st.dictionaries(values(arguments[0]).map(str), values(arguments[1]), max_size=2)
 
 
-@pytest.mark.parametrize("kind", [Evaluation, Ablation, Sweep])
+@pytest.mark.parametrize("kind", [Evaluation, Ablation, Sweep, Geometry, ErrorByDirection])
 def test_every_result_survives_json(kind, tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "result.json"
 

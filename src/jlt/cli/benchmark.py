@@ -185,13 +185,8 @@ class GeometryBenchmark(Command):
         return Result(measured, tables.geometry_benchmark_table(measured))
 
 
-BENCHMARKS: dict[str, type[Command]] = {
-    "train": TrainBenchmark,
-    "sample": SampleBenchmark,
-    "data": DataBenchmark,
-    "encode": EncodeBenchmark,
-    "geometry": GeometryBenchmark,
-}
+KINDS = (TrainBenchmark, SampleBenchmark, DataBenchmark, EncodeBenchmark, GeometryBenchmark)
+BENCHMARKS: dict[str, type[Command]] = {kind.__name__.removesuffix("Benchmark").lower(): kind for kind in KINDS}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,7 @@ Flat = arg(name="")
 CheckpointPath = Annotated[Path, arg(help="Run folder (its newest checkpoint) or checkpoint folder.")]
 LatentsPath = Annotated[Path, arg(help="Folder of the latent store.")]
 AutoencoderPath = Annotated[
-    str | None,
-    arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents."),
+    str | None, arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents.")
 ]
 Folder = Annotated[Path, Positional, arg(metavar="DIR")]
 SystemWorkers = Annotated[int | None, arg(help="Systems that train at the same time. Default: 2 on a CPU, 1 on a GPU.")]

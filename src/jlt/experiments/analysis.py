@@ -10,7 +10,7 @@ from jlt.experiments.error_by_direction import Networks, measure_error_by_direct
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
 from jlt.geometry.assemble import assemble_geometry
 from jlt.patches import require_divisor
-from jlt.report.geometry_sentences import caution_sentences
+from jlt.report.geometry_text import caution_sentences
 from jlt.report.page import write_report
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, TrainingModel

@@ -25,7 +25,6 @@ from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.reference import Reference, open_reference
 from jlt.experiments.checkpoint_evaluation import evaluate_sampler, warn_if_few
 from jlt.experiments.search import ERRORS, GROWTH, Measured, Round, Stage, SweepConfig, images_after, search, to_confirm
-from jlt.results import Sweep
 from jlt.results.evaluation import LOWER_IS_BETTER, Evaluation
 from jlt.results.files import read_result, write_result
 from jlt.results.sweep import (
@@ -33,6 +32,7 @@ from jlt.results.sweep import (
     ConfirmationImages,
     SearchImages,
     Setting,
+    Sweep,
     SweepAxes,
     SweepPoint,
     SweepStage,

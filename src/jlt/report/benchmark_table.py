@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jlt.report.text_table import text_table
-from jlt.report.wording import number, percent
+from jlt.report.wording import number, percent, text_table
 from jlt.runtime.progress import format_seconds
 
 DOES_NOT_FIT = "does not fit"

@@ -1,17 +1,28 @@
-"""The forecasts of clean and velocity prediction against the measurements after the training."""
+"""The forecasts of clean and velocity prediction against the measurements: sentences, a table and a figure.
+
+Imports matplotlib, so import this module only where figures are drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import correlation, fmean
 
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator, PercentFormatter
+
 from jlt.config import Prediction
+from jlt.report.figures import Figure, Panel, draw, draw_spreads, make_log
 from jlt.report.findings import CLOSE_RATIO
-from jlt.report.palette import SYMBOL
-from jlt.report.study import Spread, Study, System, spread
-from jlt.report.wording import listed, number, percent, spread_text
+from jlt.report.palette import INK, MUTED, PAPER, SYMBOL
+from jlt.report.study import Spread, Study, System, grouped, spread
+from jlt.report.wording import Table, listed, number, patch_text, percent, range_text, spread_text
 from jlt.results.geometry import SettingForecast
+
+MARKERS = "osD^vPX<>"
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,10 @@ class Check:
     forecast: SettingForecast
     ratio: Spread
 
-    @property
-    def load(self) -> float:
-        """Directions that velocity was expected to need beyond the clean latent, as a share of the network's width."""
-        return self.forecast.clean_over_velocity * self.forecast.dimension / self.forecast.width
+    def needed(self, of_width: bool) -> float:
+        """Return the directions that velocity needs beyond the clean latent, as a share of all or of the width."""
+        share = self.forecast.clean_over_velocity
+        return share * self.forecast.dimension / self.forecast.width if of_width else share
 
     @property
     def measured_first(self) -> str | None:
@@ -43,16 +54,23 @@ class Check:
         return "x" if self.forecast.clean_over_velocity > 0 else "v"
 
 
+POWER, WIDTH = "power of the eigenvalues (0 whitened, 1 untouched)", "width of the network"
+Place = Callable[[Check], float | None]
+"""The position of a setting along an axis."""
+AXES: Mapping[str, tuple[str, Place]] = {
+    POWER: ("the power", lambda check: check.forecast.anisotropy),
+    WIDTH: ("the width", lambda check: check.forecast.width),
+}
+"""Quantities along a line: the label of the axis, a short name, and the value of a setting."""
+
+
 def checks(study: Study) -> list[Check]:
     """Return every setting that has a forecast and measurements of both predictions."""
-    several = len({system.loss_space for system in study.systems}) > 1
     found = []
     for forecast in study.forecasts:
-        loss = f"{SYMBOL[forecast.loss_space]}-space loss" if several else ""
-        more = ", ".join(filter(None, [forecast.variant, loss]))
-        setting = f"patch {forecast.patch_size}{f' ({more})' if more else ''}"
+        loss = f"{SYMBOL[forecast.loss_space]}-space loss" if study.several_losses else ""
         if ratio := spread(_ratios(study, forecast)):
-            found.append(Check(setting, forecast, ratio))
+            found.append(Check(patch_text(forecast.patch_size, forecast.variant, loss), forecast, ratio))
     return found
 
 
@@ -101,7 +119,7 @@ def check_sentences(found: Sequence[Check]) -> list[str]:
             ratios = listed([f"{number(check.ratio.mean)} at {check.setting}" for check in members])
             texts.append(f"{group}: the distance of velocity over that of clean prediction is {ratios}.")
     by_width = widths_differ(found)
-    expected = [check.load if by_width else check.forecast.clean_over_velocity for check in found]
+    expected = [check.needed(by_width) for check in found]
     if len(set(expected)) > 2:
         unit = ", in units of the width," if by_width else ""
         rank = rank_correlation(expected, [check.ratio.mean for check in found])
@@ -125,11 +143,10 @@ def floor_sentences(study: Study) -> list[str]:
             if (loss := measured.get(name))
         ]
         when = "was forecast to be" if forecast.before_training else "is, by the latents alone,"
-        where = f"patch {forecast.patch_size}" + f" ({forecast.variant})" * bool(forecast.variant)
         texts.append(
-            f"At {where} a width of {forecast.width} cannot output {forecast.dimension} directions. The "
-            f"{SYMBOL[forecast.loss_space]}-space loss ended at {listed(losses)} {when} out of reach for any such "
-            "network."
+            f"At {patch_text(forecast.patch_size, forecast.variant)} a width of {forecast.width} cannot output "
+            f"{forecast.dimension} directions. The {SYMBOL[forecast.loss_space]}-space loss ended at {listed(losses)} "
+            f"{when} out of reach for any such network."
         )
     return texts
 
@@ -155,17 +172,19 @@ def _systems_of(study: Study, forecast: SettingForecast) -> list[System]:
     return [s for s in study.systems if (s.variant, s.patch_size, s.loss_space) == forecast.setting]
 
 
-def check_rows(found: Sequence[Check]) -> list[tuple[str, str, str, str]]:
-    """Return the setting, the expectation, the measured ratio and its range over seeds, as text."""
-    return [
+def check_table(found: Sequence[Check]) -> Table:
+    """Return a row per setting: the expectation, the measured ratio and its range over seeds."""
+    header = ["Setting", "Expected", "Distance of v over x", "Range over seeds"]
+    rows = [
         (
             check.setting,
             f"{check.expected_first or check.forecast.call}, {percent(check.forecast.clean_over_velocity)}",
             number(check.ratio.mean),
-            f"{number(check.ratio.low)} to {number(check.ratio.high)}" if check.ratio.count > 1 else "",
+            range_text(check.ratio),
         )
         for check in found
     ]
+    return Table("Expected and measured", header, rows, left=(0, 1))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -176,3 +195,80 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 def _ranks(values: Sequence[float]) -> list[float]:
     order = sorted(values)
     return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
+
+
+def expected_figure(found: Sequence[Check]) -> Figure | None:
+    """Draw the ratio of distances against what was expected, and along the geometry and the width where they vary."""
+    if len(found) < 2:
+        return None
+    panels = [_along(found, label) for label, (_, place) in AXES.items() if len(set(map(place, found))) > 1]
+    by_width = widths_differ(found)
+    caption = (
+        "The Fréchet distance of velocity over that of clean prediction, pair by pair of equal seeds: above 1 the "
+        "clean latent wins. Points are means over seeds, bars run from the smallest to the largest. The expectation is "
+        "the number of directions of a token that velocity needs more than the clean latent (eq. 13), as a share of "
+        f"{'the width of the network' if by_width else 'all of them'}."
+    )
+    return Figure("Expected and measured", (*panels, _against_expected(found, by_width)), caption)
+
+
+def _along(found: Sequence[Check], label: str) -> Panel:
+    name, place = AXES[label]
+
+    def finish(axes: Axes) -> None:
+        values = sorted({place(check) or 0.0 for check in found})
+        if values[0] > 0:
+            axes.set_xscale("log")
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(title="Distance of velocity over clean", xlabel=label)
+
+    ratios = [f"{number(check.ratio.mean)} at {check.setting}" for check in found]
+    return _panel(found, label, place, "-", finish, f"Ratio of distances against {name}: {listed(ratios)}.")
+
+
+def _against_expected(found: Sequence[Check], by_width: bool) -> Panel:
+    def finish(axes: Axes) -> None:
+        axes.axvline(0.0, color=MUTED.light, linewidth=1)
+        what = f"needed beyond clean, of {'the width' if by_width else 'all directions'}"
+        axes.set(title="Measured against expected", xlabel=what)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
+
+    pairs = [f"expected {percent(check.needed(by_width))}, measured {number(check.ratio.mean)}" for check in found]
+    alt = f"Ratio of distances against the expectation: {listed(pairs)}."
+    return _panel(found, POWER, lambda check: check.needed(by_width), "none", finish, alt)
+
+
+def _panel(
+    found: Sequence[Check], along: str, place: Place, line: str, finish: Callable[[Axes], None], alt: str
+) -> Panel:
+    """Draw the ratios of distances by their place, for each group of settings that differ in more than `along`."""
+    groups = _groups(found, along)
+
+    def paint(axes: Axes) -> None:
+        for (label, group), marker in zip(groups.items(), itertools.cycle(MARKERS), strict=False):
+            points = [(at, check.ratio) for check in group if (at := place(check)) is not None]
+            if line == "-":
+                points.sort(key=itemgetter(0))
+            face = PAPER if marker in MARKERS[1::2] else INK
+            style = {"marker": marker, "linestyle": line, "color": INK.light, "markerfacecolor": face.light}
+            draw_spreads(axes, points, **style, label=label)
+        finish(axes)
+        axes.axhline(1.0, color=MUTED.light, linewidth=1)
+        make_log(axes, [bound for check in found for bound in (check.ratio.low, check.ratio.high, 1.0)])
+        if len(groups) > 1:
+            axes.legend(fontsize=8, frameon=False)
+
+    return draw(paint, alt)
+
+
+def _groups(found: Sequence[Check], along: str) -> dict[str, list[Check]]:
+    """Return the settings by the quantities that differ in addition to the axis `along`, under names for these."""
+    described: dict[str, Callable[[Check], str]] = {
+        "patch": lambda check: f"patch {check.forecast.patch_size}",
+        POWER: lambda check: "" if check.forecast.anisotropy is None else f"power {check.forecast.anisotropy:g}",
+        WIDTH: lambda check: f"width {check.forecast.width}",
+        "loss": lambda check: f"{SYMBOL[check.forecast.loss_space]}-space loss",
+    }
+    varied = [describe for name, describe in described.items() if name != along and len(set(map(describe, found))) > 1]
+    return grouped((", ".join(filter(None, (describe(check) for describe in varied))), check) for check in found)

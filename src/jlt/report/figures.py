@@ -109,41 +109,25 @@ def draw(paint: Callable[[Axes], object], alt: str, size: tuple[float, float] = 
     svg = re.sub(
         r"'DejaVu Sans'(, [^;\"]*)?", "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", buffer.getvalue()
     )
-    width, height = (round(96 * side) for side in size)
-    return Panel(_data_uri(svg), _data_uri(_darken(svg)), width, height, alt)
-
-
-def _darken(svg: str) -> str:
     roles = [*PREDICTION.values(), *TIME, *palette.SCALE, INK, MUTED, LINE, PAPER]
     dark = {role.light: role.dark for role in roles}
-    return re.sub(r"#[0-9a-f]{6}\b", lambda match: dark.get(match[0], match[0]), svg)
+    recoloured = re.sub(r"#[0-9a-f]{6}\b", lambda match: dark.get(match[0], match[0]), svg)
+    width, height = (round(96 * side) for side in size)
+    return Panel(_data_uri(svg), _data_uri(recoloured), width, height, alt)
 
 
 def _data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def plain_log(axis: Any, values: Sequence[float]) -> None:
-    """Label a logarithmic axis with plain numbers, more of them if it spans few decades."""
-    decades = max(values) / min(values)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 300 else (1.0,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-
-
-NOT_DRAWN = 1e-9
-"""Share of the largest value of a spectrum below which a value is the rounding of latents."""
-
-
-def without_rounding(values: Sequence[float], largest: float) -> list[float]:
-    """Return the values of a spectrum for a logarithmic axis, NaN where they are rounding."""
-    return [value if value > NOT_DRAWN * largest else float("nan") for value in values]
-
-
-def drawn_only(values: Iterable[float], largest: float) -> list[float]:
-    """Return the values that `without_rounding` keeps."""
-    return [value for value in values if value > NOT_DRAWN * largest]
+def make_log(axes: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic with plain numbers, more of them if the values span few decades."""
+    axes.set_yscale("log")
+    subs = (1.0, 2.0, 5.0) if max(values) / min(values) < 300 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
@@ -196,9 +180,17 @@ class Line:
             axes.fill_between(self.x, self.low, self.high, color=self.style["color"], alpha=0.18, linewidth=0)
 
 
+def draw_spreads(axes: Axes, points: Sequence[tuple[float, Spread]], **style: Any) -> None:
+    """Draw means over seeds at their places, with bars from the smallest to the largest."""
+    where, spreads = zip(*points, strict=True) if points else ((), ())
+    bars = [[spread.mean - spread.low for spread in spreads], [spread.high - spread.mean for spread in spreads]]
+    means = [spread.mean for spread in spreads]
+    axes.errorbar(where, means, yerr=bars, markersize=5, capsize=2, linewidth=1.2, **style)
+
+
 def step_panel(
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[Line | None],
     *,
     write: Callable[[float], str] = number,
     linear: bool = False,
@@ -207,18 +199,19 @@ def step_panel(
     paint: Callable[[Axes], object] | None = None,
     size: tuple[float, float] = HALF,
 ) -> Panel | None:
-    """Draw lines over the training steps, the starts of later sessions as thin lines; None if there is no line.
+    """Draw lines over the training steps, the starts of later sessions as thin lines; None without any line.
 
     The vertical axis begins at 0 (`zero`), or is logarithmic if the values span much and it is not `linear`.
     """
-    if not lines:
+    drawn = [line for line in lines if line]
+    if not drawn:
         return None
-    values = [value for line in lines for value in (*line.y, *line.low, *line.high)]
+    values = [value for line in drawn for value in (*line.y, *line.low, *line.high)]
 
     def paint_all(axes: Axes) -> None:
         for restart in restarts:
             axes.axvline(restart, color=MUTED.light, linewidth=0.8, dashes=(1.2, 2.4))
-        for line in lines:
+        for line in drawn:
             line.draw(axes)
         if zero:
             axes.set_ylim(0, 1.12 * max(values) or 1)
@@ -235,16 +228,19 @@ def step_panel(
         if paint:
             paint(axes)
 
-    ends = [f"{line.name} ends at {write(line.y[-1])}" for line in lines if line.name]
+    ends = [f"{line.name} ends at {write(line.y[-1])}" for line in drawn if line.name]
     return draw(paint_all, f"{title}. Against the training step, {listed(ends)}.", size)
 
 
+def spans_much(values: Sequence[float]) -> bool:
+    """Return whether the values are positive and their ratio is so large that an axis should be logarithmic."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > LOG_RATIO
+
+
 def log_if_wide(axes: Axes, values: Sequence[float]) -> bool:
-    """Make the vertical axis logarithmic if the values span more than LOG_RATIO, and return whether they do."""
-    wide = bool(values) and min(values) > 0 and max(values) / min(values) > LOG_RATIO
-    if wide:
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, values)
+    """Make the vertical axis logarithmic if the values span much, and return whether they do."""
+    if wide := spans_much(values):
+        make_log(axes, values)
     return wide
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlt.report.geometry_sentences import advice_sentences, geometry_verdict, spectrum_sentence
+from jlt.report.geometry_text import advice_sentences, geometry_verdict, spectrum_sentence
 from jlt.report.palette import NAMES, SYMBOL
-from jlt.report.study import Spread, Study, System
-from jlt.report.wording import listed, number, percent, sentence, spread_text
+from jlt.report.study import Spread, Study, System, grouped
+from jlt.report.wording import listed, number, patch_text, percent, sentence, spread_text
 
 CLOSE_RATIO = 1.15
 """Two Frechet distances of one seed each are too close to call below this ratio. It is a convention: the spread between
@@ -18,6 +19,10 @@ seeds is unknown."""
 
 CHANCE_FACTOR = 2.0
 """Label agreement below this multiple of chance counts as not recognisable."""
+
+
+Cells = Mapping[tuple[str, str], Spread]
+"""Frechet distances at the final step by prediction and loss space."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,10 @@ class Comparison:
 
 def comparisons(study: Study) -> list[Comparison]:
     """Group the systems evaluated at the final step by all but the prediction; groups of one are left out."""
-    groups: dict[tuple[int, str, str], list[tuple[System, Spread]]] = {}
-    for system in study.systems:
-        value = system.measured("frechet_distance", study.final_step)
-        if value is not None:
-            groups.setdefault((system.patch_size, system.loss_space, system.variant), []).append((system, value))
+    groups = grouped(
+        ((system.patch_size, system.loss_space, system.variant), (system, value))
+        for system, value in study.final_distances
+    )
     return [
         Comparison(patch_size, loss_space, variant, tuple(sorted(found, key=lambda item: item[1].mean)))
         for (patch_size, loss_space, variant), found in sorted(groups.items())
@@ -69,11 +73,9 @@ def setting(comparison: Comparison, study: Study) -> str:
     """Name a comparison: its patch size or its variant, both if they differ, and its loss space if it does."""
     article = "a" if comparison.loss_space == "v" else "an"
     loss = f" with {article} {SYMBOL[comparison.loss_space]}-space loss" if study.several_losses else ""
-    if not comparison.variant:
-        return f"patch {comparison.patch_size}{loss}"
-    if len({system.patch_size for system in study.systems}) == 1:
+    if comparison.variant and len({system.patch_size for system in study.systems}) == 1:
         return f"{comparison.variant}{loss}"
-    return f"patch {comparison.patch_size} ({comparison.variant}){loss}"
+    return f"{patch_text(comparison.patch_size, comparison.variant)}{loss}"
 
 
 def verdict(study: Study) -> str:
@@ -83,10 +85,10 @@ def verdict(study: Study) -> str:
         return _verdict_of_one(study)
     if at_chance(study):
         return "Too early to tell: no system draws recognisable samples yet."
-    winners: dict[str, list[str]] = {}
-    for comparison in found:
-        winner = comparison.clear_winner
-        winners.setdefault(winner.prediction if winner else "", []).append(setting(comparison, study))
+    winners = grouped(
+        (winner.prediction if (winner := comparison.clear_winner) else "", setting(comparison, study))
+        for comparison in found
+    )
     undecided = winners.pop("", [])
     if not winners:
         where = _where(undecided, len(found))
@@ -130,10 +132,9 @@ def _verdict_of_one(study: Study) -> str:
     if step is None:
         reached = max((run.reached for run in study.runs), default=0)
         return f"Nothing has been evaluated yet; training has reached step {reached:,}."
-    evaluated = [(s, value) for s in study.systems if (value := s.measured("frechet_distance", step))]
-    if len(evaluated) != 1:
+    if len(study.final_distances) != 1:
         return f"At step {step:,} no two systems are evaluated that differ in the prediction alone."
-    system, value = evaluated[0]
+    ((system, value),) = study.final_distances
     return f"{system.name} reaches a Fréchet distance of {spread_text(value)} at step {step:,}."
 
 
@@ -218,6 +219,33 @@ def _about_one_run(study: Study) -> list[str]:
     if best == study.final_step:
         return ["It is the lowest so far." if len(known) > 1 else "It is the only evaluation so far."]
     return [f"The lowest so far was {number(known[best])} at step {best:,}; it has risen since."]
+
+
+def cells(study: Study) -> dict[str, Cells]:
+    """Return the cells of every patch size and variant that has several loss spaces, by their names."""
+    found: dict[str, dict[tuple[str, str], Spread]] = {}
+    for system, value in study.final_distances:
+        where = patch_text(system.patch_size, system.variant)
+        found.setdefault(where, {})[system.prediction, system.loss_space] = value
+    return {where: here for where, here in found.items() if len({space for _, space in here}) > 1}
+
+
+def cell_sentences(found: Mapping[str, Cells]) -> list[str]:
+    """Say how much the prediction and how much the loss space moves the distance, the other one being equal."""
+    texts = []
+    for where, here in found.items():
+        by_space = grouped((f"with a loss in {SYMBOL[space]}-space", cell.mean) for (_, space), cell in here.items())
+        by_prediction = grouped((f"for {NAMES[prediction]}", cell.mean) for (prediction, _), cell in here.items())
+        if len(by_prediction) > 1:
+            for what, groups in (("prediction", by_space), ("loss space", by_prediction)):
+                if factors := [f"{number(_factor(means))} {name}" for name, means in groups.items() if len(means) > 1]:
+                    grows = f"at {where} the Fréchet distance grows by a factor of {listed(factors)}"
+                    texts.append(f"From the best {what} to the worst {grows}.")
+    return texts
+
+
+def _factor(means: Sequence[float]) -> float:
+    return max(means) / min(means) if min(means) > 0 else math.inf
 
 
 def name_in(protocol: Mapping[str, Any], part: str) -> str:

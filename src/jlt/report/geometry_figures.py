@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -12,18 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jlt.config import Prediction
-from jlt.report import palette
-from jlt.report.figures import (
-    THIRD,
-    Figure,
-    LegendEntry,
-    Panel,
-    draw,
-    drawn_only,
-    plain_log,
-    prediction_legend,
-    without_rounding,
-)
+from jlt.report import figures, palette
+from jlt.report.figures import Figure, LegendEntry, Panel
 from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_NAMES, swatch
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import ErrorByDirection, Geometry, Table, TokenGeometry, Values
@@ -33,6 +22,8 @@ LINES = ((None, None), (4, 2), (1, 1.5), (6, 2, 1, 2))
 """Dashes of the estimates of one space, or of the networks of one prediction."""
 SHOWN_TIMES = (0.05, 0.4, 0.8)
 """Times of the figure of networks."""
+NOT_DRAWN = 1e-9
+"""Share of the largest value of a spectrum below which a value is the rounding of latents."""
 NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": MUTED.light}
 WHOLE = {
     "exact": "whole latents as one Gaussian",
@@ -52,6 +43,16 @@ def geometry_figures(geometry: Geometry) -> list[Figure]:
         _conditional_figure(smallest, geometry.times),
         _estimates_figure(smallest, geometry),
     ]
+
+
+def without_rounding(values: Sequence[float], largest: float) -> list[float]:
+    """Return the values of a spectrum for a logarithmic axis, NaN where they are rounding."""
+    return [value if value > NOT_DRAWN * largest else float("nan") for value in values]
+
+
+def drawn_only(values: Iterable[float], largest: float) -> list[float]:
+    """Return the values that `without_rounding` keeps."""
+    return [value for value in values if value > NOT_DRAWN * largest]
 
 
 def _plot_targets(
@@ -77,15 +78,12 @@ def _by_target(values: Mapping[Prediction, float], digits: int = 3) -> str:
 
 
 def _label_ranks(axes: Axes, title: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("directions, largest first")
+    axes.set(title=title, xlabel="directions, largest first", xlim=(-0.02, 1.02))
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
-    axes.set_xlim(-0.02, 1.02)
 
 
 def _label_directions(axes: Axes, title: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("direction, largest first")
+    axes.set(title=title, xlabel="direction, largest first")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
@@ -103,8 +101,7 @@ def _spectrum_figure(entries: Sequence[TokenGeometry]) -> Figure:
         plot(axes, [without_rounding(entry.eigenvalues, largest) for entry in entries])
         axes.axhline(1.0, color=MUTED.light, linewidth=1)
         axes.annotate("variance of the noise", (0.99, 1.0), (0, 3), ha="right", **NOTE)
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, [*drawn, 1.0])
+        figures.make_log(axes, [*drawn, 1.0])
         _label_ranks(axes, "Variance of each direction of a token")
 
     def paint_share(axes: Axes) -> None:
@@ -129,8 +126,10 @@ def _spectrum_figure(entries: Sequence[TokenGeometry]) -> Figure:
         "the largest are not drawn."
     )
     panels = (
-        draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),
-        draw(paint_share, f"Cumulative share of variance against rank; nine tenths are reached by {listed(tenths)}."),
+        figures.draw(paint_spectrum, f"Eigenvalue against rank on a logarithmic axis: {listed(ends)}."),
+        figures.draw(
+            paint_share, f"Cumulative share of variance against rank; nine tenths are reached by {listed(tenths)}."
+        ),
     )
     legend = tuple(LegendEntry(swatch(None, e.patch_size), f"patch {e.patch_size}") for e in entries)
     return Figure("The spectrum of the tokens", panels, caption, legend)
@@ -145,20 +144,19 @@ def _target_figure(entries: Sequence[TokenGeometry]) -> Figure:
 
         def paint(axes: Axes) -> None:
             _plot_targets(axes, range(1, entry.dimension + 1), shown)
-            axes.set_yscale("log")
             axes.set_ylim(low / 1.6, high * 1.6)
-            plain_log(axes.yaxis, [low, high])
+            figures.make_log(axes, [low, high])
             _label_directions(axes, f"Target variance, patch {entry.patch_size}")
 
         last = _by_target({name: variances[-1] for name, variances in entry.target_variance.items()})
         alt = f"Variance of each target by direction, patch {entry.patch_size}. In the smallest direction: {last}."
-        return draw(paint, alt)
+        return figures.draw(paint, alt)
 
     caption = (
         "The variance of each target in every direction (eq. 9). Noise has variance 1 everywhere. Velocity is the "
         "clean latent minus noise, so it never falls below that floor; the clean target falls with the data."
     )
-    return Figure("The variance of each target", tuple(map(panel, entries)), caption, prediction_legend())
+    return Figure("The variance of each target", tuple(map(panel, entries)), caption, figures.prediction_legend())
 
 
 def _capacity_figure(entries: Sequence[TokenGeometry]) -> Figure:
@@ -174,25 +172,24 @@ def _capacity_figure(entries: Sequence[TokenGeometry]) -> Figure:
             _plot_targets(axes, [rank / entry.dimension for rank in forecast.ranks], excess, floor)
             axes.axhline(stated, color=MUTED.light, linewidth=1)
             axes.annotate(percent(stated), (0.0, stated), (3, 3), **NOTE)
-            axes.set_yscale("log")
-            axes.set_ylim(floor, 2 * max(stated, *map(max, excess.values())))
+            top = 2 * max(stated, *map(max, excess.values()))
+            title = f"Error beyond the unavoidable, patch {entry.patch_size}"
+            axes.set(yscale="log", ylim=(floor, top), title=title, xlabel="directions that the predictor has")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}" if v < 1 else f"{v:g}x"))
-            axes.set_title(f"Error beyond the unavoidable, patch {entry.patch_size}")
-            axes.set_xlabel("directions that the predictor has")
             axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
 
         alt = (
             f"Excess velocity error against the rank of the predictor, patch {entry.patch_size}. Directions needed, "
             f"of {entry.dimension}, to come within {percent(stated)}: {_by_target(forecast.needed_directions)}."
         )
-        return draw(paint, alt)
+        return figures.draw(paint, alt)
 
     caption = (
         "The capacity curves (eq. 13), averaged over the training times: the excess velocity error of the best "
         "predictor of each rank, in units of the unavoidable error. Where a curve meets the grey line, at "
         f"{percent(stated)}, its prediction has as many directions as it needs."
     )
-    return Figure("What each prediction needs", tuple(map(panel, entries)), caption, prediction_legend())
+    return Figure("What each prediction needs", tuple(map(panel, entries)), caption, figures.prediction_legend())
 
 
 def _shown_columns(entry: TokenGeometry) -> list[int]:
@@ -228,7 +225,7 @@ def _time_panels(
             axes.set_xlabel("time t, from noise to data")
 
         values = _by_target({name: curve[place] for name, curve in curves.items()}, 2)
-        return draw(paint, f"{direction}. {quantity} at t = {times[place]:g}: {values}.", THIRD)
+        return figures.draw(paint, f"{direction}. {quantity} at t = {times[place]:g}: {values}.", figures.THIRD)
 
     return tuple(map(panel, _shown_columns(entry)))
 
@@ -255,7 +252,7 @@ def _coefficient_figure(entry: TokenGeometry, times: Values) -> Figure:
         f"{MINUS}1 and 1 and logarithmic beyond."
     )
     panels = _time_panels(entry, times, entry.coefficient, "Best coefficients", len(times) - 1, finish)
-    return Figure("The best linear coefficient over time", panels, caption, prediction_legend())
+    return Figure("The best linear coefficient over time", panels, caption, figures.prediction_legend())
 
 
 def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
@@ -265,10 +262,8 @@ def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
     high = max(2 * _largest(table, _shown_columns(entry)), 10 * floor)
 
     def finish(axes: Axes) -> None:
-        axes.set_yscale("log")
-        axes.set_ylim(floor, high)
-        plain_log(axes.yaxis, [floor, high])
-        axes.set_xlim(-0.03, 1.03)
+        axes.set(xlim=(-0.03, 1.03), ylim=(floor, high))
+        figures.make_log(axes, [floor, high])
 
     caption = (
         "The squared error that no predictor can avoid (eq. 11), each in the units of its own target. Converted to a "
@@ -276,7 +271,7 @@ def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
         "what can be known. Values below 0.0001 are not drawn."
     )
     panels = _time_panels(entry, times, table, "Conditional variance", len(times) // 2, finish, floor)
-    return Figure("The error that remains", panels, caption, prediction_legend())
+    return Figure("The error that remains", panels, caption, figures.prediction_legend())
 
 
 def _estimates_figure(entry: TokenGeometry, geometry: Geometry) -> Figure:
@@ -295,26 +290,29 @@ def _estimates_figure(entry: TokenGeometry, geometry: Geometry) -> Figure:
         "left the spectrum of tokens, of all and within classes and neighbourhoods. On the right whole latents, as if "
         "their positions were a torus, and their leading directions without that assumption."
     )
-    by_estimate = f"Eigenvalue against rank by {listed([*tokens])}.{shares_text}"
+    of_tokens = f"Eigenvalue against rank by {listed([*tokens])}.{shares_text}"
     of_latents = f"Eigenvalue against rank of whole latents, {stationary.dimension:,} directions."
     panels = (
-        draw(partial(_paint_spectra, tokens, entry.dimension, f"Tokens, patch {entry.patch_size}"), by_estimate),
-        draw(partial(_paint_spectra, latents, stationary.dimension, "Whole latents"), of_latents),
+        _spectra_panel(tokens, entry.dimension, f"Tokens, patch {entry.patch_size}", of_tokens),
+        _spectra_panel(latents, stationary.dimension, "Whole latents", of_latents),
     )
     return Figure("The same space by other estimates", panels, caption + shares_text)
 
 
-def _paint_spectra(spectra: Mapping[str, tuple[Sequence[int], Values]], dimension: int, title: str, axes: Axes) -> None:
+def _spectra_panel(spectra: Mapping[str, tuple[Sequence[int], Values]], dimension: int, title: str, alt: str) -> Panel:
     """Draw the eigenvalues of several estimates at their ranks."""
     values = [value for _, spectrum in spectra.values() for value in spectrum]
     largest = max(values)
-    for (name, (ranks, spectrum)), dashes in zip(spectra.items(), LINES, strict=False):
-        shares = [(rank + 1) / dimension for rank in ranks]
-        axes.plot(shares, without_rounding(spectrum, largest), color=INK.light, dashes=dashes, label=name)
-    axes.set_yscale("log")
-    plain_log(axes.yaxis, [*drawn_only(values, largest), 1.0])
-    axes.legend(fontsize=8, frameon=False)
-    _label_ranks(axes, title)
+
+    def paint(axes: Axes) -> None:
+        for (name, (ranks, spectrum)), dashes in zip(spectra.items(), LINES, strict=False):
+            shares = [(rank + 1) / dimension for rank in ranks]
+            axes.plot(shares, without_rounding(spectrum, largest), color=INK.light, dashes=dashes, label=name)
+        figures.make_log(axes, [*drawn_only(values, largest), 1.0])
+        axes.legend(fontsize=8, frameon=False)
+        _label_ranks(axes, title)
+
+    return figures.draw(paint, alt)
 
 
 def inside_figures(inside: ErrorByDirection) -> list[Figure]:
@@ -337,13 +335,14 @@ def inside_figures(inside: ErrorByDirection) -> list[Figure]:
             for line, kind, before in zip(lines, kinds, repeats, strict=True):
                 style = _prediction_style(kind, len(line))
                 axes.plot(ranks, without_rounding(line, largest), **style, dashes=LINES[before % 3])
-            axes.set_yscale("log")
             axes.set_xlim(1 - 0.03 * len(ranks), 1.03 * len(ranks))
-            plain_log(axes.yaxis, drawn_only((value for line in lines for value in line), largest))
+            figures.make_log(axes, drawn_only((value for line in lines for value in line), largest))
             _label_directions(axes, time)
 
         last = [f"{network.run} {number(line[-1], 2)}" for network, line in zip(networks, lines, strict=True)]
-        return draw(paint, f"Squared velocity error by direction at {time}; in the smallest: {listed(last)}.", THIRD)
+        return figures.draw(
+            paint, f"Squared velocity error by direction at {time}; in the smallest: {listed(last)}.", figures.THIRD
+        )
 
     legend = tuple(
         LegendEntry(swatch(network.prediction, 1 + before), f"{network.run}, step {network.step:,}")

@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jlt import __version__
-from jlt.report import findings, palette
-from jlt.report.cells import cell_sentences, cells
-from jlt.report.expected import check_rows, check_sentences, checks, floor_sentences
-from jlt.report.geometry_rows import advised_training, analyze_command, slider_spectra, spectrum_rows, whole_rows
-from jlt.report.geometry_sentences import caution_sentences, channels_sentence, inside_sentences
+from jlt.report import findings, geometry_text, palette
 from jlt.report.result_rows import MEASUREMENT_HEADS, result_rows
 from jlt.report.sample_grids import sample_grids, sample_series
-from jlt.report.study import Study, flatten, read_study
-from jlt.report.text_table import Table
-from jlt.report.wording import listed, number
-from jlt.results import Sweep
+from jlt.report.study import Study, flatten, grouped, read_study
+from jlt.report.wording import Table, listed, number
 from jlt.results.run import Log, Run
+from jlt.results.sweep import Sweep
 from jlt.runtime.progress import format_seconds
 from jlt.storage.files import write_text
 
@@ -46,13 +41,13 @@ def write_report(folder: Path) -> Path:
 
 def render(study: Study) -> str:
     """Return the page of a study as HTML."""
-    from jlt.report.expected_figures import expected_figure
+    from jlt.report import expected
     from jlt.report.run_figures import run_figures
     from jlt.report.training_figures import cells_figure, training_figure
 
     # Distances of noise neither confirm nor refute a forecast.
-    compared = [] if findings.at_chance(study) else checks(study)
-    by_loss_space = cells(study)
+    compared = [] if findings.at_chance(study) else expected.checks(study)
+    by_loss_space = findings.cells(study)
     shared, differing = settings(study)
     context = {
         "study": study,
@@ -66,20 +61,15 @@ def render(study: Study) -> str:
         "set_aside": set_aside_table(study),
         "more_colours": [(f"t{place}", colour) for place, colour in enumerate(palette.TIME)],
         "cells": cells_figure(by_loss_space),
-        "cell_texts": cell_sentences(by_loss_space),
+        "cell_texts": findings.cell_sentences(by_loss_space),
         "training": training_figure(study),
         "logged": run_figures(study),
         "series": sample_series(study.runs[0]) if len(study.runs) == 1 else [],
         "grids": sample_grids(study),
-        "checks": Table(
-            "Expected and measured",
-            ["Setting", "Expected", "Distance of v over x", "Range over seeds"],
-            check_rows(compared),
-            left=(0, 1),
-        ),
-        "check_texts": [*check_sentences(compared), *floor_sentences(study)],
+        "checks": expected.check_table(compared),
+        "check_texts": [*expected.check_sentences(compared), *expected.floor_sentences(study)],
         "before_training": all(check.forecast.before_training for check in compared),
-        "expected": expected_figure(compared),
+        "expected": expected.expected_figure(compared),
         "matched": matched_statements(study),
         "shared_settings": shared,
         "differing_settings": differing,
@@ -93,30 +83,27 @@ def render(study: Study) -> str:
 
 
 def _geometry_context(study: Study) -> dict[str, Any]:
-    """Return what the template shows of the geometry and of the networks' errors, None or empty without them."""
+    """Return what the template shows of the geometry and of the networks' errors, no geometry without one."""
     from jlt.report.geometry_figures import geometry_figures, inside_figures
     from jlt.report.sample_figures import sample_sentences, sample_spectrum_figures
 
     geometry, inside = study.geometry, study.inside
     errors = {
         "inside": [*inside_figures(inside), *sample_spectrum_figures(inside)] if inside else [],
-        "inside_texts": [*inside_sentences(inside), *sample_sentences(inside)] if inside else [],
+        "inside_texts": [*geometry_text.inside_sentences(inside), *sample_sentences(inside)] if inside else [],
     }
     if geometry is None:
-        keys = ("geometry", "spectra", "whole", "advised_training", "slider_spectra", "channels_hide", "cautions")
-        return {**errors, **dict.fromkeys(keys)}
+        return {**errors, "geometry": None}
     sizes = [f"patch {size}" for size in geometry.tokens]
-    summaries = [[name, *texts] for name, texts in spectrum_rows(geometry).items()]
     heads = ["Whole latents", "Directions", "Effective rank", "Participation", "Below 0.1", "their share", "Known to"]
     return {
         **errors,
         "geometry": geometry_figures(geometry),
-        "spectra": Table("Spectrum summary", ["", *sizes], summaries),
-        "whole": Table("Whole latents", heads, whole_rows(geometry)),
-        "advised_training": advised_training(geometry),
-        "slider_spectra": slider_spectra(geometry),
-        "channels_hide": channels_sentence(geometry),
-        "cautions": caution_sentences(geometry),
+        "spectra": Table("Spectrum summary", ["", *sizes], geometry_text.spectrum_rows(geometry)),
+        "whole": Table("Whole latents", heads, geometry_text.whole_rows(geometry)),
+        "slider_spectra": geometry_text.slider_spectra(geometry),
+        "channels_hide": geometry_text.channels_sentence(geometry),
+        "cautions": geometry_text.caution_sentences(geometry),
     }
 
 
@@ -174,7 +161,7 @@ def command(study: Study) -> str:
     ablation = study.ablation
     if ablation is None:
         if study.geometry is not None and not study.systems:
-            return analyze_command(study.geometry, study.inside)
+            return geometry_text.analyze_command(study.geometry, study.inside)
         return f"jlt report {shlex.quote(str(study.folder))}"
     if ablation.command:
         return ablation.command
@@ -263,12 +250,8 @@ def matched_statements(study: Study) -> list[str]:
 
 def _shared_hashes(hashes: Mapping[str, str], names: Mapping[str, str], what: str) -> list[str]:
     """Name the systems that share something; seeds that share it among the same systems make one sentence."""
-    by_hash: dict[str, list[str]] = {}
-    for run, digest in hashes.items():
-        by_hash.setdefault(digest, []).append(names.get(run, run))
-    by_systems: dict[tuple[str, ...], list[str]] = {}
-    for digest, systems in by_hash.items():
-        by_systems.setdefault(tuple(systems), []).append(f"{digest[:8]}…")
+    by_hash = grouped((digest, names.get(run, run)) for run, digest in hashes.items())
+    by_systems = grouped((tuple(systems), f"{digest[:8]}…") for digest, systems in by_hash.items())
     return [
         f"Same {what}, bit for bit{', at each seed' if len(digests) > 1 else ''}: {listed(systems)} "
         f"(SHA-256 {', '.join(digests)})."

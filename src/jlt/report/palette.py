@@ -46,11 +46,7 @@ SCALE: tuple[Colour, ...] = (
 )
 MARKER: dict[str, str] = {"x": "o", "eps": "^", "v": "s"}
 SYMBOL: dict[str, str] = {"x": "x", "eps": "ε", "v": "v"}
-NAMES: dict[str, str] = {
-    "x": "clean prediction (x)",
-    "eps": "noise prediction (ε)",
-    "v": "velocity prediction (v)",
-}
+NAMES: dict[str, str] = {"x": "clean prediction (x)", "eps": "noise prediction (ε)", "v": "velocity prediction (v)"}
 SHORT_NAMES: dict[str, str] = {"x": "clean (x)", "eps": "noise (ε)", "v": "velocity (v)"}
 
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.2, 1.6), (6.0, 1.6, 1.2, 1.6))

@@ -8,22 +8,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from jlt.report import palette
-from jlt.report.figures import (
-    THIRD,
-    Figure,
-    LegendEntry,
-    Line,
-    Panel,
-    curve_style,
-    draw,
-    figure_of,
-    log_if_wide,
-    mean,
-    moving_average,
-    step_panel,
-    system_legend,
-)
+from jlt.report import figures, palette
+from jlt.report.figures import Figure, LegendEntry, Line, Panel
 from jlt.report.palette import INK, MUTED, PREDICTION, SYMBOL, TIME, line_swatch, swatch
 from jlt.report.study import Study, System
 from jlt.report.training_figures import systems_that_compare
@@ -57,16 +43,12 @@ def _path_figure(study: Study) -> Figure | None:
     panels = []
     for suffix, systems in systems_that_compare(study.systems).items():
         space = SYMBOL[systems[0].loss_space]
-        lines = [
-            _profile(system.name, logged, curve_style(system))
-            for system in systems
-            if (logged := [logged for run in system.runs for logged in _last_twentieth(run.log)])
-        ]
+        ends = [(system, [step for run in system.runs for step in _last_twentieth(run.log)]) for system in systems]
+        lines = [_profile(system.name, steps, figures.curve_style(system)) for system, steps in ends if steps]
         alt = f"{space}-space loss against time t at the end of the training{suffix}."
-        ends = [f"{line.name}: {_ends_of(line)}" for line in lines]
-        title = f"Loss against t{suffix or f', {space}-space'}"
-        panels.append(_profile_panel(title, lines, " ".join([alt, *ends])) if lines else None)
-    return figure_of("The loss along the path", panels, caption, system_legend(study.systems))
+        alt = " ".join([alt, *(f"{line.name}: {_ends_of(line)}" for line in lines)])
+        panels.append(_profile_panel(f"Loss against t{suffix or f', {space}-space'}", lines, alt) if lines else None)
+    return figures.figure_of("The loss along the path", panels, caption, figures.system_legend(study.systems))
 
 
 def _path_figure_of_one(system: System, log: Log) -> Figure | None:
@@ -84,12 +66,12 @@ def _path_figure_of_one(system: System, log: Log) -> Figure | None:
     moments = [steps[end - width : end] for end in ends]
     when = f"step {listed([f'{moment[-1].step:,}' for moment in moments])}"
     profiles = [
-        _profile("", moment, {**curve_style(system), "alpha": place / len(moments)})
+        _profile("", moment, {**figures.curve_style(system), "alpha": place / len(moments)})
         for place, moment in enumerate(moments, 1)
     ]
     title = f"Loss against t, {SYMBOL[system.loss_space]}-space"
     panels = (
-        step_panel(
+        figures.step_panel(
             f"Loss by t, relative to {first}",
             list(lines.values()),
             write=percent,
@@ -104,21 +86,21 @@ def _path_figure_of_one(system: System, log: Log) -> Figure | None:
         f"trouble. The second panel shows the loss against t at {when}; paler is earlier."
     )
     legend = (LegendEntry(line_swatch(f"t{place}"), line.name) for place, line in lines.items())
-    return figure_of("The loss along the path", panels, caption, legend)
+    return figures.figure_of("The loss along the path", panels, caption, legend)
 
 
 def _time_lines(steps: Sequence[LoggedStep], begin: int) -> dict[int, Line]:
     """Return the loss in a few ranges of t, by place in TIME, from the entry `begin` on and relative to it."""
     bins = len(steps[-1].loss_by_time)
     width = -(-bins // len(TIME))
-    smooth = [moving_average([logged.loss_by_time[index] for logged in steps]) for index in range(bins)]
+    smooth = [figures.moving_average([logged.loss_by_time[index] for logged in steps]) for index in range(bins)]
     lines = {}
     for place, start in enumerate(range(0, bins, width)):
         # Each bin is relative to itself: the mean of its range then does not jump where one bin is empty.
         shares = [_relative(values, begin) for values in smooth[start : start + width]]
-        means = [mean(values) for values in zip(*shares, strict=True)]
+        means = list(map(figures.mean, zip(*shares, strict=True)))
         name = f"t from {start / bins:.2g} to {min(start + width, bins) / bins:.2g}"
-        for line in _line(name, steps[begin:], means[begin:], {"color": TIME[place].light}):
+        if line := _line(name, steps[begin:], means[begin:], {"color": TIME[place].light}):
             lines[place] = line
     return lines
 
@@ -136,7 +118,7 @@ def _last_twentieth(log: Log) -> list[LoggedStep]:
 def _profile(name: str, steps: Sequence[LoggedStep], style: Mapping[str, Any]) -> Line:
     """Return the mean loss against t, at the middles of the bins that have samples."""
     bins = len(steps[-1].loss_by_time)
-    means = [mean(logged.loss_by_time[index] for logged in steps) for index in range(bins)]
+    means = [figures.mean(logged.loss_by_time[index] for logged in steps) for index in range(bins)]
     found = {(index + 0.5) / bins: value for index, value in enumerate(means) if value is not None}
     return Line(name, list(found), list(found.values()), style)
 
@@ -146,9 +128,9 @@ def _profile_panel(title: str, lines: Sequence[Line], alt: str) -> Panel:
         for line in lines:
             line.draw(axes)
         axes.set(title=title, xlabel="t, from noise to data", xlim=(0, 1))
-        log_if_wide(axes, [value for line in lines for value in line.y])
+        figures.log_if_wide(axes, [value for line in lines for value in line.y])
 
-    return draw(paint, alt)
+    return figures.draw(paint, alt)
 
 
 def _ends_of(line: Line) -> str:
@@ -177,23 +159,24 @@ def _optimisation_figure(run: Run) -> Figure | None:
     if log.skipped:
         updates = "one update" if len(log.skipped) == 1 else f"{len(log.skipped):,} updates"
         caption += f" Crosses mark {updates} that were skipped, because a loss or gradient was not finite."
-    small = partial(step_panel, restarts=log.restarts, size=THIRD)
+    small = partial(figures.step_panel, restarts=log.restarts, size=figures.THIRD)
     panels = (
         _gradient_panel(run, style),
-        small("Learning rate", _logged(log, "learning rate", "learning_rate", style), zero=True),
-        small("Weights to their average, relative", [line for lines in averages for line in lines], write=percent),
+        small("Learning rate", [_logged(log, "learning rate", "learning_rate", style)], zero=True),
+        small("Weights to their average, relative", averages, write=percent),
     )
-    legend = (LegendEntry(swatch(None, 2**place), line.name) for place, lines in enumerate(averages) for line in lines)
-    return figure_of("Gradients and averages", panels, caption + _about_restarts(log), legend)
+    legend = (LegendEntry(swatch(None, 2**place), line.name) for place, line in enumerate(averages) if line)
+    return figures.figure_of("Gradients and averages", panels, caption + _about_restarts(log), legend)
 
 
 def _gradient_panel(run: Run, style: Mapping[str, Any]) -> Panel | None:
     log, clip = run.log, run.config.get("optimizer", {}).get("grad_clip")
     norms = [logged.grad_norm for logged in log.steps]
     pale = {**style, "linewidth": 0.8, "alpha": 0.35}
-    lines = _line("", log.steps, norms, pale, thin=False) + _line(
-        "gradient norm", log.steps, moving_average(norms), style
-    )
+    lines = [
+        _line("", log.steps, norms, pale, thin=False),
+        _line("gradient norm", log.steps, figures.moving_average(norms), style),
+    ]
     known = [norm for norm in norms if norm is not None]
 
     def paint(axes: Axes) -> None:
@@ -204,41 +187,41 @@ def _gradient_panel(run: Run, style: Mapping[str, Any]) -> Panel | None:
         top = axes.get_xaxis_transform()
         axes.plot(log.skipped, [0.95] * len(log.skipped), "x", color=INK.light, markersize=6, transform=top)
 
-    return step_panel("Gradient norm", lines, restarts=log.restarts, paint=paint, size=THIRD)
+    return figures.step_panel("Gradient norm", lines, restarts=log.restarts, paint=paint, size=figures.THIRD)
 
 
 def _speed_figure(run: Run) -> Figure | None:
     """Draw images per second, utilisation and memory."""
     log, style = run.log, {"color": PREDICTION[run.config["prediction"]].light}
-    waiting = _logged(log, "waiting for data", "waiting", {"color": MUTED.light})
-    small = partial(step_panel, restarts=log.restarts, zero=True, size=THIRD)
+    shares = [_logged(log, "MFU", "mfu", style), _logged(log, "waiting for data", "waiting", {"color": MUTED.light})]
+    small = partial(figures.step_panel, restarts=log.restarts, zero=True, size=figures.THIRD)
     panels = (
-        small("Images per second", _logged(log, "images per second", "img_per_second", style)),
-        small("MFU, and time spent waiting", _logged(log, "MFU", "mfu", style) + waiting, write=percent),
-        small("Memory, GiB", _logged(log, "memory", "memory_gib", style)),
+        small("Images per second", [_logged(log, "images per second", "img_per_second", style)]),
+        small("MFU, and time spent waiting", shares, write=percent),
+        small("Memory, GiB", [_logged(log, "memory", "memory_gib", style)]),
     )
     caption = (
         "MFU is the rate of the network's arithmetic over the rate of a matrix product on this device. Grey is the "
         f"share of the time spent waiting for data.{_about_restarts(log)}"
     )
-    return figure_of("Speed and memory", panels, caption)
+    return figures.figure_of("Speed and memory", panels, caption)
 
 
 def _about_restarts(log: Log) -> str:
     return " Dotted lines mark where training was resumed from a checkpoint." if log.restarts else ""
 
 
-def _logged(log: Log, name: str, key: str, style: Mapping[str, Any]) -> list[Line]:
+def _logged(log: Log, name: str, key: str, style: Mapping[str, Any]) -> Line | None:
     return _line(name, log.steps, [getattr(step, key) for step in log.steps], style)
 
 
 def _line(
     name: str, logged: Sequence[LoggedStep], values: Sequence[float | None], style: Mapping[str, Any], thin: bool = True
-) -> list[Line]:
-    """Return a line of the values that are known against their steps, nothing if there are none."""
+) -> Line | None:
+    """Return a line of the values that are known against their steps, None if there are none."""
     known = {entry.step: value for entry, value in zip(logged, values, strict=True) if value is not None}
     steps, kept = list(known), list(known.values())
-    return [Line(name, *(thinned(steps, kept) if thin else (steps, kept)), style)] if known else []
+    return Line(name, *(thinned(steps, kept) if thin else (steps, kept)), style) if known else None
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jlt.config import LossSpace, Prediction
 from jlt.errors import JLTError
@@ -18,6 +18,8 @@ from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, S
 from jlt.results.run import Run, read_run
 from jlt.storage.files import path_inside, read_json
 
+K = TypeVar("K")
+V = TypeVar("V")
 MEASUREMENTS = ("frechet_distance", "inception_score", "label_agreement")
 """The metrics of tables and curves, in their order."""
 
@@ -36,6 +38,14 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     """Return mean and range of the values that are known, None if there are none."""
     known = [value for value in values if value is not None]
     return Spread(sum(known) / len(known), min(known), max(known), len(known)) if known else None
+
+
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """Return the values of equal keys as one list, the keys in order of their first appearance."""
+    groups: dict[K, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,12 @@ class Study:
     def final_step(self) -> int | None:
         """The last step at which any system was evaluated: the one that the table compares."""
         return max((step for system in self.systems for step in system.evaluated_steps), default=None)
+
+    @property
+    def final_distances(self) -> list[tuple[System, Spread]]:
+        """The systems that were evaluated at the final step, with their Frechet distances."""
+        found = [(system, system.measured("frechet_distance", self.final_step)) for system in self.systems]
+        return [(system, value) for system, value in found if value]
 
     @property
     def protocol(self) -> Mapping[str, Any]:

@@ -9,19 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Rectangle
 
-from jlt.report.figures import HALF, LOG_RATIO, Figure, LegendEntry, Panel, draw, log_if_wide
+from jlt.report.figures import HALF, Figure, LegendEntry, Panel, draw, log_if_wide, spans_much
 from jlt.report.palette import DEEP, INK, MUTED, PAPER, SCALE, line_swatch
-from jlt.report.wording import (
-    ema_text,
-    interval_text,
-    measured_text,
-    metric_name,
-    metric_text,
-    sentence,
-    setting_text,
-)
-from jlt.results import Sweep
-from jlt.results.sweep import WHOLE_INTERVAL, Setting, SweepPoint
+from jlt.report.wording import ema_text, interval_text, measured_text, metric_name, metric_text, sentence, setting_text
+from jlt.results.sweep import WHOLE_INTERVAL, Setting, Sweep, SweepPoint
 
 Interval = tuple[float, float]
 
@@ -43,33 +34,31 @@ def _grid_figure(result: Sweep) -> Figure | None:
     panel = _map_panel if mapped else _curve_panel
     panels = tuple(panel(result, stage.points, scales, interval) for interval in result.axes.cfg_interval)
     direction = "lower is better" if result.lower_is_better else "higher is better"
-    texts = [
+    caption = (
         f"{sentence(metric_name(result.metric))} of {stage.num:,} images for each setting, {direction}: enough to find "
-        "the region, not to report.",
-        f"All settings start from the same noise (seed {result.search.seed}), so differences are known better than "
-        "single numbers.",
-    ]
+        f"the region, not to report. All settings start from the same noise (seed {result.search.seed}), so "
+        "differences are known better than single numbers. "
+    )
     if mapped:
-        texts.append("The stronger the colour, the better.")
+        caption += "The stronger the colour, the better. "
     elif any(point.error for point in stage.points):
-        texts.append("Bars are standard errors.")
+        caption += "Bars are standard errors. "
     if any(point.setting == chosen.setting for point in stage.points):
-        texts.append(f"The {'frame' if mapped else 'ring'} marks the choice.")
+        caption += f"The {'frame' if mapped else 'ring'} marks the choice."
     else:
-        texts.append(f"The choice, guidance {chosen.cfg_scale:g}, was found later between two of these.")
-        texts += ["The ring marks where."] if mapped else []
-    return Figure("The whole grid", panels, " ".join(texts))
+        caption += f"The choice, guidance {chosen.cfg_scale:g}, was found later between two of these."
+        caption += " The ring marks where." if mapped else ""
+    return Figure("The whole grid", panels, caption)
 
 
 def _map_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[float], interval: Interval) -> Panel:
     emas = result.axes.ema
     values = [point.value for point in points]
-    wide = min(values) > 0 and max(values) / min(values) > LOG_RATIO
-    norm = (LogNorm if wide else Normalize)(min(values), max(values))
+    norm = (LogNorm if spans_much(values) else Normalize)(min(values), max(values))
 
     def paint(axes: Axes) -> None:
         for point in points:
-            if point.setting.on_line(interval, point.ema):
+            if point.on_line(interval, point.ema):
                 column, row = scales.index(point.cfg_scale), emas.index(point.ema)
                 share = float(norm(point.value)) if result.lower_is_better else 1 - float(norm(point.value))
                 level = min(len(SCALE) - 1, int(share * len(SCALE)))
@@ -78,8 +67,7 @@ def _map_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[flo
                 text = metric_text(result.metric, point.value)
                 axes.text(column, row, text, ha="center", va="center", fontsize=9.5, color=ink)
         _mark(axes, scales, emas, result.choice.setting, interval)
-        axes.set_xlim(-0.5, len(scales) - 0.5)
-        axes.set_ylim(len(emas) - 0.5, -0.5)
+        axes.set(xlim=(-0.5, len(scales) - 0.5), ylim=(len(emas) - 0.5, -0.5))
         axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
         axes.set_yticks(range(len(emas)), list(map(_ema_label, emas)))
         axes.tick_params(length=0)
@@ -118,7 +106,7 @@ def _mark(axes: Axes, scales: Sequence[float], emas: Sequence[str], chosen: Sett
 
 def _best_of(result: Sweep, points: Sequence[SweepPoint]) -> str:
     # Points are sorted, the best first.
-    return f"The best is {measured_text(result, points[0])}, at {setting_text(points[0].setting)}."
+    return f"The best is {measured_text(result, points[0])}, at {setting_text(points[0])}."
 
 
 def _curve_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[float], interval: Interval) -> Panel:
@@ -128,7 +116,7 @@ def _curve_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[f
     places = {
         (point.cfg_scale if by_scale else emas.index(point.ema)): point
         for point in points
-        if point.setting.on_line(interval, point.ema)
+        if point.on_line(interval, point.ema)
     }
 
     def paint(axes: Axes) -> None:
@@ -145,8 +133,8 @@ def _curve_panel(result: Sweep, points: Sequence[SweepPoint], scales: Sequence[f
             axes.set_ylim(min(ends) - margin, max(ends) + margin)
         axes.set_xticks(positions, ticks)
         axes.margins(x=0.08)
-        axes.set_xlabel("guidance scale" if by_scale else "average of the weights")
-        axes.set_title(sentence(interval_text(interval)) if by_scale else f"Guidance {scales[0]:g}")
+        title = sentence(interval_text(interval)) if by_scale else f"Guidance {scales[0]:g}"
+        axes.set(title=title, xlabel="guidance scale" if by_scale else "average of the weights")
 
     alt = f"{sentence(metric_name(result.metric))} against {'guidance scale' if by_scale else 'average'}."
     return draw(paint, f"{alt} {_best_of(result, points)}", HALF)
@@ -160,7 +148,7 @@ def _around_figure(result: Sweep) -> Figure | None:
     chosen, stages = result.choice, result.stages
 
     def on_line(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-        found = {point.cfg_scale: point for point in points if point.setting.on_line(chosen.cfg_interval, chosen.ema)}
+        found = {point.cfg_scale: point for point in points if point.on_line(chosen.cfg_interval, chosen.ema)}
         return [found[scale] for scale in sorted(found)]
 
     first, confirmed = on_line(stages[0].points), on_line(result.confirmed)

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlt.report import palette
+from jlt.report import palette, wording
 from jlt.report.study import flatten
-from jlt.report.text_table import Table, text_table
-from jlt.report.wording import behind_text, measured_text, metric_name, metric_text, sentence, setting_text
-from jlt.results import Sweep
+from jlt.report.wording import Table, behind_text, measured_text, metric_name, metric_text, sentence, setting_text
 from jlt.results.files import read_result
-from jlt.results.sweep import SweepPoint, SweepStage
+from jlt.results.sweep import Sweep, SweepPoint, SweepStage
 
 FURTHER = ("frechet_distance", "inception_score", "recall", "label_agreement")
 """Metrics that the tables show in addition to the one of the search."""
@@ -25,20 +23,16 @@ def sweep_context(folder: Path) -> dict[str, Any]:
 
     result = read_result(Sweep, folder / Sweep.FILE)
     return {
+        "result": result,
         "title": result.title,
         "verdict": verdict(result),
         "details": details(result),
         "facts": facts(result),
         "confirmed": points_table(result, "Confirmed settings", "", [(point, "") for point in result.confirmed]),
-        "confirmed_caption": confirmed_caption(result),
         "figures": sweep_figures(result),
-        "rule": rule(result),
         "stages": [stage_table(result, place) for place in range(len(result.stages))],
         "protocol": flatten(result.confirmed[0].protocol),
         "machine_and_latents": flatten({"machine": result.machine, "latents": result.latents}),
-        "reproduce": result.reproduce,
-        "command": result.command,
-        "created": result.created[:10],
         "more_colours": [(f"s{place}", colour) for place, colour in enumerate(palette.SCALE)],
     }
 
@@ -47,7 +41,7 @@ def verdict(result: Sweep) -> str:
     """State the choice and its confirmed number in a sentence."""
     best = result.confirmed[0]
     return (
-        f"{sentence(setting_text(best.setting))}: {metric_name(result.metric)} {measured_text(result, best)} on "
+        f"{sentence(setting_text(best))}: {metric_name(result.metric)} {measured_text(result, best)} on "
         f"{best.num:,} images that took no part in the choice."
     )
 
@@ -61,7 +55,7 @@ def details(result: Sweep) -> list[str]:
         *_rivals(result),
     ]
     scales, chosen = sorted(result.axes.cfg_scale), choice.cfg_scale
-    if len(scales) > 1 and choice.setting.guided and not scales[0] < chosen < scales[-1]:
+    if len(scales) > 1 and choice.guided and not scales[0] < chosen < scales[-1]:
         beyond = "Larger" if chosen >= scales[-1] else "Smaller"
         texts.append(f"The chosen guidance is at the edge of the grid. {beyond} scales may be better.")
     return texts
@@ -76,19 +70,10 @@ def _rivals(result: Sweep) -> list[str]:
         better = other.value < best.value if result.lower_is_better else other.value > best.value
         note = ": better, but the choice stays, because these images must not decide it" if better else ""
         texts.append(
-            f"The search could not distinguish it from {setting_text(other.setting)}, whose confirmed "
+            f"The search could not distinguish it from {setting_text(other)}, whose confirmed "
             f"{metric_name(result.metric)} is {measured_text(result, other)}{note}."
         )
     return texts
-
-
-def rule(result: Sweep) -> str:
-    """State how the search drops settings."""
-    return (
-        f"Each stage draws {result.growth} times as many images of the settings that are left. A setting is dropped if "
-        f"it is in the worse half and worse than the best by more than {result.errors:g} errors of the difference, "
-        "where the metric has an error. That error is small, because both settings start from the same noise."
-    )
 
 
 def facts(result: Sweep) -> dict[str, str]:
@@ -107,17 +92,6 @@ def facts(result: Sweep) -> dict[str, str]:
 
 def _counts(settings: int, images: int) -> str:
     return f"1 setting, {images:,} images" if settings == 1 else f"{settings} settings, {images:,} images each"
-
-
-def confirmed_caption(result: Sweep) -> str:
-    """State what the confirmed numbers are made of."""
-    text = (
-        f"{result.confirmation.num:,} images of seed {result.confirmation.seed} for each setting; the choice, in bold, "
-        "was made before they were drawn."
-    )
-    if result.confirmed[0].error:
-        text += " ± is the standard error by the jackknife; that of a difference is smaller for the same noise."
-    return text
 
 
 def stage_table(result: Sweep, place: int) -> Table:
@@ -157,7 +131,7 @@ def points_table(result: Sweep, label: str, note: str, rows: Sequence[tuple[Swee
 
 def _setting_cells(point: SweepPoint) -> tuple[str, str, str]:
     low, high = point.cfg_interval
-    return f"{point.cfg_scale:g}", f"{low:g} to {high:g}" if point.setting.guided else "—", point.ema
+    return f"{point.cfg_scale:g}", f"{low:g} to {high:g}" if point.guided else "—", point.ema
 
 
 def sweep_table(result: Sweep) -> str:
@@ -176,4 +150,4 @@ def sweep_table(result: Sweep) -> str:
         for point in points
     ]
     header = ["stage", "guidance", "times", "EMA", "images", "seed", metric_name(result.metric), ""]
-    return f"{text_table(header, lines, left=(0, 2, 3, 7))}\n\n{verdict(result)}\n\n{result.reproduce}"
+    return f"{wording.text_table(header, lines, left=(0, 2, 3, 7))}\n\n{verdict(result)}\n\n{result.reproduce}"

@@ -6,12 +6,10 @@ import textwrap
 from pathlib import Path
 
 from jlt.report.findings import verdict
-from jlt.report.geometry_rows import whole_rows
-from jlt.report.geometry_sentences import advice_sentences, inside_sentences
+from jlt.report.geometry_text import advice_sentences, inside_sentences, whole_rows
 from jlt.report.result_rows import result_rows
 from jlt.report.study import read_study
-from jlt.report.text_table import TEXT_WIDTH, text_table
-from jlt.report.wording import metric_text, number, with_error
+from jlt.report.wording import TEXT_WIDTH, metric_text, number, text_table, with_error
 from jlt.results.evaluation import SPREAD_OF, Metrics
 from jlt.results.geometry import ErrorByDirection, Geometry
 

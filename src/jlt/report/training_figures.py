@@ -6,23 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from jlt.report import palette
-from jlt.report.cells import Cells
-from jlt.report.figures import (
-    Figure,
-    Line,
-    Panel,
-    curve_style,
-    draw,
-    figure_of,
-    moving_average,
-    plain_log,
-    prediction_legend,
-    step_panel,
-    system_legend,
-)
+from jlt.report import figures, palette
+from jlt.report.figures import Figure, Line, Panel
+from jlt.report.findings import Cells
 from jlt.report.palette import PREDICTION, SHORT_NAMES, SYMBOL
-from jlt.report.study import MEASUREMENTS, Study, System, spread
+from jlt.report.study import MEASUREMENTS, Study, System, grouped, spread
 from jlt.report.wording import listed, metric_name, number, percent, sentence
 from jlt.results.evaluation import LOWER_IS_BETTER, SHARES
 
@@ -63,19 +51,19 @@ def training_figure(study: Study) -> Figure | None:
         if several
         else "Look at whether the curves still move at the end."
     )
-    return figure_of("Along the training", panels, " ".join(texts), system_legend(study.systems))
+    return figures.figure_of("Along the training", panels, " ".join(texts), figures.system_legend(study.systems))
 
 
 def systems_that_compare(systems: Sequence[System]) -> dict[str, list[System]]:
     """Group systems by loss space and variant; the keys name both for titles, empty if all systems share them."""
     spaces = {system.loss_space for system in systems}
-    groups: dict[str, list[System]] = {}
-    for system in systems:
-        parts = [f"{SYMBOL[system.loss_space]}-space loss"] * (len(spaces) > 1) + [system.variant] * bool(
-            system.variant
-        )
-        groups.setdefault(f" ({', '.join(parts)})" if parts else "", []).append(system)
-    return groups
+
+    def name(system: System) -> str:
+        loss = f"{SYMBOL[system.loss_space]}-space loss" if len(spaces) > 1 else ""
+        parts = ", ".join(filter(None, [loss, system.variant]))
+        return f" ({parts})" if parts else ""
+
+    return grouped((name(system), system) for system in systems)
 
 
 def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel | None:
@@ -83,17 +71,17 @@ def _metric_panel(systems: Sequence[System], metric: str, suffix: str) -> Panel 
     if not any(len(points) > 1 for _, points in found):
         # Single points are in the table of results.
         return None
-    lines = [Line.of(system.name, points, curve_style(system)) for system, points in found if points]
+    lines = [Line.of(system.name, points, figures.curve_style(system)) for system, points in found if points]
     known = {system.name: system for system, curve in found if curve and _published(metric, system)}
     for name, system in known.items():
-        style = {**curve_style(system), "dashes": (1, 2), "markerfacecolor": "none", "linewidth": 1.2}
+        style = {**figures.curve_style(system), "dashes": (1, 2), "markerfacecolor": "none", "linewidth": 1.2}
         del style["markeredgecolor"], style["markeredgewidth"]
         points = _published(metric, system)
         lines.append(Line(f"{name} as published", list(points), list(points.values()), style))
     share = metric in SHARES
     direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
     title = f"{sentence(metric_name(metric))}{suffix or f', {direction}'}"
-    return step_panel(title, lines, write=percent if share else number, linear=share)
+    return figures.step_panel(title, lines, write=percent if share else number, linear=share)
 
 
 def _published(metric: str, system: System) -> dict[int, float]:
@@ -108,13 +96,13 @@ def _loss_panel(systems: Sequence[System], suffix: str) -> Panel | None:
     for system in systems:
         by_step: dict[int, list[float | None]] = {}
         for run in system.runs:
-            smooth = moving_average([logged.loss for logged in run.log.steps])
+            smooth = figures.moving_average([logged.loss for logged in run.log.steps])
             for logged, loss in zip(run.log.steps, smooth, strict=True):
                 by_step.setdefault(logged.step, []).append(loss)
         points = {step: value for step in sorted(by_step) if (value := spread(by_step[step]))}
         if points:
-            lines.append(Line.of(system.name, points, {**curve_style(system), "marker": ""}))
-    return step_panel(f"Training loss{suffix or f' in {SYMBOL[systems[0].loss_space]}-space'}", lines)
+            lines.append(Line.of(system.name, points, {**figures.curve_style(system), "marker": ""}))
+    return figures.step_panel(f"Training loss{suffix or f' in {SYMBOL[systems[0].loss_space]}-space'}", lines)
 
 
 def cells_figure(found: Mapping[str, Cells]) -> Figure | None:
@@ -127,7 +115,7 @@ def cells_figure(found: Mapping[str, Cells]) -> Figure | None:
         "times (1 \N{MINUS SIGN} t)²; one in ε-space is the same error times t²."
     )
     panels = tuple(_cells_panel(where, cells) for where, cells in found.items())
-    return Figure("Prediction and loss space", panels, caption, prediction_legend())
+    return Figure("Prediction and loss space", panels, caption, figures.prediction_legend())
 
 
 def _cells_panel(where: str, cells: Cells) -> Panel:
@@ -135,21 +123,21 @@ def _cells_panel(where: str, cells: Cells) -> Panel:
 
     def paint(axes: Axes) -> None:
         for place, prediction in enumerate(PREDICTION):
-            found = [(at, cells[prediction, space]) for at, space in enumerate(spaces) if (prediction, space) in cells]
-            bars = [[cell.mean - cell.low for _, cell in found], [cell.high - cell.mean for _, cell in found]]
-            axes.errorbar(
-                [at + 0.12 * (place - 1) for at, _ in found], [cell.mean for _, cell in found], yerr=bars, capsize=2,
-                color=PREDICTION[prediction].light, marker=palette.MARKER[prediction], markersize=5, linewidth=1.2,
-            )  # fmt: skip
-        axes.set_yscale("log")
-        plain_log(axes.yaxis, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
+            found = [
+                (at + 0.12 * (place - 1), cells[prediction, space])
+                for at, space in enumerate(spaces)
+                if (prediction, space) in cells
+            ]
+            style = {"color": PREDICTION[prediction].light, "marker": palette.MARKER[prediction]}
+            figures.draw_spreads(axes, found, **style)
+        figures.make_log(axes, [bound for cell in cells.values() for bound in (cell.low, cell.high)])
         axes.set_xticks(range(len(spaces)), [f"{SYMBOL[space]}-space" for space in spaces])
-        axes.set_xlim(-0.4, len(spaces) - 0.6)
         axes.grid(visible=False, axis="x")
-        axes.set(title=f"Fréchet distance, {where}", xlabel="space of the loss")
+        title = f"Fréchet distance, {where}"
+        axes.set(title=title, xlabel="space of the loss", xlim=(-0.4, len(spaces) - 0.6))
 
     values = [
         f"{SHORT_NAMES[prediction]} with a loss in {SYMBOL[space]}-space {number(cell.mean)}"
         for (prediction, space), cell in cells.items()
     ]
-    return draw(paint, f"Fréchet distance by prediction and loss space, {where}: {listed(values)}.")
+    return figures.draw(paint, f"Fréchet distance by prediction and loss space, {where}: {listed(values)}.")

@@ -1,14 +1,17 @@
-"""Numbers, metrics, lists and the settings of a sweep as text."""
+"""Numbers, metrics, lists, tables and the settings of a sweep as text."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from jlt.report.study import Spread
 from jlt.results.evaluation import SHARES
 from jlt.results.sweep import WHOLE_INTERVAL, Setting, Sweep, SweepPoint
 
+TEXT_WIDTH = 100
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -68,25 +71,66 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
+def patch_text(patch_size: int, *traits: str) -> str:
+    """Name systems by their patch size and further traits: patch 1, patch 2 (width 64)."""
+    more = ", ".join(filter(None, traits))
+    return f"patch {patch_size} ({more})" if more else f"patch {patch_size}"
+
+
 def sentence(text: str) -> str:
     """Return text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table of a page; columns of text (`left`) are aligned left, numbers right, and `marked` rows are bold."""
+
+    label: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Collection[int] = (0,)
+    marked: Collection[int] = ()
+
+
+def text_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[int] = (0,),
+    widths: Mapping[int, int] | None = None,
+) -> str:
+    """Return a table as text; columns of text (`left`) are aligned left, numbers right.
+
+    `widths` are the smallest widths of columns, for several tables in one column grid.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, title in enumerate(header):
+        width = (widths or {}).get(index)
+        table.add_column(title, justify="left" if index in left else "right", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+
 def setting_text(setting: Setting) -> str:
     """Write a setting as prose does: guidance 1.5 for t from 0.1 to 1 with the EMA 0.9999."""
-    text = "no guidance"
-    if setting.guided:
-        low, high = setting.cfg_interval
-        within = "" if setting.cfg_interval == WHOLE_INTERVAL else f" for t from {low:g} to {high:g}"
-        text = f"guidance {setting.cfg_scale:g}{within}"
-    return f"{text} with {ema_text(setting.ema)}"
+    guidance = f"guidance {setting.cfg_scale:g}{_within(setting.cfg_interval)}" if setting.guided else "no guidance"
+    return f"{guidance} with {ema_text(setting.ema)}"
 
 
 def interval_text(interval: tuple[float, float]) -> str:
     """Write the times at which guidance acts."""
-    low, high = interval
-    return "guidance at all times" if interval == WHOLE_INTERVAL else f"guidance for t from {low:g} to {high:g}"
+    return f"guidance{_within(interval) or ' at all times'}"
+
+
+def _within(interval: tuple[float, float]) -> str:
+    return "" if interval == WHOLE_INTERVAL else " for t from {:g} to {:g}".format(*interval)
 
 
 def ema_text(ema: str) -> str:

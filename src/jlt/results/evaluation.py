@@ -12,8 +12,6 @@ from jlt.storage.files import Difference, difference
 
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
 """Keys of a protocol that name the evaluated weights, not the method; all others must agree within a table."""
-
-
 LOWER_IS_BETTER = frozenset({"frechet_distance", "spatial_frechet_distance", "kernel_distance"})
 SHARES = frozenset({"precision", "recall", "coverage", "label_agreement"})
 """Metrics from 0 to 1 that are written as percentages."""
@@ -52,8 +50,7 @@ class Metrics:
 
     def __getitem__(self, metric: str) -> float | None:
         """Return a metric by its name."""
-        value: float | None = getattr(self, metric)
-        return value
+        return getattr(self, metric)
 
 
 @dataclass(frozen=True)

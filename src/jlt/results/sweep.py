@@ -47,12 +47,9 @@ class Behind:
 
 
 @dataclass(frozen=True)
-class SweepPoint:
+class SweepPoint(Setting):
     """One measurement of a setting; `value` is the metric that is searched by."""
 
-    cfg_scale: float
-    cfg_interval: tuple[float, float]
-    ema: str
     num: int
     seed: int
     value: float
@@ -64,7 +61,7 @@ class SweepPoint:
 
     @property
     def setting(self) -> Setting:
-        """The point of the grid."""
+        """The point of the grid, without the measurement."""
         return Setting(self.cfg_scale, self.cfg_interval, self.ema)
 
 

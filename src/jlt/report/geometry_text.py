@@ -1,14 +1,16 @@
-"""What geometry.json and inside.json mean for the predictions, as sentences computed from their numbers."""
+"""The numbers of geometry.json and inside.json as text: tables, the spectra of the slider, and sentences."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from jlt.config import Prediction
 from jlt.report.palette import NAMES, SYMBOL
+from jlt.report.study import grouped
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import (
     Advice,
@@ -17,10 +19,14 @@ from jlt.results.geometry import (
     ErrorByDirection,
     Geometry,
     NetworkError,
+    StationarySpectrum,
     TokenForecast,
     TokenGeometry,
+    WholeGeometry,
 )
 
+SLIDER_POINTS = 96
+"""Directions of the spectrum that the slider moves, at equal distances in rank."""
 TINY = 1e-12
 """Errors below this, of latents of about unit variance, are rounding."""
 SMALL_LOAD = 0.02
@@ -50,6 +56,88 @@ BANDS = {
     1.0: "with more than the noise",
 }
 """Bands of directions by their lower bound."""
+
+
+def slider_spectra(geometry: Geometry) -> dict[int, tuple[list[float], list[float]]]:
+    """Return, by patch size, eigenvalues at equal distances in rank, and each rank as a share of all."""
+    found = {}
+    for entry in geometry.tokens.values():
+        last = len(entry.eigenvalues) - 1
+        ranks = sorted({round(place * last / SLIDER_POINTS) for place in range(SLIDER_POINTS + 1)})
+        eigenvalues = [float(f"{entry.eigenvalues[rank]:.6g}") for rank in ranks]
+        found[entry.patch_size] = eigenvalues, [round(rank / max(1, last), 5) for rank in ranks]
+    return found
+
+
+def spectrum_rows(geometry: Geometry) -> list[list[str]]:
+    """Return the summaries of the spectra: a row per quantity, its name before one text per patch size."""
+    summaries = grouped(item for entry in geometry.tokens.values() for item in _summary(entry).items())
+    return [[name, *texts] for name, texts in summaries.items()]
+
+
+def _summary(entry: TokenGeometry) -> dict[str, str]:
+    below = entry.share_below["0.1"]
+    # Directions without variance have no kurtosis, and no error of it.
+    kurtosis = zip(entry.excess_kurtosis, entry.excess_kurtosis_error, strict=True)
+    span = dict.fromkeys([number(min(entry.channel_variance)), number(max(entry.channel_variance))])
+    return {
+        "Directions of a token": f"{entry.dimension:,}",
+        "Tokens measured": f"{entry.count:,}",
+        "Largest variance": number(entry.eigenvalues[0]),
+        "Smallest variance": number(entry.eigenvalues[-1]),
+        "Largest over smallest": "infinite, to rounding" if entry.anisotropy is None else number(entry.anisotropy),
+        "Effective rank": number(entry.effective_rank),
+        "Participation ratio": number(entry.participation_ratio),
+        "Sphericity": number(entry.sphericity, 2),
+        "Directions below 0.1": f"{below.directions:,}",
+        "their share of the variance": percent(below.variance_share),
+        "Variances of single channels": " to ".join(span),
+        **{f"Variance {name}": percent(local.variance_share) for name, local in entry.local.items()},
+        "Excess kurtosis, median direction": number(median([k for k, error in kurtosis if error > 0] or [0.0]), 2),
+    }
+
+
+def whole_rows(geometry: Geometry) -> list[tuple[str, ...]]:
+    """Return the summaries of whole latents: estimate, directions, effective rank, participation, share below 0.1."""
+    whole = geometry.whole
+    summaries: dict[str, StationarySpectrum | WholeGeometry] = {
+        f"by spatial frequency, {name}": spectrum for name, spectrum in geometry.stationary.spectra.items()
+    }
+    return [
+        (
+            name,
+            f"{whole.dimension:,}",
+            number(summary.effective_rank),
+            number(summary.participation_ratio),
+            f"{summary.share_below['0.1'].directions:,}",
+            percent(summary.share_below["0.1"].variance_share),
+            percent(summary.relative_sampling_error),
+        )
+        for name, summary in {**summaries, "their covariance": whole}.items()
+        if summary.effective_rank is not None
+    ]
+
+
+def analyze_command(geometry: Geometry, inside: ErrorByDirection | None) -> str:
+    """Return the command that measures a geometry and its networks again; the reader fills in the folders."""
+    training, times = geometry.training, geometry.training.timesteps
+    options: dict[str, Sequence[object]] = {
+        "patch-size": [*geometry.tokens],
+        "width": geometry.widths,
+        "distribution": [times.distribution],
+        "P-mean": [times.P_mean],
+        "P-std": [times.P_std],
+        "shift": [times.shift],
+        "t-eps": [training.t_eps],
+        "loss-space": [training.loss_space],
+        "noise-scale": [training.noise_scale],
+    }
+    if inside:
+        options |= {"checkpoint": [network.run for network in inside.networks], "num": [inside.count]}
+        emas = {network.ema for network in inside.networks}
+        options |= {"ema": [*emas]} if len(emas) == 1 else {}
+    arguments = [f"--{name} {shlex.join(map(str, values))}" for name, values in options.items()]
+    return f"jlt analyze --latents LATENTS --out OUT {' '.join(arguments)}"
 
 
 def caution_sentences(geometry: Geometry) -> list[str]:

@@ -445,7 +445,7 @@ def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path: Path) -> None
 def test_a_disk_that_is_too_small_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 37 images in two orientations of 48 x 2 x 2 float32 numbers: 57 kB.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50_000))
-    with pytest.raises(JLTError, match=r"take 5.68e-05 GB, and .* has 5e-05 GB free"):
+    with pytest.raises(JLTError, match=r"missing latents take 0.1 MB in .*, and only 0.1 MB are free"):
         make_store(tmp_path / "store")
 
 

@@ -47,6 +47,7 @@ from jlt.storage.files import (
     sha256_file,
     write_text,
 )
+from jlt.storage.rows import require_space
 
 BYTES_BEHIND = 2**27
 """Latents that may wait to be written, so that computing goes on while a finished shard is flushed and hashed."""
@@ -110,7 +111,8 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
         missing = dict.fromkeys(job.missing())
         finished = (job.load_facts(shard) for shard in range(job.num_shards) if shard not in missing)
         job.require_skipping_allowed([image for facts in finished for image in facts.skipped])
-        _require_space(job, missing)
+        images = sum(len(job.rows(shard)) for shard in missing)
+        require_space(job.out, images * job.batch_bytes // job.config.batch_size, "The missing latents")
     if missing and len(missing) < job.num_shards:
         inform(f"{job.out}: {job.num_shards - len(missing)} of {job.num_shards} shards are already complete")
     if job.config.preview:
@@ -142,13 +144,6 @@ def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitSta
     return {
         shards[record.file]: record.sha256 for record, problem in zip(manifest.shards, problems, strict=True) if problem
     }
-
-
-def _require_space(job: EncodingJob, missing: Missing) -> None:
-    needed = sum(len(job.rows(shard)) for shard in missing) * job.batch_bytes // job.config.batch_size
-    free = shutil.disk_usage(job.out).free
-    if needed > free:
-        raise JLTError(f"The missing latents take {needed / 1e9:.3g} GB, and {job.out} has {free / 1e9:.3g} GB free.")
 
 
 def _complete(job: EncodingJob) -> None:

@@ -298,7 +298,7 @@ def full_size():
 
 
 @pytest.mark.slow
-def test_the_full_size_configuration_encodes_and_decodes_256_pixels_as_diffusers_does(full_size):
+def test_the_full_size_configuration_encodes_256_pixels_and_decodes_as_diffusers_does(full_size):
     vae, autoencoder = full_size
     assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(84e6, rel=0.01)
     images = some_images(1, 256, 256)
@@ -306,13 +306,14 @@ def test_the_full_size_configuration_encodes_and_decodes_256_pixels_as_diffusers
     assert latents.shape == (1, 128, 16, 16)
     with torch.no_grad():
         mode = vae.encode(images).latent_dist.mode()
-        reconstructed = vae.decode(mode).sample.clamp(-1, 1)
+        # A quarter of the image: decoding takes most of the time, and no layer has a fixed size.
+        reconstructed = vae.decode(mode[..., :16, :16]).sample.clamp(-1, 1)
     assert mode.shape == (1, 32, 32, 32)
     packed = mode.view(1, 32, 16, 2, 16, 2).permute(0, 1, 3, 5, 2, 4).reshape(1, 128, 16, 16)
     mean, variance = (x.view(1, 128, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
     # Channels-last convolutions sum in another order, over some forty layers.
     torch.testing.assert_close(latents, (packed - mean) / (variance + 1e-4).sqrt(), rtol=1e-4, atol=1e-4)
-    decoded = autoencoder.decode(latents)
+    decoded = autoencoder.decode(latents[..., :8, :8])
     torch.testing.assert_close(decoded, reconstructed, rtol=1e-4, atol=3e-4)
     assert decoded.std() > 0.01, "an image without contrast would prove little"
 

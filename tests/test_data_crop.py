@@ -156,7 +156,7 @@ def test_every_mode_of_pillow_is_converted_or_refused(mode: str) -> None:
 
 
 def test_what_pillow_cannot_convert_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Pillow 13 converts every mode; earlier ones know no way out of LAB, for instance, and say so with a ValueError.
+    # Pillow 13 converts every mode; earlier versions cannot convert LAB, for instance, and raise a ValueError.
     def refuse(image: Image.Image, mode: str) -> Image.Image:
         raise ValueError(f"conversion from {image.mode} to {mode} not supported")
 

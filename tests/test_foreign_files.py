@@ -60,23 +60,23 @@ def planted(tmp_path: Path) -> Path:
     return folder
 
 
-def require_none_imported(folder: Path, *words: str | Path) -> None:
+def require_none_imported(folder: Path, *command: str | Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert not sorted(path.name for path in folder.parent.glob("*.imported"))
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    "words", [["-m", "jlt"], [Path(sys.executable).with_name("jlt")]], ids=["python -m jlt", "jlt"]
+    "command", [["-m", "jlt"], [Path(sys.executable).with_name("jlt")]], ids=["python -m jlt", "jlt"]
 )
-def test_an_encoding_imports_no_module_of_the_current_folder(planted: Path, tmp_path: Path, words: list) -> None:
-    if words[0] == "-m":
+def test_an_encoding_imports_no_module_of_the_current_folder(planted: Path, tmp_path: Path, command: list) -> None:
+    if command[0] == "-m":
         # What Python itself imports before it starts a program is not in the program's power.
         for name in BEFORE_A_PROGRAM:
             (planted / f"{name}.py").unlink()
     options = ["--images", ".", "--autoencoder", "pixels", "--resolution", "4", "--batch-size", "2", "--workers", "2"]
-    require_none_imported(planted, sys.executable, *words, "encode", *options, "--out", tmp_path / "latents")
+    require_none_imported(planted, sys.executable, *command, "encode", *options, "--out", tmp_path / "latents")
     assert (tmp_path / "latents" / "manifest.json").exists()
 
 

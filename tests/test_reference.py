@@ -390,8 +390,8 @@ def test_the_command_makes_what_evaluation_takes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_real_processes_make_one_file(tmp_path):
-    words = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
-    started = start_processes(2, words)
+    arguments = ["reference", "--images", "digits", "--resolution", "32", "--out", str(tmp_path / "stats.npz")]
+    started = start_processes(2, arguments)
     printed = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     assert "".join(stdout for stdout, _ in printed).count("1,797 images") == 1

@@ -1,4 +1,4 @@
-"""Sampling and evaluation in several processes: the same images, however many there are and whatever befalls them."""
+"""Sampling and evaluation in several processes: the same images for any number of them, also after failures."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def wait_for_rows(folder, started, count=24):
         time.sleep(0.02)
 
 
-def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(place, alone, tmp_path):
+def test_a_killed_process_ends_all_and_another_number_of_them_resumes(place, alone, tmp_path):
     arguments = sample_arguments(place, tmp_path / "out", "--format", "npz")
     started = start_processes(3, arguments, SLOW)
     wait_for_rows(tmp_path / "out", started)
@@ -117,7 +117,7 @@ RowTable.write = hanging
 """
 
 
-def test_a_process_that_hangs_ends_all_and_the_same_words_go_on(place, alone, tmp_path):
+def test_a_process_that_hangs_ends_all_and_the_same_command_resumes(place, alone, tmp_path):
     arguments = sample_arguments(place, tmp_path / "out", "--format", "npz")
     codes, printed = ends_of(start_processes(2, arguments, HANGS), timeout=60)
     assert codes == [1, 1], printed
@@ -139,16 +139,16 @@ checkpoint.open_checkpoint = checkpoint_evaluation.open_checkpoint = newer
 """
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate"])
-def test_processes_that_mean_other_checkpoints_are_refused(place, tmp_path, verb):
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_processes_with_different_checkpoints_are_refused(place, tmp_path, command):
     """A run that goes on while they start has another newest checkpoint for each."""
-    arguments = sample_arguments(place, tmp_path / "out") if verb == "sample" else evaluate_arguments(place)
+    arguments = sample_arguments(place, tmp_path / "out") if command == "sample" else evaluate_arguments(place)
     codes, printed = ends_of(start_processes(2, arguments, NEWER), timeout=60)
     assert codes == [1, 1], printed
     assert any("Process 1 would" in text and "checkpoint" in text for text in printed), printed
 
 
-def test_a_signal_while_numbers_are_measured_is_heard(place, tmp_path):
+def test_a_signal_during_the_measurement_stops_the_evaluation(place, tmp_path):
     clear(place)
     slow = """
 import time, jlt.experiments.checkpoint_evaluation as e
@@ -191,7 +191,7 @@ def clear(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_one_process_that_is_asked_to_stop_stops_the_evaluation_in_all_and_it_goes_on(place, alone, number):
+def test_a_signal_to_one_process_stops_the_evaluation_in_all_and_it_resumes(place, alone, number):
     clear(place)
     started = start_processes(2, evaluate_arguments(place), SLOW)
     drawn = place / "run" / "evaluations" / ".drawn"
@@ -235,7 +235,7 @@ def test_an_error_of_one_process_ends_all_and_is_named(place):
     assert results(place) == []
 
 
-def test_refusals_are_said_once_and_at_once(place, tmp_path):
+def test_refusals_are_printed_once(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     codes, printed = ends_of(start_processes(2, sample_arguments(place, tmp_path / "out")), timeout=60)
@@ -243,7 +243,7 @@ def test_refusals_are_said_once_and_at_once(place, tmp_path):
     assert sum("thesis.tex" in text for text in printed) == 1
 
 
-def test_what_others_wrote_elsewhere_is_missed_and_not_taken_for_black(place, tmp_path):
+def test_rows_written_to_another_folder_are_reported_missing_and_not_read_as_black(place, tmp_path):
     """Two machines that do not share the folder: each sees the rows of its own processes alone."""
     plant = """
 import os, pathlib

@@ -195,7 +195,7 @@ class FailingOnce(Watcher):
         with stop_together(group):
             if group.rank == 1:
                 raise RuntimeError("no memory here")
-        raise AssertionError("nobody comes here")
+        raise AssertionError("this line is never reached")
 
 
 def test_a_look_that_fails_in_one_process_alone_fails_in_all_and_the_training_goes_on(store, tmp_path):

@@ -103,7 +103,7 @@ def test_a_geometry_of_an_earlier_version_loads_unchanged(geometry: Geometry, tm
     del old["tokens"]["1"]["local"]["within neighbourhoods"]["effective_rank"]
     for entry in old["tokens"].values():
         for advice in entry["forecast"]["advice"]:
-            advice["sentence"] = "Predict x ..."
+            advice["words"] = "Predict x ..."
     (tmp_path / "geometry.json").write_text(sealed_text(old))
     found = read_result(Geometry, tmp_path / "geometry.json")
     assert caution_sentences(found) == ["Patch size 1, 60 latents: ..."]

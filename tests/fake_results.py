@@ -219,7 +219,7 @@ def write_ablation(
     final: dict[tuple[str, int], float] = FINAL,
     loss_spaces: Sequence[str] = ("v",),
 ) -> Path:
-    """Write a finished ablation; numbers of further seeds lie within 5% of the first one's."""
+    """Write a finished ablation; numbers of further seeds differ by at most 5% per seed."""
     systems, weights, draws = [], {}, {}
     for patch_size, prediction, space, seed in itertools.product(patch_sizes, predictions, loss_spaces, seeds):
         run = f"runs/{prediction}-{space}-p{patch_size}-s{seed}"

@@ -1,12 +1,12 @@
-"""Processes of the command line that begin in milliseconds: forked from one that has imported what they need.
+"""Processes of the command line that start in milliseconds: forked from a server that has imported everything.
 
-Starting Python and importing torch takes seconds of a core for each process, and the tests start hundreds. A server,
-started by the first test that wants a process, imports and then only waits; no thread of a pool runs in it and nothing
-was computed, so that what it forks is as good as new. Each process gets the words, environment, folder, streams,
-session and signals that a fresh one would have. It ends as one does, waiting for its threads and running what was
-registered for its end, but for the taking down of the interpreter, which would take seconds again.
+Starting Python and importing torch takes seconds of CPU time per process, and the tests start hundreds. The first
+test that needs a process starts the server, which imports the modules and then waits. It runs no thread pool and
+computes nothing, so that a forked process is in the state of a fresh one. Each process has the arguments,
+environment, working directory, streams, session and signal handlers of a fresh process. It waits for its threads and
+runs its exit handlers, but skips the finalisation of the interpreter, which takes seconds.
 
-JLT_TESTS_FORK=0 starts real processes instead, as everywhere but on Linux.
+JLT_TESTS_FORK=0 starts real processes instead, as on every system but Linux.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 FORKS = sys.platform == "linux" and os.environ.get("JLT_TESTS_FORK", "1") != "0"
 POLL_SECONDS = 0.01
 
-# In a process of its own: the code that a test plants, and then the command line as `python -m jlt` runs it.
+# In a separate process: the code `plant` of a test, and then the command line as `python -m jlt` runs it.
 FRESH = """
 import sys
 THREADS
@@ -45,11 +45,11 @@ PRELOADED = """
 sklearn.datasets torch._dynamo torch._inductor.test_operators torch.distributed torch.distributed.fsdp torch.nn.parallel
 torch.onnx torch.profiler diffusers.models.autoencoders.autoencoder_kl_flux2 matplotlib.backends.backend_svg
 """
-"""What commands import when they first need it, besides all of the package's own modules."""
+"""Modules that commands import on demand, in addition to all modules of the package."""
 
 
 class Forked:
-    """A process of the server's, to be handled as one of subprocess; what it says can be read when it has ended."""
+    """A forked process with the interface of `subprocess.Popen`; its output can be read after it has ended."""
 
     def __init__(self, server: socket.socket, request: dict[str, Any]) -> None:
         self.returncode: int | None = None
@@ -101,7 +101,7 @@ class Forked:
 
 
 def assume_rates() -> None:
-    """Let a training take the machine's rate of arithmetic for granted: measuring it takes a fifth of a second."""
+    """Replace the measurement of the machine's matrix rate by a constant: it takes a fifth of a second per training."""
     from jlt.runtime.environment import SMALLEST_MATMUL
     from jlt.training import meter
 
@@ -113,17 +113,17 @@ _server: socket.socket | None = None
 
 
 def start(
-    words: list[str], environment: Mapping[str, str] | None = None, plant: str = "", threads: int | None = 1
+    arguments: list[str], environment: Mapping[str, str] | None = None, plant: str = "", threads: int | None = 1
 ) -> Forked | subprocess.Popen[str]:
-    """Start `jlt` with some words, in a session of its own, running the code `plant` first, which may leave.
+    """Start `jlt` with these arguments in a new session, after the code `plant`, which may exit.
 
-    It computes on so many threads; with None, on as many as it likes.
+    `threads` is the number of torch threads; None leaves PyTorch's default.
     """
     global _server
     environment = dict(os.environ if environment is None else environment)
     if not FORKS:
         set_threads = f"__import__('torch').set_num_threads({threads})" if threads else ""
-        command = [sys.executable, "-c", FRESH.replace("THREADS", set_threads), plant, *words]
+        command = [sys.executable, "-c", FRESH.replace("THREADS", set_threads), plant, *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     if _server is None:
@@ -134,7 +134,7 @@ def start(
             server = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], start_new_session=True)
         atexit.register(_end, server, _server)
     request = {
-        "words": words,
+        "arguments": arguments,
         "environment": environment,
         "plant": plant,
         "threads": threads,
@@ -160,12 +160,12 @@ def serve(place: int) -> None:
     for name in [*own, *PRELOADED.split()]:
         importlib.import_module(name)
     assume_rates()
-    # Its images are read once.
+    # The images are read once, and every process inherits them.
     Digits()
     with contextlib.redirect_stdout(None):
-        # What reads the words reads the sources for it, which it remembers.
+        # The parser of the command line reads docstrings from source files, and caches them.
         importlib.import_module("jlt.cli.main").main(["train", "digits", "--print-config"])
-    # Or the collector would write to every page that the processes share.
+    # The garbage collector would otherwise write to every page that the processes share.
     gc.collect()
     gc.freeze()
     connection = socket.socket(fileno=place)
@@ -180,7 +180,7 @@ def serve(place: int) -> None:
             continue
         content, places, _, _ = socket.recv_fds(connection, 2**20, 3)
         if not content:
-            # Whatever a failed test has left behind.
+            # Processes that a failed test did not end.
             for left in statuses:
                 os.kill(left, signal.SIGKILL)
             return
@@ -197,7 +197,7 @@ def serve(place: int) -> None:
 
 
 def _work(request: dict[str, Any], places: list[int]) -> NoReturn:
-    """Become the process that was asked for, and run the command line."""
+    """Become the requested process, and run the command line."""
     import numpy as np
     import torch
 
@@ -216,11 +216,11 @@ def _work(request: dict[str, Any], places: list[int]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Processes that were started apart do not share this either.
+    # Separately started processes do not share the state of the generator either.
     np.random.seed()
     if request["threads"]:
         torch.set_num_threads(request["threads"])
-    sys.argv = ["jlt", *request["words"]]
+    sys.argv = ["jlt", *request["arguments"]]
     code = 1
     try:
         exec(request["plant"], {"__name__": "__main__"})

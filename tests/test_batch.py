@@ -37,7 +37,7 @@ def test_what_is_not_set_follows(settings, processes, split):
 
 
 @pytest.mark.parametrize(
-    ("settings", "processes", "said"),
+    ("settings", "processes", "message"),
     [
         ((64,), 7, "batch_size 63 or 70"),
         ((4,), 8, "batch_size 8."),
@@ -50,8 +50,8 @@ def test_what_is_not_set_follows(settings, processes, split):
         ((64,), 0, "at least one process"),
     ],
 )
-def test_what_does_not_multiply_up_is_refused_with_what_does(settings, processes, said):
-    with pytest.raises(JLTError, match=re.escape(said)):
+def test_what_does_not_multiply_up_is_refused_with_what_does(settings, processes, message):
+    with pytest.raises(JLTError, match=re.escape(message)):
         split_batch(config(*settings), processes)
 
 

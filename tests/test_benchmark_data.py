@@ -1,4 +1,4 @@
-"""The benchmark of reading: that every way reads the requested latents, and what its report says."""
+"""The benchmark of reading: every variant reads the requested latents, and the content of the report."""
 
 from __future__ import annotations
 

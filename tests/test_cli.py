@@ -76,7 +76,7 @@ def jlt(*arguments) -> Outcome:
     # The help draws boxes only where the stream has an encoding, as a terminal has.
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(word) for word in arguments])
+        code = main([str(argument) for argument in arguments])
     return Outcome(code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode())
 
 
@@ -458,7 +458,7 @@ def test_a_foreign_folder_is_left_as_it_is(chain, tmp_path, command, content):
     path = out / (LOOKALIKES[command] if " " in content else content)
     path.parent.mkdir(parents=True)
     path.write_text('{"precious": 1}')
-    arguments = [str(word).replace("CHAIN", str(chain)).replace("OUT", str(out)) for word in WRITERS[command]]
+    arguments = [str(argument).replace("CHAIN", str(chain)).replace("OUT", str(out)) for argument in WRITERS[command]]
     outcome = jlt(*arguments)
     assert file_bytes(out) == {path.relative_to(out).as_posix(): b'{"precious": 1}'}
     assert outcome.code == 1
@@ -470,7 +470,7 @@ def test_a_foreign_folder_is_left_as_it_is(chain, tmp_path, command, content):
 def test_a_file_in_place_of_the_folder_is_left_and_named(chain, tmp_path, command):
     out = tmp_path / "out"
     out.write_text("precious")
-    arguments = [str(word).replace("CHAIN", str(chain)).replace("OUT", str(out)) for word in WRITERS[command]]
+    arguments = [str(argument).replace("CHAIN", str(chain)).replace("OUT", str(out)) for argument in WRITERS[command]]
     outcome = jlt(*arguments)
     assert out.read_text() == "precious"
     assert outcome.code == 1

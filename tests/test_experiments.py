@@ -328,7 +328,7 @@ def test_a_failing_job_fails_the_whole_and_the_rest_does_not_begin(tmp_path):
     jobs = [(tmp_path / f"job{index}", index == 0) for index in range(6)]
     with pytest.raises(JLTError, match="job0 failed"):
         run_jobs(begin_job, jobs, 1, lambda: None)
-    # The worker may have taken the next one up before anybody could hear of the failure.
+    # The worker may have taken the next one up before the failure was reported.
     assert {path.name for path in tmp_path.iterdir()} <= {"job0", "job1"}
 
 
@@ -355,10 +355,10 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
     # What is expected of the systems needs the latents too; without it they are met in the training alone.
     monkeypatch.setattr("jlt.experiments.ablation.forecasts", lambda *_: ())
     with pytest.raises(JLTError, match=r"Step 10: the loss is nan.* 10 in a row"):
-        ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
+        ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=1, command="")
     assert not claims_to_be_matched(out)
     saved = [open_checkpoint(folder) for folder in out.glob("runs/*/checkpoints/step_*")]
-    assert all(checkpoint.updates == 0 for checkpoint in saved)
+    assert {checkpoint.updates for checkpoint in saved} == {0}
 
 
 PREDICTIONS = ["x", "v", "eps"]
@@ -367,7 +367,7 @@ LONG = {"--steps": 200, "--batch-size": 8, "--log-every": 4, "--evaluations": 2,
 
 def long_arguments(latents: Path, out: Path) -> list[str]:
     arguments = ["ablate", "digits", "--latents", latents, "--out", out, "--prediction", *PREDICTIONS]
-    arguments += [word for pair in LONG.items() for word in pair] + ["--sample.num", 20, "--sample.steps", 2]
+    arguments += [argument for pair in LONG.items() for argument in pair] + ["--sample.num", 20, "--sample.steps", 2]
     return list(map(str, arguments))
 
 
@@ -375,12 +375,12 @@ ATTENTIVE = """
 from jlt.runtime import workers
 workers.POLL_SECONDS = 0.05
 """
-"""A parent that looks for a signal so often that the workers have not finished when it passes the signal on."""
+"""The parent polls for a signal often enough to pass it on before the workers have finished."""
 ONE_AFTER_ANOTHER = """
 from jlt.experiments import ablation
 ablation.run_jobs = lambda job, systems, *_: list(map(job, systems))
 """
-"""As `one_after_another`, in a process of its own."""
+"""`one_after_another` for a separate process."""
 
 
 @contextlib.contextmanager

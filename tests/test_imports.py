@@ -1,4 +1,4 @@
-"""What an import costs, and what the package must never need; each test asks a fresh interpreter."""
+"""What an import costs, and what the package must never import; each test runs a fresh interpreter."""
 
 import json
 import os
@@ -35,10 +35,10 @@ with torch.no_grad():
 """
 
 
-def python(*words: str, **environment: str) -> str:
-    """Return what a fresh interpreter prints; a failure shows what it said."""
+def python(*arguments: str, **environment: str) -> str:
+    """Return what a fresh interpreter prints; a failure shows its stderr."""
     done = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -53,9 +53,11 @@ def test_importing_the_package_loads_nothing_heavy():
     assert json.loads(python("-c", f"import json, sys, jlt; print({LOADED})")) == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["ablate", "--help"]])
-def test_help_loads_nothing_heavy(words):
-    script = f"import json, sys; from jlt.cli.main import main; code = main({words}); print({LOADED}); sys.exit(code)"
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["ablate", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    script = (
+        f"import json, sys; from jlt.cli.main import main; code = main({arguments}); print({LOADED}); sys.exit(code)"
+    )
     printed = python("-c", script).splitlines()
     assert "usage: jlt" in printed[0]
     assert json.loads(printed[-1]) == []

@@ -68,7 +68,7 @@ def autograd_bytes(config: NetworkConfig, bfloat16: bool, checkpoint_blocks: boo
     z = torch.randn(images, config.channels, config.height, config.width)
     inputs = z, torch.rand(images), torch.zeros(images, dtype=torch.long)
     known |= {value.untyped_storage().data_ptr() for value in inputs}
-    # The storages are kept, or a new one would come to lie where an old one was.
+    # The storages are kept, or a new one could get the address of an old one.
     saved = {}
 
     def keep(value):

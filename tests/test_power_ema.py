@@ -110,7 +110,7 @@ def test_impossible_exponents_and_updates_are_refused():
 def test_recurrence_is_the_sum_with_the_exact_weights(sigma_rel):
     weights = random_walk(400, 20)
     gamma = gamma_from_sigma_rel(sigma_rel)
-    average = np.full(20, 1e6)  # whatever was there before the first update is gone
+    average = np.full(20, 1e6)  # the value before the first update has no influence
     for t in range(1, 401):
         average = decay(t, gamma) * average + (1 - decay(t, gamma)) * weights[t - 1]
         if t in (1, 2, 57, 400):

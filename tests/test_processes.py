@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the same store as one process makes, whatever dies on the way."""
+"""Several processes under torchrun: the same store as from one process, also after a process was killed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The words that name some digits."""
+    """The arguments that select some digits."""
     folder, source = tmp_path_factory.mktemp("digits"), open_source("digits")
     for number in range(COUNT):
         image, label = source[number]
@@ -64,11 +64,11 @@ def alone(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_processes_under_torchrun_make_the_same_bytes(
     tmp_path: Path, digits: list[str], alone: dict[str, bytes]
 ) -> None:
-    words = torchrun(2, *digits, *ARGUMENTS, "--out", str(tmp_path / "store"))
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    arguments = torchrun(2, *digits, *ARGUMENTS, "--out", str(tmp_path / "store"))
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "store") == alone
-    # The result is outputs once.
+    # The result is printed once.
     assert done.stdout.count(f"{COUNT} latents") == 1
 
 
@@ -76,8 +76,8 @@ def test_processes_under_torchrun_make_the_same_bytes(
 def test_any_number_of_processes_makes_the_same_bytes(
     tmp_path: Path, digits: list[str], alone: dict[str, bytes]
 ) -> None:
-    words = ["encode", *digits, *ARGUMENTS, "--out", str(tmp_path / "store")]
-    started = start_processes(3, words)
+    arguments = ["encode", *digits, *ARGUMENTS, "--out", str(tmp_path / "store")]
+    started = start_processes(3, arguments)
     assert sum(process.communicate(timeout=120)[0].count(f"{COUNT} latents") for process in started) == 1
     assert [process.returncode for process in started] == [0, 0, 0]
     assert file_bytes(tmp_path / "store") == alone
@@ -92,12 +92,12 @@ encoding_job.write_text = lambda *arguments: (write(*arguments), time.sleep(0.3)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
+def test_a_killed_process_ends_all_and_another_number_of_them_resumes(
     tmp_path: Path, digits: list[str], alone: dict[str, bytes]
 ) -> None:
     out = tmp_path / "store"
-    words = ["encode", *digits, *ARGUMENTS, "--out", str(out)]
-    started = start_processes(2, words, SLOWLY)
+    arguments = ["encode", *digits, *ARGUMENTS, "--out", str(out)]
+    started = start_processes(2, arguments, SLOWLY)
     deadline = time.monotonic() + 60
     while not list((out / ".encoding").glob("shard-*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -107,7 +107,7 @@ def test_a_killed_process_ends_all_and_another_number_of_them_goes_on(
     assert time.monotonic() - began < 60
     assert codes == [1, -signal.SIGKILL], outputs
     assert not (out / "manifest.json").exists()
-    run_processes(3, words)
+    run_processes(3, arguments)
     assert file_bytes(out) == alone
 
 
@@ -128,15 +128,15 @@ def test_an_error_of_one_process_is_printed_by_it_and_ends_all(tmp_path: Path) -
     for number in range(8):
         Image.new("RGB", (8, 8), (30 * number, 200, 9)).save(folder / f"{number}.png")
     (folder / "6.png").write_bytes(b"not an image")
-    words = ["encode", "--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8"]
-    words += ["--shard-size", "2", "--workers", "0", "--out", str(tmp_path / "store")]
+    arguments = ["encode", "--images", str(folder.parent), "--autoencoder", "pixels", "--resolution", "8"]
+    arguments += ["--shard-size", "2", "--workers", "0", "--out", str(tmp_path / "store")]
     began = time.monotonic()
-    codes, outputs = ends_of(start_processes(2, words))
+    codes, outputs = ends_of(start_processes(2, arguments))
     assert time.monotonic() - began < 60
     assert codes == [1, 1], outputs
     assert f"[process 1] jlt: {folder / '6.png'}" in outputs[1]
     assert "Traceback" not in "".join(outputs)
-    run_processes(2, [*words, "--on-bad-image", "skip"])
+    run_processes(2, [*arguments, "--on-bad-image", "skip"])
     assert verify_store(tmp_path / "store") == []
 
 
@@ -149,7 +149,7 @@ def test_refusals_are_printed_once(tmp_path: Path, digits: list[str]) -> None:
 
 
 class Pair(SingleProcess):
-    """A group of two, of which the other is played by the test."""
+    """A group of two, of which the test plays the other."""
 
     size = 2
 
@@ -174,7 +174,7 @@ def test_processes_that_found_different_images_are_refused(tmp_path: Path, monke
     assert not (tmp_path / "store").exists()
 
 
-def test_processes_of_one_machine_share_its_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_machine_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert default_device() == "cuda"
@@ -251,7 +251,7 @@ def test_a_signal_leaves_no_process_behind_and_the_same_command_resumes(
 
 
 def test_steps_are_watched_within_other_work_and_leave_no_trace(monkeypatch):
-    """An evaluation in the midst of a training: its own items may hang, and say nothing of the training's steps."""
+    """An evaluation within a training: its items are watched too, and do not count as steps of the training."""
     now = [100.0]
     monkeypatch.setattr("jlt.runtime.watchdog.time.monotonic", lambda: now[0])
     pulse = Pulse()

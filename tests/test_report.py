@@ -81,7 +81,7 @@ def test_a_clear_order_is_named_with_its_numbers(folder: Path) -> None:
     assert sentences[3].endswith("This measurement agrees at patch 1 and patch 2.")
 
 
-def test_the_other_order_is_said_as_plainly(tmp_path: Path) -> None:
+def test_the_opposite_order_is_reported_as_plainly(tmp_path: Path) -> None:
     study = study_of(tmp_path, x1=37.2, v1=20.1)
     assert findings.verdict(study) == "Velocity prediction (v) reaches the lowest Fréchet distance at patch 1."
     assert any("shows the opposite at patch 1" in text for text in findings.details(study))
@@ -160,9 +160,9 @@ def test_a_perfect_score_divides_nothing_by_zero(tmp_path: Path) -> None:
 
 def test_a_spectrum_has_a_sentence() -> None:
     entry = geometry().tokens[2]
-    said = spectrum_sentence(replace(entry, eigenvalues=(1.9, 0.05, 0.05)))
-    assert "2 directions vary less than a tenth as much as the noise" in said
-    assert "5.0% of the variance of x but 42.0% of that of v" in said  # 0.1 / 2 and 2.1 / 5
+    sentence = spectrum_sentence(replace(entry, eigenvalues=(1.9, 0.05, 0.05)))
+    assert "2 directions vary less than a tenth as much as the noise" in sentence
+    assert "5.0% of the variance of x but 42.0% of that of v" in sentence  # 0.1 / 2 and 2.1 / 5
     flat = spectrum_sentence(replace(entry, eigenvalues=(1.0, 1.0, 0.9)))
     assert "None of them varies less than a tenth as much as the noise" in flat
 

@@ -317,8 +317,8 @@ def test_the_page(whole, swept):
     assert "Seed 7 chose, seed 8 confirmed." in page
     assert page.count("<picture>") >= 2
     assert "Guidance for t from 0.2 to 0.9" not in page  # It is within the pictures.
-    for word in ("went on", "chosen", "--cfg-scale"):
-        assert word in page
+    for text in ("went on", "chosen", "--cfg-scale"):
+        assert text in page
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])

@@ -74,7 +74,7 @@ def test_published_loss_is_the_definition(prediction, space):
 
 @pytest.mark.parametrize(("prediction", "space"), CELLS)
 def test_matched_loss_depends_on_the_velocity_error_alone(prediction, space):
-    """Whatever the prediction, the same velocity error costs w(t) times its square as seen in the space (eq. 5)."""
+    """For every prediction, the same velocity error costs w(t) times its square as seen in the space (eq. 5)."""
     sample, t_eps = draw((256, 2, 4, 4)), 0.05
     error = torch.randn_like(sample.x)
     t = expand_time(sample.t, sample.x)

@@ -39,7 +39,7 @@ CALLS = Path(os.environ["STAND_IN_CALLS"])
 
 def note(what, **options):
     if os.environ.get("STAND_IN_FAILS") == what:
-        raise OSError(f"{what} failed\\nand said more")
+        raise OSError(f"{what} failed\\nand printed more")
     with CALLS.open("a") as file:
         file.write(json.dumps({"call": what, **options}) + "\\n")
 
@@ -149,9 +149,9 @@ def test_packages_that_are_missing_are_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     open_trackers(dataclasses.replace(TENSORBOARD, wandb="offline"), tmp_path, 0).log(1, {"loss": 1.0})
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(" is off")[0] for line in said] == ["TensorBoard", "Weights & Biases"]
-    assert all("pip install 'jlt[trackers]'" in line for line in said)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" is off")[0] for line in lines] == ["TensorBoard", "Weights & Biases"]
+    assert all("pip install 'jlt[trackers]'" in line for line in lines)
 
 
 def test_other_processes_than_the_first_open_none(tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_loss_falls(store, tmp_path):
 
 @pytest.mark.parametrize("stops", [(3,), (4, 5, 11)])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(store, tmp_path, stops):
-    # Three batches of 16 make an epoch of 50 and a bit: every stop lies within an epoch.
+    # Three batches of 16 make an epoch of 50 and a bit: every stop is within an epoch.
     config = config_for(store)
     train(config, store, tmp_path / "whole")
     for step in (*stops, config.steps):
@@ -68,7 +68,7 @@ def test_killed_at_random_moments_it_still_ends_as_the_uninterrupted_run(store, 
     generator, kills, saved = np.random.default_rng(0), 0, 0
     while True:
         process = start_training(config, store, tmp_path / "killed")
-        # A few saves of progress, then a moment that may lie in a step, in a save or in the removal of an old one.
+        # A few saves of progress, then a moment that may be in a step, in a save or in the removal of an old one.
         while process.poll() is None and newest_step(tmp_path / "killed") < saved + 15:
             time.sleep(0.005)
         time.sleep(generator.uniform(0, 0.1))
@@ -192,10 +192,10 @@ def test_checkpoint_of_another_run_is_not_continued(finished, store, tmp_path):
 
 def test_a_signal_at_the_last_step_is_no_stop(store, tmp_path, monkeypatch):
     config = config_for(store, steps=4)
-    asked = iter([False, False, False, True])
-    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(asked))
+    answers = iter([False, False, False, True])
+    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(answers))
     train(config, store, tmp_path / "run")
-    assert next(asked, None) is None
+    assert next(answers, None) is None
     assert open_checkpoint(tmp_path / "run").step == 4
     assert '"end"' in (tmp_path / "run" / "log.jsonl").read_text()
 

@@ -1,4 +1,4 @@
-"""Saving: killed at every phase, on a full disk, kept and removed, beside the training and never instead of it."""
+"""Saving: killed at every phase, on a full disk, kept and removed, in parallel with the training."""
 
 import dataclasses
 import os

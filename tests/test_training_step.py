@@ -270,7 +270,7 @@ def test_weights_that_do_not_fit_are_refused(store, tmp_path, change, named):
 
 
 def test_loss_by_time_is_the_loss_where_all_times_are_equal(store, tmp_path):
-    """Times so narrow that all lie in one bin: its mean is the mean of all."""
+    """Times so narrow that all are in one bin: its mean is the mean of all."""
     times = TimestepConfig(P_mean=0.2, P_std=1e-4)
     train(config_for(store, steps=2, timesteps=times), store, tmp_path / "run")
     (event,) = events(tmp_path / "run", "step")

@@ -25,9 +25,9 @@ sys.exit(main())
 SYSTEMS = {(prediction, patch_size) for prediction in ("x", "v", "eps") for patch_size in (1, 2)}
 
 
-def run(*words, folder: Path, **environment: str) -> str:
+def run(*arguments, folder: Path, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, words)],
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", **environment},
         capture_output=True,
@@ -49,8 +49,17 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=leave)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    words = ["wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    run("-m", "pip", *words, folder=source)
+    arguments = [
+        "wheel",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        ".",
+    ]
+    run("-m", "pip", *arguments, folder=source)
     (built,) = folder.glob("jlt-*.whl")
     return built
 
@@ -59,8 +68,8 @@ def wheel(tmp_path_factory) -> Path:
 def installed(wheel, tmp_path_factory) -> Path:
     """A folder that the wheel alone was installed into."""
     folder = tmp_path_factory.mktemp("installed")
-    words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", folder, wheel]
-    run("-m", "pip", *words, folder=folder)
+    arguments = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", folder, wheel]
+    run("-m", "pip", *arguments, folder=folder)
     return folder
 
 
@@ -83,7 +92,9 @@ def test_the_installed_wheel_runs_the_quickstart(installed, tmp_path):
     where = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     located = Path(run("-c", "import jlt; print(jlt.__file__)", folder=tmp_path, **where).strip())
     assert located.is_relative_to(installed)
-    summary = json.loads(run("-c", FEW_IMAGES, "quickstart", "--steps", 1, "--json", folder=tmp_path, **where))
+    # One worker: a second one would only import everything once more.
+    options = ["--steps", 1, "--workers", 1, "--json"]
+    summary = json.loads(run("-c", FEW_IMAGES, "quickstart", *options, folder=tmp_path, **where))
     out = tmp_path / "quickstart"
     assert {(system["prediction"], system["patch_size"]) for system in summary["systems"]} == SYSTEMS
     assert json.loads((out / "ablation.json").read_text())["systems"] == summary["systems"]

@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 JLT_HOME ?= quickstart
-# One process of tests for each core, each with whole files; the order is that of tests/conftest.py.
-TESTS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# A process of tests for each core and one more, since some wait; each takes whole files, in tests/conftest.py's order.
+TESTS := -n $(shell expr $$(nproc) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test lint docs gpu clean
 
 quickstart: $(VENV)/.runtime
 	$(VENV)/bin/jlt quickstart --out $(JLT_HOME)
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
+
+# Everything that needs a GPU, in about 25 minutes; GPU=--small tries it on a CPU.
+gpu: $(VENV)/.runtime
+	$(VENV)/bin/python scripts/gpu.py $(GPU)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -246,7 +246,7 @@ def test_networks_of_other_latents_or_patches_are_refused(place, tmp_path):
 @pytest.mark.slow
 def test_processes_share_the_measurement_of_networks(place, tmp_path):
     command = ["analyze", "--latents", place / "latents", "--patch-size", "1", "--width", "64", "--num", "300"]
-    command += ["--checkpoint", place / "x", place / "v", "--samples", "300", "--steps", "5"]
+    command += ["--checkpoint", place / "x", place / "v", "--samples", "200", "--steps", "3"]
     found = []
     for count in (1, 2):
         out = tmp_path / f"by-{count}"

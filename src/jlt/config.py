@@ -191,8 +191,7 @@ class SampleConfig:
     ema: str = ""
     """Weights: an EMA decay (0.9999), a length to rebuild (sigma_rel=0.07), or none. Default: the run's first EMA."""
     decoder: str | None = None
-    """Autoencoder that decodes the latents: flux2 or taef2, which share a latent space, or NAME:PLACE for weights in a
-    folder. Default: the one that made the latents."""
+    """Decoder: flux2 or taef2, which share a latent space, or NAME:PLACE. Default: the autoencoder of the latents."""
     batch_size: int = 256
     """Images generated at a time."""
     precision: InferencePrecision = "float32"

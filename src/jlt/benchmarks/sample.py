@@ -29,7 +29,7 @@ from jlt.timesteps import sampling_grid
 ROUNDS = 3
 
 
-def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path: str | None) -> dict[str, Any]:
+def benchmark_sample(config: TrainConfig, sample: SampleConfig) -> dict[str, Any]:
     """Draw batches with random weights and, in turn, with a plain loop; then decode them, each timed by itself.
 
     The plain loop is Heun's method with two calls of the network at every evaluation, one for each branch.
@@ -49,7 +49,7 @@ def benchmark_sample(config: TrainConfig, sample: SampleConfig, autoencoder_path
     reset_peak_memory(device)
     rounds = time_in_turn({name: partial(seconds_of, way, device) for name, way in ways.items()}, ROUNDS, "sampling")
     peak = peak_memory(device)
-    autoencoder = _autoencoder(config, autoencoder_path, device)
+    autoencoder = _autoencoder(config, sample.decoder, device)
     latents = dataclasses.replace(sampler, config=dataclasses.replace(sample, steps=1, grid=())).flow(start)
     decode = partial(seconds_of, partial(decode_to_uint8, autoencoder, latents), device)
     decoding = time_in_turn({"decode": decode}, ROUNDS, "decoding").seconds("decode")
@@ -110,10 +110,11 @@ def _sampler(config: TrainConfig, sample: SampleConfig, device: str) -> LatentSa
     return LatentSampler(Denoiser(network, config.prediction, sizes.num_classes), shape, sample, device)
 
 
-def _autoencoder(config: TrainConfig, path: str | None, device: str) -> Autoencoder:
-    """Return the FLUX.2 autoencoder at a path; without one a model of its class and size with random weights."""
-    if path:
-        autoencoder = load_autoencoder("flux2", path, device)
+def _autoencoder(config: TrainConfig, decoder: str | None, device: str) -> Autoencoder:
+    """Return a decoder, NAME or NAME:PLACE; by default a model of FLUX.2's class and size with random weights."""
+    if decoder:
+        name, _, place = decoder.partition(":")
+        autoencoder = load_autoencoder(name, place or None, device)
     else:
         from diffusers import AutoencoderKLFlux2
 

@@ -91,6 +91,8 @@ class SampleBenchmark(Command):
     """torch.compile the network; needs a C++ compiler on a CPU."""
     autoencoder_path: str | None = None
     """Weights of FLUX.2's autoencoder: a folder or Hub id. Default: random ones of its class and size."""
+    decoder: str | None = None
+    """Another decoder than FLUX.2's: taef2, or taef2:PLACE with the place of its weights."""
 
     def run(self) -> Result:
         config = preset_config(self.preset)
@@ -103,8 +105,9 @@ class SampleBenchmark(Command):
             batch_size=self.batch_size,
             precision=self.precision,
             compile=self.compile,
+            decoder=self.decoder or (f"flux2:{self.autoencoder_path}" if self.autoencoder_path else None),
         )
-        measured = benchmark_sample(config, sample, self.autoencoder_path)
+        measured = benchmark_sample(config, sample)
         return Result(measured, tables.sample_benchmark_table(measured))
 
 

@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 JLT_HOME ?= quickstart
-# A process of tests for each core and one more, since some wait; each takes whole files, in tests/conftest.py's order.
-TESTS := -n $(shell expr $$(nproc) + 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# One process of tests for each core, each with whole files; the order is that of tests/conftest.py.
+TESTS := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test lint docs gpu clean
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jlt.errors import JLTError, unknown_name
@@ -25,8 +25,13 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return [to_json(entry) for entry in value]
+        return list(value) if _all_float(value) else [to_json(entry) for entry in value]
     return value
+
+
+def _all_float(values: Sequence[Any]) -> bool:
+    # Spectra hold thousands of numbers: a call for each of them would take most of the time.
+    return all(type(entry) is float for entry in values)
 
 
 def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -61,6 +66,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         if Ellipsis not in arguments and len(value) != len(arguments):
             raise JLTError(f"{where} must have {len(arguments)} values.")
+        if arguments[0] is float and _all_float(value):
+            return tuple(value)
         return tuple(_convert(arguments[0], entry, where) for entry in value)
     if origin is Literal:
         if value not in arguments:

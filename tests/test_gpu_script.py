@@ -1,22 +1,19 @@
 """The script that measures a GPU, at small sizes on a CPU."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
 from real_inputs import REAL, needs_real
 
-PATH = Path(__file__).parents[1] / "scripts" / "gpu.py"
+FOLDER = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("gpu_script", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module("gpu")
 
 
 @needs_real

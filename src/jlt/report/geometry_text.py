@@ -136,6 +136,8 @@ def analyze_command(geometry: Geometry, inside: ErrorByDirection | None) -> str:
         options |= {"checkpoint": [network.run for network in inside.networks], "num": [inside.count]}
         emas = {network.ema for network in inside.networks}
         options |= {"ema": [*emas]} if len(emas) == 1 else {}
+        if samples := inside.networks[0].samples:
+            options |= {"samples": [samples.count], "steps": [samples.steps]}
     arguments = [f"--{name} {shlex.join(map(str, values))}" for name, values in options.items()]
     return f"jlt analyze --latents LATENTS --out OUT {' '.join(arguments)}"
 
@@ -259,7 +261,7 @@ def inside_sentences(inside: ErrorByDirection) -> list[str]:
             f"Of tokens at patch {inside.patch_size} the velocity error of {_network(network)} is, against that of "
             f"{_network(first)} and as the median over times, {listed(parts)}."
         )
-    return [*texts, *_against_optimum(inside.networks)]
+    return [*texts, *_against_optimum(inside.networks), *_sample_sentences(inside)]
 
 
 def _against_optimum(networks: Sequence[NetworkError]) -> list[str]:
@@ -277,6 +279,43 @@ def _against_optimum(networks: Sequence[NetworkError]) -> list[str]:
         f"Against what a token by itself leaves unknown (eq. 11), the error in {_directions(networks[0].bands[0])} is, "
         f"as the median over times, {listed(parts)}."
     ]
+
+
+def _sample_sentences(inside: ErrorByDirection) -> list[str]:
+    """State how much the samples of each network vary against the data, in all and in the bands of directions."""
+    texts = []
+    for network in inside.networks:
+        if network.samples is None:
+            continue
+        ratios = network.samples.spread[-1]
+        parts = [
+            f"{number(_weighted(ratios, inside.eigenvalues, part), 3)} times in directions of {band_title(band)}"
+            for band, part in zip(network.bands, band_slices(network.bands), strict=True)
+        ]
+        whole = number(_weighted(ratios, inside.eigenvalues, slice(None)), 3)
+        texts.append(
+            f"Samples of {network.run} have {whole} times the variance of the data: {listed(parts)}. At the highest "
+            f"spatial frequency they have {number(network.samples.by_frequency[-1], 3)} times its variance."
+        )
+    return texts
+
+
+def _weighted(ratios: Sequence[float], eigenvalues: Sequence[float], part: slice) -> float:
+    """Return the variance of samples over that of data, in some directions together."""
+    lam = eigenvalues[part]
+    total = sum(lam)
+    return sum(ratio * one for ratio, one in zip(ratios[part], lam, strict=True)) / total if total else 0.0
+
+
+def band_slices(bands: Sequence[Band]) -> list[slice]:
+    """Return the directions of each band; eigenvalues fall, and bands are listed from the smallest variance up."""
+    ends = [sum(band.directions for band in bands[place:]) for place in range(len(bands) + 1)]
+    return [slice(ends[place + 1], ends[place]) for place in range(len(bands))]
+
+
+def band_title(band: Band) -> str:
+    """Return the variances of a band in units of the noise's: variance 0.1 to 1, or variance above 1."""
+    return f"variance above {band.low:g}" if band.high is None else f"variance {band.low:g} to {band.high:g}"
 
 
 def _directions(band: Band) -> str:

@@ -85,12 +85,12 @@ def render(study: Study) -> str:
 def _geometry_context(study: Study) -> dict[str, Any]:
     """Return what the template shows of the geometry and of the networks' errors, no geometry without one."""
     from jlt.report.geometry_figures import geometry_figures, inside_figures
-    from jlt.report.sample_figures import sample_sentences, sample_spectrum_figures
+    from jlt.report.sample_figures import sample_spectrum_figures
 
     geometry, inside = study.geometry, study.inside
     errors = {
         "inside": [*inside_figures(inside), *sample_spectrum_figures(inside)] if inside else [],
-        "inside_texts": [*geometry_text.inside_sentences(inside), *sample_sentences(inside)] if inside else [],
+        "inside_texts": geometry_text.inside_sentences(inside) if inside else [],
     }
     if geometry is None:
         return {**errors, "geometry": None}

@@ -1,4 +1,4 @@
-"""Figures and sentences of inside.json on samples: their spectrum, the states on the way, and what a decoder shows."""
+"""The figures of inside.json on samples: their spectrum, the states on the way, and what a decoder shows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 
 from jlt.report import palette
 from jlt.report.figures import HALF, THIRD, Figure, LegendEntry, Panel, draw
+from jlt.report.geometry_text import band_slices, band_title
 from jlt.report.palette import INK, MUTED, PREDICTION, swatch
 from jlt.report.wording import listed, number
-from jlt.results.geometry import Band, ErrorByDirection, NetworkError, SampleSpectrum, Values
+from jlt.results.geometry import ErrorByDirection, NetworkError, SampleSpectrum, Values
 
 LINES = ((None, None), (4, 2), (1, 1.5))
 """Dashes of the networks of one prediction."""
@@ -28,18 +29,20 @@ def sample_spectrum_figures(inside: ErrorByDirection) -> list[Figure]:
         for network, before in zip(networks, _repeats(networks), strict=True)
     )
     samples = [samples_of(network) for network in networks]
-    bands = list(zip(networks[0].bands, _slices(networks[0].bands), strict=True))
-    panel, first = partial(_panel, networks), samples[0]
+    bands = list(zip(networks[0].bands, band_slices(networks[0].bands), strict=True))
+    size = HALF if len(bands) < 3 else THIRD
+    panel, first = partial(_panel, networks, size=size), samples[0]
     by_direction, by_frequency = [one.spread[-1] for one in samples], [one.by_frequency for one in samples]
     spectra = (
-        panel("By direction", range(1, len(by_direction[0]) + 1), by_direction, "direction, largest first", HALF),
-        panel("By spatial frequency", range(len(by_frequency[0])), by_frequency, "whole cycles per latent", HALF),
+        panel("By direction", range(1, len(by_direction[0]) + 1), by_direction, "direction, largest first", size=HALF),
+        panel("By spatial frequency", range(len(by_frequency[0])), by_frequency, "whole cycles per latent", size=HALF),
     )
     spread = tuple(
-        panel(_name(band), first.times, [_means(one.spread, part) for one in samples]) for band, part in bands
+        panel(band_title(band), first.times, [_means(one.spread, part) for one in samples]) for band, part in bands
     )
     calibration = tuple(
-        panel(_name(band), inside.times, [_means(one.calibration, part) for one in networks]) for band, part in bands
+        panel(band_title(band), inside.times, [_means(one.calibration, part) for one in networks])
+        for band, part in bands
     )
     drawn = f"{first.count:,} samples of each network ({first.steps}-step Heun, no guidance)"
     return [
@@ -71,44 +74,6 @@ def samples_of(network: NetworkError) -> SampleSpectrum:
     return network.samples
 
 
-def sample_sentences(inside: ErrorByDirection) -> list[str]:
-    """State how much the samples of each network vary against the data, in all and in the bands of directions."""
-    texts = []
-    for network in inside.networks:
-        if network.samples is None:
-            continue
-        ratios = network.samples.spread[-1]
-        parts = [
-            f"{number(_weighted(ratios, inside.eigenvalues, part), 3)} times {_name(band)}"
-            for band, part in zip(network.bands, _slices(network.bands), strict=True)
-        ]
-        whole = number(_weighted(ratios, inside.eigenvalues, slice(None)), 3)
-        texts.append(
-            f"Samples of {network.run} have {whole} times the variance of the data: {listed(parts)}. At the highest "
-            f"spatial frequency they have {number(network.samples.by_frequency[-1], 3)} times its variance."
-        )
-    return texts
-
-
-def _weighted(ratios: Values, eigenvalues: Values, part: slice) -> float:
-    """Return the variance of samples over that of data, in some directions together."""
-    lam = eigenvalues[part]
-    total = sum(lam)
-    return sum(ratio * one for ratio, one in zip(ratios[part], lam, strict=True)) / total if total else 0.0
-
-
-def _slices(bands: Sequence[Band]) -> list[slice]:
-    """Return the directions of each band; eigenvalues fall, and bands are listed from the smallest variance up."""
-    ends = [sum(band.directions for band in bands[place:]) for place in range(len(bands) + 1)]
-    return [slice(ends[place + 1], ends[place]) for place in range(len(bands))]
-
-
-def _name(band: Band) -> str:
-    if band.high is None:
-        return f"where the data's is above {band.low:g}"
-    return f"where the data's is {band.low:g} to {band.high:g}"
-
-
 def _means(table: Sequence[Values], part: slice) -> list[float]:
     return [fmean(row[part]) for row in table]
 
@@ -124,7 +89,8 @@ def _panel(
     x: Sequence[float],
     curves: Sequence[Sequence[float]],
     against: str = "time t, from noise to data",
-    size: tuple[float, float] = THIRD,
+    *,
+    size: tuple[float, float],
 ) -> Panel:
     """Draw a ratio of every network, and a line at 1."""
 

@@ -28,6 +28,8 @@ LATENTS = 32
 PATCH_SIZE = 2
 GROUPS = 4
 WEIGHTS_FILE = "taef2.safetensors"
+PIXELS_AT_ONCE = 2 * 256**2
+"""Pixels of a piece on a CPU, whose caches do not hold larger ones: 1.15 times as fast as a whole batch."""
 OLDER = {4: "TAESD or TAESDXL", 16: "TAESD3 or TAEF1"}
 """Tiny autoencoders of other latent spaces, by their latent channels."""
 
@@ -124,15 +126,22 @@ class TAEF2Autoencoder(Autoencoder):
         """Return the latents; JLTError if a side is no multiple of 16."""
         self.check_images(images)
         rgb = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last) / 2 + 0.5
-        return functional.pixel_unshuffle(self._network.encoder(rgb).float(), PATCH_SIZE).contiguous()
+        z = self._in_pieces(self._network.encoder, rgb, rgb[0, 0].numel())
+        return functional.pixel_unshuffle(z, PATCH_SIZE).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
         """Return the images, clamped to [-1, 1]; JLTError for a wrong channel count."""
         self.check_latents(latents)
         z = functional.pixel_shuffle(latents.to(self.device, torch.float32), PATCH_SIZE)
-        rgb = self._network.decoder(z.contiguous(memory_format=torch.channels_last)).float()
+        z = z.contiguous(memory_format=torch.channels_last)
+        rgb = self._in_pieces(self._network.decoder, z, 8 * 8 * z[0, 0].numel())
         return (2 * rgb - 1).clamp(-1, 1).contiguous()
+
+    def _in_pieces(self, network: nn.Module, x: Float[Tensor, "n c h w"], pixels: int) -> Float[Tensor, "n d hh ww"]:
+        """Apply a network to images of some pixels each, in pieces on a CPU."""
+        size = len(x) if self.device.type != "cpu" else max(1, PIXELS_AT_ONCE // pixels)
+        return torch.cat([network(piece).float() for piece in x.split(size)])
 
     def identity(self) -> dict[str, Any]:
         """Return names, sizes and the hash of all weights; the latents need no normalisation."""

@@ -157,11 +157,15 @@ def photographs(scale: Scale, real: Path, out: Path) -> dict[str, Any]:
         *("--autoencoder-path", real / "taef2", "--resolution", scale.resolution, "--out", latents),
     )
     recipe = f"imagenette{scale.resolution}"
-    return jlt(
+    result = jlt(
         *("ablate", recipe, "--latents", latents, "--out", out / "ablation", "--prediction", "x", "v"),
         *("--features", "squeezenet", "--features-path", real / "squeezenet", "--evaluations", 2),
         *("--sample.num", scale.samples, "--sample.precision", scale.precision, "--steps", scale.steps),
     )
+    for system in result["systems"]:
+        evaluations = sorted((out / "ablation" / system["run"] / "evaluations").glob("*.json"))
+        system["metrics"] = read_json(evaluations[-1])["metrics"]
+    return result
 
 
 def table(results: dict[str, Any]) -> str:
@@ -181,7 +185,9 @@ def table(results: dict[str, Any]) -> str:
         if part in results:
             rows.append([part, key.replace("_", " "), f"{results[part][key]:.4g}"])
     for system in results.get("photographs", {}).get("systems", []):
-        rows.append(["photographs", f"{system['name']}, seed {system['seed']}", json.dumps(system.get("final"))])
+        distance, agreement = (system["metrics"][name] for name in ("frechet_distance", "label_agreement"))
+        value = f"SqueezeNet distance {distance:.4g}, label agreement {agreement:.1%}"
+        rows.append(["photographs", system["name"], value])
     rows += [["seconds", part, f"{seconds:.0f}"] for part, seconds in results["seconds"].items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

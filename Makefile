@@ -24,7 +24,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
-# Everything that needs a GPU, in about 25 minutes; GPU=--small tries it on a CPU.
+# Everything that needs a GPU; GPU=--small tries it on a CPU.
 gpu: $(VENV)/.runtime
 	$(VENV)/bin/python scripts/gpu.py $(GPU)
 

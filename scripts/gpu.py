@@ -2,8 +2,9 @@
 
     python scripts/gpu.py --out gpu --real ../shared/real
 
-writes `gpu/gpu.json` and `gpu/gpu.md`. It takes about 25 minutes on one H100 or H200. Run the same command again to
-resume: parts in `gpu.json` are kept. `--only` selects parts, and `--small` tries all of them in minutes on a CPU.
+writes `gpu/gpu.json` and `gpu/gpu.md`. It is sized for 25 minutes on one H100 or H200, which is not measured yet. Run
+the same command again to resume: parts in `gpu.json` are kept. `--only` selects parts, and `--small` tries all of them
+in minutes on a CPU.
 """
 
 from __future__ import annotations

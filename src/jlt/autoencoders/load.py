@@ -60,6 +60,12 @@ def load_autoencoder(
     return autoencoder.to(device)
 
 
+def parse_decoder(text: str) -> tuple[str, str | None]:
+    """Return name and place, None where it is the usual one, of a decoder given as NAME or NAME:PLACE."""
+    name, _, place = text.partition(":")
+    return name, place or None
+
+
 class PixelAutoencoder(Autoencoder):
     """The identity map: a latent is the image in [-1, 1], one position per pixel, not normalised."""
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
-from jlt.autoencoders.load import load_autoencoder
+from jlt.autoencoders.load import load_autoencoder, parse_decoder
 from jlt.autoencoders.pretrained import PretrainedAutoencoder
 from jlt.benchmarks.rounds import time_in_turn
 from jlt.config import LatentShape, SampleConfig, TrainConfig
@@ -113,8 +113,7 @@ def _sampler(config: TrainConfig, sample: SampleConfig, device: str) -> LatentSa
 def _autoencoder(config: TrainConfig, decoder: str | None, device: str) -> Autoencoder:
     """Return a decoder, NAME or NAME:PLACE; by default a model of FLUX.2's class and size with random weights."""
     if decoder:
-        name, _, place = decoder.partition(":")
-        autoencoder = load_autoencoder(name, place or None, device)
+        autoencoder = load_autoencoder(*parse_decoder(decoder), device)
     else:
         from diffusers import AutoencoderKLFlux2
 

@@ -113,7 +113,7 @@ IMAGENETTE = {
     128: Scale("T", batch_size=64, steps=8000, learning_rate=5e-4),
     256: Scale("B", batch_size=256, steps=4000, learning_rate=2e-4),
 }
-"""By side of the images in pixels: minutes and an hour on two CPU cores, minutes on a GPU."""
+"""By side of the images in pixels: the first two are for two CPU cores, the last is for a GPU."""
 
 
 def imagenette(resolution: int, prediction: Prediction, patch_size: int, latents: LatentShape) -> TrainConfig:

@@ -15,7 +15,7 @@ from jlt.report import figures, palette
 from jlt.report.figures import Figure, LegendEntry, Panel
 from jlt.report.palette import INK, MUTED, PREDICTION, SHORT_NAMES, swatch
 from jlt.report.wording import listed, number, percent
-from jlt.results.geometry import ErrorByDirection, Geometry, Table, TokenGeometry, Values
+from jlt.results.geometry import ErrorByDirection, Geometry, NetworkError, Table, TokenGeometry, Values
 
 MINUS = "\N{MINUS SIGN}"
 LINES = ((None, None), (4, 2), (1, 1.5), (6, 2, 1, 2))
@@ -315,11 +315,24 @@ def _spectra_panel(spectra: Mapping[str, tuple[Sequence[int], Values]], dimensio
     return figures.draw(paint, alt)
 
 
+def repeats_of(networks: Sequence[NetworkError]) -> list[int]:
+    """Return for each network how many of those before it have the same prediction."""
+    kinds = [network.prediction for network in networks]
+    return [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
+
+
+def network_legend(networks: Sequence[NetworkError]) -> tuple[LegendEntry, ...]:
+    """Return one entry per network."""
+    return tuple(
+        LegendEntry(swatch(network.prediction, 1 + before), f"{network.run}, step {network.step:,}")
+        for network, before in zip(networks, repeats_of(networks), strict=True)
+    )
+
+
 def inside_figures(inside: ErrorByDirection) -> list[Figure]:
     """Draw the error of every network and the optima, a panel for each of some times."""
     networks = inside.networks
-    kinds = [network.prediction for network in networks]
-    repeats = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
+    kinds, repeats = [network.prediction for network in networks], repeats_of(networks)
     optima = ((inside.optimum, MUTED, (1, 1.5)), (inside.whole_optimum, INK, (4, 2)))
 
     def panel(place: int) -> Panel:
@@ -344,10 +357,7 @@ def inside_figures(inside: ErrorByDirection) -> list[Figure]:
             paint, f"Squared velocity error by direction at {time}; in the smallest: {listed(last)}.", figures.THIRD
         )
 
-    legend = tuple(
-        LegendEntry(swatch(network.prediction, 1 + before), f"{network.run}, step {network.step:,}")
-        for network, before in zip(networks, repeats, strict=True)
-    )
+    legend = network_legend(networks)
     caption = (
         f"Squared velocity error of {len(networks)} networks along the eigen-directions of the tokens, for the same "
         f"{inside.count:,} latents and noise. Thin lines are the unavoidable error of a linear predictor (eq. 11): "

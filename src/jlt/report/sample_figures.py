@@ -9,14 +9,12 @@ from statistics import fmean
 from matplotlib.axes import Axes
 
 from jlt.report import palette
-from jlt.report.figures import HALF, THIRD, Figure, LegendEntry, Panel, draw
+from jlt.report.figures import HALF, THIRD, Figure, Panel, draw
+from jlt.report.geometry_figures import LINES, network_legend, repeats_of
 from jlt.report.geometry_text import band_slices, band_title
-from jlt.report.palette import INK, MUTED, PREDICTION, swatch
+from jlt.report.palette import INK, MUTED, PREDICTION
 from jlt.report.wording import listed, number
 from jlt.results.geometry import ErrorByDirection, NetworkError, SampleSpectrum, Values
-
-LINES = ((None, None), (4, 2), (1, 1.5))
-"""Dashes of the networks of one prediction."""
 
 
 def sample_spectrum_figures(inside: ErrorByDirection) -> list[Figure]:
@@ -24,10 +22,7 @@ def sample_spectrum_figures(inside: ErrorByDirection) -> list[Figure]:
     networks = [network for network in inside.networks if network.samples]
     if not networks:
         return []
-    legend = tuple(
-        LegendEntry(swatch(network.prediction, 1 + before), f"{network.run}, step {network.step:,}")
-        for network, before in zip(networks, _repeats(networks), strict=True)
-    )
+    legend = network_legend(networks)
     samples = [samples_of(network) for network in networks]
     bands = list(zip(networks[0].bands, band_slices(networks[0].bands), strict=True))
     size = HALF if len(bands) < 3 else THIRD
@@ -78,11 +73,6 @@ def _means(table: Sequence[Values], part: slice) -> list[float]:
     return [fmean(row[part]) for row in table]
 
 
-def _repeats(networks: Sequence[NetworkError]) -> list[int]:
-    kinds = [network.prediction for network in networks]
-    return [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
-
-
 def _panel(
     networks: Sequence[NetworkError],
     title: str,
@@ -96,7 +86,7 @@ def _panel(
 
     def paint(axes: Axes) -> None:
         axes.axhline(1, color=MUTED.light, linewidth=1)
-        for network, curve, before in zip(networks, curves, _repeats(networks), strict=True):
+        for network, curve, before in zip(networks, curves, repeats_of(networks), strict=True):
             colour, marker = PREDICTION[network.prediction].light, palette.MARKER[network.prediction]
             axes.plot(
                 x, curve, color=colour, dashes=LINES[before % 3], marker=marker, markersize=4,

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
-from jlt.autoencoders.load import AUTOENCODERS, SHARED_SPACES, SOURCES_IN_PACKAGE, USUAL_PLACES, load_autoencoder
+from jlt.autoencoders.load import (
+    AUTOENCODERS,
+    SHARED_SPACES,
+    SOURCES_IN_PACKAGE,
+    USUAL_PLACES,
+    load_autoencoder,
+    parse_decoder,
+)
 from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.networks.transformer import build_network
@@ -329,10 +336,10 @@ def matching_autoencoder(
     """
     name, source = identity["name"], identity["source"]
     if decoder:
-        other, _, place = decoder.partition(":")
+        other, place = parse_decoder(decoder)
         if path and place:
             raise UsageError(f"The place of the decoder is named twice: {place} in --decoder, {path}.")
-        path = path or place or None
+        path = path or place
         if other != name:
             return _other_decoder(identity, other, path, device)
     gone = Path(source).is_absolute() and not Path(source).exists()

@@ -34,6 +34,7 @@ NAMES = [
     "reference",
     "evaluate",
     "sweep",
+    "price",
     "ablate",
     "report",
     "benchmark",

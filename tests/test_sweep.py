@@ -10,28 +10,22 @@ import signal
 import forked
 import pytest
 from data_helpers import file_bytes
+from training_helpers import run_on_few_digits
 
 from jlt.cli.evaluation import parse_interval
 from jlt.cli.main import main
 from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
-from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.metrics import jackknife
-from jlt.evaluation.reference import reference_statistics
+from jlt.experiments import measured_settings
 from jlt.experiments import sweep as sweeping
-from jlt.experiments.recipes import resolve_recipe
 from jlt.experiments.search import Measured, SweepConfig, default_coarse_num, keep, search, to_confirm
-from jlt.images.digits import Digits
-from jlt.latents.encode_config import EncodeConfig
-from jlt.latents.encoding import encode_source
-from jlt.latents.store import LatentStore
 from jlt.report import palette
 from jlt.report.page import write_report
 from jlt.results.evaluation import Evaluation, Metrics
 from jlt.results.sweep import Setting
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
 from jlt.training.checkpoint import open_checkpoint
-from jlt.training.loop import train
 
 WHOLE = (0.0, 1.0)
 NOTHING = Evaluation(0, Metrics(frechet_distance=0.0, count=0), {})
@@ -197,27 +191,9 @@ def test_the_first_stage_has_whole_batches():
 # ---- on a run ----
 
 
-class FewDigits(Digits):
-    """The first digits of the bundled set."""
-
-    def __len__(self):
-        return 40
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A run of a few steps, and statistics of a few digits."""
-    from jlt.autoencoders.load import load_autoencoder
-
-    folder = tmp_path_factory.mktemp("sweep")
-    encoding = EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False)
-    encode_source(FewDigits(), load_autoencoder("tiny"), encoding, folder / "latents")
-    store = LatentStore.open(folder / "latents")
-    recipe = resolve_recipe("digits", store.shape)
-    network = dataclasses.replace(recipe.network, hidden_size=16, depth=2, num_heads=2)
-    train(dataclasses.replace(recipe, network=network, steps=4, batch_size=8), store, folder / "run")
-    reference_statistics(FewDigits(), load_extractor("digits"), 32, kept=0).save(folder / "reference.npz")
-    return folder
+    return run_on_few_digits(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture
@@ -376,14 +352,14 @@ def test_no_image_is_drawn_twice_and_features_go_early(arguments, tmp_path, monk
 
 PLANT = """
 import os, signal
-from jlt.experiments import sweep
-write, left = sweep.write_result, [{count}]
+from jlt.experiments import measured_settings
+write, left = measured_settings.write_result, [{count}]
 def writing(path, value):
     left[0] -= path.parent.name == "points"
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, value)
-sweep.write_result = writing
+measured_settings.write_result = writing
 """
 
 
@@ -400,7 +376,7 @@ def test_a_killed_sweep_resumes_and_ends_the_same(few, few_results, tmp_path):
 
 
 def test_a_stopped_sweep_exits_with_75_and_resumes(few, few_results, tmp_path, monkeypatch):
-    evaluate, calls = sweeping.evaluate_sampler, []
+    evaluate, calls = measured_settings.evaluate_sampler, []
 
     def stopping(*arguments, **options):
         calls.append(1)
@@ -409,7 +385,7 @@ def test_a_stopped_sweep_exits_with_75_and_resumes(few, few_results, tmp_path, m
         return evaluate(*arguments, **options)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(sweeping, "evaluate_sampler", stopping)
+    monkeypatch.setattr(measured_settings, "evaluate_sampler", stopping)
     assert main([*few, "--out", str(out)]) == 75
     assert main([*few, "--out", str(out)]) == 0
     assert results(out) == few_results

@@ -1,5 +1,6 @@
 """A small latent store, runs on it, and what is compared between runs."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -8,9 +9,18 @@ import time
 import forked
 import torch
 
+from jlt.autoencoders.load import load_autoencoder
 from jlt.config import NetworkConfig, OptimizerConfig, TrainConfig
+from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.reference import reference_statistics
+from jlt.experiments.recipes import resolve_recipe
+from jlt.images.digits import Digits
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding import encode_source
+from jlt.latents.store import LatentStore
 from jlt.storage.codec import to_json
 from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, step_of
+from jlt.training.loop import train
 
 
 def config_for(store, **changes):
@@ -41,6 +51,25 @@ def config_for(store, **changes):
         **changes,
     }
     return TrainConfig(**settings)
+
+
+class FewDigits(Digits):
+    """The first digits of the bundled set."""
+
+    def __len__(self):
+        return 40
+
+
+def run_on_few_digits(folder):
+    """Train a run of four steps, and measure its few digits; return the folder of `run` and `reference.npz`."""
+    encoding = EncodeConfig(images="digits", autoencoder="tiny", resolution=32, flips=False)
+    encode_source(FewDigits(), load_autoencoder("tiny"), encoding, folder / "latents")
+    store = LatentStore.open(folder / "latents")
+    recipe = resolve_recipe("digits", store.shape)
+    network = dataclasses.replace(recipe.network, hidden_size=16, depth=2, num_heads=2)
+    train(dataclasses.replace(recipe, network=network, steps=4, batch_size=8), store, folder / "run")
+    reference_statistics(FewDigits(), load_extractor("digits"), 32, kept=0).save(folder / "reference.npz")
+    return folder
 
 
 def files_of(run, step):

@@ -1,4 +1,4 @@
-"""Commands that generate images and measure them: sample, fetch, reference, evaluate, sweep."""
+"""Commands that generate images and measure them: sample, fetch, reference, evaluate, sweep, price."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jlt.cli.command import (
     Result,
     command_line,
 )
-from jlt.config import Metric, SampleConfig, SampleFormat
+from jlt.config import Metric, SampleConfig, SampleFormat, Solver
 from jlt.errors import UsageError
 from jlt.report.page import write_report
 from jlt.report.sweep_page import sweep_table
@@ -217,6 +217,7 @@ class Sweep(Command):
     autoencoder_path: AutoencoderPath = None
 
     def run(self) -> Result:
+        from jlt.experiments.measured_settings import Subject
         from jlt.experiments.search import SweepConfig, default_coarse_num
         from jlt.experiments.sweep import resolve_ema, sweep
         from jlt.runtime.environment import default_device
@@ -238,12 +239,87 @@ class Sweep(Command):
             metric=self.metric,
         )
         with join_group(device) as group:
-            work = (config, checkpoint.folder, self.metrics.reference, extractor, self.out, device, group)
-            out, result = sweep(*work, self.autoencoder_path, command_line(), self.metrics.features_path)
+            subject = Subject(
+                checkpoint, self.metrics.reference, extractor, self.metrics.features_path, self.autoencoder_path
+            )
+            out, result = sweep(config, subject, self.out, device, group, command_line())
             report = group.on_rank0(lambda: write_report(out))
         return Result(
             {**result_json(result), "folder": str(out), "report": str(report)},
             f"{sweep_table(result)}\n\nOpen {report}",
+        )
+
+
+@dataclass(frozen=True)
+class PricedSampling(SampleConfig):
+    """The settings of the sampler that a price does not vary."""
+
+    solver: tyro.conf.Suppress[tyro.conf.Fixed[Solver]] = "heun"
+    steps: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 50
+    shift: tyro.conf.Suppress[tyro.conf.Fixed[float]] = 1.0
+    grid: tyro.conf.Suppress[tyro.conf.Fixed[tuple[float, ...]]] = ()
+    cfg_interval: tyro.conf.Suppress[tyro.conf.Fixed[tuple[float, float]]] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price(Command):
+    """Find the cheapest sampler that is as good as the published one.
+
+    50-step Heun is measured first, then every cheaper setting from the same noise. Images of another seed measure the
+    choice. Run the same command again to resume. Several processes share the work:
+      torchrun --nproc-per-node 8 -m -- jlt price ...
+
+    For example:
+      jlt price --checkpoint run --cfg-scale 2 --solver heun dpmpp_2m --steps 6 8 10 12 16 20
+    """
+
+    checkpoint: CheckpointPath
+    out: Path | None = None
+    """Folder of the results. Default: RUN/prices/step_NNNNNNN."""
+    solver: tuple[Solver, ...] = ("euler", "heun", "dpmpp_2m")
+    """Solvers."""
+    steps: tuple[int, ...] = (5, 6, 8, 10, 12, 14, 16, 20)
+    """Numbers of steps."""
+    shift: tuple[float, ...] = (1.0,)
+    """Shifts a of the times of the steps, t -> t / (t + a (1 - t)); 1 is uniform."""
+    cfg_interval: tuple[str, ...] = ("0,1",)
+    """Guidance intervals, each as low,high. The published sampler is measured with the first one."""
+    max_evaluations: int = 40
+    """Largest number of evaluations of the network per image, both branches of guidance counted."""
+    confirm_seed: int | None = None
+    """Seed of the images that confirm. Default: seed + 1."""
+    metrics: Annotated[MetricOptions, Flat] = field(default_factory=MetricOptions)
+    sample: Annotated[PricedSampling, Flat] = field(default_factory=lambda: PricedSampling(num=1000))
+    autoencoder_path: AutoencoderPath = None
+
+    def run(self) -> Result:
+        from jlt.experiments.measured_settings import Subject
+        from jlt.experiments.price import PriceConfig, price
+        from jlt.report.price_page import price_table
+        from jlt.runtime.environment import default_device
+        from jlt.training.checkpoint import open_checkpoint
+
+        sample = SampleConfig(**vars(self.sample))
+        config = PriceConfig(
+            sample=sample,
+            solver=self.solver,
+            steps=self.steps,
+            shift=self.shift,
+            cfg_interval=tuple(map(parse_interval, self.cfg_interval)),
+            max_evaluations=self.max_evaluations,
+            confirm_seed=sample.seed + 1 if self.confirm_seed is None else self.confirm_seed,
+        )
+        device, checkpoint = default_device(), open_checkpoint(self.checkpoint)
+        metrics = self.metrics
+        subject = Subject(
+            checkpoint, metrics.reference, metrics.load(device), metrics.features_path, self.autoencoder_path
+        )
+        with join_group(device) as group:
+            out, result = price(config, subject, self.out, device, group, command_line())
+            report = group.on_rank0(lambda: write_report(out))
+        return Result(
+            {**result_json(result), "folder": str(out), "report": str(report)},
+            f"{price_table(result)}\n\nOpen {report}",
         )
 
 

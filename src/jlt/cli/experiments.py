@@ -91,7 +91,7 @@ class Ablate(RecipeCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Command):
-    """Write report.html for a run, ablation, sweep or analysis.
+    """Write report.html for a run, ablation, sweep, price or analysis.
 
     A run may still be training.
 
@@ -100,7 +100,7 @@ class Report(Command):
     """
 
     folder: Folder
-    """Folder of a run, an ablation, a quickstart, a sweep or an analysis."""
+    """Folder of a run, an ablation, a quickstart, a sweep, a price or an analysis."""
 
     def run(self) -> Result:
         page = write_report(self.folder)

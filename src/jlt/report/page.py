@@ -15,6 +15,7 @@ from jlt.report.result_rows import MEASUREMENT_HEADS, result_rows
 from jlt.report.sample_grids import sample_grids, sample_series
 from jlt.report.study import Study, flatten, grouped, read_study
 from jlt.report.wording import Table, listed, number
+from jlt.results.price import Price
 from jlt.results.run import Log, Run
 from jlt.results.sweep import Sweep
 from jlt.runtime.progress import format_seconds
@@ -25,7 +26,7 @@ AXES = ("prediction", "loss_space", "patch_size", "seed")
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html into the folder of an ablation, a run or a sweep from the result files in it; return its path.
+    """Write report.html into the folder of an experiment or a run from the result files in it; return its path.
 
     JLTError for any other folder, damaged files, and evaluations by different protocols.
     """
@@ -34,6 +35,10 @@ def write_report(folder: Path) -> Path:
         from jlt.report.sweep_page import sweep_context
 
         write_text(path, render_template("sweep.html", sweep_context(folder)))
+    elif (folder / Price.FILE).exists():
+        from jlt.report.price_page import price_context
+
+        write_text(path, render_template("price.html", price_context(folder)))
     else:
         write_text(path, render(read_study(folder)))
     return path

@@ -267,6 +267,8 @@ def limits(study: Study) -> list[str]:
             f"Distances and scores use the features of a small bundled digit classifier{known}, not Inception. They "
             "cannot be compared with published FID or IS values."
         )
+    if name_in(protocol, "extractor") == "squeezenet":
+        texts.append("Distances and scores use the features of SqueezeNet, not Inception's: none of them is an FID.")
     if seeds == 1:
         texts.append("A single seed: this page does not show how much these numbers vary between seeds.")
     elif 1 < seeds < 5:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
-from jlt.errors import JLTError
+from jlt.errors import JLTError, unknown_name
 
 Prediction = Literal["x", "eps", "v"]
 LossSpace = Literal["x", "eps", "v"]
@@ -22,6 +22,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 InferencePrecision = Literal["float32", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
 Solver = Literal["euler", "heun", "midpoint", "dpmpp_2m", "ancestral"]
+NamedSampler = Literal["published", "fast"]
 SampleFormat = Literal["png", "npz", "grid"]
 Metric = Literal[
     "frechet_distance",
@@ -160,6 +161,13 @@ class TimestepConfig:
         _require_positive(self, "P_std", "shift")
 
 
+SAMPLERS: dict[NamedSampler, dict[str, Any]] = {
+    "published": {"solver": "heun", "steps": 50, "shift": 1.0, "grid": ()},
+    "fast": {"solver": "dpmpp_2m", "steps": 16, "shift": 1.0, "grid": ()},
+}
+"""Named settings of the sampler: the published one (eq. 8), and one that `jlt price` chose (docs/photographs.md)."""
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Settings of the sampler."""
@@ -198,8 +206,15 @@ class SampleConfig:
     """Precision of the network; bfloat16 is autocast."""
     compile: bool = False
     """torch.compile the network: faster for many images; needs a C++ compiler on a CPU."""
+    sampler: InitVar[NamedSampler | None] = None
+    """Name of a solver with its times, instead of --solver, --steps and --shift: published (50-step Heun) or fast."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, sampler: NamedSampler | None) -> None:
+        if sampler is not None and sampler not in SAMPLERS:
+            raise unknown_name("sampler", sampler, SAMPLERS)
+        # Only the settings are kept, so that a protocol is the same for both ways to write them.
+        for key, value in (SAMPLERS[sampler] if sampler else {}).items():
+            object.__setattr__(self, key, value)
         low, high = self.cfg_interval
         _require(0 < self.shift < math.inf, f"shift must be positive, not {self.shift}.")
         _require(math.isfinite(self.cfg_scale), f"cfg_scale must be a number, not {self.cfg_scale}.")

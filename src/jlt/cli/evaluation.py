@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from jlt.cli.command import (
     Result,
     command_line,
 )
-from jlt.config import Metric, SampleConfig, SampleFormat, Solver
+from jlt.config import Metric, NamedSampler, SampleConfig, SampleFormat, Solver
 from jlt.errors import UsageError
 from jlt.report.page import write_report
 from jlt.report.sweep_page import sweep_table
@@ -258,6 +258,7 @@ class PricedSampling(SampleConfig):
     steps: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 50
     shift: tyro.conf.Suppress[tyro.conf.Fixed[float]] = 1.0
     grid: tyro.conf.Suppress[tyro.conf.Fixed[tuple[float, ...]]] = ()
+    sampler: InitVar[tyro.conf.Suppress[tyro.conf.Fixed[NamedSampler | None]]] = None
     cfg_interval: tyro.conf.Suppress[tyro.conf.Fixed[tuple[float, float]]] = (0.0, 1.0)
 
 

@@ -20,6 +20,7 @@ from jlt.cli.evaluation import Evaluate, Fetch, Price, Reference, Sample, Sweep
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
+from jlt.config import SAMPLERS
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
@@ -56,6 +57,7 @@ def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: st
         for key, command in commands.items()
     ]
     union: Any = Union[tuple(branches)]  # noqa: UP007
+    refuse_two_samplers(arguments)
     options: dict[str, Any] = {"prog": prog, "description": description, **PARSING}
     try:
         command, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
@@ -69,6 +71,17 @@ def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: st
         return dataclasses.replace(command, overrides=tuple(rest))
     # tyro explains unknown arguments only where it does not return them.
     return tyro.cli(union, args=arguments, **options) if rest else command
+
+
+def refuse_two_samplers(arguments: Sequence[str]) -> None:
+    """Raise a UsageError for a named sampler next to a setting that it names: one of them would have no effect."""
+    options = [argument.partition("=")[0] for argument in arguments]
+    for named in options:
+        prefix, _, name = named.rpartition("sampler")
+        if name == "" and prefix.endswith(("--", ".")):
+            for key in SAMPLERS["published"]:
+                if f"{prefix}{key}" in options:
+                    raise UsageError(f"{named} sets {key}, too: leave out {prefix}{key}, or {named}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

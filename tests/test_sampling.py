@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 
-from jlt.config import PREDICTIONS, LatentShape, SampleConfig
+from jlt.cli.main import main
+from jlt.config import PREDICTIONS, SAMPLERS, LatentShape, SampleConfig
 from jlt.errors import JLTError
 from jlt.path import expand_time
 from jlt.sampling.guidance import Denoiser, guided, in_interval, rows_evaluated
 from jlt.sampling.sampler import LatentSampler, labels_for
 from jlt.sampling.solvers import network_evaluations, solve
+from jlt.storage.codec import to_json
 from jlt.timesteps import sampling_grid, uniform_grid
 
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "dpmpp_2m": 2, "ancestral": 1}
@@ -288,6 +290,24 @@ def test_grids():
             SampleConfig(grid=wrong)
     with pytest.raises(JLTError, match="leave shift at 1"):
         SampleConfig(grid=(0, 1), shift=2.0)
+
+
+def test_a_named_sampler_is_its_settings():
+    fast = SampleConfig(sampler="fast")
+    assert fast == SampleConfig(**SAMPLERS["fast"]) != SampleConfig()
+    assert SampleConfig(sampler="published", steps=3) == SampleConfig(solver="heun", steps=50)
+    assert set(to_json(fast)) == {field.name for field in dataclasses.fields(SampleConfig)}
+    # Guided at all times, both branches counted.
+    published, cheap = (rows_evaluated(SampleConfig(sampler=name, cfg_scale=2.0)) for name in ("published", "fast"))
+    assert (published, cheap <= 40) == (198, True)
+    assert dataclasses.replace(fast, num=3, steps=7).steps == 7
+
+
+@pytest.mark.parametrize("prefix", ["--", "--sample.", "--evaluation.sample."])
+def test_a_named_sampler_next_to_its_settings_is_refused(prefix, capsys):
+    for option in (f"{prefix}steps=4", f"{prefix}solver=euler", f"{prefix}shift=2", f"{prefix}grid=0"):
+        assert main(["sample", f"{prefix}sampler=fast", option]) == 2
+        assert f"leave out {option.partition('=')[0]}, or {prefix}sampler" in capsys.readouterr().err
 
 
 def test_fresh_noise_belongs_to_image_and_step():

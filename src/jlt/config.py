@@ -13,7 +13,7 @@ from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError
 
 Prediction = Literal["x", "eps", "v"]
 LossSpace = Literal["x", "eps", "v"]
@@ -210,8 +210,6 @@ class SampleConfig:
     """Name of a solver with its times, instead of --solver, --steps and --shift: published (50-step Heun) or fast."""
 
     def __post_init__(self, sampler: NamedSampler | None) -> None:
-        if sampler is not None and sampler not in SAMPLERS:
-            raise unknown_name("sampler", sampler, SAMPLERS)
         # Only the settings are kept, so that a protocol is the same for both ways to write them.
         for key, value in (SAMPLERS[sampler] if sampler else {}).items():
             object.__setattr__(self, key, value)

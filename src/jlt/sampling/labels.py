@@ -18,6 +18,9 @@ RULES = ("equal", "random")
 NAMELESS = re.compile(r"n\d{8}|\d+")
 """A name of WordNet, as ImageNet's folders have it, or a number: a name that says nothing to a reader."""
 
+SYNONYMS = re.compile(r",.*| \(n\d{8}\)$")
+"""What follows the first synonym, or distinguishes two classes of one name."""
+
 
 def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -> Int[Tensor, "n"]:
     """Return the labels of numbered images: `equal` counts per class, `random`, or a list that repeats."""
@@ -60,8 +63,9 @@ def class_number(label: int | str, class_names: Sequence[str], num_classes: int)
         return int(labels_for(str(int(label)), range(1), num_classes, 0))
     folded = label.strip().casefold()
     names = readable_names(class_names, num_classes)
+    short = [SYNONYMS.sub("", name) for name in names]
     # A whole name goes before a synonym.
-    for known in (class_names, names, [name.partition(",")[0] for name in names]):
+    for known in (class_names, names, short):
         numbers = [number for number, name in enumerate(known) if name.strip().casefold() == folded]
         if len(numbers) > 1:
             listed = " and ".join(map(str, numbers))
@@ -71,7 +75,7 @@ def class_number(label: int | str, class_names: Sequence[str], num_classes: int)
     if not names:
         last = num_classes - 1
         raise UsageError(f"There is no class named {label!r}: these classes have no names, only numbers 0 to {last}.")
-    raise unknown_name("class", label, (*names, *RULES))
+    raise unknown_name("class", label, (*short, *RULES))
 
 
 def readable_names(class_names: Sequence[str], num_classes: int) -> Sequence[str]:

@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = '''\
+PROGRAM = """\
 import jlt
 model = jlt.load("runs/jlt-b1")
 images = model.sample(labels=["tench", 217], seed=0, cfg_scale=2.9, cfg_interval=(0.1, 1.0))
@@ -24,7 +24,7 @@ for latents, labels in jlt.open_latents("latents").batches(64, seed=0):
 distance = jlt.FrechetDistance("digits")
 distance.update(images)
 reveal_type(distance.compute("digits"))
-'''
+"""
 WRONG = {
     'jlt.laod("run")': 'Module has no attribute "laod"',
     "model.sample(cfg_scal=2.9)": 'Unexpected keyword argument "cfg_scal"',
@@ -38,7 +38,13 @@ def test_a_program_of_a_user_is_type_checked(tmp_path):
     right = PROGRAM.splitlines()
     (tmp_path / "program.py").write_text("\n".join([*right, *WRONG, ""]))
     # A cache of its own, since other options invalidate that of `make lint`.
-    arguments = ["--strict", "--no-error-summary", "--cache-dir", ROOT / ".mypy_cache" / "strict", tmp_path / "program.py"]
+    arguments = [
+        "--strict",
+        "--no-error-summary",
+        "--cache-dir",
+        ROOT / ".mypy_cache" / "strict",
+        tmp_path / "program.py",
+    ]
     command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", *arguments]
     found = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     messages = {}

@@ -168,7 +168,7 @@ class ImageSampler:
     def latent_batches(self, numbers: Iterable[range] | None = None) -> Iterator[LatentBatch]:
         """Yield the latents of the same images, on the device."""
         ranges = batches_of(self.config.num, self.config.batch_size) if numbers is None else list(numbers)
-        drawn = self.latent_sampler.batches(map(self.drawn_with, ranges))
+        drawn = self.latent_sampler.batches([self.drawn_with(part) for part in ranges])
         for part, batch in zip(ranges, drawn, strict=True):
             yield LatentBatch(batch.start, batch.latents[: len(part)], batch.labels[: len(part)])
 

@@ -1,5 +1,6 @@
-"""Pages of the site that are other files of the repository: the README, the changelog and the example."""
+"""Pages of the site that are other files of the repository: the README, the changelog and the examples."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "examples/train_minimal.py"
+NOTEBOOK = "examples/digits.ipynb"
+PAGES = {"CHANGELOG.md": "changelog.md", EXAMPLE: "minimal.md", NOTEBOOK: "notebook.md"}
+"""Files outside docs/, with their pages."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -17,22 +21,38 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Return a page of docs/ with links to the pages of files outside it; MkDocs calls this for every page."""
+    for file, page in PAGES.items():
+        markdown = markdown.replace(f"](../{file})", f"]({page})")
+    return markdown
+
+
 def pages() -> dict[str, str]:
     """Return the Markdown of each generated page."""
     return {
         "index.md": page_of_readme((ROOT / "README.md").read_text()),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
         "minimal.md": page_of_example((ROOT / EXAMPLE).read_text()),
+        "notebook.md": page_of_notebook((ROOT / NOTEBOOK).read_text()),
     }
 
 
 def page_of_readme(text: str) -> str:
     """Return the README with its links as they are inside docs/."""
     text = re.sub(r"\]\(docs/", "](", text)
-    text = text.replace("](CHANGELOG.md)", "](changelog.md)").replace(f"]({EXAMPLE})", "](minimal.md)")
+    for file, page in PAGES.items():
+        text = text.replace(f"]({file})", f"]({page})")
     return f"---\nhide: [navigation]\n---\n\n{text}"
 
 
 def page_of_example(code: str) -> str:
     """Return a page that shows the example."""
     return f"# A minimal training\n\n`{EXAMPLE}`: run it from the root of the repository.\n\n```python\n{code}```\n"
+
+
+def page_of_notebook(text: str) -> str:
+    """Return a page that shows the text and the code of the notebook."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    parts = [source if kind == "markdown" else f"```python\n{source}\n```" for kind, source in cells]
+    return "\n\n".join(parts).replace("](../docs/", "](") + f"\n\n`{NOTEBOOK}` runs in Jupyter.\n"

@@ -53,6 +53,16 @@ def test_importing_the_package_loads_nothing_heavy():
     assert json.loads(python("-c", f"import json, sys, jlt; print({LOADED})")) == []
 
 
+def test_importing_the_package_takes_no_time_and_its_names_are_found():
+    timed = "import time; begun = time.perf_counter(); import jlt; print(time.perf_counter() - begun)"
+    assert min(float(python("-c", timed)) for _ in range(3)) < 0.3
+    # Completion looks at the names; only their use imports.
+    listed = f"import json, sys, jlt; names = [dir(jlt), jlt.__all__]; print({LOADED}); print('load' in dir(jlt))"
+    assert python("-c", listed).splitlines() == ["[]", "True"]
+    assert python("-c", "import jlt; print(jlt.load.__name__); import jlt.path; print(jlt.path.interpolate)")
+    assert python("-c", "from jlt import *; print(load, FrechetDistance, __version__)")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["ablate", "--help"]])
 def test_help_loads_nothing_heavy(arguments):
     script = (

@@ -193,7 +193,7 @@ class SampleConfig:
     t_eps: float = 0.0
     """Smallest denominator of the readout (eq. 3); the published 0.05 leaves noise in the images."""
     labels: str = "equal"
-    """Class labels: equal counts per class, random, or a list such as 3,7,7 that is repeated."""
+    """Labels: equal counts, random, or a list that repeats: 3,7 or cat,dog (no commas in names)."""
     seed: int = 0
     """Seed of the noise and of random labels."""
     ema: str = ""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
 from jlt.config import LossSpace, TimestepConfig
-from jlt.errors import UsageError
 from jlt.latents.encode_config import EncodeConfig
 from jlt.runtime.processes import join_group
 
@@ -154,8 +153,6 @@ class Analyze(Command):
         networks = Networks(opened, self.num, self.ema, self.samples, self.steps, self.decoder) if opened else None
         known = sorted({checkpoint.config.network.hidden_size for checkpoint in opened})
         widths = self.width or tuple(known) or (768,)
-        if not self.patch_size or min((*widths, *self.patch_size)) < 1:
-            raise UsageError("--patch-size and --width need numbers of 1 or more.")
         model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale)
         config = AnalysisConfig(self.patch_size, widths, model)
         store, device = LatentStore.open(self.latents), default_device()

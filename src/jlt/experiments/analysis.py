@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_comparable
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
 from jlt.geometry.assemble import assemble_geometry
@@ -26,6 +26,10 @@ class AnalysisConfig:
     patch_sizes: tuple[int, ...]
     widths: tuple[int, ...]
     model: TrainingModel
+
+    def __post_init__(self) -> None:
+        if not self.patch_sizes or min((*self.widths, *self.patch_sizes)) < 1:
+            raise UsageError("Patch sizes and widths need numbers of 1 or more.")
 
     def geometry_of(self, moments: Moments, store: Latents) -> Geometry:
         """Return the geometry of a store from its moments; JLTError for latents without any variance."""

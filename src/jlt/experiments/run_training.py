@@ -5,6 +5,7 @@ Watchers look at checkpoints during the training: they draw grids of samples fro
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from jlt.latents.store import LatentStore
 from jlt.runtime.environment import default_device
 from jlt.runtime.processes import Group, join_group, stop_together
 from jlt.runtime.progress import inform
+from jlt.sampling.labels import number_labels
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
 from jlt.storage.codec import to_json
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
@@ -59,12 +61,13 @@ def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Gro
 def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None:
     """Raise a JLTError if the samples of a run's configuration cannot be drawn from it."""
     sample = config.evaluation.sample
+    labels = number_labels(sample.labels, store.class_names, config.network.num_classes)
     known = [*average_names(config), "none", ""]
     if sample.ema not in known and not (sample.ema.startswith(SIGMA_REL) and config.power_ema):
         raise unknown_name("EMA in this run", sample.ema, known[:-1])
     if sample.ema.startswith(SIGMA_REL):
         parse_sigma_rel(sample.ema)
-    check_guidance(config, sample)
+    check_guidance(config, dataclasses.replace(sample, labels=labels))
     if config.evaluate_every:
         require_enough(sample.num)
     if sample.autoguide:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jlt.config import Prediction, SampleConfig
@@ -30,9 +30,11 @@ class Denoiser:
     null_label: int
     t_eps: float = 0.0
 
-    def velocity(self, z: State, t: float, labels: Int[Tensor, "b"]) -> State:
-        """Return v^ at one time t for the whole batch (eq. 3), in z's precision."""
-        times = z.new_full((len(z),), max(t, NOISE_END) if self.prediction == "eps" else t)
+    def velocity(self, z: State, t: float | Float[Tensor, "b"], labels: Int[Tensor, "b"]) -> State:
+        """Return v^ at one time t for the whole batch, or at one for each sample (eq. 3), in z's precision."""
+        times = t.to(z) if isinstance(t, Tensor) else z.new_full((len(z),), t)
+        if self.prediction == "eps":
+            times = times.clamp_min(NOISE_END)
         output = self.network(z, times, labels).to(z.dtype)
         return velocity_from_output(self.prediction, output, z, times, self.t_eps)
 

@@ -30,8 +30,9 @@ from jlt.networks.transformer import build_network
 from jlt.prediction import clean_from_velocity
 from jlt.runtime.environment import versions
 from jlt.runtime.progress import inform
-from jlt.runtime.random_numbers import derive_seed, generator, normal_per_sample
+from jlt.runtime.random_numbers import derive_seed, normal_per_sample
 from jlt.sampling.guidance import NOISE_END, Denoiser, guided
+from jlt.sampling.labels import labels_for, number_labels
 from jlt.sampling.solvers import Noise, network_evaluations, no_noise, solve
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
@@ -116,22 +117,6 @@ class LatentSampler:
             return solve(config.solver, observed, start.noise, sampling_grid(config), start.fresh)
 
 
-def labels_for(rule: str, indices: Sequence[int], num_classes: int, seed: int) -> Int[Tensor, "n"]:
-    """Return the labels of numbered images: `equal` counts per class, `random`, or a list that repeats."""
-    if rule == "equal":
-        return torch.tensor([index % num_classes for index in indices])
-    if rule == "random":
-        draws = [torch.randint(num_classes, (), generator=generator(seed, "label", index)) for index in indices]
-        return torch.stack(draws)
-    try:
-        labels = [int(part) for part in rule.split(",")]
-    except ValueError:
-        raise UsageError(f"labels must be equal, random or a list such as 3,7,7, not {rule!r}.") from None
-    if outside := [label for label in labels if not 0 <= label < num_classes]:
-        raise JLTError(f"There is no class {outside[0]}: the network knows the classes 0 to {num_classes - 1}.")
-    return torch.tensor([labels[index % len(labels)] for index in indices])
-
-
 def batches_of(num: int, batch_size: int) -> list[range]:
     """Return the numbers 0 to num - 1 in consecutive ranges of batch_size; the last may be shorter."""
     return [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
@@ -160,6 +145,10 @@ class Weights:
     denoiser: Denoiser
     identity: Mapping[str, Any]
 
+    def clamped(self, t_eps: float) -> Weights:
+        """Return the same network with another clamp of its readout (eq. 3)."""
+        return replace(self, denoiser=replace(self.denoiser, t_eps=t_eps))
+
 
 @dataclass(frozen=True)
 class ImageSampler:
@@ -174,13 +163,25 @@ class ImageSampler:
 
     def batches(self, numbers: Iterable[range] | None = None) -> Iterator[ImageBatch]:
         """Yield the images of these ranges of numbers, a batch each; without them all `config.num`, in order."""
+        return map(self.decode, self.latent_batches(numbers))
+
+    def latent_batches(self, numbers: Iterable[range] | None = None) -> Iterator[LatentBatch]:
+        """Yield the latents of the same images, on the device."""
         ranges = batches_of(self.config.num, self.config.batch_size) if numbers is None else list(numbers)
-        # A compiled network would be compiled again for a shorter last batch, which takes longer than to fill it.
-        filled = [range(part.start, part.start + self.config.batch_size) for part in ranges]
-        drawn = self.latent_sampler.batches(filled if self.config.compile else ranges)
+        drawn = self.latent_sampler.batches([self.drawn_with(part) for part in ranges])
         for part, batch in zip(ranges, drawn, strict=True):
-            images = decode_to_uint8(self.autoencoder, batch.latents[: len(part)])
-            yield ImageBatch(batch.start, images.cpu(), batch.labels[: len(part)].cpu())
+            yield LatentBatch(batch.start, batch.latents[: len(part)], batch.labels[: len(part)])
+
+    def drawn_with(self, numbers: range) -> range:
+        """Return the numbers of the images that are drawn together with these.
+
+        A compiled network would be compiled again for a shorter last batch, which takes longer than to fill it.
+        """
+        return range(numbers.start, numbers.start + self.config.batch_size) if self.config.compile else numbers
+
+    def decode(self, batch: LatentBatch) -> ImageBatch:
+        """Return the images of latents, in host memory."""
+        return ImageBatch(batch.start, decode_to_uint8(self.autoencoder, batch.latents).cpu(), batch.labels.cpu())
 
     @property
     def latent_sampler(self) -> LatentSampler:
@@ -245,6 +246,7 @@ def open_sampler(
     Raises JLTError for an unknown EMA or label rule, a damaged checkpoint, a guide of another kind of latents, or an
     autoencoder with other weights.
     """
+    config = with_numbered_labels(checkpoint, config)
     check_guidance(checkpoint.config, config)
     guide = None
     if config.autoguided:
@@ -265,15 +267,23 @@ def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
     def changed(*keys: str) -> bool:
         return any(getattr(config, key) != getattr(sampler.config, key) for key in keys)
 
+    config = with_numbered_labels(checkpoint, config)
     check_guidance(checkpoint.config, config)
     weights, guide = sampler.weights, sampler.guide if config.autoguided else None
-    if changed("ema", "t_eps", "compile"):
-        weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
+    if changed("ema", "compile"):
+        weights = open_weights(checkpoint, config.ema, device, compiled=config.compile)
     if config.autoguided:
         weaker = check_guide(checkpoint, config)
-        if guide is None or changed("autoguide", "autoguide_ema", "t_eps", "compile"):
-            guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
+        if guide is None or changed("autoguide", "autoguide_ema", "compile"):
+            guide = open_weights(weaker, config.autoguide_ema, device, compiled=config.compile)
+    weights, guide = weights.clamped(config.t_eps), guide and guide.clamped(config.t_eps)
     return replace(sampler, weights=weights, guide=guide, config=config)
+
+
+def with_numbered_labels(checkpoint: Checkpoint, config: SampleConfig) -> SampleConfig:
+    """Return the settings with class numbers for class names, since a protocol records numbers."""
+    names = checkpoint.latents.get("class_names") or []
+    return replace(config, labels=number_labels(config.labels, names, checkpoint.config.network.num_classes))
 
 
 def open_weights(checkpoint: Checkpoint, ema: str, device: str, t_eps: float = 0.0, compiled: bool = False) -> Weights:

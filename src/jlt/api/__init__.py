@@ -1,0 +1,1 @@
+"""Five lines of Python: what `import jlt` offers, above all commands and below none."""

@@ -20,7 +20,7 @@ import jlt
 from jlt.api.model import SampleSettings
 from jlt.autoencoders.load import load_autoencoder
 from jlt.cli.main import main
-from jlt.config import NetworkConfig, OptimizerConfig, SampleConfig, TrainConfig
+from jlt.config import SAMPLERS, NetworkConfig, OptimizerConfig, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.metrics import FeatureStatistics
@@ -177,7 +177,13 @@ def test_an_unknown_class_on_the_command_line_is_wrong_usage(run_of, tmp_path, c
 def test_settings_are_those_of_the_command_line(model):
     known = {field.name for field in dataclasses.fields(SampleConfig)} - {"num", "labels"}
     hints = typing.get_type_hints(SampleConfig)
-    assert typing.get_type_hints(SampleSettings) == {name: hints[name] for name in known}
+    named = {"sampler": hints["sampler"].type}
+    assert typing.get_type_hints(SampleSettings) == {name: hints[name] for name in known} | named
+    assert model.sample([0], sampler="fast").protocol == model.sample([0], **SAMPLERS["fast"]).protocol
+    with pytest.raises(UsageError, match="did you mean fast"):
+        model.sample([0], sampler="fats")
+    with pytest.raises(UsageError, match="sets steps, too"):
+        model.sample([0], sampler="fast", steps=3)
     with pytest.raises(UsageError, match="did you mean cfg_scale"):
         model.sample([0], cfg_scal=2)
     with pytest.raises(JLTError, match="solver must be one of euler, heun"):

@@ -15,8 +15,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from jlt.api.images import Images, to_pil
-from jlt.config import InferencePrecision, LatentShape, Prediction, SampleConfig, Solver, TrainConfig
-from jlt.errors import UsageError
+from jlt.config import (
+    SAMPLERS,
+    InferencePrecision,
+    LatentShape,
+    NamedSampler,
+    Prediction,
+    SampleConfig,
+    Solver,
+    TrainConfig,
+)
+from jlt.errors import UsageError, unknown_name
 from jlt.prediction import clean_from_velocity
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
@@ -56,6 +65,20 @@ class SampleSettings(TypedDict, total=False):
     batch_size: int
     precision: InferencePrecision
     compile: bool
+    sampler: NamedSampler | None
+
+
+def _without_names(settings: SampleSettings) -> dict[str, object]:
+    """Return settings with those that a named sampler stands for; UsageError for both, and for an unknown name."""
+    plain: dict[str, object] = {**settings}
+    sampler = plain.pop("sampler", None)
+    if sampler is None:
+        return plain
+    if sampler not in SAMPLERS:
+        raise unknown_name("sampler", str(sampler), SAMPLERS)
+    if twice := SAMPLERS[sampler].keys() & plain.keys():
+        raise UsageError(f"The sampler {sampler!r} sets {', '.join(sorted(twice))}, too: leave one of them out.")
+    return {**plain, **SAMPLERS[sampler]}
 
 
 def load(
@@ -120,7 +143,7 @@ class Model:
         if not classes:
             raise UsageError("labels is empty: name at least one class, or a rule.")
         by_rule = isinstance(labels, str) and labels in RULES
-        given: dict[str, object] = {"ema": self._ema, **settings}
+        given: dict[str, object] = {"ema": self._ema, **_without_names(settings)}
         given["labels"] = labels if by_rule else ",".join(str(self.class_number(label)) for label in classes)
         if num is not None or not by_rule:
             given["num"] = len(classes) if num is None else num

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import arg
@@ -110,9 +110,13 @@ def _plain_field(entry: StructFieldSpec) -> StructFieldSpec:
     if not (entry.default is None or isinstance(entry.default, bool) or entry.default in ("", ())):
         return entry
     hint: Any = get_args(entry.type)[0] if get_origin(entry.type) is Annotated else entry.type
-    metavar = next(kind.__name__.upper() for kind in get_args(hint)) if entry.default is None else None
+    metavar = _metavar(get_args(hint)[0]) if entry.default is None else None
     plain: Any = Annotated[entry.type, arg(help_behavior_hint="", metavar=metavar)]
     return dataclasses.replace(entry, type=plain)
+
+
+def _metavar(kind: Any) -> str:
+    return f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
 
 
 PARSING: dict[str, Any] = {

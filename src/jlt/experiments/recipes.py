@@ -174,9 +174,7 @@ def images_of_recipe(name: str) -> int:
     if name.endswith(".json"):
         count = read_json(Path(name))["latents"]["count"]
         if count is None:
-            raise JLTError(
-                f"{name} is of an imported run, whose number of latents is unknown: name some with --latents."
-            )
+            raise JLTError(f"{name} is of an imported run, which does not know its latents: name some with --latents.")
         return count
     return RECIPES[name].images
 

@@ -172,14 +172,14 @@ def _require_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> 
         if found[name] != shape:
             raise JLTError(f"{name} has the shape {found[name]} instead of {shape}.")
     if unexpected:
-        raise JLTError(f"{unexpected[0]} is unexpected: this network has no such weight.")
+        raise JLTError(f"{unexpected[0][:80]!r} is unexpected: this network has no such weight.")
 
 
 def _similar(name: str, names: Iterable[str]) -> str:
     """Return a second sentence about a name that stands where `name` is expected, which may be a renamed weight."""
     group = name.rpartition(".")[0].rpartition(".")[0]
     near = [other for other in names if group and other.startswith(f"{group}.")]
-    return f" The file has {near[0]} in its place." if near else ""
+    return f" The file has {near[0][:80]!r} in its place." if near else ""
 
 
 def _their_shapes(config: NetworkConfig, mlp_size: int) -> dict[str, Shape]:

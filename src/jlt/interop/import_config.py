@@ -1,4 +1,4 @@
-"""What `jlt import` can be told about a file that does not say it."""
+"""What the user may state about a file that `jlt import` reads."""
 
 from __future__ import annotations
 

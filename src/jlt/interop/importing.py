@@ -16,7 +16,7 @@ from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.images.sharded import read_class_names
 from jlt.interop.authors import holds_fixed_positions, import_authors_weights, read_config
 from jlt.interop.import_config import ImportConfig
-from jlt.interop.settings import Arguments, read_prediction, require_plain_order, train_config
+from jlt.interop.settings import Arguments, is_number, read_prediction, require_plain_order, train_config
 from jlt.interop.torch_file import read_torch_file, require_tensors
 from jlt.latents.adoption import USUAL, adopted_identity
 from jlt.runtime.progress import inform
@@ -39,9 +39,12 @@ HUB = "hub:"
 STATES = ("model", "model_ema1", "model_ema2")
 AVERAGES = {"model_ema1": ("ema_decay1", 0.9999), "model_ema2": ("ema_decay2", 0.9996)}
 """The averages of a file, with the names and published values of their decays."""
+VAE_TYPES = {"flux2": "flux2", "identity": "pixels"}
+"""Autoencoders by their names in the authors' program."""
 LARGEST_SIDE = 4096
 """Pixels; a file's own claim about its images is not trusted beyond this."""
 MOST_TOKENS = 1 << 16
+MOST_BLOCKS = 10_000
 MOST_UPDATES = 10**9
 CONFIG = "config.json"
 IMPORTED = "imported"
@@ -50,7 +53,7 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint of another program in this program's terms; tensors are converted when they are asked for."""
+    """A checkpoint of another program in this program's terms; tensors are converted when they are read."""
 
     config: TrainConfig
     latents: Mapping[str, Any]
@@ -87,7 +90,7 @@ def _local(source: str) -> Path:
 def read_authors_file(path: Path, source: str, options: ImportConfig) -> Imported:
     """Read a checkpoint of the JLT authors' program or of JiT's; `source` is how the user named it."""
     content = read_torch_file(path)
-    states = {name: _plain_names(require_tensors(path, name, content[name])) for name in STATES if content.get(name)}
+    states = {name: _plain_names(require_tensors(path, name, content[name])) for name in STATES if name in content}
     if not states:
         raise JLTError(f"{path} holds none of {', '.join(STATES)}: it is no checkpoint of JLT's authors or of JiT.")
     arguments = Arguments(content.get("args"))
@@ -108,7 +111,7 @@ def read_authors_file(path: Path, source: str, options: ImportConfig) -> Importe
     facts = {
         "source": source,
         "sha256": sha256,
-        "epoch": content["epoch"] if _is_count(content.get("epoch")) else None,
+        "epoch": _count(content.get("epoch")),
         "step_counts": counted,
         "patch_embedding": "x_embedder.proj1 and x_embedder.proj2" if network.bottleneck_size else "x_embedder.proj",
         "network_from": files["network"],
@@ -127,7 +130,7 @@ def read_authors_file(path: Path, source: str, options: ImportConfig) -> Importe
 
 
 class Conversions(Mapping[str, Mapping[str, Tensor]]):
-    """Files of weights in this program's layout and float32, converted when they are asked for, so one at a time."""
+    """Files of weights in this program's layout and float32, converted when they are read, so one at a time."""
 
     def __init__(self, files: Mapping[str, Mapping[str, Tensor]], network: NetworkConfig) -> None:
         self.files, self.network = files, network
@@ -158,13 +161,16 @@ def _read_network(
 ) -> tuple[NetworkConfig, dict[str, Any], int]:
     """Return the network, the identity of its autoencoder, and the side of its images in pixels."""
     first = next(iter(states.values()))
-    name = options.autoencoder or ("pixels" if _channels(first) == 3 else "flux2")
+    name = options.autoencoder or _autoencoder_name(first, arguments)
     if name not in USUAL:
         raise unknown_name("autoencoder", name, USUAL)
-    downsampling, stated = USUAL[name].downsampling, options.resolution is not None or "img_size" in arguments.values
-    resolution = _resolution(arguments, options)
-    if resolution % downsampling:
-        raise JLTError(f"images of {resolution} pixels are no multiple of the {downsampling} of {name!r}.")
+    downsampling, resolution = USUAL[name].downsampling, _resolution(arguments, options)
+    stated = options.resolution is not None or arguments.values.get("img_size") is not None
+    if resolution % downsampling or not resolution:
+        raise JLTError(
+            f"its images have {resolution} pixels a side, which is no multiple of the {downsampling} of {name!r}: "
+            "name another --autoencoder."
+        )
     start, networks = _context_start(first, arguments, options), set()
     for which, weights in states.items():
         try:
@@ -187,10 +193,13 @@ def _read_network(
     return network, _autoencoder(name, network, options.autoencoder_path), side
 
 
-def _channels(weights: Mapping[str, Tensor]) -> int:
-    """Return the channels of the latents, 0 where the patch embedding is no convolution."""
+def _autoencoder_name(weights: Mapping[str, Tensor], arguments: Arguments) -> str:
+    """Return the autoencoder that a file states as `vae_type`, or which the channels of its latents suggest."""
+    stated = arguments.values.get("vae_type")
+    if isinstance(stated, str) and stated in VAE_TYPES:
+        return VAE_TYPES[stated]
     embedding = weights.get("x_embedder.proj.weight", weights.get("x_embedder.proj1.weight"))
-    return embedding.shape[1] if embedding is not None and embedding.ndim == 4 else 0
+    return "pixels" if embedding is not None and embedding.ndim == 4 and embedding.shape[1] == 3 else "flux2"
 
 
 def _resolution(arguments: Arguments, options: ImportConfig) -> int:
@@ -213,14 +222,14 @@ def _context_start(weights: Mapping[str, Tensor], arguments: Arguments, options:
     if options.context_start is not None:
         return options.context_start
     third = len({name.split(".")[1] for name in weights if name.startswith("blocks.")}) // 3
-    return round(arguments.number("in_context_start", third))
+    return arguments.whole("in_context_start", third, MOST_BLOCKS)
 
 
 def _autoencoder(name: str, network: NetworkConfig, place: str | None) -> dict[str, Any]:
     """Return the identity of the autoencoder; a message reports one that has other channels than the network."""
     usual = USUAL[name]
-    if name == "pixels" and (place is not None or network.channels != usual.channels):
-        raise UsageError(f"'pixels' has 3 channels and no weights, and the network has {network.channels} channels.")
+    if name == "pixels" and place is not None:
+        raise UsageError(f"The autoencoder 'pixels' has no weights: leave out the path {place}.")
     source = place or usual.source
     if source is None:
         raise UsageError(f"The autoencoder {name!r} is any {usual.class_name}: name one with --autoencoder-path.")
@@ -241,18 +250,18 @@ def _updates(content: Mapping[str, Any]) -> tuple[int, str]:
     optimizer = content.get("optimizer")
     states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
     if isinstance(states, Mapping):
-        counts = [state.get("step") for state in states.values() if isinstance(state, Mapping)]
-        numbers = {count.item() if isinstance(count, Tensor) and count.numel() == 1 else count for count in counts}
-        (number, *others) = numbers or {None}
-        if not others and isinstance(number, (int, float)) and _is_count(round(number)):
-            return round(number), "updates"
-    if _is_count(content.get("epoch")):
-        return content["epoch"] + 1, "epochs"
-    return 0, "nothing"
+        counts = {_count(state.get("step")) for state in states.values() if isinstance(state, Mapping)}
+        if len(counts) == 1 and (updates := counts.pop()) is not None:
+            return updates, "updates"
+    epoch = _count(content.get("epoch"))
+    return (0, "nothing") if epoch is None else (epoch + 1, "epochs")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_UPDATES
+def _count(value: Any) -> int | None:
+    """Return a whole number of a file, which may be a tensor, None for anything else."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.device.type == "cpu" and value.numel() == 1 else None
+    return int(value) if is_number(value) and value == int(value) and 0 <= value < MOST_UPDATES else None
 
 
 def _class_names(count: int, file: Path | None) -> list[str]:

@@ -31,21 +31,41 @@ class Arguments:
                 self.assumed[name] = default
             return default
         value = self.values[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise JLTError(f"args.{name} is {str(value)[:40]!r}, and a number is expected.")
+        if not is_number(value):
+            raise JLTError(f"args.{name} is {_shown(value)}, and a number is expected.")
         return float(value)
 
     def whole(self, name: str, default: int, limit: int, published: bool = True) -> int:
-        """Return a whole number from 1 to `limit`."""
+        """Return a whole number from 0 to `limit`."""
         value = self.number(name, default, published)
-        if value != int(value) or not 1 <= value <= limit:
-            raise JLTError(f"args.{name} is {value:g}, and a whole number from 1 to {limit} is expected.")
+        if value != int(value) or not 0 <= value <= limit:
+            raise JLTError(f"args.{name} is {value:g}, and a whole number from 0 to {limit} is expected.")
         return int(value)
 
     @property
     def used_otherwise(self) -> list[str]:
         """The settings of `UNSUPPORTED` that the training used."""
-        return [name for name in UNSUPPORTED if self.values.get(name)]
+        return [
+            name for name in UNSUPPORTED if isinstance(self.values.get(name), (bool, int, float)) and self.values[name]
+        ]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a file is a finite number of a usual size."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return value.bit_length() < 64 if isinstance(value, int) else math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a file, or its type where it may be long or nested."""
+    return (
+        repr(value[:40])
+        if isinstance(value, str)
+        else repr(value)
+        if isinstance(value, float)
+        else type(value).__name__
+    )
 
 
 def read_prediction(arguments: Arguments, chosen: Prediction | None) -> Prediction:
@@ -56,7 +76,7 @@ def read_prediction(arguments: Arguments, chosen: Prediction | None) -> Predicti
             arguments.assumed["flow_matching"] = False
         return chosen or "x"
     if not isinstance(stated, bool):
-        raise JLTError(f"args.flow_matching is {str(stated)[:40]!r}, and True or False is expected.")
+        raise JLTError(f"args.flow_matching is {_shown(stated)}, and True or False is expected.")
     found: Prediction = "v" if stated else "x"
     if chosen not in (None, found):
         raise UsageError(f"The file states that its network predicts {found}: leave out --prediction {chosen}.")
@@ -65,7 +85,8 @@ def read_prediction(arguments: Arguments, chosen: Prediction | None) -> Predicti
 
 def require_plain_order(arguments: Arguments) -> None:
     """Raise JLTError for a network that passes some of its blocks several times."""
-    if arguments.values.get("loop_indices") and arguments.number("loop_count", 0, published=False) > 1:
+    indices, count = arguments.values.get("loop_indices"), arguments.number("loop_count", 0, published=False)
+    if count > 1 and isinstance(indices, (str, list, tuple)) and len(indices) > 0:
         raise JLTError("args.loop_count is above 1: this network passes some blocks several times, which jlt does not.")
 
 

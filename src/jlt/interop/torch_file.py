@@ -36,8 +36,9 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     # A damaged or hostile file makes the unpickler raise almost any exception.
     except Exception as error:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            name = re.sub(r"[^\w.]", "?", foreign[1])[:80]
             raise JLTError(
-                f"{path} holds {foreign[1]}, which is neither a tensor nor a plain value. None of its code was run: "
+                f"{path} holds {name}, which is neither a tensor nor a plain value. None of its code was run: "
                 f"{OTHER_FILE}."
             ) from error
         reason = textwrap.shorten(str(error).partition("\n")[0], 160)
@@ -83,11 +84,11 @@ def require_tensors(path: Path, name: str, values: Any) -> dict[str, Tensor]:
     total = 0
     for key, value in values.items():
         if not isinstance(value, Tensor):
-            raise JLTError(f"{path} holds {type(value).__name__} as {key} in {name}, and a tensor is expected.")
+            raise JLTError(f"{path} holds {type(value).__name__} as {key[:80]!r} in {name}, and no tensor.")
         plain = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
         size = value.numel() * value.element_size()
         if not plain or size > value.untyped_storage().nbytes():
-            raise JLTError(f"{path} holds {key} in {name} as no plain tensor of floating-point numbers.")
+            raise JLTError(f"{path} holds {key[:80]!r} in {name} as no plain tensor of floating-point numbers.")
         total += size
     if total > path.stat().st_size:
         raise JLTError(f"{path} has {path.stat().st_size} bytes, and the tensors in {name} claim {total}.")

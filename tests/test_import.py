@@ -119,7 +119,7 @@ def test_a_file_without_settings_gets_the_published_ones_and_says_so(tmp_path, c
     assert main(["import", str(path), "--out", str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["assumed"] == {
-        **{"flow_matching": False, "img_size": 256, "ema_decay1": 0.9999, "ema_decay2": 0.9996, "batch_size": 1024},
+        **{"prediction": "x", "img_size": 256, "ema_decay1": 0.9999, "ema_decay2": 0.9996, "batch_size": 1024},
         **{"t_eps": 0.05, "P_mean": -0.8, "P_std": 0.8, "noise_scale": 1.0, "label_drop_prob": 0.1},
     }
     # Epochs are counted from 0 in the file, and the one that it names is finished.
@@ -178,6 +178,10 @@ def test_tensors_that_share_memory_are_written(tmp_path):
     checkpoint = imported(tmp_path, content)
     found = output(checkpoint, "0.999", tensors["forward.z"], tensors["forward.t"], tensors["forward.y"])
     assert relative_error(found, tensors["forward.output"]) < TOLERANCE
+    shutil.rmtree(tmp_path / "run")
+    content["model"]["net.blocks.0.norm2.weight"] = content["model"]["net.blocks.0.norm1.weight"]
+    weights = imported(tmp_path, content).read("network.safetensors")
+    assert torch.equal(weights["blocks.0.mlp_norm.weight"], weights["blocks.0.attention_norm.weight"])
 
 
 # What becomes of a run
@@ -250,6 +254,22 @@ def test_the_imported_jit_network_gives_the_numbers_of_its_facts(tmp_path, drift
     for name, ema in zip(importing.STATES, ("none", "0.9999", "0.9996"), strict=True):
         wanted = jit_forward(states[name], z, t, labels)
         assert relative_error(output(checkpoint, ema, z, t, labels), wanted) < TOLERANCE
+
+
+def test_rotary_tables_in_a_file_must_be_those_of_the_network(tmp_path):
+    weights = jit_weights()
+    turns = 1 / 10_000 ** (torch.arange(0, 8, 2) / 8)
+    rows, columns = (torch.arange(16) // 4)[:, None] * turns, (torch.arange(16) % 4)[:, None] * turns
+    angles = torch.cat((rows, columns), 1).repeat_interleave(2, 1)
+    padded = torch.cat((torch.zeros(3, 16), angles))
+    weights |= {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
+    weights |= {"feat_rope_incontext.freqs_cos": padded.cos(), "feat_rope_incontext.freqs_sin": padded.sin()}
+    imported(tmp_path, {"model_ema1": weights})
+    shutil.rmtree(tmp_path / "run")
+    weights["feat_rope_incontext.freqs_sin"] = padded.cos()
+    assert "feat_rope_incontext.freqs_sin holds other rotary positions" in refusal(tmp_path, {"model_ema1": weights})
+    weights["feat_rope_incontext.freqs_sin"] = angles.sin()
+    assert "has the shape (16, 16) instead of (19, 16)" in refusal(tmp_path, {"model_ema1": weights})
 
 
 def test_the_block_of_jits_class_tokens_can_be_chosen(tmp_path):
@@ -406,7 +426,7 @@ def test_a_shape_that_claims_more_than_its_file_is_refused(tmp_path):
     assert "as no plain tensor" in refusal(tmp_path, changed("net.blocks.0.norm1.weight", wide))
     one, content = torch.zeros(400_000), authors_content()
     content["model"] |= {f"net.blocks.{index}.norm1.weight": one for index in range(2, 400)}
-    assert "claim" in refusal(tmp_path, content)
+    assert "the tensors in model claim" in refusal(tmp_path, content)
 
 
 @pytest.mark.parametrize(

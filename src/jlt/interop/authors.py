@@ -16,12 +16,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from jaxtyping import Shaped
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from jlt.config import NetworkConfig
 from jlt.errors import JLTError
-from jlt.networks.layers import FREQUENCIES, sincos_positions
+from jlt.networks.layers import FREQUENCIES, RotaryPositions, sincos_positions
 
 NAMES = {
     "x_embedder.proj": "patch_embedding",
@@ -47,8 +48,12 @@ ADDED = {"pos_embed": "learned_positions", "in_context_posemb": "context.positio
 """Tensors with a leading axis of length 1 that are added to tokens."""
 UNUSED = {"mask_token"}
 """Parameters that the authors' network holds and never reads."""
+ROTARY = tuple(f"{table}.freqs_{part}" for table in ("feat_rope", "feat_rope_incontext") for part in ("cos", "sin"))
+"""Rotary tables, which follow from the sizes: their program computes them, and some files hold them too."""
 COMPUTED_POSITIONS = 1e-5
 """Positions that differ from the fixed ones by no more than this are the fixed ones, rounded."""
+ROUNDED_ANGLES = 1e-2
+"""Largest difference between rotary tables of the same positions, which a file may hold in bfloat16."""
 
 Shape = tuple[int, ...]
 
@@ -90,7 +95,11 @@ def read_config(weights: Mapping[str, Tensor], side: int, context_start: int) ->
         context_start=context_start if context_tokens else 0,
         learned_positions=positions,
     )
-    _require_shapes(shapes, _their_shapes(config, mlp_size))
+    tables = {name: (config.tokens + _unturned(config, name), head_size) for name in ROTARY if name in shapes}
+    _require_shapes(shapes, _their_shapes(config, mlp_size) | tables)
+    for name in tables:
+        if (weights[name].float() - _rotary_table(config, name)).abs().max() > ROUNDED_ANGLES:
+            raise JLTError(f"{name} holds other rotary positions than those of this network.")
     return config
 
 
@@ -108,7 +117,7 @@ def import_authors_weights(weights: Mapping[str, Tensor], config: NetworkConfig)
     """
     state = {}
     for name, weight in weights.items():
-        if name in UNUSED or name.endswith(("attn.q_norm.weight", "attn.k_norm.weight")):
+        if name in UNUSED or name in ROTARY or name.endswith(("attn.q_norm.weight", "attn.k_norm.weight")):
             continue
         if name in ADDED:
             if name != "pos_embed" or config.learned_positions:
@@ -211,6 +220,20 @@ def _their_shapes(config: NetworkConfig, mlp_size: int) -> dict[str, Shape]:
 
 def _with_bias(module: str, *shape: int) -> dict[str, Shape]:
     return {f"{module}.weight": shape, f"{module}.bias": shape[:1]}
+
+
+def _rotary_table(config: NetworkConfig, name: str) -> Float[Tensor, "n k"]:
+    """Return a table of theirs: each angle twice, and class tokens, which are not turned, in front."""
+    side = config.height // config.patch_size
+    ours = RotaryPositions(config.hidden_size // config.num_heads, side, side)
+    cosines = name.endswith("cos")
+    half = (ours.cos if cosines else ours.sin)[:, ours.pair_offset :]
+    return F.pad(half.repeat_interleave(2, dim=1), (0, 0, _unturned(config, name), 0), value=float(cosines))
+
+
+def _unturned(config: NetworkConfig, name: str) -> int:
+    """Return the class tokens in front of a rotary table."""
+    return config.context_tokens if "incontext" in name else 0
 
 
 def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:

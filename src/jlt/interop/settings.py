@@ -73,7 +73,7 @@ def read_prediction(arguments: Arguments, chosen: Prediction | None) -> Predicti
     stated = arguments.values.get("flow_matching")
     if stated is None:
         if chosen is None:
-            arguments.assumed["flow_matching"] = False
+            arguments.assumed["prediction"] = "x"
         return chosen or "x"
     if not isinstance(stated, bool):
         raise JLTError(f"args.flow_matching is {_shown(stated)}, and True or False is expected.")

@@ -1,6 +1,5 @@
 """The benchmark's report against its own parts; the arithmetic it divides by against PyTorch's count of operations."""
 
-import dataclasses
 import functools
 import json
 
@@ -18,6 +17,7 @@ from jlt.networks.transformer import Transformer, build_network, count_parameter
 from jlt.report.benchmark_table import benchmark_table
 from jlt.runtime import environment
 from jlt.runtime.environment import ProductRates
+from jlt.storage.codec import to_json
 from jlt.training import meter
 
 BATCH = 3
@@ -48,7 +48,7 @@ def test_the_benchmark_reports_what_it_measured(result, measured):
     settings = {"preset": PRESET, "batch_size": 2, "steps": 1, "precision": "float32", "compile": False}
     assert settings.items() <= measured.items()
     network = preset(PRESET)[1]
-    assert measured["network"] == dataclasses.asdict(network)
+    assert measured["network"] == to_json(network)
     assert measured["parameters"] == count_parameters(build_network(network, seed=0))
     assert result["best"] == {PRESET: 2}
     assert result["threads"] == torch.get_num_threads()

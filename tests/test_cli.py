@@ -29,6 +29,7 @@ NAMES = [
     "analyze",
     "plan",
     "train",
+    "import",
     "sample",
     "fetch",
     "reference",
@@ -205,6 +206,12 @@ def test_adoption_explains_itself():
     outcome = jlt("encode", "--adopt", "somewhere", "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert "Make a latent store of shards" in outcome.out
+
+
+def test_a_setting_that_is_on_can_be_turned_off():
+    for options, flips in (((), True), (("--no-flips",), False)):
+        outcome = jlt("train", "imagenet256-jlt-b1", "--print-config", *options)
+        assert json.loads(outcome.out)["flips"] is flips
 
 
 # ---- wrong arguments ----

@@ -36,6 +36,18 @@ class Whole(ResultFile):
     anything: Any = None
 
 
+@dataclass(frozen=True)
+class Grown:
+    name: str
+    later: bool = field(default=False, metadata={"omit_default": True})
+
+
+def test_a_field_that_was_added_later_is_stored_only_where_it_is_used():
+    assert to_json(Grown("a")) == {"name": "a"}
+    for value in (Grown("a"), Grown("a", later=True)):
+        assert from_json(Grown, to_json(value)) == value
+
+
 PARTS = st.builds(
     Part,
     st.text(max_size=5),

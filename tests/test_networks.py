@@ -18,6 +18,7 @@ OPTIONS = [
     {"patch_size": 4},
     {"bottleneck_size": 5},
     {"fixed_positions": True},
+    {"learned_positions": True},
     {"context_tokens": 3, "context_start": 1},
     {"context_tokens": 2, "context_start": 0, "bottleneck_size": 4, "fixed_positions": True, "patch_size": 2},
 ]

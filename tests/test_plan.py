@@ -405,7 +405,7 @@ def test_a_plan_for_this_machine_is_near_what_the_benchmark_measures():
     settings = [f"--network.{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(shape).items()]
     settings += ["--batch-size", MEASURED_BATCH, "--ema", 0.9999, 0.9996, "--power-ema", 0.05, 0.1]
     plan = jlt_process("plan", "digits", "--gpu", "cpu", "--mfu", min(1, measured["mfu"]), *settings)
-    assert plan["config"]["network"] == measured["network"] == dataclasses.asdict(sized_network("XS", 1, shape))
+    assert plan["config"]["network"] == measured["network"] == to_json(sized_network("XS", 1, shape))
     assert plan["work"]["parameters"]["value"] == measured["parameters"]
     # The C library's allocator keeps some of what is freed, and how much varies; the benchmark's own matrix products
     # and what the mathematics library takes for them are no part of a run.

@@ -36,6 +36,8 @@ Metric = Literal[
     "label_agreement",
 ]
 PREDICTIONS: tuple[Prediction, ...] = typing.get_args(Prediction)
+ADDED_LATER = {"omit_default": True}
+"""Metadata of a setting that files do not hold where it has its default, so that older runs still compare equal."""
 MAX_SIGMA_REL = 0.28
 """Just below 12**-0.5, the relative width of a plain average over all of training."""
 
@@ -101,6 +103,8 @@ class NetworkConfig:
     """In-context class tokens (JiT); 0 uses none."""
     context_start: int = 0
     """Block before which the in-context class tokens enter."""
+    learned_positions: bool = field(default=False, metadata=ADDED_LATER)
+    """Add learnt positions to the tokens instead of fixed ones; imported files of JiT have them."""
 
     def __post_init__(self) -> None:
         p = self.patch_size
@@ -116,6 +120,10 @@ class NetworkConfig:
         _require(
             0 <= self.context_start < self.depth,
             f"context_start must be one of the {self.depth} blocks, 0 to {self.depth - 1}, not {self.context_start}.",
+        )
+        _require(
+            not (self.fixed_positions and self.learned_positions),
+            "fixed_positions and learned_positions exclude each other: choose one of them.",
         )
 
     @property

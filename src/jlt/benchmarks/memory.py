@@ -63,8 +63,9 @@ def pass_memory(
 
 
 def _residual_bytes(config: NetworkConfig, index: int, b: int) -> int:
-    """Return the bytes of a value that enters a block: fixed positions and context tokens are float32."""
-    return FLOAT32 if config.fixed_positions or tokens_in_block(config, index) > config.tokens else b
+    """Return the bytes of a value that enters a block: positions and context tokens are float32."""
+    added = config.fixed_positions or config.learned_positions or tokens_in_block(config, index) > config.tokens
+    return FLOAT32 if added else b
 
 
 def _patch_values(config: NetworkConfig) -> int:

@@ -32,6 +32,7 @@ from jlt.runtime.environment import default_device, measured_on
 from jlt.runtime.processes import SingleProcess
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import normal_per_sample
+from jlt.storage.codec import to_json
 from jlt.storage.rows import require_space
 from jlt.training.draws import draw_step
 from jlt.training.loop import Watcher, train
@@ -130,7 +131,7 @@ def measure_update(config: TrainConfig, steps: int, device: str) -> dict[str, An
     return {
         "steps": steps,
         "parameters": count_network(config.network),
-        "network": asdict(config.network),
+        "network": to_json(config.network),
         "img_per_second": config.batch_size / seconds,
         "seconds_per_step": seconds,
         "gflop_per_image": flops / 1e9,

@@ -32,7 +32,9 @@ class RecipeCommand(Command):
         settings = option_names(TrainConfig)
         for argument in self.overrides:
             name = argument.partition("=")[0].replace("_", "-")
-            if name.startswith("--") and "." not in name and name not in settings:
+            # A setting that is on is turned off by --no-NAME.
+            known = name in settings or name.replace("--no-", "--", 1) in settings
+            if name.startswith("--") and "." not in name and not known:
                 raise unknown_name("option", name, [*option_names(type(self)), *settings])
         manifest = read_manifest(latents) if latents else None
         base = resolve_recipe(self.recipe, manifest.shape if manifest else None)

@@ -26,6 +26,7 @@ from jlt.geometry.assemble import rows
 from jlt.geometry.covariance import StationaryCovariance, TokenCovariance, frequencies, multiplicity
 from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.tokens import eigenbasis
+from jlt.interop.importing import IMPORTED
 from jlt.patches import patch_tokens, unpatchify
 from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, NetworkError
 from jlt.runtime.processes import Group, rank0_value, stop_together
@@ -43,6 +44,12 @@ DECODED = 16
 """Latents in which the decoder's sensitivity is measured."""
 BANDS = ((0.0, 0.01), (0.01, 0.1), (0.1, 1.0), (1.0, None))
 """Directions by their variance, from..to, in units of the noise's; None is infinite."""
+
+
+LATENTS = ("autoencoder", "source", "resolution")
+"""What identifies the latents of a training."""
+SPACE = ("name", "channels", "downsampling")
+"""What identifies an autoencoder whose weights are unknown."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +291,12 @@ def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> Non
         if len(values) > 1:
             raise JLTError(f"Networks of different {what} have no common {shared}: {sorted(values)}.")
     for checkpoint in checkpoints:
-        wanted = {key: store.identity()[key] for key in ("autoencoder", "source", "resolution")}
-        if differences := difference({key: checkpoint.latents[key] for key in wanted}, wanted):
+        found, wanted = ({key: side[key] for key in LATENTS} for side in (checkpoint.latents, store.identity()))
+        if found["source"]["kind"] == IMPORTED:
+            # The data and the weights of the autoencoder of an imported run are unknown.
+            found, wanted = (
+                {"resolution": side["resolution"], **{key: side["autoencoder"][key] for key in SPACE}}
+                for side in (found, wanted)
+            )
+        if differences := difference(found, wanted):
             raise JLTError(f"{checkpoint.folder} was not trained on these latents: {format_difference(differences)}.")

@@ -172,7 +172,10 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
 def images_of_recipe(name: str) -> int:
     """Return the number of latents that a recipe was made for."""
     if name.endswith(".json"):
-        return read_json(Path(name))["latents"]["count"]
+        count = read_json(Path(name))["latents"]["count"]
+        if count is None:
+            raise JLTError(f"{name} is of an imported run, which does not know its latents: name some with --latents.")
+        return count
     return RECIPES[name].images
 
 

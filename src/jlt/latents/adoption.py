@@ -211,18 +211,8 @@ def _known_fields(
             f"{shards[0].path} holds {shards[0].form}, which the autoencoder {autoencoder!r} does not make of "
             f"{resolution} pixels: name its origin with --autoencoder, --autoencoder-path and --resolution."
         )
-    identity = {
-        "name": autoencoder,
-        "source": source,
-        "class": usual.class_name,
-        "weights_sha256": None,
-        "normalisation": {"kind": "none" if autoencoder == "pixels" else "as adopted"},
-        "channels": channels,
-        "downsampling": downsampling,
-        "posterior": "mode",
-    }
     return {
-        "autoencoder": identity,
+        "autoencoder": adopted_identity(autoencoder, source, channels, downsampling),
         "source": {"kind": "adopted", "count": count},
         "encoding": None,
         "skipped": (),
@@ -234,6 +224,20 @@ def _known_fields(
         "count": count,
         "flips": "latents_flip" in shards[0].latents,
         "dtype": DTYPES[entry.dtype],
+    }
+
+
+def adopted_identity(autoencoder: str, source: str, channels: int, downsampling: int) -> dict[str, Any]:
+    """Return the identity of the autoencoder of latents that another program made: its weights are unknown."""
+    return {
+        "name": autoencoder,
+        "source": source,
+        "class": USUAL[autoencoder].class_name,
+        "weights_sha256": None,
+        "normalisation": {"kind": "none" if autoencoder == "pixels" else "as adopted"},
+        "channels": channels,
+        "downsampling": downsampling,
+        "posterior": "mode",
     }
 
 

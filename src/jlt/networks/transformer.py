@@ -41,8 +41,9 @@ class Transformer(nn.Module):
         self.time_embedding = TimeEmbedding(size)
         self.class_embedding = nn.Embedding(config.num_classes + 1, size)
         self.rotary_positions = RotaryPositions(size // config.num_heads, rows, columns)
-        fixed = sincos_positions(size, rows, columns) if config.fixed_positions else None
-        self.register_buffer("fixed_positions", fixed, persistent=False)
+        sincos = sincos_positions(size, rows, columns) if config.fixed_positions or config.learned_positions else None
+        self.learned_positions = nn.Parameter(sincos) if sincos is not None and config.learned_positions else None
+        self.register_buffer("fixed_positions", sincos if config.fixed_positions else None, persistent=False)
         self.context = ContextTokens(size, config.context_tokens) if config.context_tokens else None
         self.blocks = nn.ModuleList(Block(size, config.num_heads, config.mlp_hidden_size) for _ in range(config.depth))
         self.final = FinalLayer(size, patch_values)
@@ -54,8 +55,9 @@ class Transformer(nn.Module):
         """Return the output for noisy latents z at times t in [0, 1] with labels in [0, num_classes]."""
         config = self.config
         tokens = self.patch_embedding(patchify(z, config.patch_size))
-        if self.fixed_positions is not None:
-            tokens = tokens + self.fixed_positions
+        for positions in (self.fixed_positions, self.learned_positions):
+            if positions is not None:
+                tokens = tokens + positions
         class_embedding = self.class_embedding(labels)
         condition = F.silu(self.time_embedding(t) + class_embedding)
 

@@ -19,9 +19,16 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """Return a data class, or anything that may be a field of one, as plain JSON types."""
+    """Return a data class, or anything that may be a field of one, as plain JSON types.
+
+    A field whose metadata has `omit_default` is left out where it has its default.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: to_json(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        return {
+            entry.name: to_json(getattr(value, entry.name))
+            for entry in dataclasses.fields(value)
+            if not (entry.metadata.get("omit_default") and getattr(value, entry.name) == entry.default)
+        }
     if isinstance(value, Mapping):
         return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):

@@ -152,10 +152,11 @@ def _start_from(network: Transformer, config: TrainConfig) -> None:
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Create a run folder, or check that an existing one is of the same run; a JLTError shows the difference."""
-    claim_folder(run, "config.json", _identity(config, latents), free=_free_to_change(config))
+    claim_folder(run, "config.json", run_identity(config, latents), free=_free_to_change(config))
 
 
-def _identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
+def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a run's `config.json`: every setting, and the identity of its latents."""
     return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
 
 
@@ -166,7 +167,7 @@ def _free_to_change(config: TrainConfig) -> set[str]:
 
 def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Resume from a checkpoint of this run; JLTError if its configuration or latents are of another one."""
-    old, new = _identity(checkpoint.config, checkpoint.latents), _identity(config, latents)
+    old, new = run_identity(checkpoint.config, checkpoint.latents), run_identity(config, latents)
     if differences := difference(old, new, free=_free_to_change(config)):
         raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(differences)}.")
     stored = checkpoint.read_state()

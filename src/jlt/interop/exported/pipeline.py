@@ -154,7 +154,7 @@ class JLTPipeline(DiffusionPipeline):
             part = getattr(self, name)
             if part is not None and not type(part).__module__.startswith("diffusers."):
                 index[name] = copy_code(part, path.parent / name)
-        # The place that this pipeline was loaded from is of no use to anybody else.
+        # The place that this pipeline was loaded from is of no use elsewhere.
         index.pop("_name_or_path", None)
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -217,7 +217,7 @@ def as_type(images: Float[Tensor, "n 3 hh ww"], output_type: str) -> Any:
 def load_autoencoder(described: Mapping[str, Any]) -> ModelMixin:
     """Load the autoencoder of a Hub id, in float32; ValueError if its weights are not those of the training."""
     kind, source = getattr(diffusers, described["class"]), described["source"]
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False}
     try:
         try:
             vae = kind.from_pretrained(source, subfolder="vae", **options)
@@ -229,7 +229,7 @@ def load_autoencoder(described: Mapping[str, Any]) -> ModelMixin:
             f"latents with output_type='latent'. ({error})"
         ) from error
     expected = described["weights_sha256"]
-    if expected is not None and weights_sha256(vae.state_dict()) != expected:
+    if expected is not None and weights_sha256(vae.float().state_dict()) != expected:
         raise ValueError(f"{source} has other weights than the autoencoder that made the latents of this network.")
     return vae
 

@@ -215,6 +215,12 @@ def test_an_autoencoder_of_this_machine_is_copied_or_given_an_id(kl, tmp_path):
             export_folder(checkpoint, tmp_path / "export", dataclasses.replace(NO_CARD, vae=wrong))
 
 
+def test_a_path_of_weights_that_are_not_copied_is_refused(tmp_path, kl):
+    identity = {**load_autoencoder("kl", str(kl)).identity(), "source": "user/kl"}
+    with pytest.raises(UsageError, match="--autoencoder-path names the weights to copy: add --with-vae"):
+        export_folder(write_run(tmp_path / "run", identity=identity), tmp_path / "export", NO_CARD, "cpu", str(kl))
+
+
 def test_a_network_in_other_coordinates_is_refused(tmp_path):
     identity = json.loads(json.dumps(load_autoencoder("tiny").identity()))
     identity["normalisation"]["coordinates"] = {"source": "map.safetensors"}
@@ -511,6 +517,23 @@ def test_hostile_settings_are_refused(folder, tmp_path, changes, message):
 def test_impossible_networks_are_refused_before_memory_is_allocated(folder, tmp_path, changes, message):
     without_record(folder)
     edit_json(folder / "transformer" / "config.json", **changes)
+    with pytest.raises(JLTError, match=message):
+        import_pipeline(folder, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": [10**9] * 3}, r"has the value 1000000000: no autoencoder"),
+        ({"norm_num_groups": float("nan")}, "has the value nan"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 500}, "a list of 500 values"),
+        ({"down_block_types": ["os.system"] * 3}, "has no settings of the autoencoder 'tiny'"),
+        ({"latent_channels": 8}, r"does not hold the weights of the autoencoder 'tiny': .* instead of"),
+    ],
+)
+def test_impossible_autoencoders_are_refused_before_memory_is_allocated(folder, tmp_path, changes, message):
+    without_record(folder)
+    edit_json(folder / "vae" / "config.json", **changes)
     with pytest.raises(JLTError, match=message):
         import_pipeline(folder, tmp_path / "back")
 

@@ -90,6 +90,8 @@ def export_folder(
     """
     identity = checkpoint.latents["autoencoder"]
     plan = plan_vae(identity, config)
+    if autoencoder_path and not plan.copied:
+        raise UsageError("--autoencoder-path names the weights to copy: add --with-vae, or leave it out.")
     export = {
         "jlt": __version__,
         "checkpoint": checkpoint.sha256,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jlt.autoencoders.load import AUTOENCODERS, SOURCES_IN_PACKAGE
+from jlt.autoencoders.taef2 import TAEF2
 from jlt.autoencoders.taef2 import WEIGHTS_FILE as TAEF2_FILE
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError
@@ -43,7 +44,11 @@ LARGEST_JSON = 2**24
 """Bytes of a JSON file that is read."""
 LARGEST_LATENT, MOST_TOKENS = 2**24, 2**16
 """Values of a latent, and tokens, that settings may ask for: the size of no weight depends on them."""
+LARGEST_SETTING, LONGEST_LIST = 2**13, 2**8
+"""Largest number, and longest list, in the settings of an autoencoder."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
+COUNTER = ".num_batches_tracked"
+"""A batch normalisation counts in whole numbers."""
 NETWORK_CONFIG, NETWORK_WEIGHTS = "transformer/config.json", f"transformer/{WEIGHTS}"
 VAE_CONFIG, VAE_WEIGHTS = "vae/config.json", f"vae/{WEIGHTS}"
 
@@ -73,6 +78,8 @@ def import_pipeline(source: Path, out: Path) -> Path:
     exported = read_exported_file(source) if source.is_file() else read_exported_folder(source)
     config, latents = _train_config(exported), _latents(exported, out)
     weights = read_weights(exported.weights, exported.network, exported.prefix)
+    if exported.vae:
+        require_autoencoder(*exported.vae, exported.settings.autoencoder["name"])
 
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -246,18 +253,27 @@ def read_weights(path: Path, network: NetworkConfig, prefix: str = "") -> dict[s
 
     JLTError, before memory is allocated, with the first names that are missing, unexpected or misshapen.
     """
+    _require_fit(path, read_shapes(path), network, prefix)
+    with safe_open(path, framework="pt") as file:
+        return {key.removeprefix(prefix): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """Return the floating-point tensors of a safetensors file without their values, on the meta device.
+
+    JLTError for a file of another kind, and for numbers of another kind.
+    """
+    found = {}
     try:
         with safe_open(path, framework="pt") as file:
-            found = {}
             for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
-                if part.get_dtype() not in FLOATS:
+                if part.get_dtype() not in FLOATS and not key.endswith(COUNTER):
                     raise JLTError(f"{path} holds {key} as {part.get_dtype()}: weights are floating-point numbers.")
                 found[key] = torch.empty(part.get_shape(), device="meta")
-            _require_fit(path, found, network, prefix)
-            return {key.removeprefix(prefix): file.get_tensor(key).float() for key in found}
     except (SafetensorError, OSError) as error:
         raise JLTError(f"{path} is not a readable safetensors file ({error}).") from error
+    return found
 
 
 def _require_fit(path: Path, found: Mapping[str, Tensor], network: NetworkConfig, prefix: str) -> None:
@@ -272,3 +288,39 @@ def _require_fit(path: Path, found: Mapping[str, Tensor], network: NetworkConfig
         raise JLTError(f"{path} comes with settings of an impossible network ({error}).") from error
     named = {f"{prefix}{key}": tensor for key, tensor in expected.items()}
     require_same_tensors(path, found, named, "the network in its settings")
+
+
+def require_autoencoder(config: Path, weights: Path, name: str) -> None:
+    """Raise JLTError unless two files hold the settings and the weights of an autoencoder, by names and shapes.
+
+    The sizes in the settings are limited before the model is built, and that needs no memory.
+    """
+    described = _read_json(config)
+    _require_moderate(config, described)
+    try:
+        with torch.device("meta"):
+            expected = _empty_autoencoder(name, described).state_dict()
+    # With damaged settings diffusers raises many types of exceptions.
+    except Exception as error:
+        raise JLTError(f"{config} has no settings of the autoencoder {name!r} ({error}).") from error
+    require_same_tensors(weights, read_shapes(weights), expected, f"the autoencoder {name!r}")
+
+
+def _empty_autoencoder(name: str, described: Mapping[str, Any]) -> torch.nn.Module:
+    if name == "taef2":
+        return TAEF2()
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2
+
+    model_class: Any = AutoencoderKL if name == "kl" else AutoencoderKLFlux2
+    return model_class.from_config(dict(described))
+
+
+def _require_moderate(path: Path, value: Any) -> None:
+    """Raise JLTError for numbers and lists that no autoencoder needs."""
+    if isinstance(value, Mapping | list):
+        if len(value) > LONGEST_LIST:
+            raise JLTError(f"{path} has a list of {len(value):,} values: it is no file of settings.")
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            _require_moderate(path, entry)
+    elif isinstance(value, int | float) and not abs(value) <= LARGEST_SETTING:
+        raise JLTError(f"{path} has the value {value}: no autoencoder needs more than {LARGEST_SETTING:,}.")

@@ -67,20 +67,21 @@ def _draw_samples(folder: Path, card: Card, device: str) -> bool:
     from diffusers.utils import logging
 
     config = card.config
-    logging.disable_progress_bar()
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False).to(device)
-    logging.enable_progress_bar()
-    pipe.set_progress_bar_config(disable=True)
     labels = sample_labels(card)
     source = card.settings.autoencoder["source"]
     call: dict[str, Any] = {"guidance_scale": config.cfg_scale, "guidance_interval": config.cfg_interval}
     try:
         if card.referenced:
             require_reachable(source, [f"vae/{WEIGHTS}", WEIGHTS], "its weights are needed.")
+        logging.disable_progress_bar()
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False).to(device)
+        pipe.set_progress_bar_config(disable=True)
         images = pipe(labels, num_inference_steps=config.steps, output_type="pil", **call).images
     except (OSError, JLTError) as error:
         inform(f"No samples are drawn for the model card: {error}")
         return False
+    finally:
+        logging.enable_progress_bar()
     captions = [card.settings.id2label.get(label, str(label)) for label in labels]
     sheet = draw_sheet(np.stack(images), COLUMNS, SheetText(captions=captions), MIN_SIDE)
     with atomic_path(folder / SAMPLES) as temporary:

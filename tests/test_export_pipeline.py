@@ -223,6 +223,7 @@ def test_a_folder_is_not_loaded_without_trust(folders, tmp_path):
 def test_labels_are_numbers_or_names(pipe):
     numbers = levels(pipe([0, 1, 0], num_inference_steps=2).images)
     assert (levels(pipe(["tench", "Goldfish", NAMES[0]], num_inference_steps=2).images) == numbers).all()
+    assert (levels(pipe(["tinca tinca", "1", NAMES[0].upper()], num_inference_steps=2).images) == numbers).all()
     tensor = pipe(torch.tensor([0, 1, 0]), num_inference_steps=2).images
     assert (levels(tensor) == numbers).all()
     assert (levels(pipe("tench", num_inference_steps=2).images)[0] - numbers[0] <= 1).all()

@@ -162,35 +162,41 @@ class JLTPipeline(DiffusionPipeline):
 def label_numbers(labels: int | str | Sequence[int | str], names: Mapping[str, str], num_classes: int) -> list[int]:
     """Return the numbers of classes that are given as numbers or names; ValueError for those that do not exist.
 
-    A name is that of `names`, or one of its parts between commas, in any case.
+    A name is that of `names` or one of its synonyms, which commas separate, in any case; the whole name goes before
+    the first synonym, and that before others. A text of digits is a number.
     """
-    known: dict[str, set[int]] = {}
-    for number, name in names.items():
-        for part in {name, *name.split(",")}:
-            known.setdefault(part.strip().lower(), set()).add(int(number))
     given = [labels] if isinstance(labels, str) or not hasattr(labels, "__iter__") else list(labels)
     if not given:
         raise ValueError("class_labels is empty: name at least one class.")
-    return [_label_number(label, known, num_classes) for label in given]
+    return [_label_number(label, names, num_classes) for label in given]
 
 
-def _label_number(label: Any, known: Mapping[str, set[int]], num_classes: int) -> int:
-    if isinstance(label, str):
-        found = sorted(known.get(label.strip().lower(), ()))
-        if len(found) > 1:
-            raise ValueError(f"Several classes are named {label!r}: choose one of the numbers {found}.")
-        if not found:
-            near = difflib.get_close_matches(label.lower(), known, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"name a number from 0 to {num_classes - 1}."
-            raise ValueError(f"There is no class named {label!r}: {hint}")
-        return found[0]
+def _label_number(label: Any, names: Mapping[str, str], num_classes: int) -> int:
+    if isinstance(label, str) and not label.strip().isdecimal():
+        return _named(label, names, num_classes)
     try:
-        number = -1 if isinstance(label, bool) else label.__index__()
+        number = -1 if isinstance(label, bool) else int(label) if isinstance(label, str) else label.__index__()
     except (AttributeError, TypeError):
         raise ValueError(f"A class is a number or a name, not {label!r}.") from None
     if not 0 <= number < num_classes:
         raise ValueError(f"There is no class {label}: the network knows the classes 0 to {num_classes - 1}.")
     return number
+
+
+def _named(label: str, names: Mapping[str, str], num_classes: int) -> int:
+    wanted = label.strip().casefold()
+    synonyms = {int(number): [part.strip().casefold() for part in name.split(",")] for number, name in names.items()}
+    whole = {number: [", ".join(parts)] for number, parts in synonyms.items()}
+    first = {number: parts[:1] for number, parts in synonyms.items()}
+    for spelled in (whole, first, synonyms):
+        found = [number for number, parts in spelled.items() if wanted in parts]
+        if len(found) > 1:
+            raise ValueError(f"Several classes are named {label!r}: choose one of the numbers {found}.")
+        if found:
+            return found[0]
+    near = difflib.get_close_matches(wanted, [part for parts in synonyms.values() for part in parts], n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"name a number from 0 to {num_classes - 1}."
+    raise ValueError(f"There is no class named {label!r}: {hint}")
 
 
 def check_arguments(steps: int, interval: tuple[float, float], solver: str, output_type: str) -> None:

@@ -139,7 +139,8 @@ class JLTPipeline(DiffusionPipeline):
             vae = load_autoencoder(described)
             self.register_modules(vae=vae.to(self._execution_device, self.transformer.dtype))
         vae, z = self.vae, latents.float()
-        if described["normalisation"]["kind"] != "none":
+        # TAEF2 decodes normalised latents.
+        if described["class"] != "TAEF2":
             z = normalisation_of(vae, described["class"]).undo(z)
         z = z.to(vae.dtype).contiguous(memory_format=torch.channels_last)
         return vae.decode(z).sample.float().clamp(-1, 1)

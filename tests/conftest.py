@@ -27,6 +27,8 @@ LONGEST = [
     "test_inside",
     "test_benchmark",
     "test_training_saving",
+    "test_export_pipeline",
+    "test_export",
 ]
 """The files that take longest, the longest first: with one file after another for each worker, they begin the run."""
 

@@ -107,6 +107,9 @@ class NetworkConfig:
     """Add learnt positions to the tokens instead of fixed ones; imported files of JiT have them."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "channels", "height", "width", "num_classes", "hidden_size", "depth", "num_heads")
+        _require_positive(self, "mlp_ratio")
+        _require_nonnegative(self, "bottleneck_size", "context_tokens")
         p = self.patch_size
         _require(
             p >= 1 and self.height % p == 0 and self.width % p == 0,

@@ -37,7 +37,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
-class _Normalisation:
+class Normalisation:
     """Mean, std, scale and p of a latent, and as JSON values those of its numbers that are not weights."""
 
     mean: Float[Tensor, "1 c 1 1"]
@@ -46,15 +46,25 @@ class _Normalisation:
     scale: float = 1.0
     patch_size: int = 1
 
+    def undo(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n z zh zw"]:
+        """Return z, as the model decodes it, of float32 latents."""
+        packed = latents * self.std.to(latents.device) / self.scale + self.mean.to(latents.device)
+        return functional.pixel_shuffle(packed, self.patch_size)
 
-def _batch_norm(vae: Any) -> _Normalisation:
+
+def normalisation_of(vae: Any, source: str) -> Normalisation:
+    """Return the normalisation of an `AutoencoderKL` or `AutoencoderKLFlux2`; `source` names it in errors."""
+    return _batch_norm(vae) if hasattr(vae, "bn") else _scaling(vae, source)
+
+
+def _batch_norm(vae: Any) -> Normalisation:
     std = (vae.bn.running_var.float() + vae.bn.eps).sqrt()
     identity = {"kind": "batch_norm", "eps": vae.bn.eps}
     mean = _per_channel(vae.bn.running_mean)
-    return _Normalisation(mean, _per_channel(std), identity, patch_size=vae.config.patch_size[0])
+    return Normalisation(mean, _per_channel(std), identity, patch_size=vae.config.patch_size[0])
 
 
-def _scaling(vae: Any, source: str) -> _Normalisation:
+def _scaling(vae: Any, source: str) -> Normalisation:
     config, channels = vae.config, vae.config.latent_channels
     identity = {"kind": "scale", "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
     mean, std = [config.shift_factor or 0.0] * channels, [1.0] * channels
@@ -66,7 +76,7 @@ def _scaling(vae: Any, source: str) -> _Normalisation:
             f"{source} has {channels} latent channels but {len(mean)} means and {len(std)} deviations: "
             "its config.json is damaged."
         )
-    return _Normalisation(
+    return Normalisation(
         _per_channel(torch.tensor(mean)), _per_channel(torch.tensor(std)), identity, scale=config.scaling_factor
     )
 
@@ -84,10 +94,15 @@ class PretrainedAutoencoder(Autoencoder):
         # Convolutions are faster on channels-last memory, on this project's CPUs by a third.
         self._vae = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name, self.source, self.posterior, self.held_out_psnr = name, source, posterior, held_out_psnr
-        self._normalisation = _batch_norm(model) if hasattr(model, "bn") else _scaling(model, source)
+        self._normalisation = normalisation_of(model, source)
         self.channels = self._normalisation.mean.shape[1]
         self.downsampling = self._normalisation.patch_size * 2 ** (len(model.config.block_out_channels) - 1)
         self.device = self._vae.device
+
+    @property
+    def model(self) -> Any:
+        """The model of diffusers."""
+        return self._vae
 
     @torch.no_grad()
     def encode(
@@ -110,9 +125,7 @@ class PretrainedAutoencoder(Autoencoder):
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 hh ww"]:
         """Return the decoded images, clamped to [-1, 1]; JLTError for a wrong channel count."""
         self.check_latents(latents)
-        n, latents = self._normalisation, latents.to(self.device, torch.float32)
-        packed = latents * n.std.to(self.device) / n.scale + n.mean.to(self.device)
-        z = functional.pixel_shuffle(packed, n.patch_size)
+        z = self._normalisation.undo(latents.to(self.device, torch.float32))
         images = self._vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
         return images.float().clamp(-1, 1).contiguous()
 

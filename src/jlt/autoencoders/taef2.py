@@ -117,6 +117,11 @@ class TAEF2Autoencoder(Autoencoder):
         self.source = source
         self.device = torch.device("cpu")
 
+    @property
+    def model(self) -> TAEF2:
+        """Both networks."""
+        return self._network
+
     @torch.no_grad()
     def encode(
         self,

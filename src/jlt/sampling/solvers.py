@@ -30,6 +30,8 @@ State = Float[Tensor, "b *rest"]
 Velocity = Callable[[State, float], State]
 Noise = Callable[[int], State]
 """Fresh noise, of the scale of the first, for each step of a stochastic solver."""
+StepEnd = Callable[[int, State], State]
+"""Receives the number of a step and z at its end, and returns the z to go on with."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class RungeKutta:
     matrix: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
-    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], _fresh: Noise) -> State:
+    def solve(self, velocity: Velocity, z: State, grid: Sequence[float], _fresh: Noise, step_end: StepEnd) -> State:
         """Walk the grid; no noise is added."""
-        *intervals, last = pairwise(grid)
-        for t, t_next in intervals:
-            z = self.step(velocity, z, t, t_next)
-        return (EULER if 1.0 in self.nodes else self).step(velocity, z, *last)
+        last = EULER if 1.0 in self.nodes else self
+        for number, (t, t_next) in enumerate(pairwise(grid)):
+            method = last if number == len(grid) - 2 else self
+            z = step_end(number, method.step(velocity, z, t, t_next))
+        return z
 
     def step(self, velocity: Velocity, z: State, t: float, t_next: float) -> State:
         """Move z from t to t_next."""
@@ -66,25 +69,25 @@ def _moved(z: State, h: float, weights: Sequence[float], slopes: Sequence[State]
     return z
 
 
-def _multistep(velocity: Velocity, z: State, grid: Sequence[float], _fresh: Noise) -> State:
+def _multistep(velocity: Velocity, z: State, grid: Sequence[float], _fresh: Noise, step_end: StepEnd) -> State:
     """DPM-Solver++(2M) (Lu et al. 2022): x^ is extrapolated along lambda = log t/(1-t) from this step and the last one.
 
     One velocity a step. The first two steps and the last, where lambda is infinite, take x^ as it is.
     """
     before: Tensor | None = None
     width_before = math.inf
-    for t, t_next in pairwise(grid):
+    for number, (t, t_next) in enumerate(pairwise(grid)):
         clean = clean_from_velocity(velocity(z, t), z, t)
         width = half_log_snr(t_next) - half_log_snr(t)
         extrapolated = clean
         if before is not None and math.isfinite(width) and math.isfinite(width_before):
             extrapolated = clean + width / (2 * width_before) * (clean - before)
-        z = _mixed(z, extrapolated, t, t_next, keep=(1 - t_next) / (1 - t))
+        z = step_end(number, _mixed(z, extrapolated, t, t_next, keep=(1 - t_next) / (1 - t)))
         before, width_before = clean, width
     return z
 
 
-def _ancestral(velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise) -> State:
+def _ancestral(velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise, step_end: StepEnd) -> State:
     """Each step but the last draws z_s from its distribution given z_t and x = x^: a solver of weak order 1.
 
     It is the first-order SDE solver of DPM-Solver++ (Lu et al. 2022) and, on this path, the posterior sampling of DDPM
@@ -97,6 +100,7 @@ def _ancestral(velocity: Velocity, z: State, grid: Sequence[float], fresh: Noise
         z = _mixed(z, clean, t, t_next, keep)
         if t_next < 1:
             z = z + math.sqrt((1 - t_next) ** 2 - (keep * (1 - t)) ** 2) * fresh(number)
+        z = step_end(number, z)
     return z
 
 
@@ -108,7 +112,7 @@ def _mixed(z: State, clean: State, t: float, t_next: float, keep: float) -> Stat
 EULER = RungeKutta(nodes=(0.0,), matrix=((),), weights=(1.0,))
 MIDPOINT = RungeKutta(nodes=(0.0, 0.5), matrix=((), (0.5,)), weights=(0.0, 1.0))
 HEUN = RungeKutta(nodes=(0.0, 1.0), matrix=((), (1.0,)), weights=(0.5, 0.5))
-SOLVERS: dict[Solver, Callable[[Velocity, State, Sequence[float], Noise], State]] = {
+SOLVERS: dict[Solver, Callable[[Velocity, State, Sequence[float], Noise, StepEnd], State]] = {
     "euler": EULER.solve,
     "heun": HEUN.solve,
     "midpoint": MIDPOINT.solve,
@@ -122,11 +126,23 @@ def no_noise(step: int) -> Tensor:
     raise ValueError(f"step {step} needs fresh noise: a stochastic solver needs its source")
 
 
-def solve(solver: Solver, velocity: Velocity, noise: State, grid: Sequence[float], fresh: Noise = no_noise) -> State:
+def unchanged(step: int, z: State) -> State:  # noqa: ARG001
+    """Go on with z as it is."""
+    return z
+
+
+def solve(
+    solver: Solver,
+    velocity: Velocity,
+    noise: State,
+    grid: Sequence[float],
+    fresh: Noise = no_noise,
+    step_end: StepEnd = unchanged,
+) -> State:
     """Walk a grid of increasing times from noise, at its first, to its last; JLTError for an unknown solver."""
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
-    return SOLVERS[solver](velocity, noise, grid, fresh)
+    return SOLVERS[solver](velocity, noise, grid, fresh, step_end)
 
 
 def evaluated_times(solver: Solver, grid: Sequence[float]) -> list[float]:

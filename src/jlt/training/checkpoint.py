@@ -105,10 +105,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise JLTError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file; OSError where the disk is full."""
     try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, path, dict(metadata) if metadata else None
+        )
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -29,7 +29,6 @@ NAMES = [
     "analyze",
     "plan",
     "train",
-    "import",
     "sample",
     "fetch",
     "reference",
@@ -38,6 +37,8 @@ NAMES = [
     "price",
     "ablate",
     "report",
+    "import",
+    "export",
     "benchmark",
 ]
 MORE_HELP = [

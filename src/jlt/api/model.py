@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
@@ -26,6 +25,7 @@ from jlt.config import (
     TrainConfig,
 )
 from jlt.errors import UsageError, unknown_name
+from jlt.interop.sources import is_exported, local_path, run_of_export
 from jlt.prediction import clean_from_velocity
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
@@ -88,7 +88,10 @@ def load(
     device: str | None = None,
     autoencoder_path: str | None = None,
 ) -> Model:
-    """Open a run folder (its newest checkpoint) or a checkpoint folder.
+    """Open a run folder (its newest checkpoint), a checkpoint folder, or what `jlt export` wrote.
+
+    `hub:user/name` is an exported folder on the Hub. An export becomes a run in the cache first ($JLT_CACHE, or
+    ~/.cache/jlt), which needs its size on the disk once more.
 
     `ema` names the weights, as `jlt sample --ema` does: a stored average (`"0.9999"`), a length to rebuild
     (`"sigma_rel=0.07"`), or `"none"`; the default is the run's first average. The device is a GPU if there is one. The
@@ -102,7 +105,8 @@ def load(
 
 def _open_source(source: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint that a source names: every kind of source is opened here."""
-    return open_checkpoint(Path(source))
+    path = local_path(os.fspath(source))
+    return open_checkpoint(run_of_export(path) if is_exported(path) else path)
 
 
 class Model:

@@ -21,26 +21,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Import(Command):
-    """Make a run of a checkpoint of another program: that of JLT's authors, or JiT.
+    """Make a run of a checkpoint of JLT's authors or of JiT, or of what jlt export wrote.
 
-    The run is sampled, evaluated, analysed and fine-tuned like any other. No code of the file runs. What the file
-    does not state is assumed as published, and listed.
+    The run is sampled, evaluated, analysed and fine-tuned like any other. No code of the file runs. What a file of
+    another program does not state is assumed as published, and listed.
 
     For example:
       jlt import checkpoint-last.pth --out runs/theirs
       jlt import hub:user/name/checkpoint-last.pth --out runs/theirs
+      jlt import hub:user/exported --out runs/back
     """
 
     file: Annotated[str, Positional, arg(metavar="FILE")]
-    """Checkpoint file of PyTorch's (.pth), or hub:user/name/file."""
+    """Checkpoint file (.pth), exported folder or file (.safetensors), hub:user/name/file or hub:user/name."""
     out: Path
     """Folder of the run."""
     config: Annotated[ImportConfig, Flat]
 
     def run(self) -> Result:
-        from jlt.interop.importing import read_source, write_run
+        from jlt.interop.import_pipeline import import_pipeline
+        from jlt.interop.importing import read_authors_file, write_run
+        from jlt.interop.sources import is_exported, local_path
 
-        imported = read_source(self.file, self.config)
+        path = local_path(self.file)
+        if is_exported(path):
+            if self.config != ImportConfig():
+                raise UsageError(f"{self.file} states everything itself: leave out all options but --out.")
+            run = import_pipeline(path, self.out)
+            return Result({"run": str(run)}, f"Imported: {run}")
+        imported = read_authors_file(path, self.file, self.config)
         imported = dataclasses.replace(imported, config=renamed(imported.config))
         checkpoint = write_run(imported, self.out)
         config = imported.config

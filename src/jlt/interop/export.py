@@ -44,6 +44,7 @@ from jlt.interop.pipeline_settings import (
 )
 from jlt.interop.standalone import standalone
 from jlt.runtime.progress import inform
+from jlt.sampling.labels import readable_names
 from jlt.sampling.sampler import matching_autoencoder
 from jlt.storage.codec import to_json
 from jlt.storage.files import (
@@ -184,7 +185,7 @@ def settings_of(checkpoint: Checkpoint, ema: str, plan: VaePlan) -> PipelineSett
     return PipelineSettings(
         prediction=config.prediction,
         noise_scale=config.noise_scale,
-        id2label=dict(enumerate(latents.get("class_names") or [])),
+        id2label=dict(enumerate(readable_names(latents.get("class_names") or [], config.network.num_classes))),
         autoencoder={**latents["autoencoder"], "source": plan.source},
         training=facts,
     )

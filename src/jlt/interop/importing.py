@@ -31,11 +31,10 @@ from jlt.storage.files import (
     sha256_file,
     write_json,
 )
-from jlt.storage.weights import ASSETS, hub_file
+from jlt.storage.weights import ASSETS
 from jlt.training.checkpoint import open_checkpoint, save_checkpoint
 from jlt.training.state import run_identity
 
-HUB = "hub:"
 STATES = ("model", "model_ema1", "model_ema2")
 AVERAGES = {"model_ema1": ("ema_decay1", 0.9999), "model_ema2": ("ema_decay2", 0.9996)}
 """The averages of a file, with the names and published values of their decays."""
@@ -65,30 +64,14 @@ class Imported:
     """What the checkpoint's state records of its origin."""
 
 
-def read_source(source: str, options: ImportConfig) -> Imported:
-    """Read a checkpoint of another program: a local file, or `hub:user/name/file`.
+def read_authors_file(path: Path, source: str, options: ImportConfig) -> Imported:
+    """Read a checkpoint of the JLT authors' program or of JiT's; `source` is how the user named it.
 
     Raises JLTError for a file of another kind or architecture, and for one whose settings have no meaning here;
     UsageError for options that contradict it.
     """
-    path = _local(source)
     if path.is_dir():
-        raise JLTError(f"{path} is a folder: name a checkpoint file, such as checkpoint-last.pth.")
-    return read_authors_file(path, source, options)
-
-
-def _local(source: str) -> Path:
-    if not source.startswith(HUB):
-        return Path(source)
-    user, _, rest = source.removeprefix(HUB).partition("/")
-    name, _, file = rest.partition("/")
-    if not (user and name and file):
-        raise UsageError(f"{source!r} names no file on the Hub: hub:user/name/file is expected.")
-    return hub_file(f"{user}/{name}", file, "download it yourself, and name the local file.")
-
-
-def read_authors_file(path: Path, source: str, options: ImportConfig) -> Imported:
-    """Read a checkpoint of the JLT authors' program or of JiT's; `source` is how the user named it."""
+        raise JLTError(f"{path} is no folder of `jlt export`: name one, or a file such as checkpoint-last.pth.")
     content = read_torch_file(path)
     states = {name: _plain_names(require_tensors(path, name, content[name])) for name in STATES if name in content}
     if not states:

@@ -143,3 +143,18 @@ def hub_file(repository: str, name: str, remedy: str) -> Path:
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise JLTError(f"{repository} on the Hub has no {name} that can be downloaded ({reason}): {remedy}") from error
+
+
+def hub_folder(repository: str, name: str, patterns: Sequence[str], remedy: str) -> Path:
+    """Return a local folder with the files of a Hub repository that match patterns, downloaded where they are missing.
+
+    `name` is one of the files; JLTError if they cannot be had, and `remedy` ends the message with what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    require_reachable(repository, [name], remedy)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise JLTError(f"{repository} on the Hub cannot be downloaded ({reason}): {remedy}") from error

@@ -125,7 +125,7 @@ def test_a_price_of_a_run(arguments, place, capsys):
     assert {point.protocol["seed"] for point in result.confirmed} == {8}
     assert 0 < choice.seconds < again.seconds
     # The choice is confirmed only by the images that it was not made with.
-    confirmed = "comes within the error" if choice.within else "other images do not confirm it"
+    confirmed = "suffice." if choice.within else "other images do not confirm it"
     assert verdict(result).startswith(f"{choice.evaluations} evaluations instead of 198")
     assert confirmed in verdict(result)
     assert sorted(path.name for path in out.iterdir()) == [

@@ -69,8 +69,8 @@ def verdict(result: Price) -> str:
     first, chosen = result.confirmed
     fewer = f"{chosen.evaluations} evaluations instead of {first.evaluations}"
     if chosen.within:
-        return f"{fewer}: {sampler_text(chosen)} comes within the error of the published sampler."
-    return f"{fewer}: {sampler_text(chosen)} seemed good enough, but other images do not confirm it."
+        return f"{fewer}: {chosen.steps} steps of {SOLVERS[chosen.solver]} suffice."
+    return f"{fewer} seemed to suffice, but other images do not confirm it."
 
 
 def details(result: Price) -> list[str]:
@@ -80,8 +80,9 @@ def details(result: Price) -> list[str]:
         return [f"The nearest is {sampler_text(nearest)} with {nearest.evaluations} evaluations: {measured(nearest)}."]
     first, chosen = result.confirmed
     texts = [
+        f"The cheapest setting within the error of the published sampler is {sampler_text(chosen)}.",
         f"On {result.num:,} images that took no part in the choice, its distance is {measured(chosen)}, that of the "
-        f"published sampler {measured(first)}. The difference from the same noise is {behind(chosen)}."
+        f"published sampler {measured(first)}. The difference from the same noise is {behind(chosen)}.",
     ]
     if first.seconds and chosen.seconds:
         texts.append(

@@ -14,7 +14,6 @@ from jlt.report import palette
 from jlt.report.page import write_report
 from jlt.storage.files import read_json
 
-
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -16,7 +17,7 @@ MOST_IMAGES, MOST_STEPS, LAST_SEED, PIXEL_ART = 16, 100, 2**53 - 1, 128
 CSS = ".pixels img { image-rendering: pixelated }"
 
 
-def load():
+def load() -> tuple[Any, dict[int, str]]:
     """Return the pipeline of this folder, on a GPU if there is one, and its class names by number."""
     # The code of the pipeline is that of this folder.
     pipe = DiffusionPipeline.from_pretrained(str(FOLDER), trust_remote_code=True)
@@ -27,10 +28,10 @@ def load():
     }
 
 
-def build(pipe, names):
+def build(pipe: Any, names: dict[int, str]) -> Any:
     """Return the page of a pipeline whose classes have these names."""
 
-    def draw(label, count, seed, scale, low, high, steps, solver):
+    def draw(label: Any, count: Any, seed: Any, scale: Any, low: Any, high: Any, steps: Any, solver: Any) -> list[Any]:
         numbers = [
             int(value) if isinstance(value, (int, float)) and value == value // 1 else -1 for value in (seed, steps)
         ]
@@ -43,16 +44,17 @@ def build(pipe, names):
         if label is None:
             raise gr.Error("Choose a class.")
         try:
-            return pipe(
+            drawn = pipe(
                 [int(label)] * int(count),
                 num_inference_steps=numbers[1],
                 guidance_scale=float(scale),
                 guidance_interval=(float(low), float(high)),
                 solver=solver,
                 seed=numbers[0],
-            ).images
+            )
         except ValueError as error:
             raise gr.Error(str(error)) from None
+        return list(drawn.images)
 
     with gr.Blocks(title=FOLDER.name, analytics_enabled=False) as page:
         gr.Markdown(f"# {FOLDER.name}\nImages of a class-conditional diffusion transformer, trained with JLT.")

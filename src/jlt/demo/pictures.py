@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from jlt.demo.studio import Drawing, Studio, System
-from jlt.report.palette import INK, LINE, MUTED, PANEL, PAPER, PREDICTION, SHORT_NAMES
+from jlt.report.palette import INK, LINE, MUTED, NAMES, PANEL, PAPER, PREDICTION, SHORT_NAMES
 
 PIXEL_ART = 128
 """Images of a smaller side are enlarged without smoothing."""
@@ -22,7 +22,7 @@ STRIP = 8
 
 def heading(studio: Studio) -> str:
     """Return the title of the page."""
-    names = [f"{system.name} predicts {_target(system)}" for system in studio.systems]
+    names = [f"{html.escape(system.name)}: {NAMES[system.prediction]}" for system in studio.systems]
     shape, first = studio.systems[0].model.shape, studio.systems[0].model
     facts = [
         f"{len(studio.classes):,} classes",
@@ -81,12 +81,8 @@ def note(text: str, problem: bool = False) -> str:
     return f'<p class="note {"problem" if problem else ""}" role="{role}">{html.escape(text)}</p>'
 
 
-def _target(system: System) -> str:
-    return SHORT_NAMES[system.prediction]
-
-
 def _mark(system: System) -> str:
-    target = f'<span class="target">{_target(system)}</span>'
+    target = f'<span class="target">{SHORT_NAMES[system.prediction]}</span>'
     return f'<span class="dot {system.prediction}"></span><strong>{html.escape(system.name)}</strong>{target}'
 
 

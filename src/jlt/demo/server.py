@@ -24,6 +24,7 @@ def serve(sources: list[Path], host: str, port: int | None, open_browser: bool, 
     Nothing is sent to another machine, and only this one can open the page unless `host` says otherwise. JLTError
     where Gradio is missing, where a port is in use, and as for `Studio.open`.
     """
+    port = free_port(host, port)
     # Set before Gradio is imported, which reads it.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own address whether it answers: not through a proxy.
@@ -40,7 +41,6 @@ def serve(sources: list[Path], host: str, port: int | None, open_browser: bool, 
     from jlt.demo.studio import Studio
     from jlt.runtime.environment import default_device
 
-    port = free_port(host, port)
     with stop_on_signal() as stop:
         studio = Studio.open(sources, default_device(), autoencoder_path)
         page = build_page(studio)
@@ -73,6 +73,9 @@ def serve(sources: list[Path], host: str, port: int | None, open_browser: bool, 
         while not stop:
             time.sleep(POLL_SECONDS)
         studio.stop(forever=True)
+        # Without waiting for pages that are open.
+        page.server.force_exit = True
+        page.close(verbose=False)
     return address
 
 

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from jlt.api.images import State, Trajectory
@@ -108,7 +108,7 @@ class Studio:
 
     @classmethod
     def open(cls, sources: Sequence[Path], device: str, autoencoder_path: str | None = None) -> Studio:
-        """Open run or checkpoint folders; JLTError as for `jlt.load`, or where they do not begin with the same noise."""
+        """Open run or checkpoint folders; JLTError as for `jlt.load`, and for two of different noise."""
         return cls([System(path, load(path, device=device, autoencoder_path=autoencoder_path)) for path in sources])
 
     def _warm_up(self) -> None:
@@ -138,7 +138,7 @@ class Studio:
             labels="equal" if every else "random" if label == ANY else str(label),
             seed=whole("Seed", values["seed"], 0, LAST_SEED),
             steps=whole("Steps", values["steps"], 1, MOST_STEPS),
-            solver=solver,  # type: ignore[arg-type]
+            solver=solver,
             cfg_scale=number("Guidance scale", values["cfg_scale"], 0, 100),
             cfg_interval=(
                 number("Guidance from", values["low"], 0, 1),
@@ -201,7 +201,7 @@ class Studio:
             joined = Start(
                 torch.cat([start.noise for start in starts]),
                 torch.cat([start.labels for start in starts]),
-                lambda step, start=starts[0], count=len(starts): start.fresh(step).expand(count, -1, -1, -1),  # type: ignore[misc]
+                partial(_repeated_noise, starts[0], len(starts)),
             )
             rows.append(_decoded(a, a.latent_sampler.flow(joined, lambda *_: self._watch())))
         return rows
@@ -254,3 +254,8 @@ def _not(value: object) -> str:
 
 def _decoded(sampler: ImageSampler, latents: Tensor) -> UInt8[Tensor, "n hh ww 3"]:
     return decode_to_uint8(sampler.autoencoder, latents.to(sampler.device)).cpu()
+
+
+def _repeated_noise(start: Start, count: int, step: int) -> Float[Tensor, "n c h w"]:
+    """Return the fresh noise of one image for each of several."""
+    return start.fresh(step).expand(count, -1, -1, -1)

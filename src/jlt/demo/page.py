@@ -117,7 +117,7 @@ def _settings(studio: Studio) -> dict[str, Any]:
 def _command_box(name: str) -> Any:
     import gradio as gr
 
-    return gr.Textbox(label=name, buttons=["copy"], lines=2, max_lines=6, interactive=False)
+    return gr.Textbox(label=name, buttons=["copy"], lines=2, max_lines=8, interactive=False)
 
 
 class Handlers:

@@ -131,7 +131,7 @@ class Studio:
         if not every and label != ANY:
             label = str(self._class_number(label))
         solver, ema = values["solver"], str(values["ema"] or "")
-        if solver not in SOLVERS:
+        if not isinstance(solver, str) or solver not in SOLVERS:
             raise unknown_name("solver", str(solver), SOLVERS)
         config = SampleConfig(
             num=per_class * len(self.classes) if every else per_class,
@@ -141,8 +141,8 @@ class Studio:
             solver=solver,
             cfg_scale=number("Guidance scale", values["cfg_scale"], 0, 100),
             cfg_interval=(
-                number("Guidance from", values["low"], 0, 1),
-                number("Guidance to", values["high"], 0, 1),
+                number("Guidance after t", values["low"], 0, 1),
+                number("Guidance until t", values["high"], 0, 1),
             ),
             ema="" if ema == self._usual_ema else ema,
         )

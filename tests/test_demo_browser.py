@@ -17,9 +17,10 @@ from browser import CHROMIUM, DESKTOP, PHONE, Browser
 from demo_helpers import NAMES, train_pair
 
 pytest.importorskip("gradio")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+# The server and the browser start in seconds, and on a machine that does other work in minutes.
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"), pytest.mark.timeout(900)]
 
-PICTURES = "document.querySelectorAll('#pictures .grid:not(.small) img')"
+PICTURES = "document.querySelectorAll('#pictures .grid:not(.z) img')"
 NOTE = "document.querySelector('#note .note')?.innerText ?? ''"
 
 
@@ -77,6 +78,7 @@ def demo(digit_latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield demo
     browser.close()
     demo.process.kill()
+    demo.process.wait(20)
 
 
 def test_the_page_draws_two_systems_and_asks_no_other_server(demo: Demo) -> None:
@@ -108,7 +110,7 @@ def test_the_page_draws_two_systems_and_asks_no_other_server(demo: Demo) -> None
     # The way between two seeds, and the command.
     for part in ("between", "commands"):
         browser.evaluate(f"document.querySelector('#{part} button.label-wrap').click()")
-    demo.until("document.querySelector('#walk') && document.querySelector('#commands textarea')")
+    demo.until("document.querySelectorAll('#walk, #commands textarea').length == 3")
     browser.evaluate("document.querySelector('#walk').click()")
     demo.until("document.querySelectorAll('#between img').length == 16")
     command = browser.evaluate("document.querySelector('#commands textarea').value")

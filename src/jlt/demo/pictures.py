@@ -42,7 +42,7 @@ def pictures(studio: Studio, drawings: Sequence[Drawing], t: float) -> str:
         config = drawing.sampler.config
         time, clean, z = drawing.at(t)
         every = config.labels == "equal"
-        columns = config.num // len(studio.classes) if every else min(config.num, 4)
+        columns = config.num // len(studio.classes) if every else max(2, min(config.num, 4))
         order = _by_class(config.num, len(studio.classes)) if every else list(range(config.num))
         captions = [drawing.captions[index] for index in order]
         same = len(set(captions)) == 1
@@ -51,7 +51,7 @@ def pictures(studio: Studio, drawings: Sequence[Drawing], t: float) -> str:
         about = f"{system.name}, {what}"
         grid = _grid(clean[order], columns, captions, about, [] if same or every else captions, "rows" if every else "")
         noisy = "Noisy latent z: at t = 1 it is the image" if last else f"Noisy latent z at t = {time:.2f}, decoded"
-        strip = _grid(z[order[:STRIP]], min(config.num, STRIP), captions[:STRIP], f"{system.name}, z at t = {time:.2f}")
+        strip = _grid(z[order[:STRIP]], STRIP, captions[:STRIP], f"{system.name}, z at t = {time:.2f}", kind="z")
         per_image = drawing.seconds / config.num
         speed = f"{per_image * 1000:.0f} ms" if per_image < 1 else f"{per_image:.1f} s"
         subject = f" · {html.escape(captions[0])}" if same else ""
@@ -107,8 +107,7 @@ def _grid(
         text = f"<figcaption>{html.escape(texts[index]) or '&nbsp;'}</figcaption>" if texts else ""
         alt = html.escape(f"{about}: {name}, image {index + 1}", quote=True)
         figures.append(f'{label}<figure><img src="{_data(image)}" alt="{alt}">{text}</figure>')
-    size = "small" if images.shape[1] < PIXEL_ART and columns >= STRIP else ""
-    return f'<div class="grid {pixelated} {kind} {size}" style="--columns:{columns}">{"".join(figures)}</div>'
+    return f'<div class="grid {pixelated} {kind}" style="--columns:{columns}">{"".join(figures)}</div>'
 
 
 def _data(image: UInt8[Tensor, "hh ww 3"]) -> str:

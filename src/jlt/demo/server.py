@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -73,9 +74,10 @@ def serve(sources: list[Path], host: str, port: int | None, open_browser: bool, 
         while not stop:
             time.sleep(POLL_SECONDS)
         studio.stop(forever=True)
-        # Without waiting for pages that are open.
+        # Without waiting for pages that are open, and without Gradio's tracebacks of what that cancels.
         page.server.force_exit = True
-        page.close(verbose=False)
+        with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
+            page.close(verbose=False)
     return address
 
 

@@ -38,6 +38,7 @@ def build_page(studio: Studio) -> Any:
                     fields |= _bar(studio)
                 status = gr.HTML(note("Drawing the first images ..."), elem_id="note")
                 t = gr.Slider(0, 1, value=1, step=0.02, label=PATH, elem_id="t", buttons=[])
+                _accept_anything(t)
                 shown = gr.HTML(elem_id="pictures")
                 with gr.Accordion("Between two seeds", open=False, elem_id="between"):
                     with gr.Row(elem_id="way"):
@@ -111,7 +112,14 @@ def _settings(studio: Studio) -> dict[str, Any]:
     fields["ema"] = gr.Dropdown(
         studio.averages, value=studio.averages[0], label="Weights (EMA)", allow_custom_value=True, elem_id="ema"
     )
+    for slider in (fields["num"], fields["cfg_scale"]):
+        _accept_anything(slider)
     return fields
+
+
+def _accept_anything(slider: Any) -> None:
+    """Hand on what a program sends outside the range of a slider: Gradio would print a traceback."""
+    slider.preprocess = lambda payload: payload
 
 
 def _command_box(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -74,8 +75,9 @@ def serve(sources: list[Path], host: str, port: int | None, open_browser: bool, 
         while not stop:
             time.sleep(POLL_SECONDS)
         studio.stop(forever=True)
-        # Without waiting for pages that are open, and without Gradio's tracebacks of what that cancels.
+        # Without waiting for pages that are open, and without the tracebacks of what that cancels.
         page.server.force_exit = True
+        logging.disable()
         with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
             page.close(verbose=False)
     return address

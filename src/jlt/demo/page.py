@@ -18,7 +18,7 @@ QUICK_SECONDS = 10.0
 FIELDS = ("label", "num", "seed", "cfg_scale", "low", "high", "steps", "solver", "ema")
 PATH = "Time t: move it back to see how the images come about"
 MOST_WAITING = 32
-"""Requests that wait for the one before them; a later one is told to try again."""
+"""Requests that wait for the one before them; a later one is refused."""
 RANDOM_SEED = "() => Math.floor(Math.random() * 10000)"
 
 

@@ -1,4 +1,4 @@
-"""The page on a port of this machine, until it is asked to stop."""
+"""The page on a port of this machine, until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 

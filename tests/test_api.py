@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import itertools
 import json
+import os
 import pickle
 import typing
 from pathlib import Path
@@ -55,6 +56,7 @@ class Photographs(NoiseSource):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api")
     settings = EncodeConfig("noise", "pixels", resolution=8, batch_size=16, shard_size=20, flips=True, workers=0)
+    settings = dataclasses.replace(settings, dtype="float32")
     encode_source(Photographs(50), load_autoencoder("pixels"), settings, folder / "latents")
     return folder
 
@@ -337,6 +339,9 @@ def test_workers_of_a_data_loader_read_the_same(latents):
     read, labels = (torch.cat(part) for part in zip(*loader, strict=True))
     assert torch.equal(read, torch.stack([latents[number][0] for number in range(50)]))
     assert torch.equal(labels, latents.labels)
+    # No worker reads with the threads of its parent.
+    own = DataLoader(latents, 16, num_workers=2, multiprocessing_context="fork", collate_fn=lambda _: latents._process)
+    assert os.getpid() not in set(own)
     copy = pickle.loads(pickle.dumps(latents))
     assert torch.equal(copy[3][0], latents[3][0])
 
@@ -376,6 +381,7 @@ def test_the_geometry_is_that_of_the_command(latents, folder, model, tmp_path):
     for array in (values, values.numpy()):
         found = jlt.analyze(array, labels=latents.labels, patch_size=(1, 2), width=16, training=model.config)
         assert found.tokens == expected.tokens
+        assert [caution.kind for caution in found.cautions] == [caution.kind for caution in expected.cautions]
         assert found.latents == {"source": {"kind": "array", "count": 50}, "count": 50}
     # Without labels all latents are of one class.
     assert "one_class" in {caution.kind for caution in jlt.analyze(values).cautions}

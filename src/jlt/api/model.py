@@ -119,15 +119,12 @@ class Model:
         classes = [labels] if isinstance(labels, (int, str)) else list(labels)
         if not classes:
             raise UsageError("labels is empty: name at least one class, or a rule.")
-        named: dict[str, object] = {} if num is None else {"num": num}
-        if isinstance(labels, str) and labels in RULES:
-            named["labels"] = labels
-        else:
-            named = {
-                "num": len(classes),
-                "labels": ",".join(str(self.class_number(label)) for label in classes),
-            } | named
-        sampler = self.sampler(from_json(SampleConfig, {"ema": self._ema, **settings, **named}))
+        by_rule = isinstance(labels, str) and labels in RULES
+        given: dict[str, object] = {"ema": self._ema, **settings}
+        given["labels"] = labels if by_rule else ",".join(str(self.class_number(label)) for label in classes)
+        if num is not None or not by_rule:
+            given["num"] = len(classes) if num is None else num
+        sampler = self.sampler(from_json(SampleConfig, given))
         drawn = [(sampler.decode(batch), batch.latents.float().cpu()) for batch in sampler.latent_batches()]
         pixels, latents = torch.cat([images.images for images, _ in drawn]), torch.cat([part for _, part in drawn])
         return Images(pixels, latents, torch.cat([images.labels for images, _ in drawn]), sampler)

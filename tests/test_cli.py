@@ -30,6 +30,7 @@ NAMES = [
     "plan",
     "train",
     "sample",
+    "demo",
     "fetch",
     "reference",
     "evaluate",

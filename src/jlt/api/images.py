@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -34,12 +34,13 @@ class Trajectory:
 
     `trajectory[0.4]` is the state at the nearest of `times`, the steps of the solver; iteration yields all states in
     order. The first access draws the images again, which takes as long as drawing them, and keeps every state: two
-    latents for each image and step.
+    latents for each image and step. `watch` is called at each evaluation of the network; what it raises ends the
+    drawing.
     """
 
-    def __init__(self, sampler: ImageSampler, latents: Float[Tensor, "n c h w"]) -> None:
+    def __init__(self, sampler: ImageSampler, watch: Callable[[], None] = lambda: None) -> None:
         self.times: tuple[float, ...] = tuple(sampling_grid(sampler.config))
-        self._sampler, self._latents = sampler, latents
+        self._sampler, self._watch = sampler, watch
 
     def __len__(self) -> int:
         return len(self.times)
@@ -56,20 +57,21 @@ class Trajectory:
     @functools.cached_property
     def _states(self) -> dict[float, State]:
         drawing, config = self._sampler.latent_sampler, self._sampler.config
-        seen: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in self.times[:-1]}
+        seen: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in self.times}
         for part in batches_of(config.num, config.batch_size):
             at: dict[float, tuple[Tensor, Tensor]] = {}
 
             def observe(t: float, z: Tensor, clean: Tensor, part: range = part, at: Any = at) -> None:
+                self._watch()
                 # A stage of a solver at the time of the next step is replaced by the step itself.
                 if t in seen:
                     at[t] = z[: len(part)].cpu(), clean[: len(part)].cpu()
 
-            drawing.flow(drawing.start(self._sampler.drawn_with(part)), observe)
+            latents = drawing.flow(drawing.start(self._sampler.drawn_with(part)), observe)[: len(part)].float().cpu()
+            at[self.times[-1]] = latents, latents
             for t, state in at.items():
                 seen[t].append(state)
-        joined = {t: State(t, *(torch.cat(tensors) for tensors in zip(*seen[t], strict=True))) for t in seen}
-        return {**joined, self.times[-1]: State(self.times[-1], self._latents, self._latents)}
+        return {t: State(t, *(torch.cat(tensors) for tensors in zip(*seen[t], strict=True))) for t in seen}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +111,7 @@ class Images(Sequence[Image.Image]):
     @functools.cached_property
     def trajectory(self) -> Trajectory:
         """The path of the images from noise to data."""
-        return Trajectory(self.sampler, self.latents)
+        return Trajectory(self.sampler)
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Model:
         given["labels"] = labels if by_rule else ",".join(str(self.class_number(label)) for label in classes)
         if num is not None or not by_rule:
             given["num"] = len(classes) if num is None else num
-        sampler = self._sampler(from_json(SampleConfig, given))
+        sampler = self.sampler(from_json(SampleConfig, given))
         drawn = [(sampler.decode(batch), batch.latents.float().cpu()) for batch in sampler.latent_batches()]
         pixels, latents = torch.cat([images.images for images, _ in drawn]), torch.cat([part for _, part in drawn])
         return Images(pixels, latents, torch.cat([images.labels for images, _ in drawn]), sampler)
@@ -230,8 +230,8 @@ class Model:
     def _stored_names(self) -> list[str]:
         return self.checkpoint.latents.get("class_names") or []
 
-    def _sampler(self, config: SampleConfig) -> ImageSampler:
-        """Return a sampler with these settings that shares what is open."""
+    def sampler(self, config: SampleConfig) -> ImageSampler:
+        """Return a sampler with these settings that shares what is open; JLTError as for `sample`."""
         loaded = SampleConfig(ema=self._ema)
         opened = self._latest
         if opened is None or (config.ema == self._ema and opened.config.ema != self._ema):

@@ -46,12 +46,10 @@ def price_figure(result: Price) -> Figure:
         axes.margins(x=0.05)
         axes.set(xlabel="evaluations of the network per image", title="Fréchet distance")
 
-    legend = [
-        LegendEntry(
-            line_swatch(f"t{COLOURS[solvers.index(line[0].solver)]}", "", dashes[line_of(line[0])[1:]]), _label(line[0])
-        )
-        for line in lines
-    ]
+    legend = []
+    for line in lines:
+        role, dash = f"t{COLOURS[solvers.index(line[0].solver)]}", dashes[line_of(line[0])[1:]]
+        legend.append(LegendEntry(line_swatch(role, "", dash), _label(line[0])))
     legend.append(LegendEntry(line_swatch("muted"), f"published, {published.evaluations} evaluations"))
     caption = (
         f"{result.num:,} images of seed {result.seed} for each setting. The band is the published sampler with its "

@@ -180,7 +180,7 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     if kind == "interpolation" and (first.config.num % 2 or first.config.batch_size % 2):
         raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
     for other in samplers[1:]:
-        _require_same_noise(first, other)
+        require_same_noise(first, other)
     claim_folder(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})
     with lock_folder(out):
         ranges = batches_of(first.config.num, first.config.batch_size)
@@ -233,12 +233,17 @@ def _interpolation(sampler: ImageSampler, numbers: range) -> Rows:
     """Return rows from the noise of an image to that of the next one, with the label of the first."""
     drawing = sampler.latent_sampler
     start = drawing.start(numbers)
-    noise, labels = start.noise, start.labels[::2]
+    first, second = (
+        Start(start.noise[part::2], start.labels[part::2], lambda k, part=part: start.fresh(k)[part::2])  # type: ignore[misc]
+        for part in range(2)
+    )
+    return _decoded(sampler, [drawing.flow(between) for between in starts_between(first, second)])
 
-    def latents(share: float) -> Tensor:
-        return drawing.flow(Start(spherical(noise[::2], noise[1::2], share), labels, lambda k: start.fresh(k)[::2]))
 
-    return _decoded(sampler, [latents(column / (COLUMNS - 1)) for column in range(COLUMNS)])
+def starts_between(a: Start, b: Start) -> list[Start]:
+    """Return COLUMNS starts from a to b at equal distances, with the labels and the fresh noise of a."""
+    shares = [column / (COLUMNS - 1) for column in range(COLUMNS)]
+    return [Start(spherical(a.noise, b.noise, share), a.labels, a.fresh) for share in shares]
 
 
 DRAW_ROWS: dict[str, Callable[[ImageSampler, range], Rows]] = {
@@ -261,7 +266,7 @@ def spherical(a: Float[Tensor, "n *rest"], b: Float[Tensor, "n *rest"], share: f
     return math.cos(angle) * a + math.sin(angle) * b
 
 
-def _require_same_noise(a: ImageSampler, b: ImageSampler) -> None:
+def require_same_noise(a: ImageSampler, b: ImageSampler) -> None:
     """Raise JLTError unless the images of the same number begin with the same noise and label, at the same size."""
     for name, ours, theirs in (
         ("latents", a.shape, b.shape),

@@ -60,7 +60,7 @@ def everything_written(folder: Path) -> str:
 
 
 def test_the_files_of_a_folder(folder, checkpoint, tmp_path):
-    code = {"pipeline.py", "transformer/transformer_jlt.py"}
+    code = {"pipeline.py", "app.py", "transformer/transformer_jlt.py"}
     models = {f"{part}/{name}" for part in ("transformer", "vae") for name in ("config.json", WEIGHTS)}
     assert files_of(folder) == {INDEX, RECORD, "README.md", *code, *models}
     assert read_json(folder / RECORD)["files"].keys() == {INDEX, *code, *models}

@@ -22,10 +22,10 @@ def load() -> tuple[Any, dict[int, str]]:
     # The code of the pipeline is that of this folder.
     pipe = DiffusionPipeline.from_pretrained(str(FOLDER), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    names = pipe.config.get("id2label") or {}
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu"), {
-        int(number): name for number, name in names.items()
-    }
+    numbers = range(pipe.transformer.config.num_classes)
+    names = pipe.config.get("id2label") or {number: str(number) for number in numbers}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pipe.to(device), {int(number): name for number, name in names.items()}
 
 
 def build(pipe: Any, names: dict[int, str]) -> Any:

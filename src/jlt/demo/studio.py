@@ -18,6 +18,7 @@ from jlt.api.images import State, Trajectory
 from jlt.api.model import Model, load
 from jlt.config import Prediction, SampleConfig
 from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.interop.sources import is_exported
 from jlt.networks.transformer import count_parameters
 from jlt.sampling.guidance import rows_evaluated
 from jlt.sampling.labels import class_number
@@ -109,7 +110,13 @@ class Studio:
     @classmethod
     def open(cls, sources: Sequence[Path], device: str, autoencoder_path: str | None = None) -> Studio:
         """Open run or checkpoint folders; JLTError as for `jlt.load`, and for two of different noise."""
-        return cls([System(path, load(path, device=device, autoencoder_path=autoencoder_path)) for path in sources])
+        models = [load(path, device=device, autoencoder_path=autoencoder_path) for path in sources]
+        # A command samples runs: that of an export is in the cache.
+        folders = [
+            path if path.exists() and not is_exported(path) else model.checkpoint.run
+            for path, model in zip(sources, models, strict=True)
+        ]
+        return cls([System(folder, model) for folder, model in zip(folders, models, strict=True)])
 
     def _warm_up(self) -> None:
         """Open autoencoders, and measure how long the network takes; what is missing is an error here."""

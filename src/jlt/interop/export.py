@@ -2,6 +2,7 @@
 
 DIR/
     model_index.json, pipeline.py               settings, and the sampling loop
+    app.py                                      a page that draws images, which needs gradio
     transformer/                                config.json, weights, transformer_jlt.py
     vae/                                        the autoencoder, where it is not named by its Hub id
     README.md, samples.png                      the model card
@@ -58,7 +59,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.weights import is_hub_id, read_metadata
+from jlt.storage.weights import ASSETS, is_hub_id, read_metadata
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint, write_tensors
 
@@ -209,6 +210,7 @@ def _write_pipeline(
     if autoencoder is not None:
         vae = _write_vae(folder / "vae", autoencoder)
     _write_code(folder, PIPELINE)
+    write_text(folder / "app.py", (ASSETS / "space_app.py").read_text(encoding="utf-8"))
     parts = {"_class_name": PIPELINE, "_diffusers_version": diffusers_version, "transformer": TRANSFORMER, "vae": vae}
     write_json(folder / INDEX, {**parts, **to_json(settings)})
 

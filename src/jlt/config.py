@@ -194,7 +194,7 @@ class SampleConfig:
     grid: tuple[float, ...] = ()
     """Explicit times that rise from 0 to 1, instead of --steps and --shift."""
     cfg_scale: float = 1.0
-    """Guidance scale w (eq. 7); 1 is unguided."""
+    """Guidance scale w (eq. 7); 1 is none."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guidance interval: low and high time (eq. 7)."""
     autoguide: str = ""
@@ -208,7 +208,7 @@ class SampleConfig:
     seed: int = 0
     """Seed of the noise and of random labels."""
     ema: str = ""
-    """Weights: an EMA decay (0.9999), a length to rebuild (sigma_rel=0.07), or none. Default: the run's first EMA."""
+    """Weights: an EMA decay (0.9999), a length to rebuild (sigma_rel=0.07), or none. Default: the first EMA."""
     decoder: str | None = None
     """Decoder: flux2 or taef2, which share a latent space, or NAME:PLACE. Default: the autoencoder of the latents."""
     batch_size: int = 256
@@ -218,7 +218,7 @@ class SampleConfig:
     compile: bool = False
     """torch.compile the network: faster for many images; needs a C++ compiler on a CPU."""
     sampler: InitVar[NamedSampler | None] = None
-    """Name of a solver with its times, instead of --solver, --steps and --shift: published (50-step Heun) or fast."""
+    """Solver and steps: published (50-step Heun) or fast."""
 
     def __post_init__(self, sampler: NamedSampler | None) -> None:
         # Only the settings are kept, so that a protocol is the same for both ways to write them.

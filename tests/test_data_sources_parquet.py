@@ -280,6 +280,9 @@ def test_memory_is_bounded_by_pages_rather_than_by_row_groups(tmp_path: Path) ->
 
 
 def test_opening_other_sources_does_not_load_pyarrow(tmp_path: Path) -> None:
-    script = "import sys; from jlt.images.registry import open_source; open_source('digits')\n"
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "class" / "0.png")
+    # Not the digits: scikit-learn itself imports pandas, and with it pyarrow, where it is installed.
+    script = "import sys; from jlt.images.registry import open_source; open_source(sys.argv[1])\n"
     script += "assert 'pyarrow' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)

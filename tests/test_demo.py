@@ -326,7 +326,7 @@ class FakePipeline:
 
 
 def test_the_app_of_an_exported_folder_calls_the_pipeline(building):
-    path = Path(demo_page.__file__).parent.parent / "assets" / "space_app.py"
+    path = Path(demo_page.__file__).parents[1] / "interop" / "exported" / "app.py"
     assert "jlt" not in {
         line.split()[1].split(".")[0] for line in path.read_text().splitlines() if "import " in line[:7]
     }

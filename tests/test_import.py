@@ -420,7 +420,7 @@ def test_files_of_other_kinds_are_one_sentence(tmp_path):
         "packed.zip": "is compressed",
         "list.pth": "holds no dictionary but list",
         "dictionary.pth": "holds none of model, model_ema1, model_ema2",
-        ".": "is a folder",
+        ".": "is no folder of `jlt export`",
     }.items():
         with pytest.raises(JLTError, match=sentence):
             read(str(tmp_path / name), ImportConfig())

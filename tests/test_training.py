@@ -262,7 +262,7 @@ def test_full_disk_leaves_what_was_saved(finished, store, monkeypatch):
     config, run = finished
     from jlt.training import checkpoint
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -8,8 +8,9 @@ images[0].save("tench.png")
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+# Nothing is imported here: with `python -m jlt`, modules of the current folder would come first (`__main__`).
+# Type checkers take this name for true.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from jlt.api.images import Images, State, Trajectory
@@ -47,9 +48,11 @@ __all__ = [
 
 if not TYPE_CHECKING:
     # A type checker that saw this function would accept any name.
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         value = globals()[name] = getattr(import_module(_MODULES[name]), name)
         return value
 

@@ -59,11 +59,13 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.weights import ASSETS, is_hub_id, read_metadata
+from jlt.storage.weights import is_hub_id, read_metadata
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint, write_tensors
 
 SOURCES = "jlt.interop.exported"
+APP = Path(__file__).with_name("exported") / "app.py"
+"""It uses no module of this package, so it is copied as it is."""
 CARD_FILES = ("README.md", "samples.png")
 """Files that their owner may edit."""
 
@@ -210,7 +212,7 @@ def _write_pipeline(
     if autoencoder is not None:
         vae = _write_vae(folder / "vae", autoencoder)
     _write_code(folder, PIPELINE)
-    write_text(folder / "app.py", (ASSETS / "space_app.py").read_text(encoding="utf-8"))
+    write_text(folder / "app.py", APP.read_text(encoding="utf-8"))
     parts = {"_class_name": PIPELINE, "_diffusers_version": diffusers_version, "transformer": TRANSFORMER, "vae": vae}
     write_json(folder / INDEX, {**parts, **to_json(settings)})
 

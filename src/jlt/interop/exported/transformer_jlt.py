@@ -34,6 +34,7 @@ class JLTTransformer(ModelMixin, ConfigMixin):
         fixed_positions: bool = False,
         context_tokens: int = 0,
         context_start: int = 0,
+        learned_positions: bool = False,
     ) -> None:
         super().__init__()
         self.network = Transformer(
@@ -51,6 +52,7 @@ class JLTTransformer(ModelMixin, ConfigMixin):
                 fixed_positions=fixed_positions,
                 context_tokens=context_tokens,
                 context_start=context_start,
+                learned_positions=learned_positions,
             )
         )
 

@@ -117,8 +117,8 @@ def _data(image: UInt8[Tensor, "hh ww 3"]) -> str:
 
 
 def colours() -> str:
-    """Return the colours of the reports as CSS variables, in light and dark mode; Gradio has variables like `--v`."""
+    """Return the colours of the reports as CSS variables, in light and dark mode."""
     roles = {**PREDICTION, "ink": INK, "muted": MUTED, "line": LINE, "paper": PAPER, "panel": PANEL}
-    light = "".join(f"--jlt-{name}:{colour.light};" for name, colour in roles.items())
-    dark = "".join(f"--jlt-{name}:{colour.dark};" for name, colour in roles.items())
+    light = "".join(f"--{name}:{colour.light};" for name, colour in roles.items())
+    dark = "".join(f"--{name}:{colour.dark};" for name, colour in roles.items())
     return f":root{{{light}}}.dark{{{dark}}}"

@@ -176,7 +176,7 @@ SAMPLERS: dict[NamedSampler, dict[str, Any]] = {
     "published": {"solver": "heun", "steps": 50, "shift": 1.0, "grid": ()},
     "fast": {"solver": "dpmpp_2m", "steps": 16, "shift": 1.0, "grid": ()},
 }
-"""Named settings of the sampler: the published one (eq. 8), and one that `jlt price` chose (docs/photographs.md)."""
+"""Named settings of the sampler: the published one (eq. 8), and one of few steps (docs/photographs.md)."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Demo(Command):
     """
 
     checkpoints: Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="RUN [RUN]")]
-    """One or two run folders (their newest checkpoints) or checkpoint folders."""
+    """One or two run folders (their newest checkpoints), checkpoint folders or exports."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines open the page."""
     port: int | None = None

@@ -109,7 +109,7 @@ class Studio:
 
     @classmethod
     def open(cls, sources: Sequence[Path], device: str, autoencoder_path: str | None = None) -> Studio:
-        """Open run or checkpoint folders; JLTError as for `jlt.load`, and for two of different noise."""
+        """Open what `jlt.load` opens; JLTError as it raises, and for two of different noise."""
         models = [load(path, device=device, autoencoder_path=autoencoder_path) for path in sources]
         # A command samples runs: that of an export is in the cache.
         folders = [
@@ -169,11 +169,11 @@ class Studio:
         return class_number(label, self.classes, len(self.classes))
 
     def expected_seconds(self, config: SampleConfig) -> float:
-        """Return how long a drawing will take by the speed of the last one; 0 for one that is kept."""
+        """Return how long a drawing would take at the speed of the last one, also for one that is kept."""
         return self._seconds_per_row * config.num * rows_evaluated(config)
 
     def _draw(self, config: SampleConfig) -> tuple[Drawing, ...]:
-        """Draw the images of every system, or return the kept ones.
+        """Draw the images of every system; `draw` keeps the last ones.
 
         JLTError for settings that a system does not know and for latents that are not finite; Stopped after `stop`.
         """

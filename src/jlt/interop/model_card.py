@@ -209,6 +209,7 @@ def _facts(card: Card) -> list[tuple[str, str]]:
     optional = {
         "bottleneck": network.bottleneck_size,
         "fixed positions": network.fixed_positions,
+        "learned positions": network.learned_positions,
         "context tokens": network.context_tokens,
     }
     return [

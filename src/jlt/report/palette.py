@@ -49,12 +49,12 @@ SYMBOL: dict[str, str] = {"x": "x", "eps": "ε", "v": "v"}
 NAMES: dict[str, str] = {"x": "clean prediction (x)", "eps": "noise prediction (ε)", "v": "velocity prediction (v)"}
 SHORT_NAMES: dict[str, str] = {"x": "clean (x)", "eps": "noise (ε)", "v": "velocity (v)"}
 
-_DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.2, 1.6), (6.0, 1.6, 1.2, 1.6))
+DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.2, 1.6), (6.0, 1.6, 1.2, 1.6))
 
 
 def dashes(patch_size: int) -> tuple[float, ...]:
     """Return the dash pattern of a patch size, in line widths: solid for 1, dashed for 2, dotted for 4."""
-    return _DASHES[min(patch_size.bit_length() - 1, len(_DASHES) - 1)]
+    return DASHES[min(patch_size.bit_length() - 1, len(DASHES) - 1)]
 
 
 _MARKS = {

@@ -5,12 +5,11 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from jlt.report.figures import Figure, LegendEntry, draw, log_if_wide
-from jlt.report.palette import INK, MUTED, PAPER, TIME, line_swatch
+from jlt.report.palette import DASHES, INK, MUTED, PAPER, TIME, line_swatch
 from jlt.report.price_page import SOLVERS, curves, line_of, measured, sampler_text
 from jlt.report.wording import interval_text
 from jlt.results.price import Price, Priced
 
-DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.2, 1.6), (6.0, 1.6, 1.2, 1.6))
 MARKERS = ("o", "s", "^", "D", "v")
 COLOURS = (0, 4, 2, 3, 1)
 """Places in the palette of times: neighbours in it look alike."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from jlt.report import palette, wording
 from jlt.report.study import flatten
-from jlt.report.wording import NO_BREAK_SPACE, Table, interval_text, metric_text, number, sentence, with_error
+from jlt.report.wording import Table, interval_text, metric_text, number, sentence, unbroken
 from jlt.results.files import read_result
 from jlt.results.price import Price, Priced, SamplerSetting
 
@@ -94,12 +94,11 @@ def details(result: Price) -> list[str]:
 
 def facts(result: Price) -> dict[str, str]:
     """Return the figures of the strip under the headline."""
-    device = result.machine["device"]
     return {
         "Checkpoint": f"step {result.checkpoint.step:,}",
         "Guidance": "none" if result.cfg_scale == 1 else f"{result.cfg_scale:g}",
         "Settings": f"{len(result.points) - 1}, {result.num:,} images each",
-        "Machine": device if device != "cpu" else f"{result.machine['cores']} cores",
+        "Machine": wording.machine_text(result.machine),
     }
 
 
@@ -112,16 +111,12 @@ def sampler_text(setting: SamplerSetting) -> str:
 
 def measured(point: Priced) -> str:
     """Write a distance with its error."""
-    return _unbroken(point.value, point.error)
+    return unbroken(point.value, point.error) if point.error else number(point.value, 4)
 
 
 def behind(point: Priced) -> str:
     """Write by how much a setting is worse than the published sampler, with the error of the difference."""
-    return _unbroken(point.difference, point.difference_error) if point.difference_error else "—"
-
-
-def _unbroken(value: float, error: float | None) -> str:
-    return NO_BREAK_SPACE.join(with_error(value, error)).replace(" ", NO_BREAK_SPACE) if error else number(value, 4)
+    return unbroken(point.difference, point.difference_error) if point.difference_error else "—"
 
 
 def points_table(result: Price, label: str, points: Sequence[Priced], metrics: Sequence[str] = FURTHER) -> Table:

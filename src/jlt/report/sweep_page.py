@@ -79,14 +79,13 @@ def _rivals(result: Sweep) -> list[str]:
 def facts(result: Sweep) -> dict[str, str]:
     """Return the figures of the strip under the headline."""
     first, last, protocol = result.stages[0], result.stages[-1], result.confirmed[0].protocol or {}
-    device = result.machine["device"]
     return {
         "Checkpoint": f"step {result.checkpoint.step:,}",
         "Grid": _counts(len(first.points), first.num),
         "Last stage": _counts(len(last.points), last.num),
         "Confirmation": _counts(len(result.confirmed), result.confirmation.num),
         "Sampler": f"{protocol['steps']}-step {protocol['solver'].title()}",
-        "Machine": device if device != "cpu" else f"{result.machine['cores']} cores",
+        "Machine": wording.machine_text(result.machine),
     }
 
 

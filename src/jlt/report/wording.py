@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jlt.report.study import Spread
 from jlt.results.evaluation import SHARES
@@ -140,7 +141,7 @@ def ema_text(ema: str) -> str:
 
 def measured_text(sweep: Sweep, point: SweepPoint) -> str:
     """Write the metric of the search, with its error."""
-    return _unbroken(point.value, point.error) if point.error else metric_text(sweep.metric, point.value, 4)
+    return unbroken(point.value, point.error) if point.error else metric_text(sweep.metric, point.value, 4)
 
 
 def behind_text(sweep: Sweep, point: SweepPoint) -> str:
@@ -150,8 +151,14 @@ def behind_text(sweep: Sweep, point: SweepPoint) -> str:
         return "—"
     if sweep.metric in SHARES:
         return percent(behind.difference)
-    return _unbroken(behind.difference, behind.error) if behind.error else number(behind.difference)
+    return unbroken(behind.difference, behind.error) if behind.error else number(behind.difference)
 
 
-def _unbroken(value: float, error: float) -> str:
+def unbroken(value: float, error: float) -> str:
+    """Write a value with its error, in which no line ends."""
     return NO_BREAK_SPACE.join(with_error(value, error)).replace(" ", NO_BREAK_SPACE)
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Name the GPU that measured, or the cores of a CPU."""
+    return machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores"

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 FOLDER = Path(__file__).resolve().parent
 SOLVERS = ["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
-MOST_IMAGES, MOST_STEPS, LAST_SEED, PIXEL_ART = 16, 100, 2**53 - 1, 128
+MOST_IMAGES, MOST_STEPS, LAST_SEED = 16, 100, 2**53 - 1
 CSS = ".pixels img { image-rendering: pixelated }"
 
 

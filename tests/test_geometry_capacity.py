@@ -134,7 +134,7 @@ def test_the_quadrature_is_exact_where_the_answer_is_known():
         times = training_times(TrainingModel(TimestepConfig(P_mean=m, P_std=s), 0.0))
         known = 1 + 2 * math.exp(m + s**2 / 2) + math.exp(2 * m + 2 * s**2)
         assert times.average((1 - times.t) ** -2) == pytest.approx(known, rel=1e-10)
-    with pytest.raises(UsageError, match="above 0 for uniform times"):
+    with pytest.raises(UsageError, match="above 0 for times"):
         TrainingModel(TimestepConfig("uniform"), 0.0)
 
 

@@ -25,7 +25,7 @@ from jlt.networks.transformer import build_network
 from jlt.sampling.sampler import open_sampler
 
 NO_CARD = ExportConfig(samples=0)
-SYSTEMS = [(prediction, patch_size) for prediction in ("x", "eps", "v") for patch_size in (1, 2)]
+SYSTEMS = [("skip=0.3", 1), *((prediction, patch_size) for prediction in ("x", "eps", "v") for patch_size in (1, 2))]
 SOLVERS = ("euler", "midpoint", "dpmpp_2m", "ancestral")
 LABELS = [2, 0, 3]
 GUIDED = {"num_inference_steps": 5, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.9), "seed": 3}

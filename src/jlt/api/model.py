@@ -195,7 +195,7 @@ class Model:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network outputs: x, eps or v."""
+        """What the network outputs: x, eps, v, or another member of their lines (eq. 2)."""
         return self.config.prediction
 
     @property

@@ -40,7 +40,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 class JLTPipeline(DiffusionPipeline):
     """Draws images of classes.
 
-    `transformer` predicts what `prediction` names: the clean latent x, the noise eps or the velocity v. `vae` decodes
+    `transformer` predicts what `prediction` names, such as the clean latent x or the velocity v. `vae` decodes
     latents; where it is None, the autoencoder that `autoencoder` describes is loaded for the first image.
     `noise_scale` is the standard deviation of the noise, `id2label` holds the names of the classes, and `training` how
     the weights were made.

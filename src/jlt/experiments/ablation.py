@@ -173,7 +173,7 @@ def describe(config: AblationConfig, systems: Sequence[AblationRun], store: Late
 def forecasts(
     systems: Sequence[AblationRun], known: Sequence[SettingForecast] = (), device: str = "cpu"
 ) -> tuple[SettingForecast, ...]:
-    """Return what is expected of x, eps and v in every geometry, network and loss, before anything is trained.
+    """Return what is expected of every prediction in every geometry, network and loss, before anything is trained.
 
     `known` are forecasts of the same ablation, which had fewer points on its axes.
     """
@@ -203,7 +203,8 @@ def _known_forecasts(out: Path) -> tuple[SettingForecast, ...]:
 
 def _forecast(system: AblationRun, estimate: Estimate, before_training: bool) -> SettingForecast:
     network, train = system.config.network, system.config
-    found = forecast([estimate.in_units_of(train.noise_scale**2)], TrainingModel.of(train), [network.hidden_size])
+    model = TrainingModel.of(train, system.ablation.prediction)
+    found = forecast([estimate.in_units_of(train.noise_scale**2)], model, [network.hidden_size])
     return SettingForecast.of(
         found,
         variant=system.variant,

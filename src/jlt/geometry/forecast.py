@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from jlt.config import PREDICTIONS, LossConfig, Prediction, TimestepConfig
+from jlt.config import LossConfig, Prediction, TimestepConfig
 from jlt.geometry.gaussian import Array, conditional_variance, explained_power, target_variance
 from jlt.geometry.spectrum import Spectrum, shrunk, sphericity, tabulated_ranks
 from jlt.loss import error_gain
@@ -170,7 +170,7 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
     lam, enough, times = estimates[0].eigenvalues, estimates[0].enough, training_times(model)
     curves = _curves(lam, model)
     needed = _needed(lam, model, STATED_SHARE, curves)
-    order = sorted(PREDICTIONS, key=needed.__getitem__)
+    order = sorted(model.predictions, key=needed.__getitem__)
     outcome = _outcome(needed, len(lam))
     outcomes = [_outcome(varied, len(lam)) for varied in _variations(estimates, model)]
     confidence = outcomes.count(outcome) / len(outcomes)
@@ -234,12 +234,12 @@ def _advice(needed: Needed, lam: Spectrum, model: TrainingModel, width: int) -> 
     return Advice(
         width,
         width_share={name: rank / width for name, rank in needed.items()},
-        loss_floor={name: unit * width_floor(name, lam, times, width) / len(lam) for name in PREDICTIONS},
+        loss_floor={name: unit * width_floor(name, lam, times, width) / len(lam) for name in model.predictions},
     )
 
 
 def _curves(lam: Spectrum, model: TrainingModel, shared: bool = False) -> dict[Prediction, Curve]:
-    return {name: capacity_curve(name, lam, training_times(model), shared) for name in PREDICTIONS}
+    return {name: capacity_curve(name, lam, training_times(model), shared) for name in model.predictions}
 
 
 def _needed(lam: Spectrum, model: TrainingModel, share: float, curves: dict[Prediction, Curve]) -> Needed:

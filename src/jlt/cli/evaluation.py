@@ -296,7 +296,7 @@ class Price(Command):
     def run(self) -> Result:
         from jlt.experiments.measured_settings import Subject
         from jlt.experiments.price import PriceConfig, price
-        from jlt.report.price_page import price_table
+        from jlt.report.price_text import price_table
         from jlt.runtime.environment import default_device
         from jlt.training.checkpoint import open_checkpoint
 

@@ -1,4 +1,4 @@
-"""The page of a price: Frechet distance against evaluations of the network, and the cheapest setting that suffices."""
+"""Sentences and tables of a price, for its page and for a terminal."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import io
 import itertools
 import json
@@ -144,12 +145,13 @@ def test_labels_are_numbers_names_or_a_rule(model):
         ([-1], "no class -1"),
         ([], "at least one class"),
         ("eqal", "did you mean equal"),
-        ([7.5], "a whole number or a name, not 7.5"),
-        ([None], "a whole number or a name, not None"),
-        ([[1, 2]], "a whole number or a name"),
     ):
-        with pytest.raises((JLTError, TypeError), match=f"{message}|Type-check error"):
+        with pytest.raises(JLTError, match=message):
             model.sample(labels)
+    # Without the checks of types that tests have.
+    for label in (7.5, 7.0, None, [1, 2]):
+        with pytest.raises(UsageError, match="a whole number or a name, not"):
+            inspect.unwrap(class_number)(label, [], 10)
 
 
 def test_numbers_may_be_those_of_numpy_and_torch(model):
@@ -321,6 +323,9 @@ def test_denoise_is_eq_4(run_of, prediction):
     output, expand = model.network(z, t, torch.tensor([3, 0, 217])), t[:, None, None, None]
     clean = {"x": output, "eps": (z - (1 - expand) * output) / expand, "v": z + (1 - expand) * output}[prediction]
     torch.testing.assert_close(model.denoise(z, t, labels), clean, rtol=1e-4, atol=1e-5)
+    # Eq. 3, without the clamps, which are 0.
+    velocity = {"x": (output - z) / (1 - expand), "eps": (z - output) / expand, "v": output}[prediction]
+    torch.testing.assert_close(model.velocity(z, t, labels), velocity, rtol=1e-4, atol=1e-5)
     for number, (time, label) in enumerate(zip(t.tolist(), labels, strict=True)):
         alone = model.denoise(z[number : number + 1], time, label)
         torch.testing.assert_close(alone[0], clean[number], rtol=1e-4, atol=1e-5)

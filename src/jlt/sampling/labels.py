@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -89,7 +89,7 @@ def readable_names(class_names: Sequence[str], num_classes: int) -> Sequence[str
     return class_names
 
 
-def _whole(label: SupportsIndex | str) -> int:
+def _whole(label: Any) -> int:
     try:
         return int(label) if isinstance(label, str) else operator.index(label)
     except TypeError:

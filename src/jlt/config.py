@@ -136,6 +136,11 @@ class NetworkConfig:
     learned_positions: bool = field(default=False, metadata=ADDED_LATER)
     """Add learnt positions to the tokens instead of fixed ones; imported files of JiT have them."""
 
+    @property
+    def latent_shape(self) -> LatentShape:
+        """The shape of the latents, and the number of classes that label them."""
+        return LatentShape(self.channels, self.height, self.width, self.num_classes)
+
     def __post_init__(self) -> None:
         _require_positive(self, "channels", "height", "width", "num_classes", "hidden_size", "depth", "num_heads")
         _require_positive(self, "mlp_ratio")

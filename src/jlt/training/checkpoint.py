@@ -246,6 +246,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
     folder = folders[-1]
     manifest = _read_manifest(folder)
+    if "config" not in manifest:
+        raise JLTError(f"{folder} is a snapshot of averages: name its run, with an EMA such as sigma_rel=0.07.")
     try:
         config = from_json(TrainConfig, manifest["config"])
     except JLTError as error:

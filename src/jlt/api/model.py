@@ -25,7 +25,7 @@ from jlt.config import (
     TrainConfig,
 )
 from jlt.errors import UsageError, unknown_name
-from jlt.interop.sources import is_exported, local_path, run_of_export
+from jlt.interop.sources import open_source
 from jlt.prediction import clean_from_velocity
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
@@ -41,7 +41,7 @@ from jlt.sampling.sampler import (
     with_config,
 )
 from jlt.storage.codec import from_json
-from jlt.training.checkpoint import Checkpoint, open_checkpoint
+from jlt.training.checkpoint import Checkpoint
 
 Label = int | str
 """A class by its number or its name."""
@@ -99,14 +99,8 @@ def load(
 
     Raises JLTError for a folder without a complete checkpoint, a damaged file and an unknown average.
     """
-    checkpoint, device = _open_source(source), device or default_device()
+    checkpoint, device = open_source(source), device or default_device()
     return Model(checkpoint, open_weights(checkpoint, ema, device), ema, device, autoencoder_path)
-
-
-def _open_source(source: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint that a source names: every kind of source is opened here."""
-    path = local_path(os.fspath(source))
-    return open_checkpoint(run_of_export(path) if is_exported(path) else path)
 
 
 class Model:

@@ -15,6 +15,8 @@ FOLDER = Path(__file__).resolve().parent
 SOLVERS = ["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
 MOST_IMAGES, MOST_STEPS, LAST_SEED = 16, 100, 2**53 - 1
 CSS = ".pixels img { image-rendering: pixelated }"
+PIXEL_ART = 128
+"""Images of a smaller side are enlarged without smoothing."""
 
 
 def load() -> tuple[Any, dict[int, str]]:
@@ -70,9 +72,9 @@ def build(pipe: Any, names: dict[int, str]) -> Any:
                 solver = gr.Dropdown(SOLVERS, value="heun", label="Solver")
                 button, again = gr.Button("Draw", variant="primary"), gr.Button("New seed")
             with gr.Column(scale=3, min_width=280):
-                gallery = gr.Gallery(
-                    label="Images", columns=4, object_fit="contain", format="png", elem_classes="pixels"
-                )
+                side = pipe.transformer.config.height * pipe.config.autoencoder["downsampling"]
+                style = "pixels" if side < PIXEL_ART else None
+                gallery = gr.Gallery(label="Images", columns=4, object_fit="contain", format="png", elem_classes=style)
         inputs = [label, count, seed, scale, low, high, steps, solver]
         gr.on([button.click, page.load, label.input], draw, inputs, gallery, api_name="draw", concurrency_limit=1)
         again.click(lambda: random.randrange(10000), None, seed).then(draw, inputs, gallery, concurrency_limit=1)

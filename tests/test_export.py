@@ -26,7 +26,7 @@ from jlt.interop import importing
 from jlt.interop.export import export_file, export_folder, push_folder
 from jlt.interop.importing import write_run as write_imported
 from jlt.interop.pipeline_settings import INDEX, RECORD, WEIGHTS, ExportConfig
-from jlt.interop.read_export import read_export
+from jlt.interop.read_export import IDENTITY, read_export
 from jlt.results.evaluation import Evaluation, Metrics
 from jlt.results.files import write_result
 from jlt.sampling.sampler import open_sampler
@@ -113,6 +113,10 @@ def test_a_single_file_holds_weights_and_settings(checkpoint, tmp_path):
     assert settings["network"]["hidden_size"] == 16
     assert settings["settings"]["prediction"] == "x"
     assert export_file(checkpoint, path, NO_CARD) == path
+    bytes_of_it = path.read_bytes()
+    for _ in range(5):
+        path.unlink()
+        assert export_file(checkpoint, path, NO_CARD).read_bytes() == bytes_of_it
     with pytest.raises(JLTError, match="exists and is not this export"):
         export_file(checkpoint, path, dataclasses.replace(NO_CARD, ema="none"))
     content = bytearray(path.read_bytes())
@@ -557,7 +561,9 @@ def edit_json(path: Path, **changes) -> None:
         ({"_class_name": ["pipeline", "OtherPipeline"]}, "pipeline of the class"),
         ({"prediction": "score"}, "prediction must be one of x, eps, v"),
         ({"unheard": 1}, "no setting named 'unheard'"),
-        ({"noise_scale": float("nan")}, "noise_scale must be positive"),
+        ({"noise_scale": float("nan")}, "has a number that is not finite"),
+        ({"autoencoder__held_out_psnr": float("inf")}, "has a number that is not finite"),
+        ({"autoencoder__class": 1}, r"autoencoder\.class and"),
         ({"id2label": {"0": "a", "7": "b"}}, "id2label must name each of the 4 classes"),
         ({"training__ema": "../../escape"}, "training.ema is no average"),
         ({"training__ema": "0.90"}, "training.ema is no average"),
@@ -587,15 +593,24 @@ def test_hostile_settings_are_refused(folder, tmp_path, changes, message):
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("key", IDENTITY)
+def test_an_autoencoder_without_a_part_of_its_identity_is_refused(folder, tmp_path, key):
+    without_record(folder)
+    described = read_json(folder / INDEX)["autoencoder"]
+    edit_json(folder / INDEX, autoencoder={name: value for name, value in described.items() if name != key})
+    with pytest.raises(JLTError, match=rf"autoencoder\.{key} is missing"):
+        read_export(folder, str(folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"depth": 10**12}, "holds 2 blocks, and its settings state a depth of 1000000000000"),
-        ({"height": 10**9, "width": 10**9}, "are more than jlt reads"),
+        ({"height": 10**9, "width": 10**9}, "jlt reads no images of more than 4,096 pixels"),
         ({"hidden_size": 2**40}, "is not|does not hold|impossible network"),
         ({"hidden_size": 32}, r"network.* of \(.*16.* instead of \(.*32"),
         ({"num_heads": 0}, "num_heads must be positive"),
-        ({"mlp_ratio": float("inf")}, "impossible network"),
+        ({"mlp_ratio": 1e300}, "impossible network"),
         ({"context_tokens": 10**15}, "does not hold the weights|impossible network"),
         ({"patch_size": 2}, r"misshapen, such as network\.\S+ of"),
         ({"num_classes": 9}, "id2label must name each of the 9 classes"),
@@ -612,7 +627,7 @@ def test_impossible_networks_are_refused_before_memory_is_allocated(folder, tmp_
     ("changes", "message"),
     [
         ({"block_out_channels": [10**9] * 3}, r"has the value 1000000000: no autoencoder"),
-        ({"norm_num_groups": float("nan")}, "has the value nan"),
+        ({"norm_num_groups": float("nan")}, "a number that is not finite"),
         ({"down_block_types": ["DownEncoderBlock2D"] * 500}, "a list of 500 values"),
         ({"down_block_types": ["os.system"] * 3}, "has no settings of the autoencoder 'tiny'"),
         ({"latent_channels": 8}, r"does not hold the weights of the autoencoder 'tiny': .* instead of"),

@@ -193,8 +193,9 @@ def test_tensors_that_share_memory_are_written(tmp_path):
 # What becomes of a run
 
 
-def test_an_imported_run_is_sampled_and_fine_tuned(tmp_path, digit_latents, capsys):
+def test_an_imported_run_is_sampled_and_fine_tuned(tmp_path, digit_latents, capsys, monkeypatch):
     """A network of the digits' latents in the authors' form, through the commands that use a run."""
+    monkeypatch.setenv("JLT_CACHE", str(tmp_path / "cache"))
     content = tuned_to_digits(authors_content(img_size=32))
     path, run = saved(tmp_path / "a.pth", content), tmp_path / "run"
     options = ["--autoencoder", "tiny", "--class-names", str(digit_names(tmp_path))]
@@ -204,7 +205,9 @@ def test_an_imported_run_is_sampled_and_fine_tuned(tmp_path, digit_latents, caps
     assert len(list((tmp_path / "s").glob("*.png"))) == 2
     store = ["--latents", str(digit_latents)]
     geometry = ["--patch-size", "1", "--num", "32", "--out", str(tmp_path / "g")]
-    assert main(["analyze", *store, *checkpoint, *geometry]) == 0
+    exported = tmp_path / "exported"
+    assert main(["export", str(run), "--out", str(exported), "--samples", "0", "--with-vae"]) == 0
+    assert main(["analyze", *store, *checkpoint, str(exported), *geometry]) == 0
     assert main(["report", str(run)]) == 0
     assert main(["verify", str(run)]) == 0
     train = ["train", str(run / "config.json"), *store, "--out", str(tmp_path / "tuned"), "--init-from", str(run)]
@@ -483,12 +486,15 @@ def test_sizes_in_the_settings_allocate_nothing(tmp_path):
     assert checkpoint.config.network.hidden_size == 32
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_settings_of_another_kind_are_refused(tmp_path):
     assert "args is list" in refusal(tmp_path, {**authors_content(), "args": [1]})
     assert "holds int as 'net.a' in model" in refusal(tmp_path, {**authors_content(), "model": {"net.a": 1}})
     assert "no named tensors as model" in refusal(tmp_path, {**authors_content(), "model": [1]})
     whole = {"net.a": torch.zeros(2, dtype=torch.int8)}
     assert "as no plain tensor" in refusal(tmp_path, {**authors_content(), "model": whole})
+    ragged = {"net.a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}
+    assert "as no plain tensor" in refusal(tmp_path, {**authors_content(), "model": ragged})
 
 
 def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path):
@@ -504,7 +510,7 @@ def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path):
         damaged[place] ^= 1 << int(torch.randint(8, (), generator=generator))
         path.write_bytes(damaged)
         with contextlib.suppress(JLTError):
-            [reader() for reader in read(str(path), ImportConfig()).weights.values()]
+            dict(read(str(path), ImportConfig()).weights)
 
 
 # The folder

@@ -134,7 +134,8 @@ def export_file(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path
         raise UsageError(f"--format safetensors writes one file: let the name {out.name} end with .safetensors.")
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan_vae(checkpoint.latents["autoencoder"], config))
-    metadata = {"format": "pt", METADATA: json.dumps(to_json(FileSettings(checkpoint.config.network, settings)))}
+    # Of several entries, safetensors writes one or another first.
+    metadata = {METADATA: json.dumps(to_json(FileSettings(checkpoint.config.network, settings)))}
     if out.exists():
         if out.is_dir() or read_metadata(out) != metadata or not _same(load_tensors(out), chosen.tensors):
             raise JLTError(f"{out} exists and is not this export: choose another name.")

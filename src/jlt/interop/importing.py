@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ class Imported:
     config: TrainConfig
     latents: Mapping[str, Any]
     """What identifies the latents of a training: see `imported_latents`."""
-    weights: Mapping[str, Callable[[], Mapping[str, Tensor]]]
-    """What reads `network` and each `ema_<name>` that there is, in float32."""
+    weights: Mapping[str, Mapping[str, Tensor]]
+    """`network` and each `ema_<name>` that there is, in float32; a reader may convert each when it is taken."""
     step: int
     facts: Mapping[str, Any]
     """What the checkpoint's state records of its origin; `step_counts` is updates, epochs or nothing."""
@@ -58,9 +58,8 @@ def imported_latents(
 
 def require_moderate(network: NetworkConfig, downsampling: int) -> None:
     """Raise JLTError for grids that no weight confirms and that no network has: they cost memory with every image."""
-    side = max(network.height, network.width) * downsampling
-    if side > LARGEST_SIDE or network.tokens > MOST_TOKENS:
-        raise JLTError(f"{network.tokens} tokens of images of {side} pixels are more than jlt reads.")
+    if max(network.height, network.width) * downsampling > LARGEST_SIDE or network.tokens > MOST_TOKENS:
+        raise JLTError(f"jlt reads no images of more than {LARGEST_SIDE:,} pixels a side, or {MOST_TOKENS:,} tokens.")
 
 
 def require_finite(path: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -68,22 +67,6 @@ def require_finite(path: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     for name, weight in weights:
         if not weight.float().isfinite().all():
             raise JLTError(f"{path} holds values that are not finite in {name[:80]}: did its training diverge?")
-
-
-class _Weights(Mapping[str, Mapping[str, Tensor]]):
-    """Files of weights, each read when it is written, so one at a time."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Mapping[str, Tensor]]]) -> None:
-        self.readers = readers
-
-    def __len__(self) -> int:
-        return len(self.readers)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __getitem__(self, file: str) -> Mapping[str, Tensor]:
-        return self.readers[file]()
 
 
 def write_run(imported: Imported, out: Path) -> Checkpoint:
@@ -100,7 +83,7 @@ def write_run(imported: Imported, out: Path) -> Checkpoint:
         with contextlib.suppress(FileExistsError), whole_folder(run) as partial:
             updates = imported.step if imported.facts["step_counts"] == "updates" else 0
             state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
-            save_checkpoint(partial, imported.config, latents, _Weights(imported.weights), state)
+            save_checkpoint(partial, imported.config, latents, imported.weights, state)
             for name, path in imported.autoencoder.items():
                 (partial / IN_FOLDER).mkdir(exist_ok=True)
                 shutil.copyfile(path, partial / IN_FOLDER / name)

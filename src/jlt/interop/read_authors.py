@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +79,31 @@ def read_authors_file(path: Path, source: str, options: ImportConfig) -> Importe
         "not_reproduced": arguments.used_otherwise,
     }
     latents = imported_latents(identity, IMPORTED, sha256, resolution, class_names)
-    readers = {file: partial(_converted, states[name], network) for file, name in files.items()}
-    return Imported(config, latents, readers, updates, facts)
+    converted = Conversions({file: states[name] for file, name in files.items()}, network)
+    return Imported(config, latents, converted, updates, facts)
 
 
-def _converted(weights: Mapping[str, Tensor], network: NetworkConfig) -> dict[str, Tensor]:
-    """Return weights in this program's layout and float32."""
-    ours = import_authors_weights({name: weight.float() for name, weight in weights.items()}, network)
-    # Tensors that share memory cannot be written as they are.
-    users = Counter(tensor.untyped_storage().data_ptr() for tensor in ours.values())
-    return {
-        name: tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor
-        for name, tensor in ours.items()
-    }
+class Conversions(Mapping[str, Mapping[str, Tensor]]):
+    """Files of weights in this program's layout and float32, converted when they are read, so one at a time."""
+
+    def __init__(self, files: Mapping[str, Mapping[str, Tensor]], network: NetworkConfig) -> None:
+        self.files, self.network = files, network
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        weights = {key: weight.float() for key, weight in self.files[name].items()}
+        state = import_authors_weights(weights, self.network)
+        # Tensors that share memory cannot be written as they are.
+        users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+        return {
+            key: tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor
+            for key, tensor in state.items()
+        }
 
 
 def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

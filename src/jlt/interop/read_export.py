@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
 
 LARGEST_JSON = 2**24
 """Bytes of a JSON file that is read."""
+IDENTITY = ("name", "source", "downsampling", "normalisation", "weights_sha256", "class", "posterior")
+"""What is read of the identity of an autoencoder, besides its channels."""
 LARGEST_SETTING, LONGEST_LIST = 2**13, 2**8
 """Largest number, and longest list, in the settings of an autoencoder."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -77,7 +79,7 @@ def read_export(path: Path, source: str) -> Imported:
     names = [settings.id2label[number] for number in sorted(settings.id2label)]
     if len(names) not in (0, network.num_classes) or sorted(settings.id2label) != list(range(len(names))):
         raise JLTError(f"id2label must name each of the {network.num_classes} classes, or none.")
-    _require_fit(exported)
+    weights = _read_weights(exported)
     copies = {}
     if exported.autoencoder:
         require_autoencoder(*exported.autoencoder, identity["name"])
@@ -88,13 +90,7 @@ def read_export(path: Path, source: str) -> Imported:
     file = "network" if ema == "none" else f"ema_{ema}"
     facts = {"source": source, "sha256": exported.sha256, "step_counts": "updates"}
     latents = imported_latents(identity, settings.training.images, exported.sha256, resolution, names)
-    weights = {file: partial(_read_weights, exported.weights, exported.prefix)}
-    return Imported(config, latents, weights, settings.training.step, facts, copies)
-
-
-def _read_weights(path: Path, prefix: str) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key.removeprefix(prefix): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    return Imported(config, latents, {file: weights}, settings.training.step, facts, copies)
 
 
 class _Folder:
@@ -127,7 +123,9 @@ class _Folder:
 
     def json(self, name: str) -> dict[str, Any]:
         """Read a file of settings."""
-        return read_json(self.file(name))
+        content = read_json(self.file(name))
+        _require_finite_numbers(self.folder / name, content)
+        return content
 
 
 def _read_folder(folder: Path) -> Exported:
@@ -164,6 +162,7 @@ def _read_file(path: Path) -> Exported:
         content = None
     if not isinstance(content, dict):
         raise JLTError(f"{path} has no settings in its metadata: name a file that `jlt export` wrote.")
+    _require_finite_numbers(path, content)
     found = from_json(FileSettings, content)
     return Exported(found.network, found.settings, path, "", sha256_file(path))
 
@@ -171,6 +170,13 @@ def _read_file(path: Path) -> Exported:
 def _require_small(path: Path) -> None:
     if path.stat().st_size > LARGEST_JSON:
         raise JLTError(f"{path} has {path.stat().st_size:,} bytes, too many for a file of settings.")
+
+
+def _require_finite_numbers(path: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(settings, allow_nan=False)
+    except ValueError as error:
+        raise JLTError(f"{path} has a number that is not finite in its settings.") from error
 
 
 def _train_config(settings: PipelineSettings, network: NetworkConfig) -> TrainConfig:
@@ -207,9 +213,12 @@ def _averages(ema: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _autoencoder(described: Mapping[str, Any], exported: Exported) -> dict[str, Any]:
     """Return the identity of the autoencoder; JLTError for one that no export states."""
-    name, source, sha256 = (described.get(key) for key in ("name", "source", "weights_sha256"))
-    downsampling, normalisation = (described.get(key) for key in ("downsampling", "normalisation"))
+    if missing := [key for key in IDENTITY if key not in described]:
+        raise JLTError(f"autoencoder.{missing[0]} is missing.")
+    name, source, downsampling, normalisation, sha256, *texts = (described[key] for key in IDENTITY)
     channels = exported.network.channels
+    if not all(isinstance(text, str) for text in texts):
+        raise JLTError("autoencoder.class and autoencoder.posterior must be text.")
     if name not in AUTOENCODERS or described.get("channels") != channels:
         raise JLTError(f"The latents are not of a known autoencoder with {channels} channels: {str(name)[:40]!r}.")
     if type(downsampling) is not int or not 1 <= downsampling <= 2**8:
@@ -224,10 +233,10 @@ def _autoencoder(described: Mapping[str, Any], exported: Exported) -> dict[str, 
     return dict(described)
 
 
-def _require_fit(exported: Exported) -> None:
-    """Raise JLTError unless a file holds the weights of its network, whose settings may state impossible sizes.
+def _read_weights(exported: Exported) -> dict[str, Tensor]:
+    """Return the weights of the network in float32, by its own names.
 
-    Values are read last, one tensor after another.
+    JLTError unless the file holds them, before a value is read: the settings may state impossible sizes.
     """
     path, network, prefix = exported.weights, exported.network, re.escape(exported.prefix)
     found = read_shapes(path)
@@ -238,11 +247,14 @@ def _require_fit(exported: Exported) -> None:
         with torch.device("meta"):
             expected = Transformer(network).state_dict()
     except (RuntimeError, OverflowError, ValueError, MemoryError, TypeError) as error:
-        raise JLTError(f"{path} comes with settings of an impossible network ({error}).") from error
+        reason = textwrap.shorten(str(error).partition("\n")[0], 160)
+        raise JLTError(f"{path} comes with settings of an impossible network ({reason}).") from error
     named = {f"{exported.prefix}{key}": tensor for key, tensor in expected.items()}
     require_same_tensors(path, found, named, "the network in its settings")
     with safe_open(path, framework="pt") as file:
-        require_finite(path, ((name, file.get_tensor(name)) for name in found))
+        weights = {name.removeprefix(exported.prefix): file.get_tensor(name).float() for name in found}
+    require_finite(path, weights.items())
+    return weights
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
@@ -277,7 +289,8 @@ def require_autoencoder(config: Path, weights: Path, name: str) -> None:
             expected = _empty_autoencoder(name, described).state_dict()
     # With damaged settings diffusers raises many types of exceptions.
     except Exception as error:
-        raise JLTError(f"{config} has no settings of the autoencoder {name!r} ({error}).") from error
+        reason = textwrap.shorten(str(error), 160)
+        raise JLTError(f"{config} has no settings of the autoencoder {name!r} ({reason}).") from error
     require_same_tensors(weights, read_shapes(weights), expected, f"the autoencoder {name!r}")
 
 

@@ -718,6 +718,10 @@ def test_files_that_the_record_does_not_list_are_refused(folder, tmp_path):
     (folder / RECORD).write_text(sealed_text(record))
     with pytest.raises(JLTError, match="does not list transformer/"):
         back(folder, tmp_path / "back")
+    record["files"][f"transformer/{WEIGHTS}"] = None
+    (folder / RECORD).write_text(sealed_text(record))
+    with pytest.raises(JLTError, match="has no hash of 'transformer/"):
+        back(folder, tmp_path / "back")
 
 
 @pytest.mark.parametrize("content", [None, {}, {"settings": 1}])

@@ -264,7 +264,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = read_sealed_json(folder / RECORD)
     if record.get("schema") != SCHEMA or not isinstance(record.get("files"), dict):
         raise JLTError(f"{folder / RECORD} is no record of schema {SCHEMA}: another version of jlt wrote it.")
-    for name in record["files"]:
+    for name, sha256 in record["files"].items():
+        if not isinstance(sha256, str):
+            raise JLTError(f"{folder / RECORD} has no hash of {name[:80]!r}: it is damaged.")
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
             raise JLTError(f"{folder / RECORD} names {name[:80]!r}: it may name only files in its own folder.")
     return record

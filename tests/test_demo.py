@@ -377,7 +377,8 @@ def test_the_app_of_an_exported_folder_calls_the_pipeline(building):
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     pipe = FakePipeline()
-    page = app.build(pipe, {0: "tench", 1: "goldfish"})
+    names = {0: "tench", 1: "goldfish"}
+    page = app.build(pipe, names, 32)
     draw = next(fn.fn for fn in page.fns.values() if fn.api_name == "draw")
     assert len(draw(1, 3, 7, 1.5, 0.1, 1, 20, "heun")) == 3
     settings = {
@@ -402,3 +403,8 @@ def test_the_app_of_an_exported_folder_calls_the_pipeline(building):
         with pytest.raises(gradio.Error, match=message):
             draw(*wrong)
     assert len(pipe.calls) == 2
+    # Photographs are enlarged with smoothing, digits without.
+    for side, classes in ((32, ["pixels"]), (256, [])):
+        blocks = app.build(pipe, names, side).blocks.values()
+        (gallery,) = [block for block in blocks if isinstance(block, gradio.Gallery)]
+        assert gallery.elem_classes == classes

@@ -27,7 +27,7 @@ from jlt.config import (
 )
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.images.crop import centre_crop
-from jlt.interop.sources import is_exported, local_path, run_of_export
+from jlt.interop.sources import open_source
 from jlt.prediction import clean_from_velocity
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
@@ -43,7 +43,7 @@ from jlt.sampling.sampler import (
     with_config,
 )
 from jlt.storage.codec import from_json
-from jlt.training.checkpoint import Checkpoint, open_checkpoint
+from jlt.training.checkpoint import Checkpoint
 
 Label = int | str | np.integer
 """A class by its number or its name."""
@@ -104,14 +104,8 @@ def load(
     Raises JLTError for a folder without a complete checkpoint, a damaged file, an unknown average and a device that
     this machine does not have.
     """
-    checkpoint, device = _open_source(source), usable_device(device)
+    checkpoint, device = open_source(source), usable_device(device)
     return Model(checkpoint, open_weights(checkpoint, ema, device), ema, device, autoencoder_path)
-
-
-def _open_source(source: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint that a source names: every kind of source is opened here."""
-    path = local_path(os.fspath(source))
-    return open_checkpoint(run_of_export(path) if is_exported(path) else path)
 
 
 class Model:

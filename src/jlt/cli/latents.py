@@ -129,7 +129,7 @@ class Analyze(Command):
     noise_scale: float = 1.0
     """Standard deviation s of the noise in the forecast (eq. 1)."""
     checkpoint: tuple[Path, ...] = ()
-    """Runs or checkpoints trained on these latents, to also measure their error by direction and time."""
+    """Runs or checkpoints that were trained on these latents, or exports: also measure their error by direction."""
     ema: str = ""
     """Weights of --checkpoint, such as an EMA decay (0.9999) or none. Default: the first EMA of a run."""
     num: int = 1024
@@ -144,14 +144,14 @@ class Analyze(Command):
     def run(self) -> Result:
         from jlt.experiments.analysis import AnalysisConfig, analyze_into
         from jlt.experiments.error_by_direction import Networks
+        from jlt.interop.sources import open_source
         from jlt.latents.store import LatentStore
         from jlt.report.terminal import geometry_table
         from jlt.results.files import result_json
         from jlt.results.geometry import TrainingModel
         from jlt.runtime.environment import default_device
-        from jlt.training.checkpoint import open_checkpoint
 
-        opened = [open_checkpoint(path) for path in self.checkpoint]
+        opened = [open_source(path) for path in self.checkpoint]
         networks = Networks(opened, self.num, self.ema, self.samples, self.steps, self.decoder) if opened else None
         known = sorted({checkpoint.config.network.hidden_size for checkpoint in opened})
         widths = self.width or tuple(known) or (768,)

@@ -18,7 +18,6 @@ from jlt.api.images import State, Trajectory
 from jlt.api.model import Model, load
 from jlt.config import Prediction, SampleConfig
 from jlt.errors import JLTError, UsageError, unknown_name
-from jlt.interop.sources import is_exported
 from jlt.networks.transformer import count_parameters
 from jlt.sampling.guidance import rows_evaluated
 from jlt.sampling.labels import class_number
@@ -120,13 +119,8 @@ class Studio:
     def open(cls, sources: Sequence[Path], device: str, autoencoder_path: str | None = None) -> Studio:
         """Open what `jlt.load` opens; JLTError as it raises, and for two of different noise."""
         models = [load(path, device=device, autoencoder_path=autoencoder_path) for path in sources]
-        # A command samples runs: that of an export is in the cache.
-        folders = [
-            path if path.exists() and not is_exported(path) else model.checkpoint.run
-            for path, model in zip(sources, models, strict=True)
-        ]
-        pairs = zip(folders, models, strict=True)
-        return cls([System(folder, model, autoencoder_path) for folder, model in pairs])
+        pairs = zip(sources, models, strict=True)
+        return cls([System(source, model, autoencoder_path) for source, model in pairs])
 
     def _warm_up(self) -> None:
         """Open autoencoders, and measure how long the network takes; what is missing is an error here."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -54,7 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's own entries (new names, renames) durable."""
+    """Make the folder's own entries (new names, renames) durable, or the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,7 +115,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise JLTError(f"{path} does not exist.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # What is nested too deeply, or has a number of thousands of digits, is valid JSON and cannot be parsed.
+    except (ValueError, RecursionError) as error:
         raise JLTError(f"{path} is not readable JSON ({error}): it is damaged, or another program wrote it.") from error
     if not isinstance(content, dict):
         raise JLTError(f"{path} holds no JSON object: it is damaged, or another program wrote it.")
@@ -230,6 +234,37 @@ def lock_folder(folder: Path, root: Path | None = None) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder`, by a rename and flushed to disk, if the block succeeds.
+
+    Every process has its own one. What killed processes left is removed. FileExistsError if `folder` holds something by
+    then: another process was faster.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        # One that is being written is locked, and a link is none.
+        if (left / LOCK).is_file():
+            with contextlib.suppress(JLTError), lock_folder(left, folder.parent):
+                shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    with lock_folder(partial):
+        try:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                fsync_folder(path)
+            try:
+                partial.rename(folder)
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from error
+                raise
+            (folder / LOCK).unlink()
+            fsync_folder(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

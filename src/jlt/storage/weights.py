@@ -102,7 +102,7 @@ def require_same_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapp
         "unexpected": [name for name in found if name not in expected],
         "misshapen": misshapen,
     }
-    if faults := [f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names]:
+    if faults := [f"{len(names)} {kind}, such as {names[0][:160]}" for kind, names in kinds.items() if names]:
         raise JLTError(f"{file} does not hold the weights of {what}: {'; '.join(faults)}.")
 
 

@@ -70,6 +70,8 @@ class StepFolder:
         return load_tensors(self._checked(name))
 
     def _checked(self, name: str) -> Path:
+        if name not in self.files:
+            raise JLTError(f"{self.folder} holds no {name}: an imported run has only the weights that its source had.")
         if problem := _file_problem(self.folder / name, self.files[name]):
             raise JLTError(problem)
         return self.folder / name
@@ -243,7 +245,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise JLTError(f"{path} does not exist.")
     folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
     if not folders:
-        raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
+        raise JLTError(
+            f"{path} is neither a checkpoint nor a run with a complete checkpoint in it. `jlt import {path} --out RUN` "
+            "makes a run of an exported folder."
+        )
     folder = folders[-1]
     manifest = _read_manifest(folder)
     if "config" not in manifest:

@@ -19,6 +19,7 @@ from jlt.interop.import_config import ImportConfig
 from jlt.interop.settings import Arguments, is_number, read_prediction, require_plain_order, train_config
 from jlt.interop.torch_file import read_torch_file, require_tensors
 from jlt.latents.adoption import USUAL, adopted_identity
+from jlt.results.run import CONFIG
 from jlt.runtime.progress import inform
 from jlt.storage.files import (
     LOCK,
@@ -26,10 +27,10 @@ from jlt.storage.files import (
     format_difference,
     fsync_folder,
     lock_folder,
-    read_json,
+    read_marker,
     require_unlinked,
     sha256_file,
-    write_json,
+    write_marker,
 )
 from jlt.storage.weights import ASSETS
 from jlt.training.checkpoint import open_checkpoint, save_checkpoint
@@ -45,7 +46,6 @@ LARGEST_SIDE = 4096
 MOST_TOKENS = 1 << 16
 MOST_BLOCKS = 10_000
 MOST_UPDATES = 10**9
-CONFIG = "config.json"
 IMPORTED = "imported"
 """The kind of source of latents that are known by a checkpoint alone."""
 
@@ -271,8 +271,8 @@ def write_run(imported: Imported, out: Path) -> Path:
             shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             updates = imported.step if imported.facts["step_counts"] == "updates" else 0
             state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
+            write_marker(partial / CONFIG, identity)
             folder = save_checkpoint(partial, imported.config, imported.latents, imported.weights, state)
-            write_json(partial / CONFIG, identity)
             (partial / LOCK).unlink()
             partial.rename(run)
             fsync_folder(run.parent)
@@ -286,7 +286,7 @@ def _is_finished(run: Path, identity: Mapping[str, Any]) -> bool:
     if run.exists() and not run.is_dir():
         raise JLTError(f"{run} is a file: name a folder.")
     if (run / CONFIG).is_file():
-        if differences := difference(read_json(run / CONFIG), identity):
+        if differences := difference(read_marker(run / CONFIG)[0], identity):
             raise JLTError(
                 f"{run} holds another run, which differs in: {format_difference(differences)}. Choose another folder."
             )

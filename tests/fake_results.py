@@ -23,6 +23,7 @@ from jlt.results.geometry import GEOMETRY, Geometry, TrainingModel
 from jlt.results.run import log_line
 from jlt.runtime.processes import SingleProcess, rank0_value
 from jlt.storage.files import read_json, sealed_text, with_place, without_seal, work_of, write_marker, write_text
+from jlt.storage.seals import seal_file
 
 NAMES = {"x": "JLT-XS", "v": "DiT-XS", "eps": "DiT-eps-XS"}
 FINAL = {("x", 1): 20.1, ("v", 1): 37.2, ("eps", 1): 310.0, ("x", 2): 18.3, ("v", 2): 126.0, ("eps", 2): 820.0}
@@ -136,6 +137,7 @@ def draw_grid(path: Path, noise: float, seed: int) -> None:
     pixels = np.asarray(grid) + noise * np.random.default_rng(seed).standard_normal((340, 340))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB").save(path)
+    seal_file(path, path.name, work_of(path.parent.parent))
 
 
 def write_run(folder: Path, prediction: str, patch_size: int, seed: int, final: float, loss_space: str = "v") -> None:

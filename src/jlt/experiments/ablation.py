@@ -26,7 +26,7 @@ from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.ablation import Ablation, Matched, SystemRun
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
-from jlt.results.run import evaluation_files, read_config, read_log
+from jlt.results.run import LOG, evaluation_files, newest_step, read_config
 from jlt.runtime.environment import default_device, machine
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.workers import run_jobs
@@ -66,8 +66,7 @@ def show_progress(systems: Sequence[AblationRun]) -> Iterator[Callable[[], None]
         def show() -> None:
             done, active = 0.0, []
             for system in systems:
-                logged, evaluated = read_log(system.run / "log.jsonl").steps, _evaluated(system)
-                step = logged[-1].step if logged else 0
+                step, evaluated = newest_step(system.run / LOG), _evaluated(system)
                 done += _work(system, step, evaluated)
                 if step > 0 and evaluated < len(system.evaluated_steps):
                     active.append(f"{system.config.name} {step}/{system.config.steps}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -15,11 +16,13 @@ from jlt.errors import JLTError
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.storage.codec import Count, NonNegative, Size, from_json, known_fields
-from jlt.storage.files import parse_json, path_inside, read_marker, work_of
+from jlt.storage.files import WORK, parse_json, path_inside, read_marker, work_of
 from jlt.storage.seals import require_sealed
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
+TAIL = 2**16
+"""Bytes at the end of a log that hold its last lines."""
 SEALED_LINE = re.compile(rb'(\{.*), "seal": "([0-9a-f]{16})"\}')
 
 
@@ -163,12 +166,16 @@ def evaluation_files(run: Path) -> list[Path]:
     return sorted((run / "evaluations").glob("step_*.json"))
 
 
-def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[TrainConfig, Mapping[str, Any]]:
     """Read the `config.json` of a run: its settings, and all of it as JSON; JLTError if a value is not possible."""
     path = folder / CONFIG
-    content, _ = read_marker(path)
+    return parse_config(path, read_marker(path)[0])
+
+
+def parse_config(path: Path, content: Mapping[str, Any]) -> tuple[TrainConfig, Mapping[str, Any]]:
+    """Return the settings that a `config.json` holds, and its content; JLTError if a value is not possible."""
     try:
-        config = from_json(TrainConfig, {key: value for key, value in content.items() if key != "latents"})
+        config = from_json(TrainConfig, {key: value for key, value in content.items() if key not in ("latents", WORK)})
     except JLTError as error:
         raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
     return config, content
@@ -206,6 +213,19 @@ def _read_whole_log(folder: Path, config: TrainConfig, evaluations: Iterable[Eva
     if log.reached < config.steps or log.ended or not log.reached:
         return log
     return replace(log, notes=(*log.notes, f"{path} ends without the end of the training."))
+
+
+def newest_step(path: Path) -> int:
+    """Return the step of the last line of a log that can be read, for progress; 0 without one."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        lines = file.read().splitlines()
+    for text in reversed(lines):
+        with contextlib.suppress(JLTError):
+            return parse_line(text, text, str(path)).event.step
+    return 0
 
 
 class Line(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.contract import Autoencoder, require_identity
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.load import (
     AUTOENCODERS,
@@ -350,6 +350,7 @@ def matching_autoencoder(
     JLTError if its weights, normalisation or sizes are others. Adopted latents record no weights: any autoencoder of
     the right sizes is accepted, and a message reports it.
     """
+    require_identity(identity)
     name, source = identity["name"], identity["source"]
     if decoder:
         other, place = parse_decoder(decoder)

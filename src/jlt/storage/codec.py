@@ -84,7 +84,9 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that a data class has fields for."""
+    """Return the values that a data class has fields for; JLTError for what is no object."""
+    if not isinstance(values, Mapping):
+        raise JLTError(f"{_short(values)} is no object with named fields.")
     return {key: value for key, value in values.items() if key in _hints(kind)}
 
 

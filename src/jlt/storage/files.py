@@ -224,9 +224,13 @@ def read_marker(path: Path) -> tuple[dict[str, Any], str]:
     return content, work
 
 
-def write_marker(path: Path, content: Mapping[str, Any], work: str = "") -> None:
-    """Write the sealed file that says what a folder is for; its identity stays that of the first content."""
-    write_text(path, sealed_text({**content, WORK: work or sealed_sha256(content)}))
+def write_marker(path: Path, content: Mapping[str, Any], free: Collection[str] = ()) -> None:
+    """Write the sealed file that says what a folder is for, with the identity of the work if it has none.
+
+    That is a hash of the content without the `free` keys, and stays when these change.
+    """
+    work = content.get(WORK) or sealed_sha256({key: content[key] for key in content if key not in free})
+    write_text(path, sealed_text({**content, WORK: work}))
 
 
 def work_of(folder: Path) -> str:
@@ -290,16 +294,17 @@ def claim_folder(
     if folder.exists() and not folder.is_dir():
         raise JLTError(f"{folder} is a file: name a folder.")
     identity = json.loads(json.dumps(identity))
-    path, work = folder / marker, ""
+    path = folder / marker
     if path.is_file():
         stored, work = read_marker(path)
+        identity[WORK] = stored[WORK] = work
         if differences := difference(stored, identity, free=free):
             raise JLTError(
                 f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
             )
     elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
         raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
-    write_marker(path, identity, work)
+    write_marker(path, identity, free)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
-from jlt.storage.codec import Count, NonNegative, from_json, to_json
+from jlt.storage.codec import Count, NonNegative, from_json, known_fields, to_json
 from jlt.storage.files import (
     fsync_folder,
     read_json,
@@ -55,6 +55,18 @@ class StepManifest:
     """SHA-256 by name."""
     config: TrainConfig | None = None
     latents: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LatentsOrigin:
+    """What a manifest says of the latents of the training, as far as it is read; it is stored and passed on as JSON."""
+
+    autoencoder: Mapping[str, Any]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    count: Count | None = None
+    resolution: Count | None = None
+    class_names: tuple[str, ...] | None = None
+    manifest_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -281,6 +293,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_manifest(folder)
     if manifest.config is None or manifest.latents is None:
         raise JLTError(f"{folder / MANIFEST} has no config and latents: it is of a snapshot and of no checkpoint.")
+    _parsed(LatentsOrigin, folder / MANIFEST, known_fields(LatentsOrigin, manifest.latents))
     return Checkpoint(folder, *_facts(manifest), manifest.config, manifest.latents)
 
 

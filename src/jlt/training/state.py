@@ -153,7 +153,7 @@ def _start_from(network: Transformer, config: TrainConfig) -> None:
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Create a run folder, or check that an existing one is of the same run; a JLTError shows the difference."""
-    claim_folder(run, CONFIG, run_identity(config, latents), free=_free_to_change(config))
+    claim_folder(run, CONFIG, run_identity(config, latents), free=free_to_change(config))
 
 
 def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,8 @@ def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, A
     return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
 
 
-def _free_to_change(config: TrainConfig) -> set[str]:
+def free_to_change(config: TrainConfig) -> set[str]:
+    """Return the settings that a resumed run may change."""
     # A cosine schedule fixes the length.
     return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
 
@@ -169,7 +170,7 @@ def _free_to_change(config: TrainConfig) -> set[str]:
 def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Resume from a checkpoint of this run; JLTError if its configuration or latents are of another one."""
     old, new = run_identity(checkpoint.config, checkpoint.latents), run_identity(config, latents)
-    if differences := difference(old, new, free=_free_to_change(config)):
+    if differences := difference(old, new, free=free_to_change(config)):
         raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(differences)}.")
     stored = checkpoint.read_state()
     if stored.device != state.device.type:

@@ -293,18 +293,18 @@ def claim_folder(
     """
     if folder.exists() and not folder.is_dir():
         raise JLTError(f"{folder} is a file: name a folder.")
-    identity = json.loads(json.dumps(identity))
+    content = json.loads(json.dumps(identity))
     path = folder / marker
     if path.is_file():
         stored, work = read_marker(path)
-        identity[WORK] = stored[WORK] = work
-        if differences := difference(stored, identity, free=free):
+        if differences := difference(stored, content, free=free):
             raise JLTError(
                 f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
             )
+        content[WORK] = work
     elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
         raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
-    write_marker(path, identity, free)
+    write_marker(path, content, free)
 
 
 @contextlib.contextmanager

@@ -49,24 +49,30 @@ def verify(folder: Path, seal: bool = False) -> list[str]:
     With `seal`, files that earlier versions or editors left without a seal are accepted as they are, if what they hold
     is possible. Links and hidden files are left out.
     """
-    problems, found = [], False
+    whole: list[Callable[[], list[str]]] = []
+    checks: list[tuple[Path, Check]] = []
     for place in _folders(folder):
         if _is_store(place):
-            problems += verify_store(place)
-        elif (place / "manifest.json").exists() or place.parent.name in ("checkpoints", "snapshots"):
-            problems += verify_checkpoints(place)
+            whole.append(partial(verify_store, place))
+        elif (place / MANIFEST_NAME).exists() or place.parent.name in ("checkpoints", "snapshots"):
+            whole.append(partial(verify_checkpoints, place))
         else:
-            checks = list(_checks(place))
-            found |= bool(checks)
-            for path, check in checks:
-                try:
-                    check(path, seal)
-                except JLTError as error:
-                    problems.append(str(error))
-            continue
-        found = True
+            checks += _checks(place)
+    if not whole and not checks:
+        return verify_store(folder)
+    # A log is compared with the other files of its run.
+    checks.sort(key=lambda entry: entry[1] is _check_log)
+    problems = [problem for path, check in checks if (problem := _problem(path, check, seal))]
     # A file that others belong to is the problem of each of them.
-    return list(dict.fromkeys(problems)) if found else verify_store(folder)
+    return list(dict.fromkeys([*problems, *(problem for find in whole for problem in find())]))
+
+
+def _problem(path: Path, check: Check, seal: bool) -> str | None:
+    try:
+        check(path, seal)
+    except JLTError as error:
+        return str(error)
+    return None
 
 
 def _folders(folder: Path) -> Iterator[Path]:
@@ -151,9 +157,9 @@ def _check_log(path: Path, seal: bool) -> None:
                 lines[number] = log_line(json.loads(text), work).encode()
         if lines != path.read_bytes().splitlines(keepends=True):
             write_text(path, b"".join(lines).decode())
-    if (path.parent / CONFIG).is_file():
-        read_run(path.parent, 0)
-    read_log(path)
+    log = read_run(path.parent, 0).log if (path.parent / CONFIG).is_file() else read_log(path)
+    if log.notes:
+        raise JLTError(" ".join(log.notes))
 
 
 def _check_image(path: Path, seal: bool) -> None:

@@ -41,7 +41,7 @@ def write_report(folder: Path) -> Path:
         write_text(path, render_template("price.html", price_context(folder)))
     else:
         study = read_study(folder)
-        for note in (note for run in study.runs for note in run.log.notes):
+        for note in study.notes:
             inform(note)
         write_text(path, render(study))
     return path
@@ -62,7 +62,7 @@ def render(study: Study) -> str:
         "title": study.title,
         "verdict": findings.verdict(study),
         "details": findings.details(study),
-        "limits": findings.limits(study),
+        "limits": [*findings.limits(study), *study.notes],
         "facts": page_facts(study),
         "rows": result_rows(study),
         "measurements": MEASUREMENT_HEADS,

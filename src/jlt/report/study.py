@@ -94,6 +94,11 @@ class Study:
         return [run for system in self.systems for run in system.runs]
 
     @property
+    def notes(self) -> list[str]:
+        """What the logs of the runs lack."""
+        return [note for run in self.runs for note in run.log.notes]
+
+    @property
     def seeds(self) -> int:
         """The largest number of runs of a system."""
         return max((len(system.runs) for system in self.systems), default=0)

@@ -102,8 +102,8 @@ class Log:
     """Whether the run was stopped before its last step, and has not been resumed."""
     seconds: float | None = None
     """Time in training of a run that has ended."""
-    reached: int = 0
-    """The last step of which it has a line."""
+    reached: int = -1
+    """The last step of which it has a line, -1 without any."""
     notes: tuple[str, ...] = ()
     """What is missing at its end, in sentences."""
 
@@ -152,7 +152,7 @@ class Run:
     @property
     def reached(self) -> int:
         """The last step that was logged or evaluated, 0 before the first."""
-        return max([self.log.reached, *(entry.step or 0 for entry in self.evaluations[-1:])])
+        return max([0, self.log.reached, *(entry.step or 0 for entry in self.evaluations[-1:])])
 
     def file_of(self, evaluation: Evaluation) -> Path | None:
         """Return the file of an evaluation."""
@@ -185,7 +185,7 @@ def read_run(folder: Path, seed: int) -> Run:
     """Read a run folder; log, samples and evaluations may be missing while it is under way."""
     config, content = read_config(folder)
     evaluations = [read_result(Evaluation, path) for path in evaluation_files(folder)]
-    log = _read_whole_log(folder, config, evaluations)
+    log = _log_of(folder, config, evaluations)
     grid = "samples/grid.png"
     for file in (*(file for _, file in log.samples), grid):
         if path_inside(folder, file).is_file():
@@ -200,19 +200,24 @@ def read_run(folder: Path, seed: int) -> Run:
     )
 
 
-def _read_whole_log(folder: Path, config: TrainConfig, evaluations: Iterable[Evaluation]) -> Log:
-    """Read the log of a run; JLTError if the run has results of later steps, whose lines are lost."""
+def _log_of(folder: Path, config: TrainConfig, evaluations: Iterable[Evaluation]) -> Log:
+    """Read the log of a run, with a note if the run has results of later steps, whose lines may be lost."""
     path, log = folder / LOG, read_log(folder / LOG)
     names = [checkpoint.name.removeprefix("step_") for checkpoint in folder.glob("checkpoints/step_*")]
     steps = [evaluation.step or 0 for evaluation in evaluations] + [int(name) for name in names if name.isdecimal()]
-    if path.exists() and (last := max(steps, default=0)) >= log.reached + config.log_every:
-        raise JLTError(
-            f"{path} ends at step {log.reached:,}, and the run has results of step {last:,}: the end of the log is "
-            "lost. Move the file away to go on without it."
+    last = max(steps, default=-1)
+    # Before anything is saved, the last step is logged, and the others at these intervals.
+    logged = last if last >= config.steps else last - last % config.log_every
+    notes = list(log.notes)
+    if path.exists() and log.reached < logged:
+        # After a damaged checkpoint is removed, the run resumes from the one before.
+        notes.append(
+            f"{path} ends before step {logged:,}, and the run has results of step {last:,}: its end is lost, or the "
+            "run was resumed from an earlier checkpoint."
         )
-    if log.reached < config.steps or log.ended or not log.reached:
-        return log
-    return replace(log, notes=(*log.notes, f"{path} ends without the end of the training."))
+    elif log.reached >= config.steps and not log.ended:
+        notes.append(f"{path} ends without the end of the training.")
+    return replace(log, notes=tuple(notes))
 
 
 def newest_step(path: Path) -> int:
@@ -308,7 +313,7 @@ def read_log(path: Path) -> Log:
         ended=bool(ends),
         stopped=bool(_of_kind(session, "stopped", Event)) and not ends,
         seconds=ends[-1].seconds if ends else None,
-        reached=max((line.event.step for line in kept), default=0),
+        reached=max((line.event.step for line in kept), default=-1),
         notes=(f"The last line of {path} is incomplete and left out.",) if torn else (),
     )
 

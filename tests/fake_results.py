@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,8 +20,10 @@ from jlt.geometry.accumulate import measure_moments
 from jlt.results.ablation import Ablation
 from jlt.results.files import write_result
 from jlt.results.geometry import GEOMETRY, Geometry, TrainingModel
+from jlt.results.run import log_line
 from jlt.runtime.processes import SingleProcess, rank0_value
-from jlt.storage.files import write_json
+from jlt.storage.files import read_json, sealed_text, with_place, without_seal, work_of, write_marker, write_text
+from jlt.storage.seals import seal_file
 
 NAMES = {"x": "JLT-XS", "v": "DiT-XS", "eps": "DiT-eps-XS"}
 FINAL = {("x", 1): 20.1, ("v", 1): 37.2, ("eps", 1): 310.0, ("x", 2): 18.3, ("v", 2): 126.0, ("eps", 2): 820.0}
@@ -35,6 +36,20 @@ LATENTS = {
     "resolution": 32,
     "manifest_sha256": "ef" * 32,
 }
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a result as another program could: what it holds need not be possible."""
+    write_text(path, sealed_text(with_place(without_seal(content), path)))
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    return without_seal(read_json(path))
+
+
+def write_log(run: Path, *events: dict[str, Any]) -> Path:
+    (run / "log.jsonl").write_text("".join(log_line(event, work_of(run)) for event in events))
+    return run / "log.jsonl"
 
 
 class GaussianStore:
@@ -122,18 +137,19 @@ def draw_grid(path: Path, noise: float, seed: int) -> None:
     pixels = np.asarray(grid) + noise * np.random.default_rng(seed).standard_normal((340, 340))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB").save(path)
+    seal_file(path, path.name, work_of(path.parent.parent))
 
 
 def write_run(folder: Path, prediction: str, patch_size: int, seed: int, final: float, loss_space: str = "v") -> None:
     """Write one finished run whose Frechet distance falls towards `final`."""
     generator = np.random.default_rng([seed, patch_size, len(prediction)])
-    write_json(folder / "config.json", config(prediction, patch_size, seed, loss_space))
+    write_marker(folder / "config.json", config(prediction, patch_size, seed, loss_space))
     events: list[dict[str, Any]] = [{"event": "start", "step": 0}]
     for step in range(10, 1501, 10):
         loss = (1.1 + final / 400) * step**-0.12 * (1 + 0.05 * generator.standard_normal())
         events.append({"event": "step", "step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 0.3})
     events.append({"event": "end", "step": 1500, "seconds": 31.2 + patch_size})
-    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_log(folder, *events)
     for step in EVALUATED:
         distance = final * (1 + 6 * ((1500 - step) / 1500) ** 2)
         metrics = {
@@ -144,7 +160,7 @@ def write_run(folder: Path, prediction: str, patch_size: int, seed: int, final: 
             "count": 1000,
         }
         evaluation = {"schema": 1, "step": step, "metrics": metrics, "protocol": protocol(f"{folder.name}-{step}")}
-        write_json(folder / "evaluations" / f"step_{step:07d}.json", evaluation)
+        write_sealed(folder / "evaluations" / f"step_{step:07d}.json", evaluation)
     draw_grid(folder / "samples" / "grid.png", noise=min(final, 200.0), seed=seed)
 
 
@@ -183,7 +199,7 @@ def write_watched_run(
     folder: Path, steps: int = 50_000, reached: int = 31_400, every: int = 100, prediction: str = "x"
 ) -> None:
     """Write a run of two processes that is under way: continued once, two updates skipped, grids at intervals."""
-    write_json(folder / "config.json", {**config(prediction, 1, 0), "steps": steps, "batch_size": 1024})
+    write_marker(folder / "config.json", {**config(prediction, 1, 0), "steps": steps, "batch_size": 1024})
     generator = np.random.default_rng(0)
     session = {"processes": 2, "micro_batch_size": 64, "accumulation": 8, "parallel": "ddp", "device": "cuda"}
     continued = reached // 3 // every * every
@@ -199,7 +215,7 @@ def write_watched_run(
             file = f"samples/step_{step:07d}.png"
             draw_grid(folder / file, noise=20 + 220 * (1 - step / reached) ** 2, seed=0)
             events.append({"event": "sampled", "step": step, "file": file})
-    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_log(folder, *events)
 
 
 def log_by_time(run: Path, level: float) -> None:
@@ -208,7 +224,7 @@ def log_by_time(run: Path, level: float) -> None:
     events: list[dict[str, Any]] = [{"event": "start", "step": 0, "processes": 1, "device": "cpu"}]
     events += [step_event(step, 1500, generator, level) for step in range(50, 1501, 50)]
     events.append({"event": "end", "step": 1500, "seconds": 31.2})
-    (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_log(run, *events)
 
 
 def write_ablation(
@@ -248,6 +264,6 @@ def write_ablation(
         "autoencoder_psnr": 41.2,
         "classifier_accuracy": 0.985,
     }
-    write_json(folder / "ablation.json", ablation)
+    write_sealed(folder / "ablation.json", ablation)
     write_result(folder / GEOMETRY, geometry())
     return folder

@@ -20,7 +20,7 @@ import jlt as jlt_package
 from jlt.cli.main import COMMANDS, main
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import open_source
-from jlt.storage.files import read_sealed_json
+from jlt.storage.files import read_json, read_sealed_json, without_seal
 
 NAMES = [
     "quickstart",
@@ -380,8 +380,7 @@ def test_from_images_to_a_report(chain, tmp_path):
 
     other_seed = done("evaluate", "--checkpoint", run, "--reference", reference, *SAMPLES, "--seed", 1)
     assert other_seed["metrics"]["frechet_distance"] != from_array["metrics"]["frechet_distance"]
-    kept = [json.loads(path.read_text()) for path in (run / "evaluations").iterdir()]
-    kept = [{key: value for key, value in result.items() if key != "sha256"} for result in kept]
+    kept = [without_seal(read_json(path)) for path in (run / "evaluations").iterdir()]
     assert sorted(kept, key=lambda result: result["protocol"]["seed"]) == [from_checkpoint, other_seed]
 
     page = Path(done("report", run)["report"]).read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from jlt.errors import JLTError, UsageError
 from jlt.results.files import ResultFile, read_result, write_result
-from jlt.storage.codec import from_json, to_json
+from jlt.storage.codec import Share, from_json, to_json
+from jlt.storage.files import sealed_text
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Whole(ResultFile):
     table: tuple[tuple[float, ...], ...]
     shares: dict[Literal["x", "v"], float] = field(default_factory=dict)
     anything: Any = None
+    share: Share = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ PARTS = st.builds(
 WHOLES = st.builds(
     Whole,
     st.sampled_from(["x", "v"]),
-    st.integers(),
+    st.integers(-(2**63), 2**63),
     st.booleans(),
     st.dictionaries(st.integers(0, 9), PARTS, max_size=3),
     st.lists(st.lists(st.floats(-1, 1), max_size=2).map(tuple), max_size=2).map(tuple),
@@ -80,7 +83,14 @@ def test_a_data_class_survives_json(whole: Whole):
         ({"kind": "eps"}, "kind must be one of x, v"),
         ({"count": 1.5}, "count must be int"),
         ({"count": True}, "count must be int"),
+        ({"count": 10**30}, "count is a whole number of more than 64 bits"),
         ({"exact": 1}, "exact must be bool"),
+        ({"share": 1.5}, "share must be from 0 to 1, not 1.5"),
+        ({"share": True}, "share must be float"),
+        ({"share": math.nan}, "share must be a finite number"),
+        ({"table": [[math.inf]]}, "table must be a finite number"),
+        ({"parts": [1]}, "parts must be"),
+        ({"parts": {"1": [1]}}, "parts.1 must be"),
         ({"parts": {"one": {"name": "a"}}}, "no whole number"),
         ({"parts": {"1": {"nam": "a"}}}, "parts.1.nam"),
         ({"parts": {"1": {}}}, "parts.1.name is missing"),
@@ -110,11 +120,12 @@ def test_a_result_file_round_trips_and_names_damage(tmp_path: Path):
         read_result(Whole, path)
     del content["sha256"]
     path.write_text(json.dumps(content))
-    assert read_result(Whole, path) == EXAMPLE, "files of earlier versions have no seal"
-    path.write_text(json.dumps({**content, "schema": 3}))
+    with pytest.raises(JLTError, match=r"whole.json carries no hash of itself.*jlt verify .* --seal"):
+        read_result(Whole, path)
+    path.write_text(sealed_text({**content, "schema": 3}))
     with pytest.raises(JLTError, match="schema 3, and this version of jlt reads schema 4"):
         read_result(Whole, path)
-    path.write_text(json.dumps({**content, "count": "many"}))
+    path.write_text(sealed_text({**content, "count": "many"}))
     with pytest.raises(JLTError, match=r"damaged or was written by another version: count must be int"):
         read_result(Whole, path)
 

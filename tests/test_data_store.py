@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,10 +249,14 @@ def test_things_that_are_no_files_are_named(copy: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(path))
+    opened = Path.open
 
-    monkeypatch.setattr("jlt.latents.store.sha256_file", refuse)
+    def refuse(path: Path, *arguments: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", refuse)
     problems = verify_store(copy)
     assert [problem.endswith("cannot be read (Permission denied).") for problem in problems] == [True] * 4
 
@@ -287,8 +292,8 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(copy: Path) -> None:
     with pytest.raises(JLTError, match=r"labels from 0 to 2.*2 classes"):
         LatentStore.open(copy)
     assert len(verify_store(copy)) == 1
-    rewrite(copy, class_names=("a", "b", "c"), height=3)
-    with pytest.raises(JLTError, match="48, 2, 2.*48, 3, 2"):
+    rewrite(copy, class_names=("a", "b", "c"), height=1)
+    with pytest.raises(JLTError, match="48, 2, 2.*48, 1, 2"):
         LatentStore.open(copy)
     rewrite(copy, height=2, dtype="float16")
     with pytest.raises(JLTError, match="F32.*F16"):
@@ -300,12 +305,17 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(copy: Path) -> None:
     [
         ({"count": 36}, "count differs from the sum over its shards"),
         ({"shards": ()}, "count differs from the sum over its shards"),
-        ({"count": 0, "shards": ()}, "not all at least 1"),
-        ({"height": -2}, "not all at least 1"),
+        ({"count": 0, "shards": ()}, "count must be 1 or more, not 0"),
+        ({"height": -2}, "height must be from 1 to 65536, not -2"),
+        ({"height": 10**18}, "height must be from 1 to 65536"),
+        ({"resolution": 10**9}, "resolution must be from 1"),
+        ({"count": 10**18, "shards": (ShardRecord("a", 10**18, 9, ""),)}, "fewer bytes than its latents"),
+        ({"mean": 10**9}, "means are not between"),
+        ({"std": -1.0}, "std must be 0 or more"),
         ({"channels": 47}, "of another number of channels"),
         ({"channel_std": (1.0,)}, "of another number of channels"),
         ({"minimum": 9.0}, "minimum is above its maximum"),
-        ({"dtype": "bfloat16"}, "dtype is unknown"),
+        ({"dtype": "bfloat16"}, "dtype must be one of float16, float32"),
         ({"class_names": ()}, "names no classes"),
         ({"class_names": 3}, "class_names must be"),
         ({"shards": (ShardRecord("../a.safetensors", 37, 9, ""),)}, "which is not in the folder"),
@@ -324,7 +334,7 @@ def test_a_manifest_with_a_number_that_is_none(copy: Path) -> None:
     text = (copy / "manifest.json").read_text()
     for number in ("NaN", "1e999"):
         (copy / "manifest.json").write_text(re.sub(r'"mean": [^,]*', f'"mean": {number}', text, count=1))
-        with pytest.raises(JLTError, match=r"manifest\.json .*edited or damaged"):
+        with pytest.raises(JLTError, match=r"manifest\.json is not readable JSON"):
             LatentStore.open(copy)
 
 

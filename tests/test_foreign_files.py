@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import make_store
-from fake_results import write_ablation, write_watched_run
+from fake_results import read_content, write_ablation, write_sealed, write_watched_run
 from PIL import Image
 from training_helpers import config_for
 
@@ -24,7 +23,8 @@ from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
 from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
 from jlt.report.study import read_study
-from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text
+from jlt.results.run import log_line
+from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text, work_of
 from jlt.storage.rows import RowTable
 from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves
 from jlt.training.journal import Journal
@@ -110,7 +110,8 @@ def test_a_log_that_names_a_file_elsewhere_gets_no_report(tmp_path: Path, name: 
     Image.fromarray(LETTERS).save(tmp_path / "secret.png")
     write_watched_run(tmp_path / "run")
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write(json.dumps({"event": "sampled", "step": 1, "file": name.format(tmp_path / "secret.png")}) + "\n")
+        event = {"event": "sampled", "step": 1, "file": name.format(tmp_path / "secret.png")}
+        log.write(log_line(event, work_of(tmp_path / "run")))
     with pytest.raises(JLTError, match=r"secret.png' leads out of"):
         write_report(tmp_path / "run")
 
@@ -123,9 +124,9 @@ def test_an_ablation_whose_grid_is_a_link_or_whose_run_is_elsewhere_gets_no_repo
     (run / "samples" / "grid.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(JLTError, match=r"grid.png' leads out of"):
         read_study(folder)
-    facts = json.loads((folder / "ablation.json").read_text())
+    facts = read_content(folder / "ablation.json")
     facts["systems"][0]["run"] = "../elsewhere"
-    (folder / "ablation.json").write_text(json.dumps(facts))
+    write_sealed(folder / "ablation.json", facts)
     with pytest.raises(JLTError, match="elsewhere' leads out of"):
         read_study(folder)
 
@@ -144,7 +145,7 @@ def test_a_row_of_a_parquet_file_that_names_a_picture_elsewhere_is_refused(tmp_p
 
 
 def test_a_checkpoint_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
-    manifest = {"schema": 2, "step": 1, "updates": 1, "config": {}, "latents": {}, "files": {"../secret": "0" * 64}}
+    manifest = {"schema": 2, "step": 1, "updates": 1, "files": {"../secret": "0" * 64}}
     (tmp_path / "manifest.json").write_text(sealed_text(manifest))
     with pytest.raises(JLTError, match="names '../secret'"):
         open_checkpoint(tmp_path)

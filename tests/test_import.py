@@ -84,7 +84,7 @@ def test_the_settings_are_those_of_the_file(tmp_path):
     assert (checkpoint.step, checkpoint.updates) == (1234, 1234)
     assert checkpoint.folder.name == "step_0001234"
     assert verify_checkpoints(checkpoint.run) == []
-    origin = checkpoint.read_state()["imported"]
+    origin = checkpoint.read_state().imported
     assert origin["patch_embedding"] == "x_embedder.proj"
     assert origin["epoch"] == 4
     assert origin["assumed"] == {}
@@ -160,7 +160,7 @@ def test_missing_averages_and_missing_raw_weights_are_stated(tmp_path):
     shutil.rmtree(tmp_path / "run")
     del content["model"]
     checkpoint = imported(tmp_path, content)
-    assert checkpoint.read_state()["imported"]["network_from"] == "model_ema1"
+    assert checkpoint.read_state().imported["network_from"] == "model_ema1"
     for name, tensor in checkpoint.read("network.safetensors").items():
         assert torch.equal(tensor, checkpoint.read("ema_0.999.safetensors")[name])
 
@@ -254,7 +254,7 @@ def test_the_imported_jit_network_gives_the_numbers_of_its_facts(tmp_path, drift
     assert getattr(network, kind)
     assert checkpoint.latents["autoencoder"]["name"] == "pixels"
     assert checkpoint.config.prediction == "x"
-    origin = checkpoint.read_state()["imported"]
+    origin = checkpoint.read_state().imported
     assert origin["patch_embedding"] == "x_embedder.proj1 and x_embedder.proj2"
     assert origin["assumed"]["in_context_start"] == 2
     generator = torch.Generator().manual_seed(9)
@@ -463,7 +463,7 @@ def test_counts_without_meaning_count_nothing(tmp_path):
     for step in ([1], float("nan"), torch.zeros(2), "many", 10**400, True):
         content["optimizer"] = {"state": {0: {"step": step}}}
         checkpoint = imported(tmp_path, content)
-        assert (checkpoint.step, checkpoint.read_state()["imported"]["step_counts"]) == (0, "nothing")
+        assert (checkpoint.step, checkpoint.read_state().imported["step_counts"]) == (0, "nothing")
         shutil.rmtree(tmp_path / "run")
 
 
@@ -539,13 +539,13 @@ def test_the_same_import_again_is_recognised_and_others_are_refused(tmp_path):
 def test_an_interrupted_import_leaves_nothing_that_looks_like_a_run(tmp_path, monkeypatch):
     source = read(str(saved(tmp_path / "a.pth", authors_content())), ImportConfig())
     with monkeypatch.context() as patched:
-        patched.setattr(importing, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(importing, "save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_run(source, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     script = (
         "import os, sys; from jlt.cli.main import main; from jlt.interop import importing;"
-        "importing.write_json = lambda *_: os.kill(os.getpid(), 9); main(sys.argv[1:])"
+        "importing.save_checkpoint = lambda *_: os.kill(os.getpid(), 9); main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", script, "import", str(tmp_path / "a.pth"), "--out", str(tmp_path / "run")]
     assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == -9
@@ -565,4 +565,4 @@ def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert main(["import", "hub:user/name/weights/last.pth", "--out", str(tmp_path / "run")]) == 0
     assert asked == [("user/name", "weights/last.pth")]
-    assert open_checkpoint(tmp_path / "run").read_state()["imported"]["source"] == "hub:user/name/weights/last.pth"
+    assert open_checkpoint(tmp_path / "run").read_state().imported["source"] == "hub:user/name/weights/last.pth"

@@ -25,8 +25,11 @@ from fake_results import (
     config,
     geometry,
     log_by_time,
+    read_content,
     write_ablation,
+    write_log,
     write_run,
+    write_sealed,
     write_watched_run,
 )
 from PIL import Image
@@ -43,8 +46,8 @@ from jlt.report.training_figures import training_figure
 from jlt.report.wording import number
 from jlt.results.evaluation import Metrics
 from jlt.results.files import write_result
-from jlt.results.run import read_log
-from jlt.storage.files import read_json, write_json
+from jlt.results.run import log_line, read_log
+from jlt.storage.files import work_of, write_marker
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +218,9 @@ def test_shared_hashes_become_sentences(tmp_path: Path) -> None:
     assert any(
         "label drops, bit for bit, at each seed: JLT-XS/1, DiT-XS/1, JLT-XS/2 and DiT-XS/2 (" in t for t in texts
     )
-    facts = read_json(tmp_path / "ablation.json")
+    facts = read_content(tmp_path / "ablation.json")
     facts["matched"]["draws"]["x-v-p1-s0"] = "0" * 64
-    write_json(tmp_path / "ablation.json", facts)
+    write_sealed(tmp_path / "ablation.json", facts)
     assert any(
         text.startswith("No other system has the sample order") for text in matched_statements(read_study(tmp_path))
     )
@@ -237,9 +240,9 @@ def test_the_command_names_what_was_compared(folder: Path) -> None:
 def test_unlike_evaluations_are_refused_and_the_difference_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     write_ablation(tmp_path, ["x", "v"], [1])
     path = tmp_path / "runs/v-v-p1-s0/evaluations/step_0001500.json"
-    evaluation = read_json(path)
+    evaluation = read_content(path)
     evaluation["protocol"].update(change)
-    write_json(path, evaluation)
+    write_sealed(path, evaluation)
     with pytest.raises(JLTError, match=rf"evaluated differently .* {next(iter(change))}[.\w]* is ") as caught:
         write_report(tmp_path)
     assert str(path) in str(caught.value)
@@ -249,10 +252,10 @@ def test_unlike_evaluations_are_refused_and_the_difference_is_named(tmp_path: Pa
 def test_a_second_way_of_evaluating_a_step_is_set_aside_and_named(tmp_path: Path) -> None:
     write_ablation(tmp_path, ["x", "v"], [1])
     path = tmp_path / "runs/v-v-p1-s0/evaluations/step_0001500.json"
-    evaluation = read_json(path)
+    evaluation = read_content(path)
     evaluation["protocol"]["cfg_scale"] = 2.9
     evaluation["metrics"]["frechet_distance"] = 1.0
-    write_json(path.with_stem("step_0001500-guided"), evaluation)
+    write_sealed(path.with_stem("step_0001500-guided"), evaluation)
     study = read_study(tmp_path)
     assert findings.verdict(study) == "Clean prediction (x) reaches the lowest Fréchet distance at patch 1."
     assert set_aside_table(study).rows == [("v-v-p1-s0", "1,500", "cfg_scale 2.9", "1.00")]
@@ -271,21 +274,25 @@ def test_an_analysis_of_latents_has_a_page(tmp_path: Path) -> None:
     assert re.findall(r'<section id="(\w+)"', page) == ["geometry", "limits", "protocol", "reproduce"]
 
 
-def test_a_log_that_is_being_written_is_read_up_to_its_torn_line(tmp_path: Path) -> None:
+def test_a_log_that_is_being_written_is_read_up_to_its_torn_line(tmp_path: Path, capsys: Any) -> None:
     write_run(tmp_path, "x", 1, 0, 20.0)
-    lines = ['{"event": "step", "step": 10, "loss": 1.0}', '{"event": "step", "step": 20, "loss": 9.0}']
-    again = ['{"event": "start", "step": 10}', '{"event": "step", "step": 20, "loss": 2.0}', '{"event": "ste']
-    (tmp_path / "log.jsonl").write_text("\n".join(lines + again))
+    for path in tmp_path.glob("evaluations/*"):
+        path.unlink()
+    steps = [{"event": "step", "step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 9.0), (20, 2.0))]
+    log = write_log(tmp_path, *steps[:2], {"event": "start", "step": 10}, steps[2])
+    log.write_text(log.read_text() + '{"event": "ste')
     run = read_study(tmp_path).runs[0]
     assert [(logged.step, logged.loss) for logged in run.log.steps] == [(10, 1.0), (20, 2.0)]
     assert run.log.seconds is None
-    (tmp_path / "log.jsonl").write_text("\n".join(["{broken", *lines]))
-    with pytest.raises(JLTError, match=r"log.jsonl, line 1 is not JSON"):
+    write_report(tmp_path)
+    assert "last line of" in capsys.readouterr().err
+    log.write_text("{broken\n" + log.read_text())
+    with pytest.raises(JLTError, match=r"log.jsonl, line 1 is not readable JSON"):
         read_study(tmp_path)
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", config("x", 1, 0))
+    write_marker(tmp_path / "config.json", config("x", 1, 0))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Nothing has been evaluated yet; training has reached step 0." in page
 
@@ -319,8 +326,8 @@ def test_other_folders_and_damaged_files_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, "x", 1, 0, 20.0)
     damaged = config("x", 1, 0)
     del damaged["prediction"]
-    write_json(tmp_path / "config.json", damaged)
-    with pytest.raises(JLTError, match=r"config.json has no 'prediction'"):
+    write_marker(tmp_path / "config.json", damaged)
+    with pytest.raises(JLTError, match=r"config.json .* prediction is missing"):
         write_report(tmp_path)
 
 
@@ -333,12 +340,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched")
     write_watched_run(folder, steps=3000, reached=2000, every=20)
     return folder
-
-
-def write_log(folder: Path, *events: dict[str, Any]) -> Path:
-    path = folder / "log.jsonl"
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    return path
 
 
 def test_what_a_continued_run_did_after_its_checkpoint_is_forgotten(tmp_path: Path) -> None:
@@ -357,23 +358,20 @@ def test_what_a_continued_run_did_after_its_checkpoint_is_forgotten(tmp_path: Pa
     )
     assert [logged.step for logged in log.steps] == [10]
     assert (log.skipped, log.samples, log.restarts) == ((5,), (), (10,))
-    assert (log.ended, log.stopped, log.session["processes"]) == (False, False, 4)
+    assert (log.ended, log.stopped, log.session.processes) == (False, False, 4)
 
 
-def test_numbers_that_are_missing_or_not_finite_are_left_out(tmp_path: Path) -> None:
+def test_numbers_that_are_missing_are_left_out(tmp_path: Path) -> None:
     path = write_log(
         tmp_path,
         {"event": "start", "step": 0},
-        {"event": "step", "step": 1, "loss": float("nan")},
-        {"event": "step", "step": 2, "loss": 1.0, "mfu": None, "ema_distance": {"0.9": float("inf"), "0.99": 0.1}},
+        {"event": "step", "step": 1, "loss": None},
+        {"event": "step", "step": 2, "loss": 1.0, "mfu": None, "ema_distance": {"0.99": 0.1}},
         {"event": "evaluated", "step": 2, "file": "evaluations/a.json", "metrics": {}},
         {"event": "something new", "step": 2},
     )
     (logged,) = read_log(path).steps
     assert (logged.step, logged.mfu, logged.ema_distance) == (2, None, {"0.99": 0.1})
-    path.write_text('{"event": "step"}\n')
-    with pytest.raises(JLTError, match=r"log.jsonl, line 1 has no 'step'"):
-        read_log(path)
 
 
 def test_time_left_is_that_of_the_latest_session(tmp_path: Path) -> None:
@@ -402,7 +400,8 @@ def test_a_run_under_way_says_how_far_it_is(watched: Path, tmp_path: Path) -> No
 def test_a_stopped_run_says_that_it_can_be_continued(watched: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((watched / "config.json").read_bytes())
     log = (watched / "log.jsonl").read_text()
-    (tmp_path / "log.jsonl").write_text(log + json.dumps({"event": "stopped", "step": 2000}) + "\n")
+    stopped = log_line({"event": "stopped", "step": 2000}, work_of(tmp_path))
+    (tmp_path / "log.jsonl").write_text(log + stopped)
     assert page_facts(read_study(tmp_path))["State"] == "stopped and saved; run the same command again to resume"
 
 
@@ -441,7 +440,7 @@ def test_a_log_without_the_newer_numbers_has_the_figures_it_can_have(tmp_path: P
     ],
 )
 def test_few_empty_and_zero_bins_of_time_are_drawn(tmp_path: Path, bins: list[float | None], text: str) -> None:
-    write_json(tmp_path / "config.json", config("x", 1, 0))
+    write_marker(tmp_path / "config.json", config("x", 1, 0))
     write_log(tmp_path, *({"event": "step", "step": step, "loss": 1.0, "loss_by_time": bins} for step in (1, 2)))
     assert text in write_report(tmp_path).read_text(encoding="utf-8")
 
@@ -556,8 +555,8 @@ def test_sample_grids_are_embedded_unchanged(folder: Path, page: str) -> None:
 
 def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     write_ablation(tmp_path, ["x", "v"], [1])
-    facts = read_json(tmp_path / "ablation.json")
-    write_json(tmp_path / "ablation.json", {**facts, "title": "<script>alert(1)</script>"})
+    facts = read_content(tmp_path / "ablation.json")
+    write_sealed(tmp_path / "ablation.json", {**facts, "title": "<script>alert(1)</script>"})
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -616,9 +615,9 @@ def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measur
 def test_an_ablation_without_an_inception_score_has_a_dash_for_it(tmp_path):
     write_ablation(tmp_path)
     for path in tmp_path.rglob("evaluations/*.json"):
-        content = read_json(path)
+        content = read_content(path)
         content["metrics"] |= {"inception_score": None, "inception_score_std": None}
-        write_json(path, content)
+        write_sealed(path, content)
     assert all(row.cells[1].text == "—" and not row.cells[1].best for row in result_rows(read_study(tmp_path)))
     assert "—" in results_table(tmp_path)
     assert write_report(tmp_path).stat().st_size > 10_000

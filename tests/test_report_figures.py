@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_results import config, protocol, write_ablation, write_run
+from fake_results import config, protocol, write_ablation, write_log, write_run, write_sealed
 
 from jlt.report import palette
 from jlt.report.figures import moving_average
@@ -18,7 +17,7 @@ from jlt.report.geometry_figures import geometry_figures
 from jlt.report.study import read_study
 from jlt.report.training_figures import training_figure
 from jlt.report.wording import listed, number, percent
-from jlt.storage.files import write_json
+from jlt.storage.files import write_marker
 
 
 def svg(uri: str) -> str:
@@ -109,7 +108,7 @@ def imagenet_run(folder: Path, name: str, extractor: str) -> Path:
     """Write a run of a network of the paper that was evaluated four times so far."""
     prediction = "v" if name.startswith("DiT") else "x"
     write_run(folder, prediction, 1, 0, 4.0)
-    write_json(folder / "config.json", {**config(prediction, 1, 0), "name": name, "steps": 250_000})
+    write_marker(folder / "config.json", {**config(prediction, 1, 0), "name": name, "steps": 250_000})
     for path in (folder / "evaluations").iterdir():
         path.unlink()
     events = [{"event": "start", "step": 0}]
@@ -117,9 +116,9 @@ def imagenet_run(folder: Path, name: str, extractor: str) -> Path:
         metrics = {"frechet_distance": distance, "inception_score": 250 - 5 * distance, "count": 50_000}
         found_by = {**protocol(str(step)), "extractor": {"name": extractor}}
         evaluation = {"schema": 1, "step": step, "metrics": metrics, "protocol": found_by}
-        write_json(folder / "evaluations" / f"step_{step:07d}.json", evaluation)
+        write_sealed(folder / "evaluations" / f"step_{step:07d}.json", evaluation)
         events.append({"event": "step", "step": step, "loss": 1 / step**0.1, "learning_rate": 2e-4, "grad_norm": 0.3})
-    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_log(folder, *events)
     return folder
 
 

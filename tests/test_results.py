@@ -1,14 +1,16 @@
-"""Result files: every class survives JSON, and the files that earlier versions wrote are still read."""
+"""Result files: every class survives JSON, and the files that earlier versions wrote can be accepted."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +20,11 @@ from jlt.config import TimestepConfig
 from jlt.errors import JLTError
 from jlt.results.ablation import Ablation
 from jlt.results.evaluation import Evaluation
-from jlt.results.files import read_result, result_json, write_result
+from jlt.results.files import parse_result, read_result, result_json, write_result
 from jlt.results.geometry import ErrorByDirection, Geometry, TrainingModel
 from jlt.results.sweep import Sweep
 from jlt.storage.codec import from_json, to_json
+from jlt.storage.files import read_json, sealed_text, without_seal, write_text
 
 OLD = Path(__file__).parent / "old_results"
 """Written by the version before results had classes."""
@@ -29,7 +32,7 @@ JSON = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.list
 SIMPLE = {
     Any: JSON,
     bool: st.booleans(),
-    int: st.integers(),
+    int: st.integers(-(2**63), 2**63),
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(max_size=3),
     TrainingModel: st.just(to_json(TrainingModel(TimestepConfig(), 0.05))),
@@ -41,8 +44,14 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in SIMPLE:
         return SIMPLE[hint]
+    if origin is Annotated:
+        (limits,) = hint.__metadata__
+        high = None if limits.high == math.inf else limits.high
+        if hint.__origin__ is int:
+            return st.integers(int(limits.low), int(high or 2**63))
+        return st.floats(limits.low, high, allow_infinity=False)
     if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
+        hints = typing.get_type_hints(hint, include_extras=True)
         return st.fixed_dictionaries({entry.name: values(hints[entry.name]) for entry in dataclasses.fields(hint)})
     if origin is Literal:
         return st.sampled_from(arguments)
@@ -72,9 +81,12 @@ def test_every_result_survives_json(kind, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [Evaluation, Ablation, Sweep])
-def test_a_file_of_the_version_before_is_read_whole(kind):
-    path = OLD / f"{kind.__name__.lower()}.json"
-    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in kind.UNREAD}
+def test_a_file_of_the_version_before_is_read_whole_once_it_is_accepted(kind, tmp_path):
+    path = Path(shutil.copy(OLD / f"{kind.__name__.lower()}.json", tmp_path))
+    with pytest.raises(JLTError, match=r"carries no hash of itself.* --seal"):
+        read_result(kind, path)
+    write_text(path, sealed_text(json.loads(path.read_text())))
+    old = {key: value for key, value in without_seal(read_json(path)).items() if key not in kind.UNREAD}
     new = json.loads(json.dumps(result_json(read_result(kind, path))))
     # Only fields with a default are new.
     assert from_json(kind, {key: value for key, value in old.items() if key != "schema"}) == read_result(kind, path)
@@ -92,13 +104,13 @@ def is_part_of(old: Any, new: Any) -> bool:
 def test_a_sweep_without_a_stage_or_a_confirmed_setting_is_damaged(tmp_path):
     content = json.loads((OLD / "sweep.json").read_text())
     for key in ("stages", "confirmed"):
-        (tmp_path / "sweep.json").write_text(json.dumps({**content, key: []}))
+        write_text(tmp_path / "sweep.json", sealed_text({**content, key: []}))
         with pytest.raises(JLTError, match="damaged"):
             read_result(Sweep, tmp_path / "sweep.json")
 
 
 def test_evaluations_are_compared_by_method_and_not_by_what_was_evaluated():
-    evaluation = read_result(Evaluation, OLD / "evaluation.json")
+    evaluation = parse_result(Evaluation, OLD / "evaluation.json", json.loads((OLD / "evaluation.json").read_text()))
 
     def changed(**changes):
         return dataclasses.replace(evaluation, protocol={**evaluation.protocol, **changes})

@@ -34,7 +34,7 @@ def losses(run):
 
 
 def digest(run):
-    return open_checkpoint(run).read_state()["draws"]
+    return open_checkpoint(run).read_state().draws
 
 
 @pytest.fixture(scope="module")

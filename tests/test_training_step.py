@@ -86,7 +86,7 @@ def test_too_many_in_a_row_end_the_run_and_a_resumed_run_goes_on_counting(store,
     with pytest.raises(JLTError, match=r"Step 6: the loss is nan.* 4 in a row"):
         train(config, store, tmp_path / "run")
     assert open_checkpoint(tmp_path / "run").step == 3
-    assert open_checkpoint(tmp_path / "run").read_state()["skipped_in_a_row"] == 1
+    assert open_checkpoint(tmp_path / "run").read_state().skipped_in_a_row == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -51,6 +52,14 @@ MAX_SIGMA_REL = 0.28
 """Just below 12**-0.5, the relative width of a plain average over all of training."""
 
 
+LARGEST_NETWORK = {
+    **dict.fromkeys(("channels", "height", "width", "hidden_size", "bottleneck_size", "context_tokens"), 2**16),
+    **{"num_classes": 2**24, "depth": 2**12, "mlp_ratio": 2**10},
+}
+"""No network is larger in any size: a file that claims more is wrong."""
+MOST_TOKENS = 2**20
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise JLTError(message)
@@ -60,6 +69,12 @@ def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{name} must be positive, not {value}.")
+
+
+def _require_at_most(config: object, limits: Mapping[str, int]) -> None:
+    for name, most in limits.items():
+        value = getattr(config, name)
+        _require(value <= most, f"{name} must be at most {most}, not {value}.")
 
 
 def _require_nonnegative(config: object, *names: str) -> None:
@@ -145,11 +160,13 @@ class NetworkConfig:
         _require_positive(self, "channels", "height", "width", "num_classes", "hidden_size", "depth", "num_heads")
         _require_positive(self, "mlp_ratio")
         _require_nonnegative(self, "bottleneck_size", "context_tokens")
+        _require_at_most(self, LARGEST_NETWORK)
         p = self.patch_size
         _require(
             p >= 1 and self.height % p == 0 and self.width % p == 0,
             f"patch_size {p} does not divide the latent grid {self.height}x{self.width}.",
         )
+        _require(self.tokens <= MOST_TOKENS, f"{self.tokens} tokens are more than {MOST_TOKENS}.")
         _require(
             self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 4 == 0,
             f"hidden_size {self.hidden_size} over {self.num_heads} heads must be a multiple of 4: "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 80
+"""Characters of a name in a message."""
 MAX_LISTED = 20
 """Known names that an error lists."""
 
@@ -19,7 +21,7 @@ class UsageError(JLTError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
-    names = list(known)
+    names, name = list(known), name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jlt.errors import JLTError
+from jlt.storage.codec import Size, from_json, known_fields
 
 Posterior = Literal["mode", "sample"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The part of an identity by which an autoencoder is found again, and its latents are decoded."""
+
+    name: str
+    source: str
+    weights_sha256: str | None
+    normalisation: Mapping[str, Any]
+    channels: Size
+    downsampling: Size
+
+
+def require_identity(identity: Any) -> None:
+    """Raise JLTError unless a value that a file holds has the form of an autoencoder's identity."""
+    try:
+        from_json(Identity, known_fields(Identity, identity))
+    except JLTError as error:
+        raise JLTError(f"The latents have no possible autoencoder: {error}") from error
 
 
 class Autoencoder(abc.ABC):

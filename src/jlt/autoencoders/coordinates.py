@@ -145,4 +145,6 @@ def coordinates_of(identity: dict[str, Any]) -> Path | None:
     """Return the file of the coordinates in an autoencoder's identity, None where it has none."""
     normalisation = identity["normalisation"]
     found = normalisation.get("coordinates") if isinstance(normalisation, dict) else None
+    if found and not (isinstance(found, dict) and isinstance(found.get("source"), str)):
+        raise JLTError(f"The coordinates of the latents name no file: {found}.")
     return Path(found["source"]) if found else None

@@ -80,22 +80,24 @@ def _store_result(manifest: StoreManifest, folder: Path) -> Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(Command):
-    """Check every file of a latent store, run or checkpoint.
+    """Check every file that jlt wrote into a folder.
 
-    Reads all of it, compares it with its hashes, and lists every problem. The exit code is 1 if there is one.
+    Reads stores, runs, checkpoints, samples and results, compares them with their hashes, and lists every problem. The
+    exit code is 1 if there is one.
 
     For example:
       jlt verify latents
     """
 
     folder: Folder
-    """Folder of a latent store, a run or a checkpoint."""
+    """Folder of a latent store, a run, a checkpoint, samples, a comparison or an analysis."""
+    seal: bool = False
+    """Accept files without a hash as they are (an earlier version wrote them, or you edited them), and seal them."""
 
     def run(self) -> Result:
-        from jlt.latents.store import verify_store
-        from jlt.training.checkpoint import is_checkpoint_or_run, verify_checkpoints
+        from jlt.experiments.verification import verify
 
-        problems = verify_checkpoints(self.folder) if is_checkpoint_or_run(self.folder) else verify_store(self.folder)
+        problems = verify(self.folder, self.seal)
         text = "\n".join(problems) or f"{self.folder} is valid."
         return Result({"folder": str(self.folder), "problems": problems}, text, ok=not problems)
 

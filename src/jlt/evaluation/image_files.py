@@ -26,8 +26,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class ImageFolder:
     """Square image files of one size in the order of their names, with the labels in their metadata.
 
-    `resolution` is the side in pixels. There are labels if the first file has one, and `classes` is the kind of image
-    source that defines them, None where it is not recorded.
+    `resolution` is the side in pixels, `paths` are the files. There are labels if the first file has one, and `classes`
+    is the kind of image source that defines them, None where it is not recorded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,11 +71,11 @@ def _label(path: Path, image: Image.Image) -> int:
 class ImageArray:
     """`arr_0`, uint8 (N, H, H, 3), read batch by batch, and the labels `arr_1` if the file has them.
 
-    `resolution` and `classes` are as in `ImageFolder`.
+    `resolution`, `paths` and `classes` are as in `ImageFolder`.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.paths = path, [path]
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 with file.zip.open(IMAGES) as images:

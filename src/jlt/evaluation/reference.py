@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,15 +22,31 @@ from jlt.images.crop import Exif
 from jlt.images.decoding import default_workers, load_batches
 from jlt.images.registry import open_source
 from jlt.images.source import BadImageError, ImageSource
+from jlt.results.files import ResultFile, read_result, write_result
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.random_numbers import random_subset
-from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
+from jlt.storage.codec import Size, from_json, to_json
+from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, unsealed, why_unreadable
 
-SCHEMA = 2
 STATISTICS_SUFFIXES = (".npz", ".pt")
 """Files of statistics: numpy's, which pytorch-fid and ADM use too, and torch's, which torch-fidelity uses."""
+UNSEALED = 2
+"""The schema of files of earlier versions."""
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features")
+
+
+@dataclass(frozen=True)
+class ReferenceFile(ResultFile):
+    """The .json next to the .npz of a reference."""
+
+    SCHEMA: ClassVar[int] = 3
+    PLACED: ClassVar[bool] = False
+
+    arrays: str
+    """SHA-256 of all arrays of the .npz."""
+    count: Size | None
+    protocol: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +84,8 @@ class Reference:
         """Write `mu`, `sigma`, `mu_s`, `sigma_s` and `features` to an .npz, and the identity to a .json next to it."""
         require_npz(path)
         # The identity first, since statistics without it count as another program's.
-        write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.identity()})
+        facts = ReferenceFile(self.identity()["sha256"], self.count, to_json(self.protocol))
+        write_result(path.with_suffix(".json"), facts)
         with atomic_path(path) as temporary:
             np.savez(temporary, **self._arrays())  # type: ignore[arg-type]
 
@@ -92,16 +109,15 @@ class Reference:
         protocol_path = path.with_suffix(".json")
         if not protocol_path.is_file():
             return reference
-        stored = read_json(protocol_path)
-        if stored.get("sha256") != reference.identity()["sha256"]:
+        stored = read_reference_file(protocol_path)
+        if stored.arrays != reference.identity()["sha256"]:
             raise JLTError(
                 f"{protocol_path} describes other statistics than {path} holds: one of the two was replaced."
             )
-        pooled.count = stored["count"]
+        pooled.count = stored.count
         if spatial:
-            spatial.count = stored["count"]
-        protocol = {key: value for key, value in stored.items() if key not in ("schema", "sha256", "count")}
-        return cls(pooled, spatial, kept, protocol)
+            spatial.count = stored.count
+        return cls(pooled, spatial, kept, stored.protocol)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"mu": self.pooled.mean, "sigma": self.pooled.covariance}
@@ -110,6 +126,20 @@ class Reference:
         if self.kept is not None:
             arrays["features"] = self.kept
         return {name: tensor.numpy() for name, tensor in arrays.items()}
+
+
+def read_reference_file(path: Path) -> ReferenceFile:
+    """Read the file that describes statistics; JLTError if it is damaged, or an earlier version wrote it unsealed."""
+    if read_json(path).get("schema") == UNSEALED:
+        raise unsealed(path)
+    return read_result(ReferenceFile, path)
+
+
+def unsealed_reference(content: Mapping[str, Any]) -> ReferenceFile:
+    """Return what a file of the version before seals describes; JLTError if a value in it is not possible."""
+    protocol = {key: value for key, value in content.items() if key not in ("schema", "sha256", "count")}
+    facts = {"arrays": content.get("sha256"), "count": content.get("count"), "protocol": protocol}
+    return from_json(ReferenceFile, facts)
 
 
 def require_npz(path: Path) -> None:

@@ -26,13 +26,13 @@ from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.ablation import Ablation, Matched, SystemRun
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
-from jlt.results.run import evaluation_files, read_log
+from jlt.results.run import LOG, evaluation_files, newest_step, read_config
 from jlt.runtime.environment import default_device, machine
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.workers import run_jobs
 from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, difference, lock_folder, read_json
+from jlt.storage.files import claim_folder, difference, lock_folder
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
@@ -70,8 +70,7 @@ def show_progress(systems: Sequence[AblationRun]) -> Iterator[Callable[[], None]
         def show() -> None:
             done, active = 0.0, []
             for system in systems:
-                logged, evaluated = read_log(system.run / "log.jsonl").steps, _evaluated(system)
-                step = logged[-1].step if logged else 0
+                step, evaluated = newest_step(system.run / LOG), _evaluated(system)
                 done += _work(system, step, evaluated)
                 if step > 0 and evaluated < len(system.evaluated_steps):
                     active.append(f"{system.config.name} {step}/{system.config.steps}")
@@ -220,10 +219,10 @@ def _forecast(system: AblationRun, estimate: Estimate, before_training: bool) ->
 def prove_matched(systems: Sequence[AblationRun], config: AblationConfig) -> tuple[float, Matched]:
     """Return the seconds of all finished runs and what was found equal in them; JLTError if they are not matched."""
     ends = {system.run.name: open_checkpoint(step_folder(system.run, system.config.steps)) for system in systems}
-    differs = check_matched([read_json(system.run / "config.json") for system in systems], config)
+    differs = check_matched([read_config(system.run)[1] for system in systems], config)
     states = {name: checkpoint.read_state() for name, checkpoint in ends.items()}
-    draws = {name: state["draws"] for name, state in states.items()}
-    weights = {name: state["initial_weights"] for name, state in states.items()}
+    draws = {name: state.draws for name, state in states.items()}
+    weights = {name: state.initial_weights for name, state in states.items()}
     require_equal(systems, draws, "random draws", lambda system: (system.config.seed, system.config.timesteps))
     require_equal(systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network))
     checked = (
@@ -231,7 +230,7 @@ def prove_matched(systems: Sequence[AblationRun], config: AblationConfig) -> tup
         f"initial weights at equal patch size{', width' if config.width else ''} and seed",
         f"sample order, times, noise seeds and label drops at equal seed{' and distribution' if config.times else ''}",
     )
-    seconds = sum(state["seconds"] for state in states.values())
+    seconds = sum(state.seconds for state in states.values())
     return seconds, Matched(checked, tuple(differs), weights, draws)
 
 

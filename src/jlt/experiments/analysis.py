@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jlt.errors import JLTError, UsageError
 from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_comparable
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
 from jlt.geometry.assemble import assemble_geometry
+from jlt.latents.store import LatentStore, ShardCheck
 from jlt.patches import require_divisor
 from jlt.report.geometry_text import caution_sentences
 from jlt.report.page import write_report
@@ -81,12 +83,14 @@ def measure_geometry(
 ) -> tuple[Geometry, Moments | None]:
     """Return the geometry in a folder, in all processes, and moments for further patch sizes, in the first one.
 
-    `geometry.json` is written, or kept if it is of the same configuration.
+    JLTError for a store with a damaged shard. `geometry.json` is written, or kept if it is of the same configuration.
     """
     group = group or SingleProcess()
     stored = group.on_rank0(lambda: _stored(store, folder / GEOMETRY, config))
     patch_sizes = (*further, *(() if stored else config.patch_sizes))
-    moments = measure_moments(store, patch_sizes, device, group) if patch_sizes else None
+    check = ShardCheck(store, group.rank, group.size) if patch_sizes and isinstance(store, LatentStore) else None
+    with check or contextlib.nullcontext():
+        moments = measure_moments(store, patch_sizes, device, group) if patch_sizes else None
 
     def write() -> Geometry:
         geometry = config.geometry_of(rank0_value(moments), store)

@@ -36,10 +36,11 @@ from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, 
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageBatch, ImageSampler, batches_of, open_sampler
-from jlt.sampling.save import ARRAY, PROTOCOL
+from jlt.sampling.save import ARRAY, PROTOCOL, Drawn, read_drawn
 from jlt.storage.codec import to_json
-from jlt.storage.files import LOCK, atomic_path, lock_folder, read_json, require_unlinked
+from jlt.storage.files import LOCK, atomic_path, lock_folder, read_marker, require_unlinked, work_of
 from jlt.storage.rows import RowTable, unwritten
+from jlt.storage.seals import is_intact, seal_file
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
 BATCH_SIZE = 250
@@ -199,21 +200,24 @@ def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: Fea
 def evaluate_files(samples: Path, real_images: str, extractor: FeatureExtractor) -> Evaluation:
     """Measure the images of a folder or of an .npz against real images or their statistics."""
     images, drawn = open_images(samples), _drawn_by(samples)
-    class_names = drawn.pop("class_names", [])
-    wanted = drawn.get("count", len(images))
-    if wanted > len(images):
-        raise JLTError(f"{samples} holds {len(images)} of {wanted} images: finish the sampling first.")
-    if wanted < len(images):
-        raise JLTError(f"{samples} holds {len(images)} images, but only {wanted} were drawn: remove the others.")
+    stated = read_drawn(drawn) if drawn else Drawn(count=len(images))
+    if stated.count > len(images):
+        raise JLTError(f"{samples} holds {len(images)} of {stated.count} images: finish the sampling first.")
+    if stated.count < len(images):
+        raise JLTError(f"{samples} holds {len(images)} images, but only {stated.count} were drawn: remove the others.")
+    content, work = read_marker(drawn) if drawn else ({}, "")
+    for path in images.paths if drawn else ():
+        if not is_intact(path, path.name, work):
+            raise JLTError(f"{path} is damaged or is no file of this sampling: run the same jlt sample again.")
     reference = open_reference(real_images, extractor, images.resolution)
-    class_logits = extractor.class_logits(images.classes, class_names)
+    class_logits = extractor.class_logits(images.classes, stated.class_names)
     with stop_together(SingleProcess()) as until_stopped:
         batches = until_stopped(images.batches(BATCH_SIZE))
         metrics = evaluate_images(batches, reference, extractor, len(images), class_logits)
     warn_if_few(metrics, extractor)
     protocol = {
         "samples": str(samples),
-        **({"drawn": drawn} if drawn else {}),
+        **({"drawn": {key: content[key] for key in content if key != "class_names"}} if drawn else {}),
         "count": metrics.count,
         "extractor": extractor.identity(),
         "reference": reference.identity(),
@@ -222,12 +226,12 @@ def evaluate_files(samples: Path, real_images: str, extractor: FeatureExtractor)
     return Evaluation(None, metrics, to_json(protocol))
 
 
-def _drawn_by(samples: Path) -> dict[str, Any]:
-    """Return the protocol by which images were drawn, nothing if there is none or it is of another file."""
+def _drawn_by(samples: Path) -> Path | None:
+    """Return the file with the protocol by which images were drawn, None without one or if it is of another file."""
     path = (samples if samples.is_dir() else samples.parent) / PROTOCOL
-    drawn = read_json(path) if path.is_file() else {}
-    ours = samples.is_dir() or (samples.name == ARRAY and drawn.get("format") == "npz")
-    return drawn if ours else {}
+    if not path.is_file() or not (samples.is_dir() or samples.name == ARRAY):
+        return None
+    return path if read_drawn(path).format == ("png" if samples.is_dir() else "npz") else None
 
 
 def evaluate_checkpoint(
@@ -329,3 +333,4 @@ def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: P
     text = SheetText(sampler.decoder_note, rows=[sampler.class_name(label) for label in range(num_classes)])
     with atomic_path(path) as temporary:
         draw_sheet(images, GRID_COLUMNS, text).save(temporary)
+        seal_file(temporary, path.name, work_of(checkpoint.run))

@@ -13,7 +13,7 @@ from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
 from jlt.geometry.covariance import TokenCovariance
 from jlt.latents.manifest import LatentSums, ShardRecord, write_manifest
 from jlt.latents.shards import ShardWriter
-from jlt.latents.store import LatentStore
+from jlt.latents.store import LatentStore, ShardCheck
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder
 from jlt.storage.rows import require_space
@@ -35,7 +35,8 @@ def store_in_coordinates(store: LatentStore, folder: Path, patch_size: int, anis
         begun = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir()
-        _write(store, measure_coordinates(store, patch_size, anisotropy), begun, folder)
+        with ShardCheck(store):
+            _write(store, measure_coordinates(store, patch_size, anisotropy), begun, folder)
         begun.rename(folder)
     return LatentStore.open(folder)
 

@@ -8,11 +8,18 @@ from typing import Any
 
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.reference import KEPT, Reference, reference_protocol, reference_statistics, require_npz
+from jlt.evaluation.reference import (
+    KEPT,
+    Reference,
+    read_reference_file,
+    reference_protocol,
+    reference_statistics,
+    require_npz,
+)
 from jlt.images.source import ImageSource
 from jlt.runtime.processes import join_group
 from jlt.runtime.progress import inform
-from jlt.storage.files import difference, format_difference, read_json
+from jlt.storage.files import difference, format_difference
 from jlt.storage.rows import require_space
 
 
@@ -45,7 +52,7 @@ def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExt
         inform(f"{out} is already finished.")
         return reference.identity()
     # A process that was killed between the two files leaves the first one.
-    if protocol_file.exists() and {**(stored := read_json(protocol_file)), **protocol} != stored:
+    if protocol_file.exists() and read_reference_file(protocol_file).protocol != protocol:
         raise JLTError(f"{protocol_file} exists without {out.name} and has another protocol: name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK | os.X_OK):

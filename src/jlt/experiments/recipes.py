@@ -31,8 +31,9 @@ from jlt.config import (
 )
 from jlt.errors import JLTError, unknown_name
 from jlt.networks.sizes import SIZES, size_name, sized_network
+from jlt.results.run import LOG
 from jlt.storage.codec import from_json
-from jlt.storage.files import read_json
+from jlt.storage.files import read_json, read_marker, without_seal
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,11 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
     The `config.json` of a run is a recipe too: it returns that run, for any latents.
     """
     if name.endswith(".json"):
-        recorded = read_json(Path(name))
-        return from_json(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
+        recorded = _recorded(Path(name))
+        try:
+            return from_json(TrainConfig, {key: value for key, value in recorded.items() if key != "latents"})
+        except JLTError as error:
+            raise JLTError(f"{name} is no recipe: {error}") from error
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     recipe = RECIPES[name]
@@ -175,11 +179,20 @@ def resolve_recipe(name: str, latents: LatentShape | None = None) -> TrainConfig
 def images_of_recipe(name: str) -> int:
     """Return the number of latents that a recipe was made for."""
     if name.endswith(".json"):
-        count = read_json(Path(name))["latents"]["count"]
-        if count is None:
-            raise JLTError(f"{name} is of an imported run, which does not know its latents: name some with --latents.")
+        latents = _recorded(Path(name)).get("latents")
+        count = latents.get("count") if isinstance(latents, dict) else None
+        if type(count) is not int:
+            raise JLTError(
+                f"{name} does not say how many latents there are, as that of an imported run: name some with --latents."
+            )
         return count
     return RECIPES[name].images
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return the content of a run's `config.json`; a copy outside of the run may be edited, so it needs no seal."""
+    in_run = (path.parent / LOG).exists() or (path.parent / "checkpoints").is_dir()
+    return read_marker(path)[0] if in_run else without_seal(read_json(path))
 
 
 def vary(

@@ -23,6 +23,8 @@ from jlt.runtime.progress import inform
 from jlt.sampling.labels import number_labels
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
 from jlt.storage.codec import to_json
+from jlt.storage.files import work_of
+from jlt.storage.seals import is_intact
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher, train
 from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
@@ -81,7 +83,8 @@ def grid_watcher(config: TrainConfig, device: str) -> Watcher:
     def draw(checkpoint: Path) -> dict[str, Any] | None:
         opened = open_checkpoint(checkpoint)
         path = opened.run / "samples" / f"{checkpoint.name}.png"
-        if path.exists() and path.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime:
+        made = path.exists() and path.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime
+        if made and is_intact(path, path.name, work_of(opened.run)):
             return None
         draw_grid(opened, config.evaluation.sample, device, path)
         return {"event": "sampled", "file": f"samples/{path.name}"}

@@ -59,9 +59,10 @@ def open_source(spec: str, split: str | None = None, class_names: str | None = N
 
 def reopen_source(identity: Mapping[str, Any]) -> ImageSource:
     """Open the source with this identity; JLTError if its images have changed or cannot be found."""
-    if identity["kind"] not in REOPENED:
-        raise JLTError(f"The images are not available: the latents name {identity['kind']!r} as their source.")
-    spec = identity.get("path", identity["kind"])
+    kind = identity.get("kind")
+    if not isinstance(kind, str) or kind not in REOPENED:
+        raise JLTError(f"The images are not available: the latents name {kind!r} as their source.")
+    spec = identity.get("path", kind)
     source = open_source(spec, identity.get("split"), identity.get("class_names"))
     if source.identity() != identity:
         raise JLTError(f"The images in {spec} changed since they were encoded.")

@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from PIL import Image, UnidentifiedImageError
 
 from jlt.errors import JLTError
+from jlt.storage.codec import Count
 
 
 class BadImageError(JLTError):
@@ -119,7 +120,7 @@ def _formats() -> tuple[str, ...]:
 class SkippedImage:
     """An image of the source that is not in the store, and the reason."""
 
-    index: int
+    index: Count
     image: str
     reason: str
 

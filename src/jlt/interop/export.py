@@ -254,8 +254,7 @@ def _exists_already(out: Path, export: Mapping[str, Any]) -> bool:
         raise JLTError(
             f"{out} holds another export, which differs in: {format_difference(differences)}. Choose another folder."
         )
-    for name, sha256 in record["files"].items():
-        require_file(out, name, sha256)
+    require_intact(out)
     return True
 
 
@@ -270,6 +269,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
             raise JLTError(f"{folder / RECORD} names {name[:80]!r}: it may name only files in its own folder.")
     return record
+
+
+def require_intact(folder: Path) -> None:
+    """Raise JLTError for a file of an export that is missing, or has another content than recorded."""
+    for name, sha256 in read_record(folder)["files"].items():
+        require_file(folder, name, sha256)
 
 
 def require_file(folder: Path, name: str, sha256: str | None) -> str:

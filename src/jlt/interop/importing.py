@@ -14,13 +14,13 @@ from torch import Tensor
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.interop.pipeline_settings import IN_FOLDER
-from jlt.storage.files import difference, format_difference, read_json, whole_folder, write_json
+from jlt.results.run import CONFIG
+from jlt.storage.files import difference, format_difference, read_marker, whole_folder, write_marker
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from jlt.training.state import run_identity
 
 IMPORTED = "imported"
 """Key of the hash of what was imported, in the source of the latents of an imported run."""
-CONFIG = "config.json"
 LARGEST_SIDE = 4096
 """Pixels; a file's own claim about its images is not trusted beyond this."""
 MOST_TOKENS = 1 << 16
@@ -87,7 +87,7 @@ def write_run(imported: Imported, out: Path) -> Checkpoint:
             for name, path in imported.autoencoder.items():
                 (partial / IN_FOLDER).mkdir(exist_ok=True)
                 shutil.copyfile(path, partial / IN_FOLDER / name)
-            write_json(partial / CONFIG, identity)
+            write_marker(partial / CONFIG, identity)
         # Another process may have been faster, with another import.
         _is_finished(run, identity)
     return open_checkpoint(run)
@@ -98,7 +98,7 @@ def _is_finished(run: Path, identity: Mapping[str, Any]) -> bool:
     if run.exists() and not run.is_dir():
         raise JLTError(f"{run} is a file: name a folder.")
     if (run / CONFIG).is_file():
-        if differences := difference(read_json(run / CONFIG), identity):
+        if differences := difference(read_marker(run / CONFIG)[0], identity):
             raise JLTError(
                 f"{run} holds another run, which differs in: {format_difference(differences)}. Choose another folder."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Mapping
@@ -35,7 +34,7 @@ from jlt.interop.pipeline_settings import (
 from jlt.networks.transformer import Transformer
 from jlt.runtime.progress import inform
 from jlt.storage.codec import from_json
-from jlt.storage.files import path_inside, read_json, sealed_sha256, sha256_file
+from jlt.storage.files import parse_json, path_inside, read_json, sealed_sha256, sha256_file
 from jlt.storage.weights import read_metadata, require_same_tensors
 from jlt.training.checkpoint import average_names
 from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
@@ -123,9 +122,7 @@ class _Folder:
 
     def json(self, name: str) -> dict[str, Any]:
         """Read a file of settings."""
-        content = read_json(self.file(name))
-        _require_finite_numbers(self.folder / name, content)
-        return content
+        return read_json(self.file(name))
 
 
 def _read_folder(folder: Path) -> Exported:
@@ -155,28 +152,16 @@ def _read_folder(folder: Path) -> Exported:
 
 def _read_file(path: Path) -> Exported:
     """Read the settings in the metadata of an exported file; JLTError for any other file."""
-    text = read_metadata(path).get(METADATA, "")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
+    metadata = read_metadata(path)
+    if METADATA not in metadata:
         raise JLTError(f"{path} has no settings in its metadata: name a file that `jlt export` wrote.")
-    _require_finite_numbers(path, content)
-    found = from_json(FileSettings, content)
+    found = from_json(FileSettings, parse_json(metadata[METADATA].encode(), f"the metadata of {path}"))
     return Exported(found.network, found.settings, path, "", sha256_file(path))
 
 
 def _require_small(path: Path) -> None:
     if path.stat().st_size > LARGEST_JSON:
         raise JLTError(f"{path} has {path.stat().st_size:,} bytes, too many for a file of settings.")
-
-
-def _require_finite_numbers(path: Path, settings: Mapping[str, Any]) -> None:
-    try:
-        json.dumps(settings, allow_nan=False)
-    except ValueError as error:
-        raise JLTError(f"{path} has a number that is not finite in its settings.") from error
 
 
 def _train_config(settings: PipelineSettings, network: NetworkConfig) -> TrainConfig:

@@ -105,7 +105,7 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
             missing = _damaged(job, manifest, held)
         else:
             _require_undamaged(job)
-            inform(f"{job.out} is already complete; `jlt verify` checks its hashes.")
+            inform(f"{job.out} is already complete and intact.")
     else:
         held.enter_context(_claimed(job.out, arguments))
         missing = dict.fromkeys(job.missing())
@@ -121,9 +121,9 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
 
 
 def _require_undamaged(job: EncodingJob) -> None:
-    """Raise a JLTError if opening a finished store shows damage."""
+    """Raise a JLTError that names what is damaged in a finished store, after reading all of it."""
     try:
-        LatentStore.open(job.out)
+        LatentStore.open_verified(job.out)
     except JLTError as error:
         raise JLTError(f"{error} --repair encodes missing and damaged shards again; move other files away.") from error
     if (job.out / STATE_FOLDER).is_dir():

@@ -6,10 +6,14 @@ disk, memory does not grow with the store, and a file that shrinks is a named er
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import os
 import stat
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,15 @@ from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreMa
 from jlt.latents.shards import SAFETENSORS_NAMES, ShardFile, ShardWriter, TensorEntry
 from jlt.runtime.environment import cores
 from jlt.runtime.progress import track
-from jlt.storage.files import sha256_file
 
 STATE_FOLDER = ".encoding"
 STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MAX_OPEN_SHARDS = 256
 VERIFY_THREADS = 8
 READING_THREADS = min(8, cores())
+HASHED_BYTES = 2**20
+"""Read and hashed at a time."""
+LOWEST_PRIORITY = 19
 BYTES_PER_THREAD = 2**22
 """With fewer bytes, it takes longer to start another thread than to read them."""
 
@@ -227,16 +233,64 @@ def _stray_problems(folder: Path, manifest: StoreManifest) -> list[str]:
     return [f"{folder / name} is not in the manifest." for name in sorted(strays)]
 
 
-def shard_problem(folder: Path, record: ShardRecord) -> str | None:
-    """Return the fault of a shard of a store, after reading all of it; None if it is intact."""
+def shard_problem(folder: Path, record: ShardRecord, stopped: Callable[[], bool] = lambda: False) -> str | None:
+    """Return the fault of a shard of a store, after reading all of it; None if it is intact, or `stopped` is true."""
     path = folder / record.file
     if problem := _file_problem(folder, record):
         return problem
+    digest = hashlib.sha256()
     try:
-        intact = sha256_file(path) == record.sha256
+        with path.open("rb") as file:
+            while block := file.read(HASHED_BYTES):
+                if stopped():
+                    return None
+                digest.update(block)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})."
-    return None if intact else f"{path} is damaged: its SHA-256 is not the manifest's."
+    return None if digest.hexdigest() == record.sha256 else f"{path} is damaged: its SHA-256 is not the manifest's."
+
+
+class ShardCheck(contextlib.AbstractContextManager["ShardCheck"]):
+    """Compares shards with their hashes in a thread, while the store is in use; a context manager.
+
+    Of several processes, each takes its share of the shards. Leaving it waits for the rest, and raises a JLTError that
+    names a damaged shard; leaving it by an exception ends the thread.
+    """
+
+    def __init__(self, store: LatentStore, rank: int = 0, processes: int = 1) -> None:
+        self._folder, self._records = store.folder, store.manifest.shards[rank::processes]
+        self._left = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlt-check")
+        self._checking = self._pool.submit(self._check)
+
+    def _check(self) -> str | None:
+        if hasattr(os, "setpriority"):
+            # Of this thread alone: it gets the time that the work leaves.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        for record in self._records:
+            if problem := shard_problem(self._folder, record, self._left.is_set):
+                return problem
+        return None
+
+    def raise_found(self) -> None:
+        """Raise JLTError if a damaged shard was found until now."""
+        if self._checking.done() and (problem := self._checking.result()):
+            raise JLTError(
+                f"{problem} Results of this command so far may be of damaged latents: repair the store with "
+                "jlt encode --repair, and start again."
+            )
+
+    def wait(self) -> None:
+        """Wait until all shards are checked; JLTError names one that is damaged."""
+        wait([self._checking])
+        self.raise_found()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            self._left.set()
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.raise_found()
 
 
 def _check_positions(folder: Path, manifest: StoreManifest) -> None:
@@ -316,7 +370,7 @@ def write_store(folder: Path, shards: Iterable[dict[str, np.ndarray]], classes: 
         encoding=None,
         resolution=latents.shape[2],
         flips="latents_flip" in arrays,
-        dtype=latents.dtype.name,
+        dtype=latents.dtype.name,  # type: ignore[arg-type]
         channels=latents.shape[1],
         height=latents.shape[2],
         width=latents.shape[3],

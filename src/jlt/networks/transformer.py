@@ -112,6 +112,13 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
+def fewest_parameters(config: NetworkConfig) -> int:
+    """Return a number that no network of these sizes has fewer trainable values than, without making one."""
+    width, blocks = config.hidden_size, config.depth
+    embedded = config.channels * config.patch_size**2 * (config.bottleneck_size or width)
+    return blocks * width * (4 * width + 3 * config.mlp_hidden_size) + config.num_classes * width + embedded
+
+
 @functools.cache
 def count_network(config: NetworkConfig) -> int:
     """Return the parameters of a network, counted without making its weights."""

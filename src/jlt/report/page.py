@@ -18,7 +18,7 @@ from jlt.report.wording import Table, listed, number
 from jlt.results.price import Price
 from jlt.results.run import Log, Run
 from jlt.results.sweep import Sweep
-from jlt.runtime.progress import format_seconds
+from jlt.runtime.progress import format_seconds, inform
 from jlt.storage.files import write_text
 
 SLIDER = "slider.js"
@@ -40,7 +40,10 @@ def write_report(folder: Path) -> Path:
 
         write_text(path, render_template("price.html", price_context(folder)))
     else:
-        write_text(path, render(read_study(folder)))
+        study = read_study(folder)
+        for note in study.notes:
+            inform(note)
+        write_text(path, render(study))
     return path
 
 
@@ -59,7 +62,7 @@ def render(study: Study) -> str:
         "title": study.title,
         "verdict": findings.verdict(study),
         "details": findings.details(study),
-        "limits": findings.limits(study),
+        "limits": [*findings.limits(study), *study.notes],
         "facts": page_facts(study),
         "rows": result_rows(study),
         "measurements": MEASUREMENT_HEADS,
@@ -213,13 +216,11 @@ def _training_facts(study: Study) -> dict[str, str]:
 
 
 def _progress_facts(run: Run) -> dict[str, str]:
-    log, steps, reached = run.log, run.config.get("steps"), run.log.steps[-1].step
-    if not steps:
-        return {"Progress": f"step {reached:,}"}
+    log, steps, reached = run.log, run.config["steps"], run.log.steps[-1].step
     facts = {"Progress": f"step {reached:,} of {steps:,} ({100 * reached // steps}%)"}
     if log.stopped:
         facts["State"] = "stopped and saved; run the same command again to resume"
-    left = log.seconds_left(steps, run.config.get("batch_size", 0))
+    left = log.seconds_left(steps, run.config["batch_size"])
     if left is not None:
         facts["Time left"] = f"{format_seconds(left)} at its latest speed"
     return facts
@@ -227,10 +228,10 @@ def _progress_facts(run: Run) -> dict[str, str]:
 
 def _session_facts(log: Log) -> dict[str, str]:
     facts, session = {}, log.session
-    if session.get("processes"):
-        kind = f" ({session['parallel']})" if session["processes"] > 1 and session.get("parallel") else ""
-        device = f" on {session['device']}" if session.get("device") else ""
-        facts["Processes"] = f"{session['processes']}{kind}{device}"
+    if session.processes:
+        kind = f" ({session.parallel})" if session.processes > 1 and session.parallel else ""
+        device = f" on {session.device}" if session.device else ""
+        facts["Processes"] = f"{session.processes}{kind}{device}"
     if log.steps and (last := log.steps[-1]).img_per_second:
         facts["Speed"] = f"{number(last.img_per_second)} images/s" + (f", MFU {last.mfu:.0%}" if last.mfu else "")
     return facts

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from jlt.config import LossSpace, Prediction
 from jlt.errors import JLTError
-from jlt.results.ablation import Ablation
+from jlt.results.ablation import Ablation, SystemRun
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, SettingForecast
-from jlt.results.run import Run, read_run
-from jlt.storage.files import path_inside, read_json
+from jlt.results.run import CONFIG, Run, read_config, read_run
+from jlt.storage.files import path_inside
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -94,6 +94,11 @@ class Study:
         return [run for system in self.systems for run in system.runs]
 
     @property
+    def notes(self) -> list[str]:
+        """What the logs of the runs lack."""
+        return [note for run in self.runs for note in run.log.notes]
+
+    @property
     def seeds(self) -> int:
         """The largest number of runs of a system."""
         return max((len(system.runs) for system in self.systems), default=0)
@@ -142,7 +147,7 @@ def read_study(folder: Path) -> Study:
     """
     if (folder / Ablation.FILE).exists():
         study = _read_ablation(folder)
-    elif (folder / "config.json").exists():
+    elif (folder / CONFIG).exists():
         study = _read_single(folder)
     elif (folder / GEOMETRY).exists():
         geometry = read_result(Geometry, folder / GEOMETRY)
@@ -206,23 +211,30 @@ def _read_ablation(folder: Path) -> Study:
         key = (entry.name, entry.prediction, entry.loss_space, entry.patch_size, entry.variant)
         run = path_inside(folder, entry.run)
         # A system whose training has not begun has no folder yet.
-        grouped.setdefault(key, []).extend([read_run(run, entry.seed)] if (run / "config.json").exists() else [])
+        grouped.setdefault(key, []).extend([_run_of(run, entry)] if (run / CONFIG).exists() else [])
     systems = tuple(System(*key[:4], tuple(runs), key[4]) for key, runs in grouped.items())
     geometry = read_result(Geometry, folder / GEOMETRY) if (folder / GEOMETRY).exists() else None
+    if geometry and geometry.latents != ablation.latents:
+        raise JLTError(f"{folder / GEOMETRY} is of other latents than {folder / Ablation.FILE}.")
     return Study(folder, ablation.title, systems, ablation, geometry)
 
 
-def _read_single(folder: Path) -> Study:
-    path = folder / "config.json"
-    config = read_json(path)
-    try:
-        system = System(
-            name=config["name"],
-            prediction=config["prediction"],
-            loss_space=config["loss"]["space"],
-            patch_size=config["network"]["patch_size"],
-            runs=(read_run(folder, config["seed"]),),
+def _run_of(folder: Path, entry: SystemRun) -> Run:
+    """Read the run of a system; JLTError if the folder holds that of another one."""
+    config, _ = read_config(folder)
+    network = config.network
+    found = (config.prediction, config.loss.space, network.patch_size, config.seed, network.hidden_size)
+    wanted = (entry.prediction, entry.loss_space, entry.patch_size, entry.seed, entry.width or network.hidden_size)
+    if found != wanted:
+        raise JLTError(
+            f"{folder} holds another run than {Ablation.FILE} says: {' '.join(map(str, found))} instead of "
+            f"{' '.join(map(str, wanted))} (prediction, loss space, patch size, seed, width). Put the right one there."
         )
-    except (KeyError, TypeError) as error:
-        raise JLTError(f"{path} has no {error}: it is damaged or was written by another version.") from error
+    return read_run(folder, entry.seed)
+
+
+def _read_single(folder: Path) -> Study:
+    config, _ = read_config(folder)
+    run = read_run(folder, config.seed)
+    system = System(config.name, config.prediction, config.loss.space, config.network.patch_size, runs=(run,))
     return Study(folder, f"Training run {system.name}", systems=(system,))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from jlt.config import LossSpace, Prediction
 from jlt.results.files import ResultFile
 from jlt.results.geometry import SettingForecast
+from jlt.storage.codec import NonNegative, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,11 @@ class SystemRun:
     name: str
     prediction: Prediction
     loss_space: LossSpace
-    patch_size: int
+    patch_size: Size
     variant: str = ""
     """The point on the axes that `name` does not show, as text; empty where there is no such axis."""
     anisotropy: float | None = None
-    width: int | None = None
+    width: Size | None = None
     seed: int
     run: str
     """Relative to the folder of the ablation."""
@@ -58,6 +59,6 @@ class Ablation(ResultFile):
     classifier_accuracy: float | None
     systems: tuple[SystemRun, ...]
     forecasts: tuple[SettingForecast, ...] = ()
-    seconds: float | None = None
+    seconds: NonNegative | None = None
     """Training time of all runs."""
     matched: Matched | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jlt.results.files import ResultFile
+from jlt.storage.codec import Count, NonNegative, Share, Size
 from jlt.storage.files import Difference, difference
 
 OWN_TO_A_RUN = frozenset({"checkpoint", "ema_rebuilt"})
@@ -28,25 +29,25 @@ class Metrics:
     """What was measured on `count` images; None is what the extractor, the reference or the images do not allow.
 
     `frechet_distance_error` is its standard error. `frechet_distance_bias` estimates by how much the distance is too
-    large because there are few samples. Precision, recall, density, coverage and the kernel distance use at most
-    10,000 images.
+    large because there are few samples. Precision, recall, density, coverage and the kernel distance, which has no bias
+    and so may be negative, use at most 10,000 images.
     """
 
-    frechet_distance: float
-    frechet_distance_error: float | None = None
+    frechet_distance: NonNegative
+    frechet_distance_error: NonNegative | None = None
     frechet_distance_bias: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    inception_score_whole: float | None = None
-    spatial_frechet_distance: float | None = None
+    inception_score: NonNegative | None = None
+    inception_score_std: NonNegative | None = None
+    inception_score_whole: NonNegative | None = None
+    spatial_frechet_distance: NonNegative | None = None
     kernel_distance: float | None = None
-    kernel_distance_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    density: float | None = None
-    coverage: float | None = None
-    label_agreement: float | None = None
-    count: int
+    kernel_distance_std: NonNegative | None = None
+    precision: Share | None = None
+    recall: Share | None = None
+    density: NonNegative | None = None
+    coverage: Share | None = None
+    label_agreement: Share | None = None
+    count: Size
 
     def __getitem__(self, metric: str) -> float | None:
         """Return a metric by its name."""
@@ -57,9 +58,9 @@ class Metrics:
 class Jackknife:
     """What gives the error of the difference of two evaluations that start from the same noise."""
 
-    frechet_distance: tuple[float, ...]
+    frechet_distance: tuple[NonNegative, ...]
     """The distance without one group of images each."""
-    sizes: tuple[int, ...]
+    sizes: tuple[Count, ...]
     """Images of each group."""
 
 
@@ -69,7 +70,7 @@ class Evaluation(ResultFile):
 
     SCHEMA: ClassVar[int] = 1
 
-    step: int | None
+    step: Count | None
     """Training step of the checkpoint; None for images that were not drawn from one."""
     metrics: Metrics
     protocol: Mapping[str, Any]

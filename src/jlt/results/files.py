@@ -1,18 +1,19 @@
 """The one reader and the one writer of result files.
 
 A result is a frozen data class with the number of its schema. Its file is JSON, sealed with the SHA-256 of its own
-content.
+content and of what it belongs to (`jlt.storage.files`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from jlt.errors import JLTError
 from jlt.storage.codec import from_json, to_json
-from jlt.storage.files import read_sealed_json, sealed_text, write_text
+from jlt.storage.files import read_sealed_json, sealed_text, with_place, write_text
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class ResultFile:
 
     SCHEMA: ClassVar[int]
     """Raised whenever the meaning of a field changes, or a field without a default is added or removed."""
-    ALWAYS_SEALED: ClassVar[bool] = False
-    """Whether all versions have sealed this file, so that one without a seal is damaged."""
+    PLACED: ClassVar[bool] = True
+    """Whether it belongs to the folder that it is in, and to its name there."""
     UNREAD: ClassVar[frozenset[str]] = frozenset()
     """Keys of older files of this schema that are ignored."""
 
@@ -37,20 +38,26 @@ def result_json(result: ResultFile) -> dict[str, Any]:
 
 def write_result(path: Path, result: ResultFile) -> None:
     """Write a result atomically; NaN and infinity are a ValueError, since they are not JSON."""
-    write_text(path, sealed_text(result_json(result)))
+    content = result_json(result)
+    write_text(path, sealed_text(with_place(content, path) if result.PLACED else content))
 
 
 def read_result(kind: type[R], path: Path) -> R:
-    """Read a result; JLTError for a file that is missing, damaged, edited or of another schema."""
-    # Some files of earlier versions have no seal, and some no schema number: those were of schema 1.
-    content = read_sealed_json(path, required=kind.ALWAYS_SEALED)
-    schema = content.pop("schema", 1)
+    """Read a result; JLTError for a file that is missing, damaged, edited, misplaced or of another schema."""
+    return parse_result(kind, path, read_sealed_json(path))
+
+
+def parse_result(kind: type[R], path: Path, content: Mapping[str, Any]) -> R:
+    """Return the result that a file at this path holds; JLTError for another schema, and for an impossible value."""
+    # Some files of earlier versions have no schema number: those were of schema 1.
+    schema = content.get("schema", 1)
     if schema != kind.SCHEMA:
         raise JLTError(
             f"{path} has schema {schema}, and this version of jlt reads schema {kind.SCHEMA}: "
             "run the command that wrote it again."
         )
+    fields = {key: value for key, value in content.items() if key not in {"schema", *kind.UNREAD}}
     try:
-        return from_json(kind, {key: value for key, value in content.items() if key not in kind.UNREAD})
+        return from_json(kind, fields)
     except JLTError as error:
         raise JLTError(f"{path} is damaged or was written by another version: {error}") from error

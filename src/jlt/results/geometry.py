@@ -23,6 +23,7 @@ from jlt.config import (
 )
 from jlt.errors import UsageError
 from jlt.results.files import ResultFile
+from jlt.storage.codec import Count, Size
 
 GEOMETRY = "geometry.json"
 INSIDE = "inside.json"
@@ -79,7 +80,7 @@ class TrainingModel:
 class Advice:
     """What a forecast means for networks of one width: the directions needed as shares of it, and the loss floor."""
 
-    width: int
+    width: Size
     width_share: dict[Prediction, float]
     loss_floor: dict[Prediction, float]
     """The training loss, a mean over elements, does not fall below it: the last layer is narrower than a token."""
@@ -136,10 +137,10 @@ class SettingForecast(Forecast):
     variant: str
     anisotropy: float | None
     """The power that eigenvalues are raised to, where it is an axis of the ablation."""
-    patch_size: int
+    patch_size: Size
     loss_space: LossSpace
-    width: int
-    dimension: int
+    width: Size
+    dimension: Size
     before_training: bool
 
     @classmethod
@@ -157,7 +158,7 @@ class SettingForecast(Forecast):
 class ShareBelow:
     """The directions whose variance is below a threshold, and their share of the total variance (0 to 1)."""
 
-    directions: int
+    directions: Count
     variance_share: float
 
 
@@ -190,9 +191,9 @@ class LocalSpectrum(SpectrumSummary):
 class TokenGeometry(SpectrumSummary):
     """The tokens of one patch size: their spectrum, eq. 9-12 on it, and the forecast."""
 
-    patch_size: int
-    dimension: int
-    count: int
+    patch_size: Size
+    dimension: Size
+    count: Size
     images: int
     independent_samples: float
     """Independent samples that would give errors as large, since the tokens of a latent depend on each other."""
@@ -229,7 +230,7 @@ class StationarySpectrum(SpectrumSummary):
 class StationaryGeometry:
     """Whole latents, as if their positions were a torus on which none is special."""
 
-    dimension: int
+    dimension: Size
     spectra: dict[str, StationarySpectrum]
 
 
@@ -238,7 +239,7 @@ class WholeGeometry(SpectrumSummary):
     """The leading directions of whole latents, and the variance of all others together."""
 
     method: Literal["exact", "gram", "sketch"]
-    dimension: int
+    dimension: Size
     eigenvalues: Values
     variance: float
     tail_variance: float
@@ -259,7 +260,6 @@ class Geometry(ResultFile):
     """geometry.json: the target geometry of latents, and the forecast for one training and some widths."""
 
     SCHEMA: ClassVar[int] = 3
-    ALWAYS_SEALED: ClassVar[bool] = True
 
     latents: dict[str, Any]
     patch_sizes: tuple[int, ...]
@@ -279,7 +279,7 @@ class Geometry(ResultFile):
 class Band:
     """The velocity error of a network at every time, summed over directions with a variance from `low` up to `high`."""
 
-    directions: int
+    directions: Count
     error: Values
     beyond_optimum: Values
     """The part above what a token by itself leaves unknown (eq. 11)."""
@@ -294,8 +294,8 @@ class Band:
 class SampleSpectrum:
     """The variance of a network's samples, and of the states on the way to them, over that of the data's own path."""
 
-    count: int
-    steps: int
+    count: Size
+    steps: Size
     """Of the Heun solver, without guidance."""
     times: Values
     spread: Table
@@ -319,7 +319,7 @@ class NetworkError:
 
     name: str
     run: str
-    step: int
+    step: Count
     prediction: Prediction
     checkpoint: str
     """SHA-256 of its manifest."""
@@ -347,11 +347,10 @@ class ErrorByDirection(ResultFile):
     """inside.json: the velocity error of networks by direction of the tokens and by time, on `count` latents."""
 
     SCHEMA: ClassVar[int] = 1
-    ALWAYS_SEALED: ClassVar[bool] = True
 
-    patch_size: int
+    patch_size: Size
     latents: dict[str, Any]
-    count: int
+    count: Size
     seed: int
     times: Values
     eigenvalues: Values

@@ -11,6 +11,7 @@ from jlt.errors import JLTError
 from jlt.results.evaluation import Metrics
 from jlt.results.files import ResultFile
 from jlt.results.sweep import SweptCheckpoint
+from jlt.storage.codec import NonNegative, Size
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class SamplerSetting:
     """A way to walk from noise to data, and when guidance acts on it."""
 
     solver: Solver
-    steps: int
+    steps: Size
     shift: float
     cfg_interval: tuple[float, float]
 
@@ -33,20 +34,20 @@ class SamplerSetting:
 class Priced(SamplerSetting):
     """One measurement of a setting, against the published sampler on the same noise."""
 
-    evaluations: int
+    evaluations: Size
     """Evaluations of the network per image, both branches of guidance counted."""
-    value: float
+    value: NonNegative
     """Frechet distance."""
-    error: float | None
+    error: NonNegative | None
     difference: float
     """The distance minus that of the published sampler."""
-    difference_error: float | None
+    difference_error: NonNegative | None
     """Standard error of the difference; smaller than that of a distance, since both start from the same noise."""
     within: bool
     """Whether the difference is at most the standard error of the published sampler's distance."""
     metrics: Metrics
     protocol: Mapping[str, Any]
-    seconds: float | None = None
+    seconds: NonNegative | None = None
     """Seconds per image without decoding; measured for confirmed settings alone."""
 
     @property
@@ -61,7 +62,6 @@ class Price(ResultFile):
 
     FILE: ClassVar[str] = "price.json"
     SCHEMA: ClassVar[int] = 1
-    ALWAYS_SEALED: ClassVar[bool] = True
 
     created: str
     command: str
@@ -70,7 +70,7 @@ class Price(ResultFile):
     title: str
     checkpoint: SweptCheckpoint
     cfg_scale: float
-    num: int
+    num: Size
     seed: int
     """Seed of the images of the search."""
     confirm_seed: int

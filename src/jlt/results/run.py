@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
-from jlt.storage.files import path_inside, read_json
+from jlt.storage.codec import Count, NonNegative, Size, from_json, known_fields
+from jlt.storage.files import WORK, parse_json, path_inside, read_marker, work_of
+from jlt.storage.seals import require_sealed
 
-Event = Mapping[str, Any]
-OPTIONAL_NUMBERS = ("learning_rate", "grad_norm", "img_per_second", "mfu", "memory_gib", "waiting", "seconds")
-"""Fields of a logged step that are numbers or None."""
+CONFIG = "config.json"
+LOG = "log.jsonl"
+TAIL = 2**16
+"""Bytes at the end of a log that hold its last lines."""
+SEALED_LINE = re.compile(rb'(\{.*), "seal": "([0-9a-f]{16})"\}')
 
 
 @dataclass(frozen=True)
-class LoggedStep:
+class Event:
+    """One line of the log, of a kind without further fields that are read."""
+
+    step: Count
+
+
+@dataclass(frozen=True)
+class Session(Event):
+    """The start of a training, or of one that was resumed."""
+
+    processes: Size | None = None
+    micro_batch_size: Count | None = None
+    accumulation: Count | None = None
+    parallel: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleGrid(Event):
+    """A grid of samples, its file relative to the run folder."""
+
+    file: str
+
+
+@dataclass(frozen=True)
+class End(Event):
+    """The last step of a run, and the time in training."""
+
+    seconds: NonNegative | None = None
+
+
+@dataclass(frozen=True)
+class LoggedStep(Event):
     """One logged training step; None or empty where the log has no value."""
 
-    step: int
-    loss: float
-    loss_by_time: tuple[float | None, ...] = ()
+    loss: NonNegative
+    loss_by_time: tuple[NonNegative | None, ...] = ()
     """Mean loss in equal bins of t from 0 to 1, None for a bin without samples."""
-    learning_rate: float | None = None
-    grad_norm: float | None = None
+    learning_rate: NonNegative | None = None
+    grad_norm: NonNegative | None = None
     """Before clipping."""
-    ema_distance: Mapping[str, float] = field(default_factory=dict)
+    ema_distance: Mapping[str, NonNegative] = field(default_factory=dict)
     """Relative L2 distance between the weights and each of their averages."""
-    img_per_second: float | None = None
-    mfu: float | None = None
-    memory_gib: float | None = None
-    waiting: float | None = None
+    img_per_second: NonNegative | None = None
+    mfu: NonNegative | None = None
+    memory_gib: NonNegative | None = None
+    waiting: NonNegative | None = None
     """Share of the time spent waiting for data."""
-    seconds: float | None = None
+    seconds: NonNegative | None = None
     """Time in training up to here, over all sessions."""
+
+
+EVENTS: Mapping[str, type[Event]] = {"start": Session, "step": LoggedStep, "sampled": SampleGrid, "end": End}
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -52,14 +94,18 @@ class Log:
     """Steps without an update, because a loss or gradient was not finite."""
     samples: tuple[tuple[int, str], ...] = ()
     """Steps of the sample grids, with their files relative to the run folder."""
-    session: Mapping[str, Any] = field(default_factory=dict)
-    """The start event of the latest session: processes, device and more."""
+    session: Session = Session(0)
+    """The start of the latest session: processes, device and more."""
     ended: bool = False
     """Whether the run has reached its last step."""
     stopped: bool = False
     """Whether the run was stopped before its last step, and has not been resumed."""
     seconds: float | None = None
     """Time in training of a run that has ended."""
+    reached: int = -1
+    """The last step of which it has a line, -1 without any."""
+    notes: tuple[str, ...] = ()
+    """What is missing at its end, in sentences."""
 
     @property
     def restarts(self) -> tuple[int, ...]:
@@ -92,7 +138,7 @@ class Run:
     folder: Path
     seed: int
     config: Mapping[str, Any]
-    """`config.json`, of this or another version."""
+    """`config.json`, with the identity of the latents."""
     log: Log
     evaluations: tuple[Evaluation, ...]
     """By ascending step."""
@@ -106,8 +152,7 @@ class Run:
     @property
     def reached(self) -> int:
         """The last step that was logged or evaluated, 0 before the first."""
-        logged, evaluated = self.log.steps[-1:], self.evaluations[-1:]
-        return max([0, *(entry.step for entry in logged), *(entry.step or 0 for entry in evaluated)])
+        return max([0, self.log.reached, *(entry.step or 0 for entry in self.evaluations[-1:])])
 
     def file_of(self, evaluation: Evaluation) -> Path | None:
         """Return the file of an evaluation."""
@@ -121,86 +166,167 @@ def evaluation_files(run: Path) -> list[Path]:
     return sorted((run / "evaluations").glob("step_*.json"))
 
 
+def read_config(folder: Path) -> tuple[TrainConfig, Mapping[str, Any]]:
+    """Read the `config.json` of a run: its settings, and all of it as JSON; JLTError if a value is not possible."""
+    path = folder / CONFIG
+    return parse_config(path, read_marker(path)[0])
+
+
+def parse_config(path: Path, content: Mapping[str, Any]) -> tuple[TrainConfig, Mapping[str, Any]]:
+    """Return the settings that a `config.json` holds, and its content; JLTError if a value is not possible."""
+    try:
+        config = from_json(TrainConfig, {key: value for key, value in content.items() if key not in ("latents", WORK)})
+    except JLTError as error:
+        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
+    return config, content
+
+
 def read_run(folder: Path, seed: int) -> Run:
     """Read a run folder; log, samples and evaluations may be missing while it is under way."""
+    config, content = read_config(folder)
     evaluations = [read_result(Evaluation, path) for path in evaluation_files(folder)]
+    log = _log_of(folder, config, evaluations)
     grid = "samples/grid.png"
+    for file in (*(file for _, file in log.samples), grid):
+        if path_inside(folder, file).is_file():
+            require_sealed(folder / file, work_of(folder))
     return Run(
         folder=folder,
         seed=seed,
-        config=read_json(folder / "config.json"),
-        log=read_log(folder / "log.jsonl"),
+        config=content,
+        log=log,
         evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step or 0)),
         grid=path_inside(folder, grid) if (folder / grid).exists() else None,
     )
 
 
+def _log_of(folder: Path, config: TrainConfig, evaluations: Iterable[Evaluation]) -> Log:
+    """Read the log of a run, with a note if the run has results of later steps, whose lines may be lost."""
+    path, log = folder / LOG, read_log(folder / LOG)
+    names = [checkpoint.name.removeprefix("step_") for checkpoint in folder.glob("checkpoints/step_*")]
+    steps = [evaluation.step or 0 for evaluation in evaluations] + [int(name) for name in names if name.isdecimal()]
+    last = max(steps, default=-1)
+    # Before anything is saved, the last step is logged, and the others at these intervals.
+    logged = last if last >= config.steps else last - last % config.log_every
+    notes = list(log.notes)
+    if path.exists() and log.reached < logged:
+        # After a damaged checkpoint is removed, the run resumes from the one before.
+        notes.append(
+            f"{path} ends before step {logged:,}, and the run has results of step {last:,}: its end is lost, or the "
+            "run was resumed from an earlier checkpoint."
+        )
+    elif log.reached >= config.steps and not log.ended:
+        notes.append(f"{path} ends without the end of the training.")
+    return replace(log, notes=tuple(notes))
+
+
+def newest_step(path: Path) -> int:
+    """Return the step of the last line of a log that can be read, for progress; 0 without one."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        lines = file.read().splitlines()
+    for text in reversed(lines):
+        with contextlib.suppress(JLTError):
+            return parse_line(text, text, str(path)).event.step
+    return 0
+
+
+class Line(NamedTuple):
+    """A line of a log: its bytes without the end, and what it says."""
+
+    text: bytes
+    kind: str
+    event: Event
+
+
+def log_line(event: Mapping[str, Any], work: str) -> str:
+    """Return an event as a line of the log of a run with this identity, sealed by a hash; ValueError for NaN."""
+    text = json.dumps(event, allow_nan=False)
+    return f'{text[:-1]}, "seal": "{_line_seal(text.encode(), work)}"}}\n'
+
+
+def _line_seal(text: bytes, work: str) -> str:
+    return hashlib.sha256(work.encode() + text).hexdigest()[:16]
+
+
+def read_lines(path: Path) -> tuple[list[Line], bool]:
+    """Read the lines of a log, and whether its last line was torn, as a kill leaves it; that one is left out.
+
+    A missing file has no lines. JLTError names a line that is damaged, and one that is of another run.
+    """
+    texts, work, torn = path.read_bytes().splitlines() if path.exists() else [], work_of(path.parent), False
+    whole = not texts or path.read_bytes().endswith(b"\n")
+    lines: list[Line] = []
+    last = -1
+    for number, text in enumerate(texts, 1):
+        where = f"{path}, line {number}"
+        found = SEALED_LINE.fullmatch(text)
+        if found is None or found[2].decode() != _line_seal(found[1] + b"}", work):
+            if number == len(texts) and not whole:
+                torn = True
+                break
+            parse_json(text, where)
+            if b'"seal"' not in text:
+                raise JLTError(f"{where} carries no hash: `jlt verify {path.parent} --seal` accepts it as it is.")
+            raise JLTError(f"{where} was changed or is of another run: remove the line, or move the file away.")
+        lines.append(parse_line(found[1] + b"}", text, where))
+        kind, event = lines[-1][1:]
+        if kind == "step" and event.step <= last:
+            raise JLTError(f"{where} is of step {event.step}, after step {last}: remove it, or move the file away.")
+        last = event.step if kind in ("step", "start") else last
+    return lines, torn
+
+
+def parse_line(content: bytes, text: bytes, where: str) -> Line:
+    """Return the event in a line of a log; JLTError names a field that is missing or has no possible value."""
+    values = parse_json(content, where)
+    kind = values.get("event")
+    if not isinstance(kind, str):
+        raise JLTError(f"{where} has no 'event': the log is damaged or of another version.")
+    # Without a loss, all updates since the line before were skipped.
+    shape = Event if values.get("loss", 0) is None else EVENTS.get(kind, Event)
+    try:
+        return Line(text, kind, from_json(shape, known_fields(shape, values)))
+    except JLTError as error:
+        raise JLTError(f"{where} is damaged or of another version: {error}") from error
+
+
 def read_log(path: Path) -> Log:
     """Read a log; the steps that a resumed run repeats replace the earlier ones.
 
-    A missing file is an empty log. JLTError for a damaged one; a torn last line is left out.
+    A missing file is an empty log. JLTError for a damaged one; a torn last line is left out, with a note.
     """
-    events = _history(_events(path))
-    starts = [place for place, event in enumerate(events) if event["event"] == "start"]
+    lines, torn = read_lines(path)
+    kept = _history(lines)
+    starts = [place for place, line in enumerate(kept) if line.kind == "start"]
     # A log without a start event counts as one session.
-    session = events[starts[-1] :] if starts else events
-    ends = [event for event in session if event["event"] == "end"]
-    steps = {event["step"]: _logged_step(event) for event in _of_kind(events, "step") if _finite(event.get("loss"))}
-    samples = {event["step"]: str(event.get("file")) for event in _of_kind(events, "sampled")}
+    session = kept[starts[-1] :] if starts else kept
+    ends = _of_kind(session, "end", End)
     return Log(
-        steps=tuple(steps[step] for step in sorted(steps)),
-        starts=tuple(events[place]["step"] for place in starts),
-        skipped=tuple(sorted({event["step"] for event in _of_kind(events, "skipped")})),
-        samples=tuple(sorted(samples.items())),
-        session=session[0] if starts else {},
+        steps=tuple(_of_kind(kept, "step", LoggedStep)),
+        starts=tuple(kept[place].event.step for place in starts),
+        skipped=tuple(sorted({event.step for event in _of_kind(kept, "skipped", Event)})),
+        samples=tuple(sorted({event.step: event.file for event in _of_kind(kept, "sampled", SampleGrid)}.items())),
+        session=next(iter(_of_kind(session, "start", Session)), Session(0)),
         ended=bool(ends),
-        stopped=bool(_of_kind(session, "stopped")) and not ends,
-        seconds=_number(ends[-1].get("seconds")) if ends else None,
+        stopped=bool(_of_kind(session, "stopped", Event)) and not ends,
+        seconds=ends[-1].seconds if ends else None,
+        reached=max((line.event.step for line in kept), default=-1),
+        notes=(f"The last line of {path} is incomplete and left out.",) if torn else (),
     )
 
 
-def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
-    return [event for event in events if event["event"] == kind]
+def _of_kind(lines: Sequence[Line], kind: str, shape: type[E]) -> list[E]:
+    return [line.event for line in lines if line.kind == kind and isinstance(line.event, shape)]
 
 
-def _history(events: Iterable[Event]) -> list[Event]:
-    """Return the events that count: each start discards those of later steps."""
-    kept: list[Event] = []
-    for event in events:
-        if event["event"] == "start":
-            kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]
-        kept.append(event)
+def _history(lines: Iterable[Line]) -> list[Line]:
+    """Return the lines that count: each start discards those of later steps."""
+    kept: list[Line] = []
+    for line in lines:
+        if line.kind == "start":
+            kept = [earlier for earlier in kept if earlier.event.step <= line.event.step]
+        kept.append(line)
     return kept
-
-
-def _events(path: Path) -> Iterator[Event]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return  # a run that is being written, or was killed while writing
-            raise JLTError(f"{path}, line {number} is not JSON: the log is damaged.") from error
-        for key in ("event", "step"):
-            if not isinstance(event, Mapping) or key not in event:
-                raise JLTError(f"{path}, line {number} has no {key!r}: the log is damaged or of another version.")
-        yield event
-
-
-def _logged_step(event: Event) -> LoggedStep:
-    return LoggedStep(
-        step=event["step"],
-        loss=float(event["loss"]),
-        loss_by_time=tuple(_number(value) for value in event.get("loss_by_time") or ()),
-        ema_distance={name: value for name, value in (event.get("ema_distance") or {}).items() if _finite(value)},
-        **{name: _number(event.get(name)) for name in OPTIONAL_NUMBERS},
-    )
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if _finite(value) else None

@@ -10,6 +10,7 @@ from jlt.config import Metric
 from jlt.errors import JLTError
 from jlt.results.evaluation import Metrics
 from jlt.results.files import ResultFile
+from jlt.storage.codec import Count, NonNegative, Size
 
 WHOLE_INTERVAL = (0.0, 1.0)
 
@@ -43,17 +44,17 @@ class Behind:
     """By how much a measurement is worse than the best of its stage, with the standard error of the difference."""
 
     difference: float
-    error: float | None
+    error: NonNegative | None
 
 
 @dataclass(frozen=True)
 class SweepPoint(Setting):
     """One measurement of a setting; `value` is the metric that is searched by."""
 
-    num: int
+    num: Size
     seed: int
     value: float
-    error: float | None
+    error: NonNegative | None
     behind: Behind | None
     metrics: Metrics
     protocol: Mapping[str, Any] | None = None
@@ -70,8 +71,8 @@ class SweepStage:
     """Measurements with equal counts of images, best first, and how many of them went on."""
 
     name: Literal["coarse", "halving", "refinement"]
-    num: int
-    kept: int
+    num: Size
+    kept: Size
     points: tuple[SweepPoint, ...]
 
 
@@ -79,7 +80,7 @@ class SweepStage:
 class SweptCheckpoint:
     """What was sampled."""
 
-    step: int
+    step: Count
     sha256: str
 
 
@@ -97,8 +98,8 @@ class SearchImages:
     """The images that settings were chosen by: their seed, and how many in the first and in the last stage."""
 
     seed: int
-    coarse_num: int
-    num: int
+    coarse_num: Size
+    num: Size
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ConfirmationImages:
     """The images of another seed that give the reported numbers."""
 
     seed: int
-    num: int
+    num: Size
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from jlt.autoencoders.contract import Autoencoder
+from jlt.autoencoders.contract import Autoencoder, require_identity
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.load import (
     AUTOENCODERS,
@@ -26,7 +26,7 @@ from jlt.autoencoders.load import (
 )
 from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
-from jlt.networks.transformer import build_network
+from jlt.networks.transformer import build_network, fewest_parameters
 from jlt.prediction import clean_from_velocity
 from jlt.runtime.environment import versions
 from jlt.runtime.progress import inform
@@ -36,6 +36,7 @@ from jlt.sampling.labels import labels_for, number_labels
 from jlt.sampling.solvers import Noise, network_evaluations, no_noise, solve
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
+from jlt.storage.weights import require_same_tensors
 from jlt.timesteps import sampling_grid
 from jlt.training.averages import choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
@@ -289,7 +290,12 @@ def open_weights(checkpoint: Checkpoint, ema: str, device: str, t_eps: float = 0
     """Return a checkpoint's network with the weights that `ema` names (see `choose_weights`), as a denoiser."""
     train = checkpoint.config
     chosen = choose_weights(checkpoint, ema)
+    held, fewest = sum(tensor.numel() for tensor in chosen.tensors.values()), fewest_parameters(train.network)
+    # Before memory is taken for what a manifest claims.
+    if held < fewest:
+        raise JLTError(f"{checkpoint.folder} holds {held:,} weights, and its network would have {fewest:,} or more.")
     network = build_network(train.network, seed=0)
+    require_same_tensors(checkpoint.folder, chosen.tensors, network.state_dict(), train.name)
     network.load_state_dict(chosen.tensors)
     network.to(device).eval().requires_grad_(False)
     if compiled:
@@ -343,6 +349,7 @@ def matching_autoencoder(
     JLTError if its weights, normalisation or sizes are others. Adopted latents record no weights: any autoencoder of
     the right sizes is accepted, and a message reports it.
     """
+    require_identity(identity)
     name, source = identity["name"], identity["source"]
     if decoder:
         other, place = parse_decoder(decoder)

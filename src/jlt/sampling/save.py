@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,18 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from jlt.config import SampleFormat
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.evaluation.image_files import SUFFIXES
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
-from jlt.runtime.progress import track
+from jlt.runtime.progress import inform, track
 from jlt.runtime.signals import until_stopped
 from jlt.sampling.sampler import ImageBatch, ImageSampler, Start, batches_of, decode_to_uint8, labels_for
 from jlt.sampling.solvers import network_evaluations
-from jlt.storage.files import atomic_path, claim_folder, lock_folder, read_json
+from jlt.storage.codec import Count, from_json, known_fields
+from jlt.storage.files import atomic_path, claim_folder, lock_folder, read_marker
 from jlt.storage.rows import RowTable, remove_rows, require_space, unwritten
+from jlt.storage.seals import is_intact, seal_file
 from jlt.timesteps import sampling_grid
 
 PROTOCOL = "protocol.json"
@@ -57,12 +60,12 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
     arguments = {**sampler.protocol(), "format": form, "batch_size": sampler.config.batch_size}
     require_same_arguments(group, arguments, "draw")
     with contextlib.ExitStack() as held:
-        place = group.on_rank0(lambda: _claim(held, sampler, out, form))
-        if group.on_rank0(place.is_file):
+        place, work = group.on_rank0(lambda: _claim(held, sampler, out, form))
+        if group.on_rank0(lambda: place.is_file() and _is_kept(place, work)):
             # A kill may have left its table.
             group.on_rank0(lambda: remove_rows(out))
             return place
-        missing = group.on_rank0(lambda: _missing(sampler, place))
+        missing = group.on_rank0(lambda: _missing(sampler, place, work))
         with stop_together(group) as until_any_stopped:
             table = None if form == "png" else _open_table(sampler, out)
             share = missing[group.rank :: group.size]
@@ -72,22 +75,25 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
                 if table:
                     table.write(batch.start, {"images": batch.images.numpy(), "labels": batch.labels.numpy()})
                 else:
-                    _write_pngs(sampler, out, batch)
-        group.on_rank0(lambda: _finish(sampler, place))
+                    _write_pngs(sampler, out, work, batch)
+        group.on_rank0(lambda: _finish(sampler, place, work))
         return place
 
 
-def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
-    """Reserve the folder for these images, and for no more of them than are requested."""
+def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> tuple[Path, str]:
+    """Reserve the folder for these images, and for no more of them than are requested.
+
+    Return what will be written, and the identity of this sampling.
+    """
     protocol = {**sampler.protocol(), "format": form, "class_names": sampler.class_names}
     marker = out / PROTOCOL
-    stored = read_json(marker) if marker.is_file() else {}
-    begun = "format" in stored
+    stored = read_drawn(marker) if marker.is_file() else Drawn()
+    begun = bool(stored.format)
     if begun:
         # Before the protocol changes: another process may be writing by the stored one.
         held.enter_context(lock_folder(out))
     # A grid or an array is of all its images; a folder can be completed to more.
-    more = form == "png" and (not begun or stored["count"] <= sampler.config.num)
+    more = form == "png" and (not begun or stored.count <= sampler.config.num)
     if more:
         # An evaluation of the folder would include an image that is none of those to be drawn.
         wanted = {_png_path(out, number).name for number in range(sampler.config.num)}
@@ -101,11 +107,36 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
         held.enter_context(lock_folder(out))
     for path in out.glob(".*.partial.*"):
         path.unlink(missing_ok=True)
-    return {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form]
+    return {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form], read_marker(marker)[1]
 
 
-def _missing(sampler: ImageSampler, place: Path) -> list[range]:
-    """Return the ranges of numbers whose images do not all exist; JLTError for a disk without space for them."""
+@dataclass(frozen=True)
+class Drawn:
+    """What a `protocol.json` says of the images next to it that their reader needs."""
+
+    count: Count = 0
+    format: SampleFormat | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def read_drawn(path: Path) -> Drawn:
+    """Read a `protocol.json`; JLTError if it is damaged, or a value is not possible."""
+    try:
+        return from_json(Drawn, known_fields(Drawn, read_marker(path)[0]))
+    except UsageError as error:
+        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
+
+
+def _is_kept(path: Path, work: str) -> bool:
+    """Return whether an existing file is the one that was drawn; otherwise it is drawn again, with a note."""
+    if is_intact(path, path.name, work):
+        return True
+    inform(f"{path} is damaged or is no file of this sampling: it is drawn again.")
+    return False
+
+
+def _missing(sampler: ImageSampler, place: Path, work: str) -> list[range]:
+    """Return the ranges of numbers whose images are not all intact; JLTError for a disk without space for them."""
     ranges = batches_of(sampler.config.num, sampler.config.batch_size)
     if not place.is_dir():
         table = _open_table(sampler, place.parent)
@@ -113,22 +144,24 @@ def _missing(sampler: ImageSampler, place: Path) -> list[range]:
             # The table has its space already; the array is written next to it.
             require_space(place.parent, 3 * sampler.config.num * sampler.resolution**2, f"{place.name} and its images")
         return unwritten(ranges, table.written())
-    written = np.array([_png_path(place, number).exists() for number in range(sampler.config.num)])
+    paths = [_png_path(place, number) for number in range(sampler.config.num)]
+    written = np.array([path.exists() and _is_kept(path, work) for path in paths])
     size = int(PNG_SHARE * 3 * sampler.resolution**2 * (~written).sum())
     require_space(place, size, f"{(~written).sum()} PNG images")
     return unwritten(ranges, written)
 
 
-def _write_pngs(sampler: ImageSampler, out: Path, batch: ImageBatch) -> None:
-    """Write the images of a batch that do not exist."""
+def _write_pngs(sampler: ImageSampler, out: Path, work: str, batch: ImageBatch) -> None:
+    """Write the images of a batch that do not exist, or are damaged."""
     for offset, (image, label) in enumerate(zip(batch.images.numpy(), batch.labels.tolist(), strict=True)):
         path = _png_path(out, batch.start + offset)
-        if not path.exists():
+        if not (path.exists() and is_intact(path, path.name, work)):
             info = PngInfo()
             info.add_text("label", str(label))
             info.add_text("classes", sampler.classes)
             with atomic_path(path) as temporary:
                 Image.fromarray(image).save(temporary, pnginfo=info)
+                seal_file(temporary, path.name, work)
 
 
 def _png_path(out: Path, number: int) -> Path:
@@ -140,10 +173,10 @@ def _open_table(sampler: ImageSampler, out: Path) -> RowTable:
     return RowTable(out, {"images": (np.uint8, image), "labels": (np.int64, ())}, sampler.config.num)
 
 
-def _finish(sampler: ImageSampler, place: Path) -> None:
+def _finish(sampler: ImageSampler, place: Path, work: str) -> None:
     """Write the array or the grid of a full table, and remove the table; of PNG check that all exist."""
     if place.is_dir():
-        if left := sum(map(len, _missing(sampler, place))):
+        if left := sum(map(len, _missing(sampler, place, work))):
             raise JLTError(f"{left} images are not in {place}: it must be a folder that all processes share.")
         return
     table = _open_table(sampler, place.parent)
@@ -152,6 +185,7 @@ def _finish(sampler: ImageSampler, place: Path) -> None:
     if place.suffix == ".npz":
         with atomic_path(place) as temporary:
             np.savez(temporary, arr_0=columns["images"], arr_1=columns["labels"], classes=np.array(sampler.classes))
+            seal_file(temporary, place.name, work)
     else:
         names = [sampler.class_name(label) for label in columns["labels"].tolist()]
         save_sheet(
@@ -159,14 +193,16 @@ def _finish(sampler: ImageSampler, place: Path) -> None:
             np.asarray(columns["images"]),
             math.ceil(math.sqrt(len(names))),
             SheetText(sampler.decoder_note, captions=names),
+            work,
         )
     table.remove()
 
 
-def save_sheet(path: Path, images: UInt8[np.ndarray, "n s s 3"], columns: int, text: SheetText) -> Path:
-    """Write a sheet of images atomically, and return its path."""
+def save_sheet(path: Path, images: UInt8[np.ndarray, "n s s 3"], columns: int, text: SheetText, work: str = "") -> Path:
+    """Write a sheet of images atomically, sealed as a file of a work with this identity, and return its path."""
     with atomic_path(path) as temporary:
         draw_sheet(images, columns, text, MIN_SIDE).save(temporary)
+        seal_file(temporary, path.name, work)
     return path
 
 

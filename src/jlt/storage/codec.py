@@ -1,24 +1,41 @@
 """Frozen data classes as plain JSON types, and back: one codec for configurations and for result files.
 
 A field is a bool, an int, a float, a str, a literal, a nested data class, a tuple of one of these, a mapping from str,
-int or a literal to one of these, one of these or None, or `Any` for JSON that is passed on as it is.
+int or a literal to one of these, one of these or None, or `Any` for JSON that is passed on as it is. A number may be
+annotated with the `Range` of its values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from jlt.errors import JLTError, unknown_name
 
 T = TypeVar("T")
-LONGEST_SHOWN = 120
-"""Characters of a wrong value in a message."""
+LARGEST_INTEGER = 2**64 - 1
+LONGEST_SHOWN = 60
+"""Characters of a value in a message."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number in a file may have, both ends included."""
+
+    low: float
+    high: float = math.inf
+
+
+Count = Annotated[int, Range(0)]
+Size = Annotated[int, Range(1)]
+NonNegative = Annotated[float, Range(0.0)]
+Share = Annotated[float, Range(0.0, 1.0)]
 
 
 def to_json(value: Any) -> Any:
@@ -49,6 +66,8 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     `where` begins the dotted names in errors.
     """
+    if not isinstance(values, Mapping):
+        raise JLTError(f"{where.removesuffix('.') or 'its content'} must be an object with named fields.")
     hints = _hints(typing.cast(Any, kind))
     for key in values:
         if key not in hints:
@@ -57,31 +76,44 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     required = {entry.name for entry in fields if entry.default is entry.default_factory is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
         raise JLTError(f"{where}{missing[0]} is missing.")
-    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+    fitting = {key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()}
+    try:
+        return kind(**fitting)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise JLTError(f"{where.removesuffix('.') or 'its content'} is not possible: {error}.") from error
+
+
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a data class has fields for; JLTError for what is no object."""
+    if not isinstance(values, Mapping):
+        raise JLTError(f"{_short(values)} is no object with named fields.")
+    return {key: value for key, value in values.items() if key in _hints(kind)}
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     names = {entry.name for entry in dataclasses.fields(kind)}
-    return {name: hint for name, hint in typing.get_type_hints(kind).items() if name in names}
+    return {name: hint for name, hint in typing.get_type_hints(kind, include_extras=True).items() if name in names}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Return `value` as the type `hint` of a field."""
     if hint is Any:
         return value
+    if typing.get_origin(hint) is Annotated:
+        return _in_range(_convert(hint.__origin__, value, where), hint.__metadata__, where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_json(typing.cast(type, hint), value, f"{where}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, (list, tuple)):
         if Ellipsis not in arguments and len(value) != len(arguments):
             raise JLTError(f"{where} must have {len(arguments)} values.")
-        if arguments[0] is float and _all_float(value):
+        if arguments[0] is float and _all_float(value) and all(map(math.isfinite, value)):
             return tuple(value)
         return tuple(_convert(arguments[0], entry, where) for entry in value)
     if origin is Literal:
         if value not in arguments:
-            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {_shown(value)}.")
+            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {_short(value)}.")
         return value
     if origin in (typing.Union, types.UnionType):
         (kind,) = set(arguments) - {types.NoneType}
@@ -91,15 +123,27 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {
             _key(key_hint, key, where): _convert(entry_hint, entry, f"{where}.{key}") for key, entry in value.items()
         }
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    if type(value) is int and abs(value) > LARGEST_INTEGER:
+        raise JLTError(f"{where} is a whole number of more than 64 bits.")
+    if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise JLTError(f"{where} must be a finite number, not {value}.")
     if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {_shown(value)}.")
+        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {_short(value)}.")
     return value
 
 
-def _shown(value: Any) -> str:
-    """Return a value as a part of a sentence, which a damaged or hostile file must not make long."""
+def _in_range(value: Any, marks: Sequence[Any], where: str) -> Any:
+    for mark in marks:
+        if isinstance(mark, Range) and value is not None and not mark.low <= value <= mark.high:
+            limits = f"{mark.low:g} or more" if mark.high == math.inf else f"from {mark.low:g} to {mark.high:g}"
+            raise JLTError(f"{where} must be {limits}, not {value}.")
+    return value
+
+
+def _short(value: Any) -> str:
+    """Return a value as text of a length that a message can show."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 

@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -29,6 +30,14 @@ UNREADABLE_ARRAYS = (
     *(zipfile.BadZipFile, zlib.error),
 )
 """What numpy and torch raise for a damaged file of arrays, or for a file of another kind."""
+LARGEST_JSON = 2**30
+SEAL = "sha256"
+PLACE = "belongs_to"
+WORK = "work"
+MARKERS = ("config.json", "plan.json", "analysis.json")
+"""The files that say what a run, a comparison or an analysis is; others in their folders belong to them."""
+INSIDE = {1: ("evaluations", "points"), 2: ("checkpoints", "snapshots")}
+"""Folders within such a folder, by how many levels below it their files are."""
 LONG_LIST = 8
 """A message shows no list with more values than this."""
 
@@ -111,21 +120,40 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a JLTError names a file that is missing, does not parse or holds anything else."""
+    if not path.exists():
+        raise JLTError(f"{path} does not exist.")
+    # Opening a pipe would wait for ever.
+    if not path.is_file():
+        raise JLTError(f"{path} is not a file.")
+    if path.stat().st_size > LARGEST_JSON:
+        raise JLTError(f"{path} has more than {LARGEST_JSON:,} bytes: it is damaged, or another program wrote it.")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object whose numbers are finite; JLTError for anything else, with the `name` of where it is."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise JLTError(f"{path} does not exist.") from error
-    # What is nested too deeply, or has a number of thousands of digits, is valid JSON and cannot be parsed.
+        content = json.loads(text.decode(), parse_constant=_no_number, parse_float=_finite)
+    # A number with thousands of digits is a ValueError, too.
     except (ValueError, RecursionError) as error:
-        raise JLTError(f"{path} is not readable JSON ({error}): it is damaged, or another program wrote it.") from error
+        raise JLTError(f"{name} is not readable JSON ({error}): it is damaged, or another program wrote it.") from error
     if not isinstance(content, dict):
-        raise JLTError(f"{path} holds no JSON object: it is damaged, or another program wrote it.")
+        raise JLTError(f"{name} holds no JSON object: it is damaged, or another program wrote it.")
     return content
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def sealed_text(content: Mapping[str, Any]) -> str:
     """Return JSON whose last field is the SHA-256 of the rest."""
-    return _indented({**content, "sha256": sealed_sha256(content)})
+    return _indented({**content, SEAL: sealed_sha256(content)})
 
 
 def sealed_sha256(content: Mapping[str, Any]) -> str:
@@ -133,22 +161,85 @@ def sealed_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_indented(content).encode()).hexdigest()
 
 
-def read_sealed_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """Return the content of a sealed file, without its hash; JLTError if it was damaged or edited.
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Return the content of a sealed file, without its hash and place.
 
-    With `required` False, a file without a hash is read as it is.
+    JLTError if it was damaged or edited, has no seal, or was written for another folder or under another name.
     """
     content = read_json(path)
-    if "sha256" not in content:
-        if not required:
-            return content
-        raise JLTError(f"{path} carries no hash of itself: it is damaged, or another program wrote it.")
+    if SEAL not in content:
+        raise unsealed(path)
     # The bytes are compared too, since an edit may keep the parsed values (1e-05 for 1E-05).
     unchanged = path.read_bytes() == _indented(content).encode()
-    recorded = content.pop("sha256")
+    recorded = content.pop(SEAL)
     if not unchanged or recorded != sealed_sha256(content):
         raise JLTError(f"{path} was edited or damaged: its content does not match its own SHA-256.")
+    # Earlier versions did not record the place.
+    place = content.pop(PLACE, None)
+    if place is not None and (here := place_of(path)) and place != here:
+        raise JLTError(
+            f"{path} was copied or renamed, since it was written for {_place_text(place)}, and this is "
+            f"{_place_text(here)}: remove it or put it back."
+        )
     return content
+
+
+def unsealed(path: Path) -> JLTError:
+    """Return the error for a file without a seal."""
+    return JLTError(
+        f"{path} carries no hash of itself: an earlier version wrote it, an editor changed it, or it is damaged. "
+        f"`jlt verify {path.parent} --seal` accepts it as it is."
+    )
+
+
+def without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a file as it was before it was sealed."""
+    return {key: value for key, value in content.items() if key not in (SEAL, PLACE, WORK)}
+
+
+def with_place(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the content of a file with what it belongs to: the work in its folder, and its own name there."""
+    place = place_of(path)
+    return {**content, PLACE: place} if place else dict(content)
+
+
+def place_of(path: Path) -> dict[str, str] | None:
+    """Return the identity of the work that a file belongs to, and its name there; None outside of such a folder."""
+    path = path.parent.resolve() / path.name
+    above = path.parents
+    levels = next((n for n, names in INSIDE.items() if len(above) > n and above[n - 1].name in names), 0)
+    root = above[levels]
+    marker = next((root / name for name in MARKERS if (root / name).is_file()), None)
+    return {"work": read_marker(marker)[1], "file": path.relative_to(root).as_posix()} if marker else None
+
+
+def _place_text(place: Any) -> str:
+    named = isinstance(place, Mapping) and isinstance(place.get("file"), str)
+    return f"{place['file']} of the work {str(place.get('work'))[:12]}" if named else "another place"
+
+
+def read_marker(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of the sealed file that says what a folder is for, and the identity of this work."""
+    content = read_sealed_json(path)
+    work = content.pop(WORK, None)
+    if not isinstance(work, str):
+        raise unsealed(path)
+    return content, work
+
+
+def write_marker(path: Path, content: Mapping[str, Any], free: Collection[str] = ()) -> None:
+    """Write the sealed file that says what a folder is for, with the identity of the work if it has none.
+
+    That is a hash of the content without the `free` keys, and stays when these change.
+    """
+    work = content.get(WORK) or sealed_sha256({key: content[key] for key in content if key not in free})
+    write_text(path, sealed_text({**content, WORK: work}))
+
+
+def work_of(folder: Path) -> str:
+    """Return the identity of the run in a folder, empty where there is none."""
+    path = folder / MARKERS[0]
+    return read_marker(path)[1] if path.is_file() else ""
 
 
 def _indented(content: Mapping[str, Any]) -> str:
@@ -205,16 +296,18 @@ def claim_folder(
     """
     if folder.exists() and not folder.is_dir():
         raise JLTError(f"{folder} is a file: name a folder.")
-    identity = json.loads(json.dumps(identity))
+    content = json.loads(json.dumps(identity))
     path = folder / marker
     if path.is_file():
-        if differences := difference(read_json(path), identity, free=free):
+        stored, work = read_marker(path)
+        if differences := difference(stored, content, free=free):
             raise JLTError(
                 f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
             )
+        content[WORK] = work
     elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
         raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
-    write_json(path, identity)
+    write_marker(path, content, free)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
-from jlt.storage.codec import from_json, to_json
+from jlt.storage.codec import Count, NonNegative, from_json, known_fields, to_json
 from jlt.storage.files import (
     fsync_folder,
     read_json,
@@ -34,6 +34,7 @@ from jlt.storage.files import (
     sealed_sha256,
     sealed_text,
     sha256_file,
+    with_place,
     write_json,
     write_text,
 )
@@ -42,6 +43,44 @@ from jlt.training.power_ema import format_sigma_rel
 SCHEMA = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class StepManifest:
+    """The `manifest.json` of a checkpoint or, without the two last fields, of a snapshot."""
+
+    step: Count
+    updates: Count
+    files: Mapping[str, str]
+    """SHA-256 by name."""
+    config: TrainConfig | None = None
+    latents: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LatentsOrigin:
+    """What a manifest says of the latents of the training, as far as it is read; it is stored and passed on as JSON."""
+
+    autoencoder: Mapping[str, Any]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    count: Count | None = None
+    resolution: Count | None = None
+    class_names: tuple[str, ...] | None = None
+    manifest_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The `state.json` of a checkpoint; that of an imported one has only counts and its origin."""
+
+    step: Count
+    updates: Count
+    skipped_in_a_row: Count = 0
+    draws: str = ""
+    initial_weights: str = ""
+    seconds: NonNegative = 0.0
+    device: str = ""
+    imported: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +133,9 @@ class Checkpoint(StepFolder):
         """Return the names of the averages in the order of the configuration."""
         return average_names(self.config)
 
-    def read_state(self) -> dict[str, Any]:
+    def read_state(self) -> Facts:
         """Read `state.json` after checking its hash."""
-        return read_json(self._checked(STATE))
+        return _parsed(Facts, self.folder / STATE, read_json(self._checked(STATE)))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -128,6 +167,7 @@ def _file_problem(path: Path, sha256: str) -> str | None:
     return None
 
 
+M = TypeVar("M")
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Tensors to write, by file and name."""
 
@@ -163,7 +203,7 @@ def _write_folder(final: Path, tensors: Tensors, state: Mapping[str, Any], **tra
                 os.fsync(file.fileno())
         facts = {"schema": SCHEMA, "step": state["step"], "updates": state["updates"], **training}
         manifest = {**facts, "files": {path.name: sha256_file(path) for path in files}}
-        write_text(partial / MANIFEST, sealed_text(manifest))
+        write_text(partial / MANIFEST, sealed_text(with_place(manifest, final / MANIFEST)))
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -222,7 +262,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """Return the step of a checkpoint or snapshot by its folder's name."""
-    return int(folder.name.removeprefix("step_"))
+    step = folder.name.removeprefix("step_")
+    if not step.isdecimal():
+        raise JLTError(f"{folder} is no checkpoint or snapshot, which have the name step_ and a number: move it away.")
+    return int(step)
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int) -> None:
@@ -251,13 +294,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     folder = folders[-1]
     manifest = _read_manifest(folder)
-    if "config" not in manifest:
-        raise JLTError(f"{folder} is a snapshot of averages: name its run, with an EMA such as sigma_rel=0.07.")
-    try:
-        config = from_json(TrainConfig, manifest["config"])
-    except JLTError as error:
-        raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
-    return Checkpoint(folder, *_facts(manifest), config, manifest["latents"])
+    if manifest.config is None or manifest.latents is None:
+        raise JLTError(f"{folder / MANIFEST} has no config and latents: it is of a snapshot and of no checkpoint.")
+    _parsed(LatentsOrigin, folder / MANIFEST, known_fields(LatentsOrigin, manifest.latents))
+    return Checkpoint(folder, *_facts(manifest), manifest.config, manifest.latents)
 
 
 def list_snapshots(run: Path) -> list[StepFolder]:
@@ -265,19 +305,30 @@ def list_snapshots(run: Path) -> list[StepFolder]:
     return [StepFolder(folder, *_facts(_read_manifest(folder))) for folder in _by_step(run, "snapshots")]
 
 
-def _facts(manifest: Mapping[str, Any]) -> tuple[int, int, Mapping[str, str]]:
-    return manifest["step"], manifest["updates"], manifest["files"]
+def _facts(manifest: StepManifest) -> tuple[int, int, Mapping[str, str]]:
+    return manifest.step, manifest.updates, manifest.files
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_sealed_json(folder / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
-    for name in manifest["files"]:
+def _read_manifest(folder: Path) -> StepManifest:
+    path = folder / MANIFEST
+    content = read_sealed_json(path)
+    if content.pop("schema", None) != SCHEMA:
+        raise JLTError(f"{path} is not a checkpoint's manifest of schema {SCHEMA}.")
+    manifest = _parsed(StepManifest, path, content)
+    if folder.name.startswith("step_") and step_of(folder) != manifest.step:
+        raise JLTError(f"{path} is of step {manifest.step}: the folder was renamed or copied.")
+    for name in manifest.files:
         # Links are followed, since what they lead to must have the hash in the manifest.
         if Path(name).name != name:
-            raise JLTError(f"{folder / MANIFEST} names {name!r}: a manifest may name only files in its own folder.")
+            raise JLTError(f"{path} names {name!r}: a manifest may name only files in its own folder.")
     return manifest
+
+
+def _parsed(kind: type[M], path: Path, content: Mapping[str, Any]) -> M:
+    try:
+        return from_json(kind, content)
+    except JLTError as error:
+        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
 
 
 def is_checkpoint_or_run(path: Path) -> bool:
@@ -295,7 +346,7 @@ def _problems(folder: Path) -> list[str]:
     if not (folder / MANIFEST).is_file():
         return [f"{folder / MANIFEST} is missing."]
     try:
-        files = _read_manifest(folder)["files"]
+        files = _read_manifest(folder).files
     except JLTError as error:
         return [str(error)]
     problems = [_file_problem(folder / name, sha256) for name, sha256 in files.items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,10 +13,11 @@ from typing import Any
 
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
+from jlt.results.run import LOG, log_line, read_lines
 from jlt.runtime import processes
 from jlt.runtime.progress import Bar, bar, inform
 from jlt.storage.codec import to_json
-from jlt.storage.files import open_unlinked, require_unlinked, write_text
+from jlt.storage.files import open_unlinked, require_unlinked, work_of, write_text
 
 FIGURES: Mapping[str, Callable[[float], str]] = {
     "loss": lambda loss: f"loss {loss:.4g}",
@@ -59,16 +59,22 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def __init__(self, run: Path, config: TrainConfig, step: int, rank: int) -> None:
         self._run, self._config, self._step, self._active = run, config, step, rank == 0
-        self._log = run / "log.jsonl"
+        self._log = run / LOG
         self._bar: Bar | None = None
         """The bar, while the training is on the screen."""
         self._shown = False
         if self._active:
-            lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
-            kept = [line for line in lines if _step_of(line) <= step]
-            if len(kept) < len(lines):
-                write_text(self._log, "".join(f"{line}\n" for line in kept))
+            self._work = work_of(run)
+            self._drop_later_lines()
             self._trackers = open_trackers(config, run, step)
+
+    def _drop_later_lines(self) -> None:
+        lines, torn = read_lines(self._log)
+        if torn:
+            inform(f"The last line of {self._log} is incomplete, as a kill leaves it, and removed.")
+        kept = b"".join(line.text + b"\n" for line in lines if line.event.step <= self._step)
+        if self._log.exists() and kept != self._log.read_bytes():
+            write_text(self._log, kept.decode())
 
     def write(self, event: str, **values: Any) -> None:
         """Take an event; `values` holds its `step`."""
@@ -76,7 +82,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return
         descriptor = open_unlinked(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+            file.write(log_line({"event": event, **values}, self._work))
         step = values["step"]
         if event == "step":
             self._step = step
@@ -120,14 +126,6 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.hide()
         if self._active:
             self._trackers.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        # The last line of a killed run may be incomplete.
-        return float("inf")
 
 
 @dataclass(frozen=True)

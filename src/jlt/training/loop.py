@@ -16,7 +16,7 @@ from torch import Tensor
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import SampleOrder, read_ahead
-from jlt.latents.store import LatentStore
+from jlt.latents.store import LatentStore, ShardCheck
 from jlt.runtime.processes import Group, SingleProcess, lost_process_as_error
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
@@ -143,7 +143,8 @@ class Training:
         if group.rank == 0 and (warning := precision_warning(config.precision, state.device)):
             inform(warning)
         self.journal.show()
-        with self.saver, contextlib.closing(self._batches()) as batches:
+        self.check = ShardCheck(self.store, group.rank, group.size)
+        with self.saver, self.check, contextlib.closing(self._batches()) as batches:
             while state.step < config.steps:
                 with _step_in_errors(state.step + 1):
                     self._step(batches)
@@ -168,12 +169,16 @@ class Training:
         self.meter.waited += time.perf_counter() - before
         outcome = self.stepper.differentiate(draws, latents, labels, bool(self.stop))
         self._settle()
+        self.check.raise_found()
         self.pending = self.stepper.apply(outcome)
         state.draws_digest = draws.digest
         self.meter.add(outcome)
         if state.step % config.log_every == 0 or self._last:
             self._settle()
             self._log("step", **self.meter.read())
+        if state.step == config.steps:
+            # Before the run counts as finished.
+            self.check.wait()
         self._save()
         if self.stopping and state.step < config.steps:
             self.saver.wait()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jlt.config import OptimizerConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import Transformer, build_network
+from jlt.results.run import CONFIG
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
@@ -89,9 +90,9 @@ class TrainState:
             for name, tensor in tensors.items():
                 copy_full(tensor, stored[name])
         facts = checkpoint.read_state()
-        self.step, self.updates = checkpoint.step, facts["updates"]
-        self.skipped_in_a_row, self.draws_digest = facts["skipped_in_a_row"], facts["draws"]
-        self.initial_weights, self.seconds = facts["initial_weights"], facts["seconds"]
+        self.step, self.updates = checkpoint.step, facts.updates
+        self.skipped_in_a_row, self.draws_digest = facts.skipped_in_a_row, facts.draws
+        self.initial_weights, self.seconds = facts.initial_weights, facts.seconds
 
 
 def initial_state(
@@ -159,7 +160,7 @@ def _start_from(network: Transformer, config: TrainConfig) -> None:
 
 def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Create a run folder, or check that an existing one is of the same run; a JLTError shows the difference."""
-    claim_folder(run, "config.json", run_identity(config, latents), free=_free_to_change(config))
+    claim_folder(run, CONFIG, run_identity(config, latents), free=free_to_change(config))
 
 
 def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +168,8 @@ def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, A
     return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
 
 
-def _free_to_change(config: TrainConfig) -> set[str]:
+def free_to_change(config: TrainConfig) -> set[str]:
+    """Return the settings that a resumed run may change."""
     # A cosine schedule fixes the length.
     return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
 
@@ -175,11 +177,11 @@ def _free_to_change(config: TrainConfig) -> set[str]:
 def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Resume from a checkpoint of this run; JLTError if its configuration or latents are of another one."""
     old, new = run_identity(checkpoint.config, checkpoint.latents), run_identity(config, latents)
-    if differences := difference(old, new, free=_free_to_change(config)):
+    if differences := difference(old, new, free=free_to_change(config)):
         raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(differences)}.")
     stored = checkpoint.read_state()
-    if stored["device"] != state.device.type:
-        inform(f"The run used {stored['device']} until now. Noise depends on the kind of device, so it changes here.")
-    if not config.init_from and stored["initial_weights"] != state.initial_weights:
+    if stored.device != state.device.type:
+        inform(f"The run used {stored.device} until now. Noise depends on the kind of device, so it changes here.")
+    if not config.init_from and stored.initial_weights != state.initial_weights:
         inform("Another version of PyTorch made the initial weights of this run; it resumes from its checkpoint.")
     state.restore(checkpoint)

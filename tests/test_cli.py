@@ -24,6 +24,7 @@ from jlt.storage.files import read_sealed_json
 
 NAMES = [
     "quickstart",
+    "explain",
     "encode",
     "verify",
     "analyze",

@@ -3,11 +3,11 @@
   "use strict";
   const { mixture, targetVariance, bestCoefficient, explainedPower } = gaussian;
   const { capacityCurve, floorCurve, unavoidableRisk, requiredRank, outcome, STATED_SHARE } = forecast;
-  const explorer = document.querySelector(".explorer"), { spaces, experiments } = JSON.parse(explorer.dataset.measured);
-  const control = Object.fromEntries(["space", "spread", "width", "line", "point", "time"].map(id => [id, document.getElementById(id)]));
+  const { spaces, experiments } = JSON.parse(document.querySelector(".explorer").dataset.measured);
+  const byId = id => document.getElementById(id);
+  const control = Object.fromEntries(["space", "spread", "width", "line", "point", "time"].map(id => [id, byId(id)]));
   const SYMBOL = { x: "x", eps: "ε", v: "v" }, TARGETS = ["x", "eps", "v"];
-  const WIDEST = 8, NARROWEST = 1 / 8, SPREADS = Array.from({ length: 26 }, (_, index) => 2 * (index / 25) ** 1.5);
-
+  const SPREADS = Array.from({ length: 26 }, (_, index) => 2 * (index / 25) ** 1.5);
   const MARGIN = { left: 44, right: 38, top: 12, bottom: 40 };
 
   const sum = values => values.reduce((total, value) => total + value, 0);
@@ -52,10 +52,12 @@
   });
 
   // Text.
-  const percent = share => `${Math.round(100 * share)}%`;
-  const short = value => Number(value.toPrecision(value < 10 ? 2 : 3)).toString().replace("-", "−");
+  const signs = text => String(text).replace("-", "−");
+  const percent = share => signs(`${Math.round(100 * share)}%`);
+  const short = value => signs(Number(value.toPrecision(value < 10 ? 2 : 3)));
   const times = value => `${value < 10 ? value.toFixed(2) : short(value)}×`;
-  const listed = names => names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names[names.length - 1]}`;
+  const listed = names => [names.slice(0, -1).join(", "), names[names.length - 1]].filter(Boolean).join(" and ");
+  const read = (readings, text) => readings.map(reading => `${reading.text} ${text(reading)}`).join(", ");
 
   // Drawing. A scale maps values to 0..1.
   const linear = (low, high) => value => (value - low) / (high - low);
@@ -63,51 +65,64 @@
   const symlog = value => Math.sign(value) * Math.log10(1 + Math.abs(value));
   const signed = reach => value => (symlog(value) / symlog(reach) + 1) / 2;
 
+  // Draws axes x and y, and the marks that a function returns for the places of values.
   function chart(id, [least, most], x, y, label, marks) {
-    const holder = document.getElementById(id), width = holder.clientWidth;
+    const holder = byId(id), width = holder.clientWidth;
     const height = Math.round(Math.min(most, Math.max(least, width * 0.66)));
     const box = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
     const px = value => box.left + (box.right - box.left) * x.scale(value);
     const py = value => box.bottom - (box.bottom - box.top) * y.scale(value);
-    const path = points => points.map(([a, b], index) => `${index ? "L" : "M"}${px(a).toFixed(1)} ${py(b).toFixed(1)}`).join("");
-    const rows = y.ticks.map(value => `<line class="grid" x1="${box.left}" x2="${box.right}" y1="${py(value)}" y2="${py(value)}"/>
+    const point = ([a, b], index) => `${index ? "L" : "M"}${px(a).toFixed(1)} ${py(b).toFixed(1)}`;
+    const path = points => points.map(point).join("");
+    const rows = y.ticks.map(value => `
+      <line class="grid" x1="${box.left}" x2="${box.right}" y1="${py(value)}" y2="${py(value)}"/>
       <text x="${box.left - 6}" y="${py(value) + 4}" text-anchor="end">${y.text(value)}</text>`);
-    const columns = x.ticks.map(value => `<text x="${px(value)}" y="${box.bottom + 17}" text-anchor="middle">${x.text(value)}</text>`);
+    const columns = x.ticks.map(value => `
+      <text x="${px(value)}" y="${box.bottom + 17}" text-anchor="middle">${x.text(value)}</text>`);
+    const inside = `clip-path="url(#inside-${id})"`;
     holder.innerHTML = `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${label}">
-      <clipPath id="inside-${id}"><rect x="${box.left}" y="${box.top - 2}" width="${box.right - box.left}" height="${box.bottom - box.top + 4}"/></clipPath>
-      ${rows.join("")}${columns.join("")}
-      <text x="${(box.left + box.right) / 2}" y="${height - 4}" text-anchor="middle">${x.title}</text>${marks({ px, py, path, box, inside: `clip-path="url(#inside-${id})"` })}</svg>`;
+      <clipPath id="inside-${id}">
+        <rect x="${box.left}" y="${box.top - 2}" width="${box.right - box.left}" height="${box.bottom - box.top + 4}"/>
+      </clipPath>${rows.join("")}${columns.join("")}
+      <text x="${(box.left + box.right) / 2}" y="${height - 4}" text-anchor="middle">${x.title}</text>
+      ${marks({ px, py, path, box, inside })}</svg>`;
   }
 
   // Curves with their names at the right end, moved apart where they meet.
   function curves({ path, py, box, inside }, lines) {
-    const ends = lines.map(({ css, text, points }) => ({ css, text, y: Math.min(box.bottom, Math.max(box.top, py(points[points.length - 1][1]))) }));
-    ends.sort((a, b) => a.y - b.y);
+    const end = points => Math.min(box.bottom, Math.max(box.top, py(points[points.length - 1][1])));
+    const ends = lines.map(({ css, text, points }) => ({ css, text, y: end(points) })).sort((a, b) => a.y - b.y);
     for (let index = 1; index < ends.length; index++) ends[index].y = Math.max(ends[index].y, ends[index - 1].y + 14);
     const over = Math.max(0, ends[ends.length - 1].y - box.bottom - 4);
-    return lines.map(({ css, points, floor }) => `<g ${inside}>
-        <path class="curve ${css}" d="${path(points)}"/>${floor ? `<path class="curve floor ${css}" d="${path(floor)}"/>` : ""}</g>`).join("")
-      + ends.map(({ css, text, y }) => `<text class="name ${css}" x="${box.right + 5}" y="${y - over + 4}">${text}</text>`).join("");
+    const drawn = lines.map(({ css, points, floor }) => `
+      <path class="curve ${css}" d="${path(points)}"/>
+      ${floor ? `<path class="curve floor ${css}" d="${path(floor)}"/>` : ""}`);
+    const names = ends.map(({ css, text, y }) => `
+      <text class="name ${css}" x="${box.right + 5}" y="${y - over + 4}">${text}</text>`);
+    return `<g ${inside}>${drawn.join("")}</g>${names.join("")}`;
+  }
+  function dot({ published }, x, y, text, left) {
+    return `<circle class="dot ${published ? "hollow" : ""}" cx="${x}" cy="${y}" r="5"/>
+      <text class="strong" x="${x + (left ? -9 : 9)}" y="${y + 4}" text-anchor="${left ? "end" : "start"}">${text}</text>`;
   }
   const vertical = ({ box }, x) => `<line class="here" x1="${x}" x2="${x}" y1="${box.top}" y2="${box.bottom}"/>`;
 
-  function drawMap(state) {
-    const { space: found, targets, spread, share } = state;
-    const lines = targets.map(({ name, css, text }) => ({ css, text, points: requiredBySpread(found, name).map((value, index) => [SPREADS[index], value]) }));
-    const [x, , v] = lines.map(({ points }) => points);
+  function drawMap({ space: found, targets, readings, spread, share }) {
+    const points = name => requiredBySpread(found, name).map((value, index) => [SPREADS[index], value]);
+    const lines = targets.map(({ name, css, text }) => ({ css, text, points: points(name) }));
+    const x = lines[0].points, v = lines[2].points;
     const axes = [
       { scale: linear(0, 2), ticks: [0, 0.5, 1, 1.5, 2], text: String, title: "spread of the variances, in decades" },
-      { scale: logarithm(NARROWEST, WIDEST), ticks: [0.125, 0.25, 0.5, 1, 2, 4, 8], text: value => `${100 * value}%` },
+      { scale: logarithm(1 / 8, 8), ticks: [0.125, 0.25, 0.5, 1, 2, 4, 8], text: value => `${100 * value}%` },
     ];
-    const label = `Share of directions required, by spread. Here ${state.readings.map(({ text, need }) => `${text} ${percent(need)}`).join(", ")}.`;
+    const label = `Share of directions required, by spread. Here ${read(readings, ({ need }) => percent(need))}.`;
     chart("map", [330, 460], ...axes, label, place => {
       const { px, py, path, box, inside } = place;
       const between = (upper, lower, css) => `<path class="region ${css}" d="${path([...upper, ...[...lower].reverse()])}Z"/>`;
       const pick = best => x.map(([at, value], index) => [at, best(value, v[index][1])]);
-      const dots = measured.filter(dot => Number.isFinite(dot.spread)).map(dot => {
-        const left = dot.space.startsWith("photographs"), mine = !found.name || dot.space === found.name;
-        return `<g class="${mine ? "" : "faint"}"><circle class="dot ${dot.published ? "hollow" : ""}" cx="${px(dot.spread)}" cy="${py(dot.share)}" r="5"/>
-          <text class="strong" x="${px(dot.spread) + (left ? -9 : 9)}" y="${py(dot.share) + 4}" text-anchor="${left ? "end" : "start"}">${dot.ratio}</text></g>`;
+      const dots = measured.filter(one => Number.isFinite(one.spread)).map(one => {
+        const faint = found.name && one.space !== found.name, left = one.space.startsWith("photographs");
+        return `<g class="${faint ? "faint" : ""}">${dot(one, px(one.spread), py(one.share), one.ratio, left)}</g>`;
       });
       return `<g ${inside}>${between(pick(Math.max), x, "x")}${between(x, pick(Math.min), "v")}</g>
         ${curves(place, lines)}${vertical(place, px(spread))}
@@ -117,18 +132,24 @@
   }
 
   function drawLoss({ unavoidable, targets, readings, share }) {
-    const over = (curve, least) => Array.from(curve, (value, rank) => [rank / (curve.length - 1), value / unavoidable + least]);
-    const lines = targets.map(({ curve, floor, ...target }) => ({ ...target, points: over(curve, 1), floor: over(floor, 0) }));
+    const line = (curve, least) => Array.from(curve, (value, rank) => (
+      [rank / (curve.length - 1), value / unavoidable + least]
+    ));
+    const lines = targets.map(({ css, text, curve, floor }) => (
+      { css, text, points: line(curve, 1), floor: line(floor, 0) }
+    ));
     const axes = [
       { scale: linear(0, 1), ticks: [0, 0.25, 0.5, 0.75, 1], text: percent, title: "directions that the network outputs" },
       { scale: linear(0, 3), ticks: [0, 1, 2, 3], text: value => `${value}×` },
     ];
-    const label = `Error by capacity. Here, over the smallest possible error: ${readings.map(({ text, error }) => `${text} ${short(error)}`).join(", ")}.`;
+    const label = `Error by capacity. Here, over the smallest possible one: ${read(readings, ({ error }) => times(error))}.`;
     chart("loss", [240, 400], ...axes, label, place => {
-      const { px, py, box } = place, x = px(Math.min(share, 1));
-      const dots = readings.map(({ css, need }) => `<circle cx="${px(need)}" cy="${py(1 + STATED_SHARE)}" r="4.5" fill="currentColor" class="${css}"/>`);
+      const { px, py, box } = place, x = px(Math.min(share, 1)), right = share < 0.5;
+      const dots = readings.map(({ css, need }) => `
+        <circle class="${css}" fill="currentColor" cx="${px(need)}" cy="${py(1 + STATED_SHARE)}" r="4.5"/>`);
       return `${curves(place, lines)}${dots.join("")}${vertical(place, x)}
-        <text class="strong" x="${x + (share < 0.5 ? 6 : -6)}" y="${box.top + 10}" text-anchor="${share < 0.5 ? "start" : "end"}">width</text>`;
+        <text class="strong" x="${x + (right ? 6 : -6)}" y="${box.top + 10}" text-anchor="${right ? "start" : "end"}">
+          width</text>`;
     });
   }
 
@@ -137,71 +158,86 @@
     const ticks = [1e-3, 0.01, 0.1, 1, 10, 100];
     const variances = { scale: logarithm(3e-4, 100), ticks, text: value => short(value) };
     const lines = of => targets.map(({ name, css, text }) => ({ css, text, points: of(name) }));
-    const byDirection = (id, label, of) => chart(id, [220, 300], directions, variances, label, place => curves(place, lines(name => (
-      Array.from(lam, (l, index) => [index / (lam.length - 1), of(mixture(name, t), l)])
-    ))));
+    const byDirection = (id, label, of) => chart(id, [220, 300], directions, variances, label, place => (
+      curves(place, lines(name => Array.from(lam, (l, index) => [index / (lam.length - 1), of(mixture(name, t), l)])))
+    ));
     byDirection("variance", `Variance of the targets by direction, at t = ${t}`, targetVariance);
     byDirection("power", `Power of the best output by direction, at t = ${t}`, (mix, l) => explainedPower(mix, l, t));
     const grid = Array.from({ length: 99 }, (_, index) => (index + 1) / 100);
     const time = { scale: linear(0, 1), ticks: [0, 0.5, 1], text: String, title: "time t, from noise to data" };
     const coefficient = { scale: signed(100), ticks: [-100, -10, 0, 10, 100], text: value => short(value) };
     for (const [id, l] of [["smallest", lam[lam.length - 1]], ["largest", lam[0]]]) {
-      chart(id, [220, 300], time, coefficient, `Best coefficients over time in the direction of variance ${short(l)}`, place => (
-        curves(place, lines(name => grid.map(at => [at, bestCoefficient(mixture(name, at), l, at)]))) + vertical(place, place.px(t))
+      const label = `Best coefficients over time in the direction of variance ${short(l)}`;
+      const overTime = name => grid.map(at => [at, bestCoefficient(mixture(name, at), l, at)]);
+      chart(id, [220, 300], time, coefficient, label, place => (
+        curves(place, lines(overTime)) + vertical(place, place.px(t))
       ));
     }
   }
 
   function drawScatter({ gap }) {
+    const title = "the model: directions that v requires more than x";
     const axes = [
-      { scale: linear(-0.4, 1), ticks: [-0.4, 0, 0.4, 0.8], text: percent, title: "the model: directions that v requires more than x" },
+      { scale: linear(-0.4, 1), ticks: [-0.4, 0, 0.4, 0.8], text: percent, title },
       { scale: logarithm(0.8, 16), ticks: [1, 2, 4, 8, 16], text: String },
     ];
-    chart("scatter", [300, 400], ...axes, "Measured ratio of Fréchet distances against the gap of the model; the table has the numbers", place => {
+    const label = "Measured ratios of Fréchet distances against the gap of the model; the table has the numbers";
+    chart("scatter", [300, 400], ...axes, label, place => {
       const { px, py } = place;
-      return `<g>${vertical(place, px(gap))}</g>` + measured.map((dot, index) => `<g>
-        ${dot.low ? `<line class="here" x1="${px(dot.gap)}" x2="${px(dot.gap)}" y1="${py(dot.low)}" y2="${py(dot.high)}"/>` : ""}
-        <circle class="dot ${dot.published ? "hollow" : ""}" cx="${px(dot.gap)}" cy="${py(dot.ratio)}" r="5"/>
-        <text class="strong" x="${px(dot.gap) + 9}" y="${py(dot.ratio) + 4}">${index + 1}</text></g>`).join("");
+      const dots = measured.map((one, index) => {
+        const x = px(one.gap);
+        const range = one.low ? `<line class="here" x1="${x}" x2="${x}" y1="${py(one.low)}" y2="${py(one.high)}"/>` : "";
+        return range + dot(one, x, py(one.ratio), index + 1);
+      });
+      return vertical(place, px(gap)) + dots.join("");
     });
   }
 
+  const EQUIVALENT = "The network is wide enough for every direction, so the model calls the targets equivalent. "
+    + "Trained ones still differ where the spread is large.";
+
   function verdict({ readings, call, share }) {
     const order = [...readings].sort((a, b) => a.need - b.need), [x, , v] = readings;
-    const first = call === "even" ? "The forecast is even between x and v." : `Forecast: ${order.map(({ text }) => text).join(" before ")}.`;
-    if (share >= 1) return `${first} The network is wide enough for every direction, so the model calls the targets equivalent. Trained ones still differ where the spread is large.`;
-    const fits = order.filter(({ need }) => need <= share).map(({ text }) => text);
-    const ratio = v.error / x.error, [worse, better] = ratio > 1 ? ["v", "x"] : ["x", "v"], factor = Math.max(ratio, 1 / ratio);
-    const second = factor < 1.05 ? "x and v leave about the same error" : `${worse} leaves ${short(factor)} times the error of ${better}`;
-    return `${first} At this width ${fits.length ? `${listed(fits)} ${fits.length > 1 ? "fit" : "fits"}` : "no target fits"}, and ${second}.`;
+    const names = found => found.map(({ text }) => text);
+    const first = call === "even" ? "The forecast is even between x and v." : `Forecast: ${names(order).join(" before ")}.`;
+    if (share >= 1) return `${first} ${EQUIVALENT}`;
+    const fits = names(order.filter(({ need }) => need <= share));
+    const fit = fits.length ? `${listed(fits)} ${fits.length > 1 ? "fit" : "fits"}` : "no target fits";
+    const ratio = v.error / x.error, factor = Math.max(ratio, 1 / ratio), [worse, better] = ratio > 1 ? "vx" : "xv";
+    const errors = `${worse} leaves ${short(factor)} times the error of ${better}`;
+    return `${first} At this width ${fit}, and ${factor < 1.05 ? "x and v leave about the same error" : errors}.`;
   }
 
   function readState() {
     const found = space(control.space.value), spread = Number(control.spread.value), lam = atSpread(found, spread);
     const share = 2 ** Number(control.width.value), t = Number(control.time.value), line = control.line.value;
-    const unavoidable = unavoidableRisk(lam), point = Number(control.point.value);
+    const unavoidable = unavoidableRisk(lam);
     const rank = Math.min(share, 1) * lam.length, below = Math.min(Math.floor(rank), lam.length - 1);
-    const targets = [...TARGETS, `${line}=${point}`].map(name => {
+    const targets = [...TARGETS, `${line}=${control.point.value}`].map(name => {
       const curve = capacityCurve(name, lam), needed = requiredRank(curve, STATED_SHARE * unavoidable);
-      return { name, curve, needed, css: SYMBOL[name] ? name : line, text: SYMBOL[name] || line, floor: floorCurve(name, lam) };
+      const css = SYMBOL[name] ? name : line, text = SYMBOL[name] || line;
+      return { name, css, text, curve, needed, floor: floorCurve(name, lam) };
     });
     const readings = targets.map(({ name, css, curve, needed }) => {
       const kept = curve[below] + (rank - below) * (curve[below + 1] - curve[below]);
       return { css, text: SYMBOL[name] || name, need: needed / lam.length, error: 1 + kept / unavoidable };
     });
     const needs = Object.fromEntries(targets.map(({ name, needed }) => [name, needed]));
-    return { space: found, spread, lam, share, t, unavoidable, targets, readings, gap: readings[2].need - readings[0].need, call: outcome(needs, lam), point };
+    const gap = readings[2].need - readings[0].need, call = outcome(needs, lam);
+    return { space: found, spread, lam, share, t, unavoidable, targets, readings, gap, call };
   }
 
   function show() {
     const state = readState();
-    const written = { spread: state.spread.toFixed(2), width: percent(state.share), point: `${control.line.value}=${state.point}`, time: state.t.toFixed(2) };
+    const { spread, share, t, readings } = state, member = readings[readings.length - 1].text;
+    const written = { spread: spread.toFixed(2), width: percent(share), point: member, time: t.toFixed(2) };
     for (const [id, text] of Object.entries(written)) {
       document.querySelector(`output[for=${id}]`).textContent = text;
       control[id].setAttribute("aria-valuetext", text);
     }
-    document.getElementById("verdict").textContent = verdict(state);
-    document.querySelector("#readout tbody").innerHTML = state.readings.map(({ css, text, need, error }) => `<tr><th scope="row"><span class="key" style="color:var(--${css})"></span>${text}</th>
+    byId("verdict").textContent = verdict(state);
+    document.querySelector("#readout tbody").innerHTML = readings.map(({ css, text, need, error }) => `
+      <tr><th scope="row"><span class="key" style="color:var(--${css})"></span>${text}</th>
       <td class="number">${percent(need)}</td><td class="number">${times(error)}</td></tr>`).join("");
     drawMap(state);
     drawLoss(state);
@@ -225,14 +261,14 @@
   document.querySelector(".controls").addEventListener("change", draw);
   window.addEventListener("resize", draw);
   // A click on the map moves both of its sliders there.
-  document.getElementById("map").addEventListener("click", event => {
+  byId("map").addEventListener("click", event => {
     const box = event.currentTarget.firstElementChild.getBoundingClientRect();
     control.spread.value = 2 * (event.clientX - box.left - MARGIN.left) / (box.width - MARGIN.left - MARGIN.right);
     control.width.value = 3 - 6 * (event.clientY - box.top - MARGIN.top) / (box.height - MARGIN.top - MARGIN.bottom);
     draw();
   });
-  document.querySelectorAll(".gap").forEach((cell, index) => { cell.textContent = percent(measured[index].gap).replace("-", "−"); });
-  document.querySelectorAll(".winner").forEach((cell, index) => { 
+  document.querySelectorAll(".gap").forEach((cell, index) => { cell.textContent = percent(measured[index].gap); });
+  document.querySelectorAll(".winner").forEach((cell, index) => {
     const { winner, expected } = measured[index];
     cell.textContent = winner === expected ? `${winner}, as forecast` : `${winner}, forecast ${expected}`;
   });

@@ -19,7 +19,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# The site in site/, from packages alone; the sources are read and not imported.
+# The site in site/, from packages alone; of the sources only the page of jlt explain is imported.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "Open site/index.html"

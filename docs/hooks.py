@@ -1,4 +1,4 @@
-"""Pages of the site that are other files of the repository: the README, the changelog and the examples."""
+"""Pages of the site that are other files of the repository, and the page of `jlt explain` inside one of them."""
 
 import json
 import re
@@ -6,26 +6,35 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from jlt.report.explain_page import explanation
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "examples/train_minimal.py"
 NOTEBOOK = "examples/digits.ipynb"
 PAGES = {"CHANGELOG.md": "changelog.md", EXAMPLE: "minimal.md", NOTEBOOK: "notebook.md"}
 """Files outside docs/, with their pages."""
+EXPLANATION = "assets/explain.html"
+PICTURE = re.compile(r"!\[([^\]]*)\]\(images/explain\.png\)")
+"""Where the site shows the page itself, the repository shows a picture of it."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages; MkDocs calls this before it reads any page."""
     for name, text in pages().items():
         files.append(File.generated(config, name, content=text))
+    files.append(File.generated(config, EXPLANATION, content=explanation()))
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Return a page of docs/ with links to the pages of files outside it; MkDocs calls this for every page."""
-    for file, page in PAGES.items():
-        markdown = markdown.replace(f"](../{file})", f"]({page})")
-    return markdown
+    for file, name in PAGES.items():
+        markdown = markdown.replace(f"](../{file})", f"]({name})")
+    if PICTURE.search(markdown):
+        page.meta["hide"] = ["navigation", "toc"]
+    return PICTURE.sub(rf'<iframe class="explain" src="{EXPLANATION}" title="\1"></iframe>', markdown)
 
 
 def pages() -> dict[str, str]:

@@ -24,6 +24,7 @@ from jlt.storage.files import read_json, read_sealed_json, without_seal
 
 NAMES = [
     "quickstart",
+    "explain",
     "encode",
     "verify",
     "analyze",

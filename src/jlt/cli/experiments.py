@@ -1,4 +1,4 @@
-"""Commands that compare systems and report results: quickstart, ablate, report."""
+"""Commands that compare systems and report results: quickstart, ablate, report, explain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jlt.cli.training import RecipeCommand
 from jlt.config import SampleConfig
 from jlt.experiments.ablation_plan import AblationAxes, AblationConfig
 from jlt.experiments.recipes import DIGITS_SAMPLING
+from jlt.report.explain_page import write_explanation
 from jlt.report.page import write_report
 from jlt.report.terminal import results_table
 from jlt.results.ablation import Ablation
@@ -105,3 +106,22 @@ class Report(Command):
     def run(self) -> Result:
         page = write_report(self.folder)
         return Result({"report": str(page)}, f"Open {page}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain(Command):
+    """Write a page that shows when x, eps and v stop being equivalent.
+
+    Sliders change the latent space and the network; curves and a forecast follow. The page is one file that needs no
+    server, and also shows what was measured.
+
+    For example:
+      jlt explain --out explain.html
+    """
+
+    out: Path = Path("explain.html")
+    """File to write."""
+
+    def run(self) -> Result:
+        write_explanation(self.out)
+        return Result({"page": str(self.out)}, f"Open {self.out}")

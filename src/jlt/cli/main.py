@@ -18,7 +18,7 @@ from jlt.cli.benchmark import BENCHMARKS, Benchmark
 from jlt.cli.command import PARSING, Command
 from jlt.cli.demo import Demo
 from jlt.cli.evaluation import Evaluate, Fetch, Price, Reference, Sample, Sweep
-from jlt.cli.experiments import Ablate, Quickstart, Report
+from jlt.cli.experiments import Ablate, Explain, Quickstart, Report
 from jlt.cli.interop import Export, Import
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
@@ -32,7 +32,7 @@ RESUME = "Run the same command again to resume."
 
 # In the order in which the work is done, which is that of `jlt --help`.
 COMMANDS: tuple[type[Command], ...] = (
-    *(Quickstart, Encode, Verify, Analyze, Plan, Train, Sample, Demo),
+    *(Quickstart, Explain, Encode, Verify, Analyze, Plan, Train, Sample, Demo),
     *(Fetch, Reference, Evaluate, Sweep, Price, Ablate, Report, Import, Export, Benchmark),
 )
 DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them."

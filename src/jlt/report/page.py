@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jlt.results.sweep import Sweep
 from jlt.runtime.progress import format_seconds, inform
 from jlt.storage.files import write_text
 
-SLIDER = "slider.js"
+SLIDER = ("gaussian.js", "slider.js")
 AXES = ("prediction", "loss_space", "patch_size", "seed")
 
 
@@ -87,7 +87,9 @@ def render(study: Study) -> str:
             {"machine": study.ablation.machine if study.ablation else None, "latents": study.latents}
         ),
     }
-    return render_template("report.html", {**context, **_geometry_context(study)})
+    geometry = _geometry_context(study)
+    scripts = SLIDER if geometry.get("slider_spectra") else ()
+    return render_template("report.html", {**context, **geometry}, scripts)
 
 
 def _geometry_context(study: Study) -> dict[str, Any]:
@@ -115,8 +117,8 @@ def _geometry_context(study: Study) -> dict[str, Any]:
     }
 
 
-def render_template(name: str, context: Mapping[str, Any]) -> str:
-    """Return one of the package's pages as HTML."""
+def render_template(name: str, context: Mapping[str, Any], scripts: Sequence[str] = ()) -> str:
+    """Return one of the package's pages as HTML, with the scripts of these files as one."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("jlt.report")
@@ -124,8 +126,8 @@ def render_template(name: str, context: Mapping[str, Any]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"version": __version__, "palette": palette, "value_text": value_text}
-    # The page's own policy allows this one script alone, and only on a page with a slider.
-    script = loader.get_source(environment, SLIDER)[0] if context.get("slider_spectra") else ""
+    # The page's own policy allows this one script alone.
+    script = "\n".join(loader.get_source(environment, file)[0] for file in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() if script else ""
     return environment.get_template(name).render(script=script, script_sha256=digest, **context)
 

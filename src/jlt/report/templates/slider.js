@@ -4,28 +4,11 @@
   const SVG = "http://www.w3.org/2000/svg";
   const WIDTH = 400, HEIGHT = 250, LEFT = 52, RIGHT = 10, TOP = 26, BOTTOM = 38, FLOOR = 1e-4, REACH = 100;
   const PREDICTIONS = ["x", "eps", "v"];
-  const variance = (l, t) => t * t * l + (1 - t) * (1 - t);
-  const coefficient = (l, t) => {
-    const x = t * l / variance(l, t), eps = (1 - t) / variance(l, t);
-    return { x: x, eps: eps, v: x - eps };
-  };
   const QUANTITIES = [
-    { title: "Variance of the target (eq. 9)", of: (l, t) => ({ x: l, eps: 1, v: l + 1 }) },
-    { title: "Best coefficient (eq. 10)", of: coefficient, signed: true },
-    {
-      title: "Error that remains (eq. 11)",
-      of: (l, t) => {
-        const d = variance(l, t);
-        return { x: l * (1 - t) * (1 - t) / d, eps: t * t * l / d, v: l / d };
-      },
-    },
-    {
-      title: "Power to output (eq. 12)",
-      of: (l, t) => {
-        const c = coefficient(l, t), d = variance(l, t);
-        return { x: c.x * c.x * d, eps: c.eps * c.eps * d, v: c.v * c.v * d };
-      },
-    },
+    { title: "Variance of the target (eq. 9)", of: gaussian.targetVariance },
+    { title: "Best coefficient (eq. 10)", of: gaussian.bestCoefficient, signed: true },
+    { title: "Error that remains (eq. 11)", of: gaussian.conditionalVariance },
+    { title: "Power to output (eq. 12)", of: gaussian.explainedPower },
   ];
 
   function element(name, attributes, parent, text) {
@@ -84,19 +67,18 @@
       const t = Number(input.value);
       output.textContent = t.toFixed(2);
       for (const { quantity, y, lines, svg } of panels) {
-        const values = lam.map(l => quantity.of(l, t));
+        const of = (name, l) => quantity.of(gaussian.mixture(name, t), l, t);
         for (const name of PREDICTIONS) {
           let path = "", pen = "M";
-          values.forEach((value, index) => {
-            const found = value[name], limit = quantity.signed ? REACH : top;
+          lam.forEach((l, index) => {
+            const found = of(name, l), limit = quantity.signed ? REACH : top;
             if (!quantity.signed && found < FLOOR) { pen = "M"; return; }
             path += `${pen}${place(shares[index]).toFixed(1)} ${y(Math.max(-limit, Math.min(limit, found))).toFixed(1)}`;
             pen = "L";
           });
           lines[name].setAttribute("d", path);
         }
-        const last = values[values.length - 1];
-        const shown = PREDICTIONS.map(name => `${name} ${last[name].toPrecision(2)}`).join(", ");
+        const shown = PREDICTIONS.map(name => `${name} ${of(name, lam[lam.length - 1]).toPrecision(2)}`).join(", ");
         svg.setAttribute("aria-label", `${quantity.title} at t = ${t.toFixed(2)}; in the smallest direction: ${shown}.`);
       }
     }

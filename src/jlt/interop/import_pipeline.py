@@ -165,10 +165,7 @@ def _require_small(path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     _require_small(path)
-    try:
-        return read_json(path)
-    except RecursionError as error:
-        raise JLTError(f"{path} is nested too deeply for a file of settings.") from error
+    return read_json(path)
 
 
 def _train_config(exported: Exported) -> TrainConfig:

@@ -31,6 +31,8 @@ from jlt.storage.files import (
     place_of,
     read_json,
     read_marker,
+    sealed_text,
+    with_place,
     work_of,
     write_marker,
     write_text,
@@ -53,9 +55,9 @@ def verify(folder: Path, seal: bool = False) -> list[str]:
     checks: list[tuple[Path, Check]] = []
     for place in _folders(folder):
         if _is_store(place):
-            whole.append(partial(verify_store, place))
+            whole.append(partial(_problems, verify_store, place / MANIFEST_NAME, seal))
         elif (place / MANIFEST_NAME).exists() or place.parent.name in ("checkpoints", "snapshots"):
-            whole.append(partial(verify_checkpoints, place))
+            whole.append(partial(_problems, verify_checkpoints, place / MANIFEST_NAME, seal))
         else:
             checks += _checks(place)
     if not whole and not checks:
@@ -65,6 +67,14 @@ def verify(folder: Path, seal: bool = False) -> list[str]:
     problems = [problem for path, check in checks if (problem := _problem(path, check, seal))]
     # A file that others belong to is the problem of each of them.
     return list(dict.fromkeys([*problems, *(problem for find in whole for problem in find())]))
+
+
+def _problems(find: Callable[[Path], list[str]], manifest: Path, seal: bool) -> list[str]:
+    """Return what is found in the folder of a manifest."""
+    with contextlib.suppress(JLTError):
+        if seal and SEAL not in (content := read_json(manifest)):
+            write_text(manifest, sealed_text(with_place(content, manifest)))
+    return find(manifest.parent)
 
 
 def _problem(path: Path, check: Check, seal: bool) -> str | None:
@@ -103,7 +113,7 @@ def _checks(place: Path) -> Iterator[tuple[Path, Check]]:
     if (place / LOG).is_file():
         yield place / LOG, _check_log
     if (place / RECORD).is_file():
-        yield place / RECORD, lambda path, _: require_intact(path.parent)
+        yield place / RECORD, _check_export
     for path in sorted([*place.glob("*.png"), place / ARRAY]):
         if path.is_file() and ((place / PROTOCOL).is_file() or place.name == "samples"):
             yield path, _check_image
@@ -144,6 +154,12 @@ def _check_reference(path: Path, seal: bool) -> None:
     if seal and content.get("schema") == UNSEALED:
         write_result(path, unsealed_reference(content))
     Reference.load(path.with_suffix(".npz"))
+
+
+def _check_export(path: Path, seal: bool) -> None:
+    if seal and SEAL not in (content := read_json(path)):
+        write_text(path, sealed_text(content))
+    require_intact(path.parent)
 
 
 def _check_log(path: Path, seal: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -242,8 +243,12 @@ class Line(NamedTuple):
 
 
 def log_line(event: Mapping[str, Any], work: str) -> str:
-    """Return an event as a line of the log of a run with this identity, sealed by a hash; ValueError for NaN."""
-    text = json.dumps(event, allow_nan=False)
+    """Return an event as a line of the log of a run with this identity, sealed by a hash.
+
+    A number that is not finite, which JSON does not have, becomes None.
+    """
+    bad = {key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)}
+    text = json.dumps({**event, **dict.fromkeys(bad)}, allow_nan=False)
     return f'{text[:-1]}, "seal": "{_line_seal(text.encode(), work)}"}}\n'
 
 

@@ -85,7 +85,11 @@ class Meter:
             "loss_by_time": [total / count if count else None for total, count in zip(*by_time, strict=True)],
             "learning_rate": learning_rate(config, self._state.step - 1),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "ema_distance": dict(zip(ema.averages, [distance / norm for distance in distances], strict=True)),
+            "ema_distance": {
+                name: distance / norm
+                for name, distance in zip(ema.averages, distances, strict=True)
+                if norm and math.isfinite(distance / norm)
+            },
             "img_per_second": rate,
             "mfu": rate * training_flops(config.network) / (self.matmul_rate * self._group.size),
             "memory_gib": peak_memory(device) / 2**30,

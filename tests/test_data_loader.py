@@ -232,7 +232,7 @@ def test_digest_belongs_to_the_steps_made(store: LatentStore, tmp_path: Path, mo
             train(config, store, tmp_path / "stopped")
     assert readers() == []
     three, stopped = (open_checkpoint(tmp_path / name).read_state() for name in ("three", "stopped"))
-    assert three["draws"] == stopped["draws"]
+    assert three.draws == stopped.draws
 
 
 def test_training_on_a_truncated_store_ends_with_its_name(store: LatentStore, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(store, tmp_path, s
     shared = [step for step in whole if step in parts and step % 2 == 0 and step not in stops]
     assert all(whole[step][1] == parts[step][1] for step in shared)
     states = [open_checkpoint(tmp_path / name).read_state() for name in ("whole", "parts")]
-    assert states[0]["draws"] == states[1]["draws"]
+    assert states[0].draws == states[1].draws
 
 
 @pytest.mark.slow
@@ -140,8 +140,8 @@ def test_draws_do_not_depend_on_what_is_compared(store, tmp_path, change):
     train(config, store, tmp_path / "a")
     train(other, store, tmp_path / "b")
     states = [open_checkpoint(tmp_path / name).read_state() for name in "ab"]
-    assert states[0]["draws"] == states[1]["draws"]
-    assert (states[0]["initial_weights"] == states[1]["initial_weights"]) is (change != "patch")
+    assert states[0].draws == states[1].draws
+    assert (states[0].initial_weights == states[1].initial_weights) is (change != "patch")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jlt.errors import JLTError
 from jlt.results.files import ResultFile
 from jlt.storage.codec import Count, NonNegative, Share, Size
 from jlt.storage.files import Difference, difference
@@ -77,6 +78,11 @@ class Evaluation(ResultFile):
     """Everything that decides the numbers: checkpoint, sampler, extractor, reference, versions."""
     jackknife: Jackknife | None = None
 
+    def __post_init__(self) -> None:
+        for key in ("autoencoder", "autoguide", "extractor", "reference"):
+            if not isinstance(self.protocol.get(key) or {}, Mapping):
+                raise JLTError(f"protocol.{key} must be an object with named fields.")
+
     @property
     def shared_protocol(self) -> dict[str, Any]:
         """The protocol without the evaluated weights, and without the coordinates that the network was trained in.
@@ -93,9 +99,9 @@ class Evaluation(ResultFile):
     def method(self) -> str:
         """How it was evaluated, as text that is equal for evaluations that may be compared."""
         kept = self.shared_protocol
-        if kept.get("autoguide", {}).get("checkpoint") == self.protocol.get("checkpoint"):
-            kept["autoguide"] = kept.get("autoguide", {}).get("ema")
-        reference = kept.get("reference", {})
+        guide, reference = kept.get("autoguide") or {}, kept.get("reference") or {}
+        if guide.get("checkpoint") == self.protocol.get("checkpoint"):
+            kept["autoguide"] = guide.get("ema")
         if "images" in reference:
             # The last digits of its moments, and so its hash, depend on how many processes measured the same images.
             kept["reference"] = {key: value for key, value in reference.items() if key != "sha256"}

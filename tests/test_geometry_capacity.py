@@ -16,6 +16,7 @@ from jlt.geometry.forecast import (
     MIN_CONFIDENCE,
     Estimate,
     TimeQuadrature,
+    best_skip,
     capacity_curve,
     forecast,
     needed_ranks,
@@ -238,6 +239,22 @@ def test_further_predictions_have_forecasts_between_their_neighbours():
     assert needed["skip=0.3"] < needed["edm"] < needed["eps"]
     assert {name: needed[name] for name in PREDICTIONS} == needed_ranks(steep, MODEL, 0.05)
     assert set(found.order) == set(found.curves) == set(found.advice[0].loss_floor) == set(model.predictions)
+
+
+def test_the_best_skip_is_near_the_spread_of_variances_that_are_alike():
+    """For equal variances of 0.3 the skip of their standard deviation leaves the network nothing to add."""
+    s, directions = best_skip(np.full(64, 0.3), MODEL)
+    assert s == pytest.approx(0.3**0.5, abs=0.05)
+    assert directions < 1
+    # A steep spectrum is served by x, and a skip of the size of its largest variances by none.
+    steep = np.logspace(1, -4, 64)
+    found = forecast([estimate(steep)], MODEL, [48])
+    assert found.skip < 0.5
+    assert found.skip_directions <= needed_ranks(steep, MODEL, 0.05)["x"]
+    assert "No target skip=S needs clearly fewer" in sentences(found)[0]
+    alike = np.r_[np.full(8, 8.0), np.full(56, 0.3)]
+    found = forecast([estimate(alike)], MODEL, [48])
+    assert f"skip={found.skip:g} needs the fewest: {found.skip_directions:.3g}" in sentences(found)[0]
 
 
 def test_an_isotropic_space_hardly_cares():

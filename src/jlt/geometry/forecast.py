@@ -49,6 +49,8 @@ STATED_SHARE = 0.05
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 REPLICATES = 5
 """Spectra for each estimate: as it is, shrunk for its number of samples, and others drawn within the sampling error."""
+SKIPS = np.arange(31) / 20
+"""Members of the line `skip=S` among which the best is searched; 0 is x."""
 EVEN_MARGIN = 0.1
 """Of all directions: two predictions whose needs differ by less are called even."""
 ISOTROPIC = 0.9
@@ -165,6 +167,16 @@ def needed_ranks(lam: Spectrum, model: TrainingModel, share: float) -> Needed:
     return _needed(lam, model, share, _curves(lam, model))
 
 
+def best_skip(lam: Spectrum, model: TrainingModel) -> tuple[float, float]:
+    """Return the s of `skip=S` that needs the fewest directions at the stated share, and how many it needs."""
+    times = training_times(model)
+    risk = STATED_SHARE * unavoidable_risk(lam, times)
+    curves = {float(s): capacity_curve(f"skip={s:g}", lam, times) for s in SKIPS}
+    # Several may need none at all: then the one with the least to output is the best.
+    needed, _, best = min((required_rank(curve, risk), curve[0], s) for s, curve in curves.items())
+    return best, needed
+
+
 def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequence[int]) -> TokenForecast:
     """Return the capacity curves of the first estimate, the directions that each prediction needs, and the outcome."""
     lam, enough, times = estimates[0].eigenvalues, estimates[0].enough, training_times(model)
@@ -178,6 +190,7 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
     if enough and sphericity(lam) > ISOTROPIC and 1 / LIKE_NOISE < lam.mean() < LIKE_NOISE:
         call = "even"
     ranks = tabulated_ranks(len(lam) + 1, TABULATED_RANKS)
+    skip, skip_directions = best_skip(lam, model)
 
     def tabulated(curves: dict[Prediction, Curve]) -> dict[Prediction, Values]:
         return {name: tuple(curve[ranks].tolist()) for name, curve in curves.items()}
@@ -200,6 +213,8 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
         needed_by_estimate={found.name: needed_ranks(found.eigenvalues, model, STATED_SHARE) for found in estimates},
         enough=enough,
         variations=len(outcomes),
+        skip=skip,
+        skip_directions=skip_directions,
     )
 
 

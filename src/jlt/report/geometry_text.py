@@ -30,6 +30,8 @@ TINY = 1e-12
 """Errors below this, of latents of about unit variance, are rounding."""
 SMALL_LOAD = 0.02
 """Share of a network's width below which the needs of a prediction should make no difference."""
+CLEARLY_FEWER = 0.8
+"""Share of the directions of x below which a skip is recommended."""
 SMALLEST_LOSS = 1e-4
 """Loss floors below this are not worth a sentence."""
 TARGET = Names("the target {}", x="the clean latent", eps="noise", v="velocity")
@@ -205,6 +207,13 @@ def _advice(entry: TokenGeometry, advice: Advice) -> str:
         f"Of {entry.dimension} directions, an error within {forecast.stated_share:.0%} of the unavoidable one needs "
         f"{listed(needed)}. That is {listed(shares)} of a width of {width}.",
     ]
+    if forecast.skip and forecast.skip_directions is not None:
+        fewer = forecast.skip_directions < CLEARLY_FEWER * forecast.needed_directions["x"]
+        texts.append(
+            f"Of all targets skip=S, skip={forecast.skip:g} needs the fewest: {number(forecast.skip_directions)}."
+            if fewer
+            else "No target skip=S needs clearly fewer than the clean latent."
+        )
     if width < entry.dimension:
         floors = [
             f"{floor:.2g} for {TARGET[name]}"

@@ -23,7 +23,7 @@ from jlt.config import (
 )
 from jlt.errors import UsageError
 from jlt.results.files import ResultFile
-from jlt.storage.codec import Count, Size
+from jlt.storage.codec import Count, NonNegative, Size
 
 GEOMETRY = "geometry.json"
 INSIDE = "inside.json"
@@ -128,6 +128,10 @@ class TokenForecast(Forecast):
     """Directions needed at the stated share, by estimate of the covariance."""
     enough: bool
     variations: int
+    skip: NonNegative | None = None
+    """The s of `skip=S` that needs the fewest directions at the stated share, 0 for x; None in older files."""
+    skip_directions: NonNegative | None = None
+    """How many it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
     assert lam.sum() == pytest.approx(token_estimates(digits, [1], "cpu")[1].eigenvalues.sum(), rel=1e-4)
     numbers = np.arange(0, 1797, 100)
     plain, changed = (store.gather(numbers)[0].float() for store in (digits, whitened))
-    decoder = matching_autoencoder(whitened.manifest.autoencoder, None, "cpu")
+    decoder = matching_autoencoder(whitened.manifest.autoencoder, None, "cpu", folder=whitened.folder)
     assert isinstance(decoder, CoordinateAutoencoder)
     with torch.inference_mode():
         images = load_autoencoder("tiny").decode(plain)
@@ -113,11 +113,13 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
 
 
 def test_a_finished_store_is_kept_and_a_partial_one_is_written_again(digits, tmp_path, monkeypatch):
-    (tmp_path / ".whitened.partial").mkdir()
-    (tmp_path / ".whitened.partial" / "shard-00000.safetensors").write_bytes(b"half")
+    left = tmp_path / f".whitened.{2**31 - 1}.partial"
+    left.mkdir()
+    (left / "shard-00000.safetensors").write_bytes(b"half")
     first = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256()
     monkeypatch.setattr("jlt.experiments.coordinate_stores._write", lambda *arguments: pytest.fail("written again"))
     assert store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256() == first
+    assert not left.exists()
 
 
 def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
@@ -125,7 +127,7 @@ def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
     identity = whitened.manifest.autoencoder
     coordinates = identity["normalisation"]["coordinates"]
     assert (coordinates["anisotropy"], coordinates["patch_size"]) == (0.0, 1)
-    assert coordinates["source"] == str(tmp_path / "whitened" / NAME)
+    assert coordinates["source"] == NAME
     measure_coordinates(digits, 1, 0.5).save(tmp_path / "whitened" / NAME)
     with pytest.raises(JLTError, match="normalisation"):
-        matching_autoencoder(identity, None, "cpu")
+        matching_autoencoder(identity, None, "cpu", folder=whitened.folder)

@@ -150,7 +150,7 @@ def test_the_systems_of_an_ablation_are_matched(finished):
 
 
 def test_the_quickstart_measures_five_points_of_each_curve(latents, tmp_path):
-    config = quickstart_ablation(LatentStore.open(latents), (0,), 30)
+    config = quickstart_ablation((0,), 30)
     systems = systems_of(config, latents, tmp_path)
     assert [system.evaluated_steps for system in systems] == [[6, 12, 18, 24, 30]] * 6
 

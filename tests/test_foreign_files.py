@@ -24,9 +24,10 @@ from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
 from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
 from jlt.report.study import read_study
-from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text
+from jlt.storage.files import atomic_path, sealed_text
+from jlt.storage.folders import lock_folder, path_inside
 from jlt.storage.rows import RowTable
-from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves
+from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, require_own_folders
 from jlt.training.journal import Journal
 from jlt.training.loop import train
 
@@ -198,7 +199,7 @@ def test_a_run_with_a_linked_folder_is_not_continued(tmp_path: Path, store, name
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(theirs)
     with pytest.raises(JLTError, match=f"{name} is a link"):
-        remove_partial_saves(run)
+        require_own_folders(run)
     if name == "checkpoints":
         with pytest.raises(JLTError, match="checkpoints is a link"):
             prune_checkpoints(run, 1, 0)

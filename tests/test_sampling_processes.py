@@ -20,7 +20,7 @@ from jlt.experiments.make_reference import make_reference
 from jlt.experiments.recipes import resolve_recipe
 from jlt.images.digits import Digits
 from jlt.latents.store import LatentStore
-from jlt.storage.files import lock_folder
+from jlt.storage.folders import lock_folder
 from jlt.training.loop import train
 
 pytestmark = pytest.mark.slow

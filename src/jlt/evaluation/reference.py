@@ -26,6 +26,7 @@ from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, 
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.random_numbers import random_subset
 from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, why_unreadable, write_json
+from jlt.storage.folders import remove_leftovers
 
 SCHEMA = 2
 STATISTICS_SUFFIXES = (".npz", ".pt")
@@ -67,6 +68,8 @@ class Reference:
     def save(self, path: Path) -> None:
         """Write `mu`, `sigma`, `mu_s`, `sigma_s` and `features` to an .npz, and the identity to a .json next to it."""
         require_npz(path)
+        for file in (path, path.with_suffix(".json")):
+            remove_leftovers(file.parent, file.name)
         # The identity first, since statistics without it count as another program's.
         write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.identity()})
         with atomic_path(path) as temporary:

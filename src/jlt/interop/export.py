@@ -12,8 +12,6 @@ DIR/
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -49,19 +47,18 @@ from jlt.sampling.labels import readable_names
 from jlt.sampling.sampler import matching_autoencoder
 from jlt.storage.codec import to_json
 from jlt.storage.files import (
-    atomic_path,
     difference,
     format_difference,
-    fsync_folder,
     read_sealed_json,
     sealed_text,
     sha256_file,
     write_json,
     write_text,
 )
-from jlt.storage.weights import is_hub_id, read_metadata
+from jlt.storage.folders import atomic_folder, remove_leftovers
+from jlt.storage.weights import is_hub_id, read_metadata, write_tensors
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
-from jlt.training.checkpoint import Checkpoint, write_tensors
+from jlt.training.checkpoint import Checkpoint
 
 SOURCES = "jlt.interop.exported"
 APP = Path(__file__).with_name("exported") / "app.py"
@@ -107,22 +104,13 @@ def export_folder(
         return out
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan)
-    autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu") if plan.copied else None
+    autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run) if plan.copied else None
 
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as partial:
         _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
         files = {str(path.relative_to(partial)): sha256_file(path) for path in _files(partial)}
         write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
         write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
-        for folder in (partial, *filter(Path.is_dir, partial.iterdir())):
-            fsync_folder(folder)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync_folder(out.absolute().parent)
     return out
 
 
@@ -139,8 +127,8 @@ def export_file(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path
     if out.exists():
         _require_same_file(out, metadata)
         return out
-    with atomic_path(out) as temporary:
-        write_tensors(temporary, chosen.tensors, metadata)
+    remove_leftovers(out.parent, out.name)
+    write_tensors(out, chosen.tensors, metadata)
     return out
 
 
@@ -233,10 +221,7 @@ def _write_vae(folder: Path, autoencoder: Any) -> tuple[str, str]:
 
 def _write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     write_json(folder / "config.json", config)
-    with atomic_path(folder / WEIGHTS) as temporary:
-        write_tensors(temporary, weights, {"format": "pt"})
-        # safetensors makes files that only their owner can read.
-        temporary.chmod(0o644)
+    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
 
 
 def _write_code(folder: Path, part: tuple[str, str]) -> None:
@@ -303,7 +288,7 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of jlt {__version__}")
     # The library raises its own classes, those of its HTTP client and ValueError.
     except Exception as error:
-        reason = re.sub(r"hf_\w+", "hf_...", textwrap.shorten(str(error), 200))
+        reason = textwrap.shorten(str(error), 200)
         raise JLTError(
             f"{folder} is complete, but could not be uploaded to {repository} ({reason}): log in with `hf auth login`, "
             "and run the same command again."

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from jlt.autoencoders.load import AUTOENCODERS, SOURCES_IN_PACKAGE
+from jlt.autoencoders.load import AUTOENCODERS, IN_RUN, SOURCES_IN_PACKAGE
 from jlt.autoencoders.taef2 import TAEF2
 from jlt.autoencoders.taef2 import WEIGHTS_FILE as TAEF2_FILE
 from jlt.config import NetworkConfig, TrainConfig
@@ -34,11 +34,12 @@ from jlt.interop.pipeline_settings import (
 from jlt.networks.transformer import Transformer
 from jlt.runtime.progress import inform
 from jlt.storage.codec import from_json
-from jlt.storage.files import fsync_folder, path_inside, read_json
+from jlt.storage.files import read_json, write_json
+from jlt.storage.folders import atomic_folder, path_inside
 from jlt.storage.weights import read_metadata, require_same_tensors
 from jlt.training.checkpoint import average_names, save_checkpoint
 from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
-from jlt.training.state import prepare_run
+from jlt.training.state import run_identity
 
 LARGEST_JSON = 2**24
 """Bytes of a JSON file that is read."""
@@ -76,15 +77,12 @@ def import_pipeline(source: Path, out: Path) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise JLTError(f"{out} exists: choose a new or empty folder.")
     exported = read_exported_file(source) if source.is_file() else read_exported_folder(source)
-    config, latents = _train_config(exported), _latents(exported, out)
+    config, latents = _train_config(exported), _latents(exported)
     weights = read_weights(exported.weights, exported.network, exported.prefix)
     if exported.vae:
         require_autoencoder(*exported.vae, exported.settings.autoencoder["name"])
 
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        prepare_run(partial, config, latents)
+    with atomic_folder(out) as partial:
         facts = {"skipped_in_a_row": 0, "draws": "", "initial_weights": "", "seconds": 0.0, "device": "cpu"}
         step, ema = exported.settings.training.step, exported.settings.training.ema
         file = "network" if ema == "none" else f"ema_{ema}"
@@ -94,10 +92,7 @@ def import_pipeline(source: Path, out: Path) -> Path:
             (partial / "vae").mkdir()
             for path, name in zip(exported.vae, names, strict=True):
                 shutil.copyfile(path, partial / "vae" / name)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync_folder(out.absolute().parent)
+        write_json(partial / "config.json", run_identity(config, latents))
     return out
 
 
@@ -205,7 +200,7 @@ def _averages(ema: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         raise JLTError(f"training.ema is no average of weights: {ema!r}.") from None
 
 
-def _latents(exported: Exported, out: Path) -> dict[str, Any]:
+def _latents(exported: Exported) -> dict[str, Any]:
     """Return what a checkpoint states of its latents; JLTError for impossible sizes, names and sources."""
     network, settings = exported.network, exported.settings
     size = network.channels * network.height * network.width
@@ -217,7 +212,7 @@ def _latents(exported: Exported, out: Path) -> dict[str, Any]:
     names = [settings.id2label.get(number) for number in range(len(settings.id2label))]
     if None in names or len(names) not in (0, network.num_classes):
         raise JLTError(f"id2label must name each of the {network.num_classes} classes, or none.")
-    identity = _autoencoder(settings.autoencoder, network, out if exported.vae else None)
+    identity = _autoencoder(settings.autoencoder, network, copied=exported.vae is not None)
     return {
         "autoencoder": identity,
         "source": {"kind": settings.training.images},
@@ -226,8 +221,8 @@ def _latents(exported: Exported, out: Path) -> dict[str, Any]:
     }
 
 
-def _autoencoder(described: Mapping[str, Any], network: NetworkConfig, out: Path | None) -> dict[str, Any]:
-    """Return the identity of the autoencoder, whose source is its copy in the run `out` where there is one."""
+def _autoencoder(described: Mapping[str, Any], network: NetworkConfig, copied: bool) -> dict[str, Any]:
+    """Return the identity of the autoencoder, whose source is its copy in the run where there is one."""
     name, source, sha256 = (described.get(key) for key in ("name", "source", "weights_sha256"))
     downsampling = described.get("downsampling")
     normalisation = described.get("normalisation")
@@ -241,8 +236,8 @@ def _autoencoder(described: Mapping[str, Any], network: NetworkConfig, out: Path
         raise JLTError(f"autoencoder.weights_sha256 is no hash: {sha256!r}.")
     if source in SOURCES_IN_PACKAGE:
         return dict(described)
-    if out is not None:
-        return {**described, "source": str(out.resolve() / "vae")}
+    if copied:
+        return {**described, "source": f"{IN_RUN}vae"}
     if not isinstance(source, str) or not HUB_ID.fullmatch(source):
         raise JLTError(f"autoencoder.source must be the Hub id of the autoencoder, not {source!r}.")
     return dict(described)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,17 +19,8 @@ from jlt.interop.settings import Arguments, is_number, read_prediction, require_
 from jlt.interop.torch_file import read_torch_file, require_tensors
 from jlt.latents.adoption import USUAL, adopted_identity
 from jlt.runtime.progress import inform
-from jlt.storage.files import (
-    LOCK,
-    difference,
-    format_difference,
-    fsync_folder,
-    lock_folder,
-    read_json,
-    require_unlinked,
-    sha256_file,
-    write_json,
-)
+from jlt.storage.files import sha256_file, write_json
+from jlt.storage.folders import Claim, atomic_folder
 from jlt.storage.weights import ASSETS
 from jlt.training.checkpoint import open_checkpoint, save_checkpoint
 from jlt.training.state import run_identity
@@ -262,35 +252,11 @@ def write_run(imported: Imported, out: Path) -> Path:
     A folder that the same import wrote is only opened. JLTError for a folder that holds anything else.
     """
     run, identity = out.resolve(), run_identity(imported.config, imported.latents)
-    if _is_finished(run, identity):
+    if Claim(run, CONFIG, identity).is_begun():
         return open_checkpoint(run).folder
-    partial = run.with_name(f".{run.name}.importing")
-    require_unlinked(run.parent, partial)
-    with lock_folder(partial):
-        try:
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-            updates = imported.step if imported.facts["step_counts"] == "updates" else 0
-            state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
-            folder = save_checkpoint(partial, imported.config, imported.latents, imported.weights, state)
-            write_json(partial / CONFIG, identity)
-            (partial / LOCK).unlink()
-            partial.rename(run)
-            fsync_folder(run.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(run) as partial:
+        updates = imported.step if imported.facts["step_counts"] == "updates" else 0
+        state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
+        folder = save_checkpoint(partial, imported.config, imported.latents, imported.weights, state)
+        write_json(partial / CONFIG, identity)
     return run / folder.relative_to(partial)
-
-
-def _is_finished(run: Path, identity: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds this run; JLTError if it holds anything else."""
-    if run.exists() and not run.is_dir():
-        raise JLTError(f"{run} is a file: name a folder.")
-    if (run / CONFIG).is_file():
-        if differences := difference(read_json(run / CONFIG), identity):
-            raise JLTError(
-                f"{run} holds another run, which differs in: {format_difference(differences)}. Choose another folder."
-            )
-        return True
-    if run.is_dir() and (entries := sorted(entry.name for entry in run.iterdir())):
-        raise JLTError(f"{run} exists and holds other files, such as {entries[0]}: choose an empty or new folder.")
-    return False

@@ -16,7 +16,8 @@ from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, SettingForecast
 from jlt.results.run import Run, read_run
-from jlt.storage.files import path_inside, read_json
+from jlt.storage.files import read_json
+from jlt.storage.folders import path_inside
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -12,7 +12,8 @@ from typing import Any
 from jlt.errors import JLTError
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
-from jlt.storage.files import path_inside, read_json
+from jlt.storage.files import read_json
+from jlt.storage.folders import path_inside
 
 Event = Mapping[str, Any]
 OPTIONAL_NUMBERS = ("learning_rate", "grad_norm", "img_per_second", "mfu", "memory_gib", "waiting", "seconds")

@@ -17,7 +17,8 @@ from jlt.errors import JLTError
 from jlt.runtime import processes
 from jlt.runtime.progress import Bar, bar, inform
 from jlt.storage.codec import to_json
-from jlt.storage.files import open_unlinked, require_unlinked, write_text
+from jlt.storage.files import recorded, write_text
+from jlt.storage.folders import open_unlinked, require_unlinked
 
 FIGURES: Mapping[str, Callable[[float], str]] = {
     "loss": lambda loss: f"loss {loss:.4g}",
@@ -76,7 +77,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return
         descriptor = open_unlinked(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+            file.write(json.dumps(recorded({"event": event, **values})) + "\n")
         step = values["step"]
         if event == "step":
             self._step = step
@@ -262,7 +263,7 @@ def _wandb(config: TrainConfig, run: Path) -> Tracker:
         resume="allow",
         dir=str(run),
         mode=config.wandb,
-        config=to_json(config),
+        config=recorded(to_json(config)),
         settings=settings,
     )
     return Tracker(

@@ -1,0 +1,225 @@
+"""Folders of work: what a path in one of their files may lead to, who may write, and what killed processes left.
+
+A folder that a user names may be a link; below it nothing is written or removed through one. A process claims a folder
+for one piece of work before it writes, and holds it by a lock that ends with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlt.errors import JLTError
+from jlt.storage.files import difference, format_difference, fsync_folder, partial_path, read_json, recorded, write_json
+
+LOCK = ".lock"
+PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)\.partial(?P<suffix>\..+)?")
+"""The names that `partial_path` makes."""
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that another file in `folder` names; JLTError if it, links followed, is outside."""
+    try:
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        # A null character, a name that is too long, or links in a circle.
+        inside = False
+    if not inside:
+        raise JLTError(f"{name!r} leads out of {folder}: a file may name only files in its own folder.")
+    return folder / name
+
+
+def require_unlinked(root: Path, path: Path) -> None:
+    """Raise JLTError if `path`, or a folder between it and `root`, is a link; `root` itself may be one."""
+    for part in (path, *path.parents):
+        if part == root:
+            return
+        if part.is_symlink():
+            raise JLTError(
+                f"{part} is a link, and nothing in {root} is written or removed through one: put a folder in its place."
+            )
+
+
+def open_unlinked(path: Path, flags: int) -> int:
+    """Open a file and return its descriptor; JLTError for a link, which may lead to a file of other work."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise JLTError(f"{path} is a link, and nothing is written through one: remove it.") from error
+        raise
+
+
+def remove_tree(root: Path, folder: Path) -> None:
+    """Remove a folder in `root`, if it is there; JLTError if it, or a folder between the two, is a link."""
+    require_unlinked(root, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder for one piece of work: the JSON values `identity` describe it, in the file `marker`."""
+
+    folder: Path
+    marker: str
+    identity: Mapping[str, Any]
+    free: Collection[str] = ()
+    """Keys of the identity that may change."""
+    allowed: Collection[str] = ()
+    """Entries that the folder may hold before the work begins."""
+
+    def is_begun(self) -> bool:
+        """Return whether the folder holds this work, and not only room for it.
+
+        JLTError for a file, for a folder of other work, which shows the difference, and for one that holds other files.
+        """
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise JLTError(f"{folder} is a file: name a folder.")
+        if (folder / self.marker).is_file():
+            if differences := difference(read_json(folder / self.marker), recorded(self.identity), free=self.free):
+                raise JLTError(
+                    f"{folder} holds other work, which differs in: {format_difference(differences)}. "
+                    "Name another folder, or delete this one to start over."
+                )
+            return True
+        entries = {entry.name for entry in folder.iterdir()} - {*self.allowed, LOCK} if folder.exists() else set()
+        if foreign := sorted(name for name in entries if not PARTIAL.fullmatch(name)):
+            raise JLTError(
+                f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder."
+            )
+        return False
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the folder as its only writer, and leave it as it is; JLTError as `is_begun` and `lock_folder`."""
+        self.is_begun()
+        with lock_folder(self.folder):
+            # Another process may have claimed it in between.
+            self.is_begun()
+            yield
+
+    def begin(self) -> None:
+        """Write the identity, and remove what killed processes left incomplete; the folder must be held.
+
+        Called when nothing can be refused any more: until then a refusal leaves the folder as it was.
+        """
+        remove_leftovers(self.folder)
+        identity, path = recorded(self.identity), self.folder / self.marker
+        if not path.is_file() or read_json(path) != identity:
+            write_json(path, identity)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, root: Path | None = None) -> Iterator[None]:
+    """Hold a folder as its only writer; JLTError if another process does. The lock ends with its process.
+
+    `root` is the folder that the user named, where it is not `folder` itself: JLTError for a link between the two. A
+    folder that was made for its lock, and is empty at the end, is removed.
+    """
+    require_unlinked(root or folder, folder)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            # Before it is released; a file of another process or of the user stays.
+            if os.fstat(lock).st_size == 0 and os.path.samestat(os.fstat(lock), os.lstat(folder / LOCK)):
+                (folder / LOCK).unlink()
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            for part in made:
+                part.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """Return the descriptor of a folder's lock, which holds it until it is closed."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = open_unlinked(folder / LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The process that held it before may have removed the file or the folder in between.
+                if os.path.samestat(os.fstat(lock), os.lstat(folder / LOCK)):
+                    return lock
+            except BlockingIOError as error:
+                os.close(lock)
+                raise JLTError(
+                    f"Another process is writing into {folder}: wait for it, or name another folder."
+                ) from error
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder next to `folder`, flushed to disk and renamed to it if the block succeeds.
+
+    What killed processes left of it is removed. JLTError if the folder holds anything by then.
+    """
+    folder = folder.absolute()
+    partial = partial_path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent, folder.name)
+    partial.mkdir()
+    try:
+        yield partial
+        for inner in (partial, *filter(Path.is_dir, partial.iterdir())):
+            fsync_folder(inner)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise JLTError(f"{folder} is not empty any more: name another folder.") from error
+            raise
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove files and folders that killed processes of this machine left incomplete, in a folder and all below it.
+
+    With a `name`, only what was to be this file or folder, and only directly in the folder: others may be writing.
+    """
+    for place, folders, files in os.walk(folder):
+        found = {entry: match for entry in (*folders, *files) if (match := PARTIAL.fullmatch(entry))}
+        for entry, match in found.items():
+            if name in ("", match["stem"] + (match["suffix"] or "")) and not _is_alive(int(match["process"])):
+                _remove(Path(place, entry))
+        folders[:] = [] if name else [entry for entry in folders if entry not in found]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as this is allowed."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether another process of this machine has a number; this one has written nothing yet."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

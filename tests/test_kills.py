@@ -17,8 +17,7 @@ from typing import Any
 
 import forked
 import pytest
-from PIL import Image
-from training_helpers import TINY, run_on_few_digits
+from every_command import COMMANDS, make_inputs
 
 from jlt.results.run import read_log
 from jlt.storage.folders import LOCK, PARTIAL
@@ -26,48 +25,6 @@ from jlt.storage.folders import LOCK, PARTIAL
 pytestmark = pytest.mark.skipif(not (forked.FORKS and shutil.which("cc")), reason="needs Linux and a C compiler")
 KILLS = os.environ.get("JLT_KILLS", "1")
 ARM = "import ctypes; ctypes.CDLL(None).jlt_arm({counter!r}.encode(), ctypes.c_long({at}), {below!r}.encode())"
-FEW = ["--num", "10", "--batch-size", "5", "--steps", "1"]
-SAMPLE = ["sample", "--checkpoint", "run", "--out", "out", *FEW]
-MEASURED = ["--checkpoint", "run", "--reference", "reference.npz", "--num", "10", "--batch-size", "5"]
-ONCE = ["--epochs", "0", "--batch-size", "8", *TINY]
-WATCHED = ["--sample-every", "2", "--evaluate-every", "3", "--evaluation.sample.num", "10"]
-WATCHED += ["--evaluation.sample.steps", "1", "--evaluation.reference", "reference.npz"]
-SAVING = ["--checkpoint-every", "1", "--keep-last", "2", "--power-ema", "0.1", "--snapshot-every", "1"]
-COMMANDS = {
-    "train": ["train", "digits", "--latents", "latents", "--out", "out", "--steps", "3", *ONCE, *SAVING, *WATCHED],
-    "sample": SAMPLE,
-    "sample npz": [*SAMPLE, "--format", "npz"],
-    "sample grid": [*SAMPLE, "--format", "grid"],
-    "sample strip": [*SAMPLE, "--steps-strip"],
-    "evaluate": ["evaluate", *MEASURED, "--steps", "1"],
-    "analyze": ["analyze", "--latents", "latents", "--out", "out", "--checkpoint", "run", "--num", "8"],
-    "sweep": ["sweep", *MEASURED, "--steps", "1", "--cfg-scale", "1", "2", "--coarse-num", "10", "--refine", "0"],
-    "price": ["price", *MEASURED, "--solver", "euler", "--steps", "2"],
-    "ablate": ["ablate", "digits", "--latents", "latents", "--out", "out", "--prediction", "x", "--workers", "1"]
-    + [
-        "--reference",
-        "reference.npz",
-        "--evaluations",
-        "1",
-        "--sample.num",
-        "10",
-        "--sample.steps",
-        "1",
-        "--anisotropy",
-        "0",
-        "--steps",
-        "2",
-        *ONCE,
-    ],
-    "reference": ["reference", "--images", "images", "--resolution", "8", "--out", "out.npz"],
-    "encode": ["encode", "--images", "images", "--autoencoder", "pixels", "--resolution", "8", "--out", "out"]
-    + ["--shard-size", "8", "--batch-size", "4", "--workers", "0", "--preview"],
-    "import": ["import", "exported", "--out", "out"],
-    "export": ["export", "run", "--out", "out"],
-    "export file": ["export", "run", "--out", "out.safetensors", "--format", "safetensors"],
-    "report": ["report", "run"],
-    "plan": ["plan", "digits"],
-}
 VOLATILE = {"seconds", "created", "sha256", "state.json", "img_per_second", "manifest_sha256", "waiting"}
 """Keys of JSON files whose values depend on the time; hashes of what depends on it among them."""
 
@@ -82,13 +39,7 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = run_on_few_digits(tmp_path_factory.mktemp("inputs"))
-    for number in range(16):
-        place = folder / "images" / "ab"[number % 2] / f"{number}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((8, 8), 10 * number).convert("RGB").save(place)
-    assert start(folder, ["export", "run", "--out", "exported"]).wait() == 0
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def start(folder: Path, arguments: list[str], killer: str = "", at: int = 0) -> Any:
@@ -97,8 +48,8 @@ def start(folder: Path, arguments: list[str], killer: str = "", at: int = 0) -> 
     plant, counter = "", f"{folder}.counter"
     if killer:
         Path(counter).write_bytes(bytes(8))
-        environment |= {"LD_PRELOAD": killer, "JLT_KILL": f"{counter}:{at}:{folder}/"}
-        plant = ARM.format(counter=counter, at=at, below=f"{folder}/")
+        environment |= {"LD_PRELOAD": killer, "JLT_KILL": f"{counter}:{at}:{folder}"}
+        plant = ARM.format(counter=counter, at=at, below=str(folder))
     with contextlib.chdir(folder):
         return forked.start(arguments, environment, plant, preload=killer)
 

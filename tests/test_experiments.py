@@ -164,10 +164,10 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     ablate(ablation_config(latents), latents, out, workers=2, command="again")
     seconds = time.monotonic() - begun
     after = modified(out / "runs")
-    # Only config.json, the grid and the lock may be written again.
+    # Only the grid may be written again.
     changed = {Path(path).name for path in after if before.get(path) != after[path]}
     assert set(after) == set(before)
-    assert changed <= {"config.json", "grid.png", ".lock"}
+    assert changed <= {"grid.png"}
     assert file_bytes(out / "runs") == file_bytes(finished / "runs")
     assert seconds < 60
 

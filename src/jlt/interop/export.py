@@ -15,7 +15,7 @@ import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from jlt import __version__
@@ -55,7 +55,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.folders import atomic_folder, remove_leftovers
+from jlt.storage.folders import atomic_folder, remove_leftovers, stays_inside
 from jlt.storage.weights import is_hub_id, read_metadata, write_tensors
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint
@@ -104,7 +104,9 @@ def export_folder(
         return out
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan)
-    autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run) if plan.copied else None
+    autoencoder = (
+        matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run) if plan.copied else None
+    )
 
     with atomic_folder(out) as partial:
         _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
@@ -261,7 +263,7 @@ def require_intact(folder: Path) -> None:
     """
     for name, sha256 in read_record(folder)["files"].items():
         path = folder / name
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
+        if not stays_inside(name):
             raise JLTError(f"{folder / RECORD} names {name!r}: it may name only files in its own folder.")
         if not path.is_file():
             raise JLTError(f"{path} is missing: the export is not complete; delete the folder and export again.")

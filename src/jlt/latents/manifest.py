@@ -17,6 +17,7 @@ from jlt.errors import JLTError
 from jlt.images.source import SkippedImage
 from jlt.storage.codec import from_json, to_json
 from jlt.storage.files import read_sealed_json, sealed_sha256, sealed_text, sha256_file, write_text
+from jlt.storage.folders import stays_inside
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -123,7 +124,7 @@ def _inconsistency(manifest: StoreManifest) -> str | None:
     sizes = [manifest.resolution, manifest.channels, manifest.height, manifest.width, manifest.count]
     sizes += [size for record in shards for size in (record.count, record.bytes)]
     for record in shards:
-        if Path(record.file).name != record.file:
+        if not stays_inside(record.file):
             return f"it names the shard {record.file!r}, which is not in the folder of the manifest"
     valid = {
         "its sizes and counts are not all at least 1": all(size > 0 for size in sizes),

@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jlt.errors import JLTError
@@ -36,6 +36,12 @@ def path_inside(folder: Path, name: str) -> Path:
     if not inside:
         raise JLTError(f"{name!r} leads out of {folder}: a file may name only files in its own folder.")
     return folder / name
+
+
+def stays_inside(name: str) -> bool:
+    """Return whether a name in a file stays in its folder, by its text; what a link leads to needs a hash."""
+    parts = PurePath(name).parts
+    return bool(parts) and not PurePath(name).is_absolute() and ".." not in parts and "\0" not in name
 
 
 def require_unlinked(root: Path, path: Path) -> None:

@@ -34,7 +34,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.folders import atomic_folder, require_unlinked
+from jlt.storage.folders import atomic_folder, require_unlinked, stays_inside
 from jlt.storage.weights import write_tensors
 from jlt.training.power_ema import format_sigma_rel
 
@@ -237,7 +237,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
     for name in manifest["files"]:
         # Links are followed, since what they lead to must have the hash in the manifest.
-        if Path(name).name != name:
+        if not stays_inside(name):
             raise JLTError(f"{folder / MANIFEST} names {name!r}: a manifest may name only files in its own folder.")
     return manifest
 

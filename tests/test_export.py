@@ -435,9 +435,18 @@ def test_what_was_exported_comes_back_as_a_run(checkpoint, tmp_path, ema, stored
 
 
 def test_a_run_is_not_overwritten(folder, tmp_path):
-    import_pipeline(folder, tmp_path / "back")
-    with pytest.raises(JLTError, match="exists: choose a new or empty folder"):
+    run = import_pipeline(folder, tmp_path / "back")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert import_pipeline(folder, tmp_path / "back") == run
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(JLTError, match="holds other files, such as file: choose an empty or new folder"):
+        import_pipeline(folder, tmp_path / "full")
+    without_record(folder)
+    replace_weights(folder, lambda weights: {name: value + 1 for name, value in weights.items()})
+    with pytest.raises(JLTError, match="holds other weights: choose a new or empty folder"):
         import_pipeline(folder, tmp_path / "back")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def without_record(folder: Path) -> None:

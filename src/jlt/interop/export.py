@@ -126,10 +126,10 @@ def export_file(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan_vae(checkpoint.latents["autoencoder"], config))
     metadata = {"format": "pt", METADATA: json.dumps(to_json(FileSettings(checkpoint.config.network, settings)))}
+    remove_leftovers(out.parent, out.name)
     if out.exists():
         _require_same_file(out, metadata)
         return out
-    remove_leftovers(out.parent, out.name)
     write_tensors(out, chosen.tensors, metadata)
     return out
 

@@ -35,9 +35,9 @@ from jlt.networks.transformer import Transformer
 from jlt.runtime.progress import inform
 from jlt.storage.codec import from_json
 from jlt.storage.files import read_json, write_json
-from jlt.storage.folders import atomic_folder, path_inside
+from jlt.storage.folders import Claim, atomic_folder, path_inside
 from jlt.storage.weights import read_metadata, require_same_tensors
-from jlt.training.checkpoint import average_names, save_checkpoint
+from jlt.training.checkpoint import average_names, open_checkpoint, save_checkpoint, step_folder
 from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
 from jlt.training.state import run_identity
 
@@ -70,21 +70,23 @@ class Exported:
 def import_pipeline(source: Path, out: Path) -> Path:
     """Turn an exported folder, or an exported file, into a run folder at `out`, and return it.
 
-    The run has one checkpoint with the exported weights. JLTError, before memory is allocated, for what is damaged,
-    leads out of its folder, states impossible sizes or does not hold the weights of its network; and for an `out`
-    that holds anything.
+    The run has one checkpoint with the exported weights. A folder that the same import wrote is kept. JLTError, before
+    memory is allocated, for what is damaged, leads out of its folder, states impossible sizes or does not hold the
+    weights of its network; and for an `out` that holds anything else.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise JLTError(f"{out} exists: choose a new or empty folder.")
     exported = read_exported_file(source) if source.is_file() else read_exported_folder(source)
     config, latents = _train_config(exported), _latents(exported)
     weights = read_weights(exported.weights, exported.network, exported.prefix)
     if exported.vae:
         require_autoencoder(*exported.vae, exported.settings.autoencoder["name"])
 
+    identity, step = run_identity(config, latents), exported.settings.training.step
+    if Claim(out, "config.json", identity).is_begun():
+        _require_same_weights(step_folder(out, step), weights)
+        return out
     with atomic_folder(out) as partial:
         facts = {"skipped_in_a_row": 0, "draws": "", "initial_weights": "", "seconds": 0.0, "device": "cpu"}
-        step, ema = exported.settings.training.step, exported.settings.training.ema
+        ema = exported.settings.training.ema
         file = "network" if ema == "none" else f"ema_{ema}"
         save_checkpoint(partial, config, latents, {file: weights}, {"step": step, "updates": step, **facts})
         if exported.vae:
@@ -92,8 +94,17 @@ def import_pipeline(source: Path, out: Path) -> Path:
             (partial / "vae").mkdir()
             for path, name in zip(exported.vae, names, strict=True):
                 shutil.copyfile(path, partial / "vae" / name)
-        write_json(partial / "config.json", run_identity(config, latents))
+        write_json(partial / "config.json", identity)
     return out
+
+
+def _require_same_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise JLTError unless the only weights of an imported checkpoint are these."""
+    checkpoint = open_checkpoint(folder)
+    names = [name for name in checkpoint.files if name.endswith(".safetensors")]
+    stored = checkpoint.read(names[0]) if len(names) == 1 else {}
+    if stored.keys() != weights.keys() or not all(torch.equal(stored[name], weights[name]) for name in stored):
+        raise JLTError(f"{folder} holds other weights: choose a new or empty folder.")
 
 
 def read_exported_folder(folder: Path) -> Exported:

@@ -131,6 +131,15 @@ def recorded(value: Any) -> Any:
     return _redacted(json.loads(json.dumps(value)))
 
 
+def without_paths(value: Any) -> Any:
+    """Return JSON in which the last part stands for every absolute path, which is of the machine that measured."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
 def _redacted(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _redacted(entry) for key, entry in value.items()}

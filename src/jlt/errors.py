@@ -15,7 +15,7 @@ CREDENTIALS = (
     (re.compile(r"\b([a-z][a-z0-9+.-]*:/+[^\s?]*\?)(?!\*\*\*)[^\s'\"]+", re.IGNORECASE), r"\1***"),
     (re.compile(r"([?&][\w.-]*(?:token|key|sig|secret|passw|cred)[\w.-]*=)[^\s&'\"]+", re.IGNORECASE), r"\1***"),
     # A token of the Hub.
-    (re.compile(r"\bhf_\w{8,}"), "hf_***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_..."),
 )
 """Patterns of what gives access, and what takes their place."""
 

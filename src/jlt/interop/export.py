@@ -22,7 +22,7 @@ from jlt import __version__
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import coordinates_of
 from jlt.autoencoders.load import SOURCES_IN_PACKAGE
-from jlt.errors import JLTError, UsageError
+from jlt.errors import JLTError, UsageError, without_credentials
 from jlt.interop.model_card import Card, write_card
 from jlt.interop.pipeline_settings import (
     HUB_ID,
@@ -290,7 +290,7 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of jlt {__version__}")
     # The library raises its own classes, those of its HTTP client and ValueError.
     except Exception as error:
-        reason = textwrap.shorten(str(error), 200)
+        reason = textwrap.shorten(without_credentials(str(error)), 200)
         raise JLTError(
             f"{folder} is complete, but could not be uploaded to {repository} ({reason}): log in with `hf auth login`, "
             "and run the same command again."

@@ -310,6 +310,8 @@ def test_a_lock_file_of_the_user_is_kept_and_a_folder_made_for_a_lock_is_not(tmp
         assert (tmp_path / "a" / "b" / ".lock").exists()
     assert (tmp_path / "theirs" / ".lock").read_text() == "of another program"
     assert not (tmp_path / "a").exists()
+    with pytest.raises(JLTError, match="No file can be made in /proc/self/task"), lock_folder(Path("/proc/self/task")):
+        pass
 
 
 def test_many_processes_that_lock_one_folder_are_never_in_it_at_once(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from jlt.errors import JLTError
 from jlt.storage.files import difference, format_difference, fsync_folder, partial_path, read_json, recorded, write_json
 
 LOCK = ".lock"
+ATTEMPTS = 1000
+"""Tries to lock a folder while other processes remove theirs."""
 PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)\.partial(?P<suffix>\..+)?")
 """The names that `partial_path` makes."""
 
@@ -150,24 +152,21 @@ def lock_folder(folder: Path, root: Path | None = None) -> Iterator[None]:
 
 def _lock(folder: Path) -> int:
     """Return the descriptor of a folder's lock, which holds it until it is closed."""
-    while True:
+    for _ in range(ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
             lock = open_unlinked(folder / LOCK, os.O_RDWR | os.O_CREAT)
+            opened.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The process that held it before may have removed the file or the folder in between.
-                if os.path.samestat(os.fstat(lock), os.lstat(folder / LOCK)):
-                    return lock
             except BlockingIOError as error:
-                os.close(lock)
-                raise JLTError(
-                    f"Another process is writing into {folder}: wait for it, or name another folder."
-                ) from error
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
+                what = f"Another process is writing into {folder}"
+                raise JLTError(f"{what}: wait for it, or name another folder.") from error
+            # The process that held it before may have removed the file or the folder in between.
+            if os.path.samestat(os.fstat(lock), os.lstat(folder / LOCK)):
+                opened.pop_all()
+                return lock
+    raise JLTError(f"No file can be made in {folder}: name another folder.")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from jlt.errors import JLTError
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.storage.codec import Count, NonNegative, Size, from_json, known_fields
-from jlt.storage.files import WORK, parse_json, path_inside, read_marker, work_of
+from jlt.storage.files import WORK, parse_json, read_marker, recorded, work_of
+from jlt.storage.folders import path_inside
 from jlt.storage.seals import require_sealed
 
 CONFIG = "config.json"
@@ -243,7 +244,7 @@ class Line(NamedTuple):
 
 def log_line(event: Mapping[str, Any], work: str) -> str:
     """Return an event as a line of the log of a run with this identity, sealed by a hash; ValueError for NaN."""
-    text = json.dumps(event, allow_nan=False)
+    text = json.dumps(recorded(event), allow_nan=False)
     return f'{text[:-1]}, "seal": "{_line_seal(text.encode(), work)}"}}\n'
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import inspect
+import io
 import itertools
 import json
 import os
@@ -37,7 +39,7 @@ from jlt.results.geometry import TrainingModel
 from jlt.sampling import sampler as sampling
 from jlt.sampling.labels import class_number, number_labels, readable_names
 from jlt.sampling.sampler import open_sampler
-from jlt.training.checkpoint import open_checkpoint
+from jlt.training.checkpoint import open_checkpoint, save_snapshot
 from jlt.training.loop import train
 
 
@@ -146,6 +148,28 @@ def test_labels_are_numbers_names_or_a_rule(model):
     ):
         with pytest.raises(JLTError, match=message):
             model.sample(labels)
+    # Without the checks of types that tests have.
+    for label in (7.5, 7.0, None, [1, 2]):
+        with pytest.raises(UsageError, match="a whole number or a name, not"):
+            inspect.unwrap(class_number)(label, [], 10)
+
+
+def test_numbers_may_be_those_of_numpy_and_torch(model):
+    expected = model.sample([0, 217], seed=3, steps=2).pixels
+    for labels in (np.array([0, 217]), torch.tensor([0, 217]), range(0, 218, 217)):
+        assert torch.equal(model.sample(labels, seed=np.int64(3), steps=np.int32(2)).pixels, expected)
+    z = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.denoise(z, 0.5, np.int64(5)), model.denoise(z, 0.5, [5, 5]))
+
+
+def test_images_beyond_the_memory_are_refused_before_any_is_drawn(model):
+    with pytest.raises(JLTError, match=r"1,000,000,000,000 images do not fit the memory"):
+        model.sample(num=10**12)
+
+
+def test_a_notebook_shows_the_grid(model):
+    images = model.sample([0, 217], steps=1)
+    assert Image.open(io.BytesIO(images._repr_png_())).tobytes() == images.grid().tobytes()
 
 
 def test_classes_by_name():
@@ -231,6 +255,15 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
             jlt.load(place)
 
 
+def test_a_snapshot_and_a_device_that_is_absent_are_named(run_of):
+    run = run_of("x")
+    snapshot = save_snapshot(run, {"power": {"weight": torch.zeros(1)}}, {"step": 1, "updates": 1})
+    with pytest.raises(JLTError, match="is a snapshot of averages"):
+        jlt.load(snapshot)
+    with pytest.raises(UsageError, match="no device 'gpu' here"):
+        jlt.load(run, device="gpu")
+
+
 def test_the_facts_of_a_model(model, run_of):
     assert (model.prediction, model.resolution, model.config.steps, len(model.classes)) == ("x", 8, 20, 1000)
     assert model.classes[1] == "goldfish"
@@ -290,6 +323,9 @@ def test_denoise_is_eq_4(run_of, prediction):
     output, expand = model.network(z, t, torch.tensor([3, 0, 217])), t[:, None, None, None]
     clean = {"x": output, "eps": (z - (1 - expand) * output) / expand, "v": z + (1 - expand) * output}[prediction]
     torch.testing.assert_close(model.denoise(z, t, labels), clean, rtol=1e-4, atol=1e-5)
+    # Eq. 3, without the clamps, which are 0.
+    velocity = {"x": (output - z) / (1 - expand), "eps": (z - output) / expand, "v": output}[prediction]
+    torch.testing.assert_close(model.velocity(z, t, labels), velocity, rtol=1e-4, atol=1e-5)
     for number, (time, label) in enumerate(zip(t.tolist(), labels, strict=True)):
         alone = model.denoise(z[number : number + 1], time, label)
         torch.testing.assert_close(alone[0], clean[number], rtol=1e-4, atol=1e-5)
@@ -305,10 +341,26 @@ def test_denoise_has_gradients(model):
     assert not model.denoise(z.detach(), 0.5, 0).requires_grad
 
 
+def test_images_become_the_latents_of_the_training(model, latents):
+    """Encoding gives what `jlt encode` stored, and decoding leads back."""
+    photographs = [Photographs(50)[number][0] for number in (7, 8)]
+    encoded = model.encode(photographs)
+    torch.testing.assert_close(encoded.cpu(), torch.stack([latents[number][0] for number in (7, 8)]))
+    assert torch.equal(model.encode(photographs[0]), encoded[:1])
+    assert not encoded.is_inference()
+    assert np.array_equal(pixels_of(model.decode(encoded)), np.stack([centre_crop(one, 8) for one in photographs]))
+    with pytest.raises(UsageError, match="no images to encode"):
+        model.encode([])
+
+
 def test_wrong_batches_are_refused(model):
     z = torch.randn(2, 3, 8, 8)
+    with pytest.raises(UsageError, match=r"are \(n, 3, 8, 8\), n > 0, not \(2, 3, 4, 4\)"):
+        model.decode(z[:, :, :4, :4])
     for given, message in (
-        ((z[:, :2], 0.5, 0), r"are \(n, 3, 8, 8\), not \(2, 2, 8, 8\)"),
+        ((z[:, :2], 0.5, 0), r"are \(n, 3, 8, 8\), n > 0, not \(2, 2, 8, 8\)"),
+        ((z[:0], 0.5, 0), "n > 0"),
+        ((z, 0.5, "equal"), "no class named 'equal': (?!.*random)"),
         ((z, 1.0, 0), "at t = 1 z is the data"),
         ((z, torch.tensor([0.1, 0.2, 0.3]), 0), "one time, or one for each|Type-check error"),
         ((z, 0.5, [0, 1, 2]), "3 labels for 2 latents"),
@@ -370,9 +422,10 @@ def test_mirrored_latents_are_chosen_by_the_seed(latents):
     flipped = torch.from_numpy(SampleOrder(50, 0).flips(0, 50))
     assert torch.equal(values[flipped], plain[flipped].flip(3))
     assert torch.equal(values[~flipped], plain[~flipped])
-    for wrong in ({"batch_size": 0}, {"batch_size": 4, "flips": True}, {"batch_size": 4, "epochs": 0}):
+    for wrong in ({"batch_size": 0}, {"flips": True}, {"epochs": 0}, {"seed": -1}, {"seed": 2**70}):
+        # At the call, not at the first batch.
         with pytest.raises(JLTError):
-            next(latents.batches(**wrong))
+            latents.batches(**{"batch_size": 4, **wrong})
 
 
 # ---- geometry ----
@@ -428,7 +481,8 @@ def test_a_number_of_images_or_features_makes_a_distance():
     streamed, part, features, against = (jlt.FrechetDistance() for _ in range(4))
     streamed.update(drawn[:50])
     streamed.update(torch.from_numpy(drawn[50:90]))
-    part.update([Image.fromarray(image) for image in drawn[90:]])
+    part.update([Image.fromarray(image) for image in drawn[90:-1]])
+    part.update(Image.fromarray(drawn[-1]))
     streamed.merge(part)
     assert streamed.count == 130
     assert streamed.compute(reference) == pytest.approx(expected, rel=1e-6)
@@ -480,11 +534,13 @@ def test_distances_that_mean_nothing_are_refused():
         (lambda: distance.update(torch.randn(4, 8, 8, 3)), "uint8|Type-check error"),
         (lambda: distance.update([Image.new("L", (32, 32)), Image.new("L", (16, 16))]), "differ in size"),
         (lambda: distance.update(torch.full((2, 64), torch.nan)), "not finite"),
-        (lambda: jlt.FrechetDistance("digit").update(digit_images(0, 2)), "did you mean digits"),
+        (lambda: distance.update("photos"), "PIL images|Type-check error"),
+        (lambda: jlt.FrechetDistance("digit"), "did you mean digits"),
     ):
         with pytest.raises((JLTError, TypeError), match=message):
             call()
     assert distance.count == 18
+    assert repr(distance) == "<18 images in the features of digits>"
 
 
 # ---- the surface ----
@@ -496,7 +552,7 @@ def test_every_name_is_offered_once():
     imported = {alias.name: node.module for node in checked.body for alias in node.names}
     assert imported == jlt._MODULES
     assert sorted({*imported, "__version__"}) == sorted(jlt.__all__)
-    assert set(jlt.__all__) <= set(dir(jlt))
+    assert dir(jlt) == sorted(jlt.__all__)
     for name in jlt.__all__:
         assert getattr(jlt, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'laod'"):

@@ -1,7 +1,9 @@
 """Exports through every door: the command, Python, and the Hub (a local fake of its download)."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from export_helpers import write_run
 import jlt
 from jlt.cli.main import main
 from jlt.errors import JLTError, UsageError
+from jlt.interop import sources
 from jlt.interop.export import export_file, export_folder
-from jlt.interop.pipeline_settings import ExportConfig
+from jlt.interop.pipeline_settings import WEIGHTS, ExportConfig
 from jlt.interop.sources import local_path
 
 DRAWN = {"labels": [2, "goldfish"], "steps": 3, "cfg_scale": 2.0, "seed": 4}
@@ -31,8 +34,13 @@ def exports(checkpoint, tmp_path, monkeypatch):
     file = export_file(checkpoint, tmp_path / "export.safetensors", ExportConfig())
 
     def download(repository, allow_patterns):
-        assert (repository, allow_patterns) == ("user/name", ["*.json", "*.safetensors"])
-        return str(folder)
+        assert repository == "user/name"
+        kept = [path for pattern in allow_patterns for path in folder.rglob(pattern)]
+        for path in kept:
+            target = tmp_path / "hub" / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+        return str(tmp_path / "hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     return str(folder), str(file), "hub:user/name"
@@ -43,12 +51,50 @@ def test_python_opens_every_export_and_keeps_the_run_in_the_cache(checkpoint, ex
     for source in exports:
         images = jlt.load(source).sample(**DRAWN)
         assert torch.equal(images.pixels, expected.pixels)
-    runs = sorted((tmp_path / "cache" / "exports").iterdir())
+    runs = sorted((tmp_path / "cache" / "exports").glob("*/"))
     # The folder and its copy on the Hub are the same run.
     assert len(runs) == 2
-    before = {path: path.stat().st_mtime_ns for path in runs}
+    assert not (tmp_path / "hub" / "pipeline.py").exists()
+
+
+def test_an_unchanged_export_is_read_once(exports, monkeypatch):
+    monkeypatch.setattr(sources, "COARSEST_TIMES", 0)
+    read, original = [], sources.read_export
+    monkeypatch.setattr(sources, "read_export", lambda *given: read.append(given) or original(*given))
+    for source in exports[:2]:
+        first, again = (jlt.load(source).checkpoint for _ in range(2))
+        assert first.sha256 == again.sha256
+    assert len(read) == 2
+    # A copy of the times and the size does not hide another content.
+    weights = Path(exports[0], "transformer", WEIGHTS)
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(JLTError, match="was edited or damaged"):
+        jlt.load(exports[0])
+    # A run that is gone from the cache is made again.
+    shutil.rmtree(jlt.load(exports[1]).checkpoint.run)
+    assert jlt.load(exports[1]).checkpoint.step == 7
+
+
+def test_an_export_that_has_just_changed_is_read_again(exports, tmp_path):
     jlt.load(exports[0])
-    assert {path: path.stat().st_mtime_ns for path in runs} == before
+    assert not list((tmp_path / "cache" / "exports").glob("*.json"))
+
+
+def test_the_commands_open_every_export(checkpoint, exports, tmp_path, capsys):
+    for number, source in enumerate((str(checkpoint.folder), *exports)):
+        out = str(tmp_path / f"samples{number}")
+        drawn = ["--num", "2", "--steps", "2", "--format", "npz", "--json"]
+        assert main(["sample", "--checkpoint", source, "--out", out, *drawn]) == 0
+    pixels = [np.load(tmp_path / f"samples{number}" / "samples.npz")["arr_0"] for number in range(4)]
+    assert all(np.array_equal(pixels[0], others) for others in pixels[1:])
+    capsys.readouterr()
+    assert main(["export", exports[0], "--out", str(tmp_path / "again"), "--samples", "0"]) == 0
+    guided = ["--num", "1", "--autoguide", exports[0], "--cfg-scale", "2"]
+    assert main(["sample", "--checkpoint", exports[0], "--out", str(tmp_path / "g"), *guided]) == 1
+    assert f"`jlt import {exports[0]} --out RUN` makes a run" in capsys.readouterr().err
 
 
 def test_the_command_imports_every_export(checkpoint, exports, tmp_path, capsys):

@@ -53,7 +53,12 @@ def studio(runs):
 
 def ask(studio, **changes):
     """Press the button with these fields: pictures, note, what was drawn, commands."""
-    return Handlers(studio).draw(*{**VALUES, **changes}.values(), 1, None)
+    return last(Handlers(studio).draw(*{**VALUES, **changes}.values(), 1, None))
+
+
+def last(answers):
+    """The answer of a handler after those that say that it draws."""
+    return list(answers)[-1]
 
 
 @pytest.fixture
@@ -96,6 +101,40 @@ def test_a_command_names_only_what_is_not_usual(studio):
     values = {**VALUES, "steps": 50, "seed": 0, "num": 3}
     command, _ = studio.commands(studio.config_of(values))
     assert command.split(" --out ")[1] == "samples-1 --num 3 --labels 3"
+
+
+def test_a_command_names_the_autoencoder_that_the_demo_was_given(studio, runs, monkeypatch):
+    monkeypatch.setattr(studio, "systems", [System(runs[0], studio.systems[0].model, "my weights")])
+    (command,) = studio.commands(studio.config_of(VALUES))
+    assert command.endswith("--autoencoder-path 'my weights'")
+
+
+def test_the_first_images_are_drawn_before_the_page_opens(runs):
+    studio = Studio.open(runs[:1], "cpu")
+    config = studio.config_of(studio.initial)
+    assert (config.num, config.labels, config.seed) == (8, "3", 0)
+    assert studio.draw.cache_info().currsize == 1
+    studio.draw(config)
+    assert studio.draw.cache_info().hits == 1
+
+
+def test_the_page_opens_with_fewer_images_where_eight_take_long(runs, monkeypatch):
+    seconds = {8: 25.0, 4: 12.0, 2: 6.0, 1: 3.0}
+    monkeypatch.setattr(Studio, "expected_seconds", lambda self, config: seconds[config.num])
+    studio = Studio.open(runs[:1], "cpu")
+    assert studio.initial["num"] == 2
+    monkeypatch.setattr(Studio, "expected_seconds", lambda self, config: 60.0)
+    studio = Studio.open(runs[:1], "cpu")
+    assert (studio.initial["num"], studio.draw.cache_info().currsize) == (1, 0)
+
+
+def test_two_systems_of_one_name_are_told_apart(runs):
+    model = load(runs[0], device="cpu")
+    html = heading(Studio([System(runs[0], model), System(runs[1], model)]))
+    assert "Two systems, one noise" in html
+    for run in runs:
+        assert f"{NAMES['x']} ({run.name})" in html
+    assert "Two predictions, one noise" in heading(Studio.open(runs, "cpu"))
 
 
 def test_both_systems_begin_with_the_same_noise_and_the_path_is_that_of_the_api(studio, runs):
@@ -199,8 +238,8 @@ def test_wrong_input_gets_a_sentence_and_the_pictures_stay(studio, changes, mess
 
 def test_the_second_seed_is_checked_too(studio):
     handlers = Handlers(studio)
-    assert "Second seed must be" in handlers.walk(*VALUES.values(), -3)
-    assert handlers.walk(*VALUES.values(), 6).count("<img") == 16
+    assert "Second seed must be" in last(handlers.walk(*VALUES.values(), -3))
+    assert last(handlers.walk(*VALUES.values(), 6)).count("<img") == 16
 
 
 def test_one_drawing_has_a_limit_of_work(studio):
@@ -214,19 +253,23 @@ def test_guidance_of_a_network_without_a_null_class_is_explained(runs):
     without = dataclasses.replace(model.checkpoint.config, label_dropout=0.0)
     checkpoint = dataclasses.replace(model.checkpoint, config=without)
     alone = Studio([System(runs[0], Model(checkpoint, model._weights, "", "cpu"))])
-    note = Handlers(alone).draw(*{**VALUES, "cfg_scale": 2}.values(), 1, None)[1]
+    note = ask(alone, cfg_scale=2)[1]
     assert "trained without dropping labels" in note
 
 
 def test_a_long_drawing_waits_for_the_button(studio, monkeypatch):
     monkeypatch.setattr(studio, "_seconds_per_row", 10.0)
     handlers, inputs = Handlers(studio), [*{**VALUES, "seed": 77}.values(), 1, None]
-    shown, note, drawn, *_ = handlers.draw_if_quick(*inputs)
+    ((shown, note, drawn, *_),) = handlers.draw_if_quick(*inputs)
     assert "Press Draw: it takes about 2 min" in note
     assert (shown, drawn) == (gradio.skip(), None)
-    assert "<img" in handlers.draw(*inputs)[0]
+    # The button first says how long it takes.
+    (shown, note, *_), drawn = handlers.draw(*inputs)
+    assert "Drawing 2 images: about 2 min" in note
+    assert shown == gradio.skip()
+    assert "<img" in drawn[0]
     # Now it is fast, as measured.
-    assert "<img" in handlers.draw_if_quick(*inputs)[0]
+    assert "<img" in last(handlers.draw_if_quick(*inputs))[0]
 
 
 def test_the_stop_button_ends_a_drawing(studio):
@@ -334,7 +377,8 @@ def test_the_app_of_an_exported_folder_calls_the_pipeline(building):
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     pipe = FakePipeline()
-    page = app.build(pipe, {0: "tench", 1: "goldfish"})
+    names = {0: "tench", 1: "goldfish"}
+    page = app.build(pipe, names, 32)
     draw = next(fn.fn for fn in page.fns.values() if fn.api_name == "draw")
     assert len(draw(1, 3, 7, 1.5, 0.1, 1, 20, "heun")) == 3
     settings = {
@@ -359,3 +403,8 @@ def test_the_app_of_an_exported_folder_calls_the_pipeline(building):
         with pytest.raises(gradio.Error, match=message):
             draw(*wrong)
     assert len(pipe.calls) == 2
+    # Photographs are enlarged with smoothing, digits without.
+    for side, classes in ((32, ["pixels"]), (256, [])):
+        blocks = app.build(pipe, names, side).blocks.values()
+        (gallery,) = [block for block in blocks if isinstance(block, gradio.Gallery)]
+        assert gallery.elem_classes == classes

@@ -153,6 +153,7 @@ def test_a_phone_scrolls_in_one_direction(demo: Demo) -> None:
     )
     demo.until(f"window.innerWidth == {width}")
     assert demo.browser.evaluate("document.documentElement.scrollWidth") == width
+    assert demo.browser.evaluate("document.querySelector('#main').getBoundingClientRect().left") < 20
     outside = demo.browser.evaluate(
         "[...document.querySelectorAll('#main *, #heading *')].filter(e => "
         f"e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 120))"

@@ -202,7 +202,7 @@ def test_matched_runs_differ_in_the_axes_alone(latents):
 
 def test_a_width_is_an_axis_only_where_it_is_named(latents):
     base = base_config(latents)
-    runs = [to_json(vary(base, "x", "v", 1, 0, width)) for width in (32, 64)]
+    runs = [to_json(vary(base, "x", "v", 1, 0, {"width": width})) for width in (32, 64)]
     assert check_matched(runs, ablation_config(latents, width=(32, 64))) == [
         "network.hidden_size",
         "network.num_heads",
@@ -210,7 +210,7 @@ def test_a_width_is_an_axis_only_where_it_is_named(latents):
     with pytest.raises(JLTError, match="also differ in network.hidden_size, network.num_heads"):
         check_matched(runs, ablation_config(latents))
     with pytest.raises(JLTError, match="A width of 40 is no multiple of the 16 values of a head"):
-        vary(base, "x", "v", 1, 0, 40)
+        vary(base, "x", "v", 1, 0, {"width": 40})
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,30 @@ def test_the_geometry_is_changed_and_nothing_else(latents, tmp_path, monkeypatch
     again = ablate(config, latents, tmp_path / "out", workers=2, command="again")
     assert again.forecasts == ablation.forecasts
     assert file_bytes(tmp_path / "out" / "runs") == before
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_members_of_the_lines_weightings_and_times_are_axes(latents, tmp_path, monkeypatch):
+    monkeypatch.setattr("jlt.experiments.checkpoint_evaluation.GRID_COLUMNS", 2)
+    config = ablation_config(
+        latents,
+        prediction=("x", "skip=0.30"),
+        loss_space=("v", "edm"),
+        patch_size=(1,),
+        weighting=("min_snr", "uncertainty"),
+        times=("half_cauchy",),
+        evaluations=1,
+    )
+    ablation = ablate(config, latents, tmp_path / "out", workers=2, command="jlt ablate digits")
+    assert {system.name.partition("-XS")[0] for system in ablation.systems} == {"JLT", "DiT-skip=0.3"}
+    assert "skip=0.3-edm-p1-min_snr-half_cauchy-s0" in {Path(system.run).name for system in ablation.systems}
+    assert {system.variant for system in ablation.systems} == {
+        f"weighting {weighting}, times half_cauchy" for weighting in ("min_snr", "uncertainty")
+    }
+    assert set(ablation.matched.differs) == {"prediction", "loss.space", "loss.weighting"}
+    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "DiT-skip=0.3-XS/1" in page
+    assert "weighting min_snr, times half_cauchy" in page
 
 
 def test_every_loss_space_has_a_forecast(latents, tmp_path):

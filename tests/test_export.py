@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,17 +21,25 @@ from jlt.autoencoders.taef2 import TAEF2
 from jlt.cli.main import main
 from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError
+from jlt.interop import export as export_module
+from jlt.interop import importing
 from jlt.interop.export import export_file, export_folder, push_folder
-from jlt.interop.import_pipeline import import_pipeline
+from jlt.interop.importing import write_run as write_imported
 from jlt.interop.pipeline_settings import INDEX, RECORD, WEIGHTS, ExportConfig
+from jlt.interop.read_export import IDENTITY, read_export
 from jlt.results.evaluation import Evaluation, Metrics
 from jlt.results.files import write_result
 from jlt.sampling.sampler import open_sampler
 from jlt.storage.files import read_json, sealed_text, sha256_file
+from jlt.storage.folders import LOCK, lock_folder
 from jlt.storage.weights import read_metadata
-from jlt.training.checkpoint import open_checkpoint
 
 NO_CARD = ExportConfig(samples=0)
+
+
+def back(source, out):
+    """Import an export as a run, and open its checkpoint."""
+    return write_imported(read_export(source, str(source)), out)
 
 
 @pytest.fixture
@@ -105,8 +114,17 @@ def test_a_single_file_holds_weights_and_settings(checkpoint, tmp_path):
     assert settings["network"]["hidden_size"] == 16
     assert settings["settings"]["prediction"] == "x"
     assert export_file(checkpoint, path, NO_CARD) == path
+    bytes_of_it = path.read_bytes()
+    for _ in range(5):
+        path.unlink()
+        assert export_file(checkpoint, path, NO_CARD).read_bytes() == bytes_of_it
     with pytest.raises(JLTError, match="exists and is not this export"):
         export_file(checkpoint, path, dataclasses.replace(NO_CARD, ema="none"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(JLTError, match="exists and is not this export"):
+        export_file(checkpoint, path, NO_CARD)
     with pytest.raises(UsageError, match=r"end with \.safetensors"):
         export_file(checkpoint, tmp_path / "model", NO_CARD)
 
@@ -164,7 +182,7 @@ def test_each_autoencoder_decodes_in_the_pipeline_and_comes_back(name, request, 
     shutil.rmtree(tmp_path / "run")
     if place:
         shutil.rmtree(place)
-    again = open_checkpoint(import_pipeline(folder, tmp_path / "back"))
+    again = back(folder, tmp_path / "back")
     assert torch.equal(images_of(again), expected)
 
 
@@ -331,12 +349,14 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_replaced(check
         with pytest.raises(KeyboardInterrupt):
             export_folder(checkpoint, tmp_path / "export", NO_CARD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    left = tmp_path / f".export.{2**31 - 1}.partial"
-    left.mkdir()
-    (left / "left").write_text("by a killed process")
-    folder = export_folder(checkpoint, tmp_path / "export", NO_CARD)
-    assert "left" not in files_of(folder)
+    left, written = (tmp_path / f".export.{process}.partial" for process in (2**31 - 1, 2**31 - 2))
+    for partial in (left, written):
+        partial.mkdir()
+        (partial / LOCK).touch()
+    with lock_folder(written):
+        export_folder(checkpoint, tmp_path / "export", NO_CARD)
     assert not left.exists()
+    assert written.exists()
 
 
 # The upload
@@ -424,8 +444,8 @@ def test_what_was_exported_comes_back_as_a_run(checkpoint, tmp_path, ema, stored
         exported = export_folder(checkpoint, tmp_path / "export", config)
     else:
         exported = export_file(checkpoint, tmp_path / "export.safetensors", config)
-    run = import_pipeline(exported, tmp_path / "back")
-    again = open_checkpoint(run)
+    again = back(exported, tmp_path / "back")
+    run = again.run
     assert (again.step, again.config.prediction, again.config.name) == (7, "x", "test")
     assert again.latents["class_names"] == NAMES
     assert (run / "config.json").is_file()
@@ -434,19 +454,73 @@ def test_what_was_exported_comes_back_as_a_run(checkpoint, tmp_path, ema, stored
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_run_is_not_overwritten(folder, tmp_path):
-    run = import_pipeline(folder, tmp_path / "back")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert import_pipeline(folder, tmp_path / "back") == run
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(JLTError, match="holds other files, such as file: choose an empty or new folder"):
-        import_pipeline(folder, tmp_path / "full")
+def test_the_same_import_again_is_recognised_and_others_are_refused(checkpoint, folder, tmp_path):
+    first = back(folder, tmp_path / "back")
+    stamp = (first.folder / "manifest.json").stat().st_mtime_ns
+    shutil.move(folder, tmp_path / "elsewhere")
+    assert back(tmp_path / "elsewhere", tmp_path / "back").sha256 == first.sha256
+    assert (first.folder / "manifest.json").stat().st_mtime_ns == stamp
+    other = write_run(tmp_path / "other", seed=1)
+    # All settings are equal, and the weights differ.
+    with pytest.raises(JLTError, match=r"holds other work, which differs in: latents\.source\.imported"):
+        back(export_folder(other, tmp_path / "export", NO_CARD), tmp_path / "back")
+    for number, taken in enumerate(("file", "folder/note")):
+        (tmp_path / taken).parent.mkdir(exist_ok=True)
+        (tmp_path / taken).write_text("mine")
+        with pytest.raises(JLTError, match=("is a file", "holds other files, such as note")[number]):
+            back(tmp_path / "elsewhere", tmp_path / taken.partition("/")[0])
+
+
+def test_what_an_export_has_not_is_named(folder, tmp_path):
+    again = back(folder, tmp_path / "back")
+    with pytest.raises(JLTError, match=r"holds no network\.safetensors: an imported run has only the weights"):
+        images_of(again, ema="none")
+
+
+def test_of_two_imports_at_once_the_slower_one_uses_the_faster_ones(folder, tmp_path, monkeypatch):
+    original, winner = importing.save_checkpoint, []
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(importing, "save_checkpoint", original)
+        winner.append(back(folder, tmp_path / "back"))
+        return original(*arguments)
+
+    monkeypatch.setattr(importing, "save_checkpoint", overtaken)
+    loser = back(folder, tmp_path / "back")
+    assert loser.sha256 == winner[0].sha256
+    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in loser.run.iterdir()} == {"checkpoints", "config.json"}
+
+
+def test_of_two_exports_at_once_the_slower_one_uses_the_faster_ones(checkpoint, tmp_path, monkeypatch):
+    original = export_module.write_card
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(export_module, "write_card", original)
+        export_folder(checkpoint, tmp_path / "export", faster)
+        original(*arguments)
+
+    for faster in (NO_CARD, dataclasses.replace(NO_CARD, ema="none")):
+        monkeypatch.setattr(export_module, "write_card", overtaken)
+        refused = pytest.raises(JLTError, match="holds another export") if faster.ema else contextlib.nullcontext()
+        with refused:
+            export_folder(checkpoint, tmp_path / "export", NO_CARD)
+        assert read_json(tmp_path / "export" / RECORD)["export"]["ema"] == faster.ema or "0.9"
+        assert not list(tmp_path.glob(".*"))
+        shutil.rmtree(tmp_path / "export")
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_weights_that_are_not_finite_are_refused(folder, checkpoint, tmp_path, form):
     without_record(folder)
-    replace_weights(folder, lambda weights: {name: value + 1 for name, value in weights.items()})
-    with pytest.raises(JLTError, match="holds other weights: choose a new or empty folder"):
-        import_pipeline(folder, tmp_path / "back")
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    source = folder if form == "folder" else export_file(checkpoint, tmp_path / "export.safetensors", NO_CARD)
+    path = folder / "transformer" / WEIGHTS if form == "folder" else source
+    weights, metadata = load_file(path), read_metadata(path)
+    next(iter(weights.values())).view(-1)[1] = float("nan")
+    save_file(weights, path, metadata)
+    with pytest.raises(JLTError, match="holds values that are not finite in "):
+        back(source, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def without_record(folder: Path) -> None:
@@ -456,7 +530,7 @@ def without_record(folder: Path) -> None:
 
 def test_a_folder_without_hashes_is_read_with_a_message(checkpoint, folder, tmp_path, capsys):
     without_record(folder)
-    again = open_checkpoint(import_pipeline(folder, tmp_path / "back"))
+    again = back(folder, tmp_path / "back")
     assert "not checked against their hashes" in capsys.readouterr().err
     assert torch.equal(images_of(again), images_of(checkpoint))
 
@@ -465,7 +539,7 @@ def test_no_code_of_a_folder_runs(folder, tmp_path):
     without_record(folder)
     for path in folder.rglob("*.py"):
         path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    import_pipeline(folder, tmp_path / "back")
+    back(folder, tmp_path / "back")
     assert not (tmp_path / "ran").exists()
     assert not list((tmp_path / "back").rglob("*.py"))
 
@@ -488,11 +562,17 @@ def edit_json(path: Path, **changes) -> None:
         ({"_class_name": ["pipeline", "OtherPipeline"]}, "pipeline of the class"),
         ({"prediction": "score"}, "prediction must be one of x, eps, v"),
         ({"unheard": 1}, "no setting named 'unheard'"),
-        ({"noise_scale": float("nan")}, "noise_scale must be positive"),
+        ({"noise_scale": float("nan")}, "has a number that is not finite"),
+        ({"autoencoder__held_out_psnr": float("inf")}, "has a number that is not finite"),
+        ({"autoencoder__class": 1}, r"autoencoder\.class and"),
         ({"id2label": {"0": "a", "7": "b"}}, "id2label must name each of the 4 classes"),
         ({"training__ema": "../../escape"}, "training.ema is no average"),
         ({"training__ema": "0.90"}, "training.ema is no average"),
         ({"training__step": -5}, "training.step must be 0 or more"),
+        ({"training__step": 10**400}, "training.step must be 0 or more"),
+        ({"noise_scale": 10**400}, "noise_scale must be float, not 1000"),
+        ({"prediction": "x" * 10**6}, "prediction must be one of x, eps, v, not 'xxx"),
+        ({"training__label_dropout": 2.0}, "label_dropout must be"),
         ({"training": None}, "training must be TrainingFacts"),
         ({"autoencoder__source": "/etc"}, "autoencoder.source must be the Hub id"),
         ({"autoencoder__source": "../x"}, "autoencoder.source must be the Hub id"),
@@ -510,19 +590,28 @@ def test_hostile_settings_are_refused(folder, tmp_path, changes, message):
         edit_json(folder / INDEX, vae=[None, None])
     edit_json(folder / INDEX, **changes)
     with pytest.raises(JLTError, match=message):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_an_autoencoder_without_a_part_of_its_identity_is_refused(folder, tmp_path, key):
+    without_record(folder)
+    described = read_json(folder / INDEX)["autoencoder"]
+    edit_json(folder / INDEX, autoencoder={name: value for name, value in described.items() if name != key})
+    with pytest.raises(JLTError, match=rf"autoencoder\.{key} is missing"):
+        read_export(folder, str(folder))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"depth": 10**12}, "holds 2 blocks, and its settings state a depth of 1000000000000"),
-        ({"height": 10**9, "width": 10**9}, "are too large"),
+        ({"height": 10**9, "width": 10**9}, "jlt reads no images of more than 4,096 pixels"),
         ({"hidden_size": 2**40}, "is not|does not hold|impossible network"),
         ({"hidden_size": 32}, r"network.* of \(.*16.* instead of \(.*32"),
         ({"num_heads": 0}, "num_heads must be positive"),
-        ({"mlp_ratio": float("inf")}, "impossible network"),
+        ({"mlp_ratio": 1e300}, "impossible network"),
         ({"context_tokens": 10**15}, "does not hold the weights|impossible network"),
         ({"patch_size": 2}, r"misshapen, such as network\.\S+ of"),
         ({"num_classes": 9}, "id2label must name each of the 9 classes"),
@@ -532,7 +621,7 @@ def test_impossible_networks_are_refused_before_memory_is_allocated(folder, tmp_
     without_record(folder)
     edit_json(folder / "transformer" / "config.json", **changes)
     with pytest.raises(JLTError, match=message):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -549,7 +638,7 @@ def test_impossible_autoencoders_are_refused_before_memory_is_allocated(folder, 
     without_record(folder)
     edit_json(folder / "vae" / "config.json", **changes)
     with pytest.raises(JLTError, match=message):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
 
 
 def replace_weights(folder: Path, change) -> None:
@@ -570,7 +659,7 @@ def test_wrong_weights_are_named(folder, tmp_path):
     for message, weights in cases.items():
         replace_weights(folder, lambda _, weights=weights: weights)
         with pytest.raises(JLTError, match=message):
-            import_pipeline(folder, tmp_path / "back")
+            back(folder, tmp_path / "back")
 
 
 def test_damaged_and_hostile_files_are_refused(folder, tmp_path):
@@ -580,20 +669,20 @@ def test_damaged_and_hostile_files_are_refused(folder, tmp_path):
     flipped[-1] ^= 1
     path.write_bytes(flipped)
     with pytest.raises(JLTError, match="was edited or damaged"):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
     without_record(folder)
     path.write_bytes(content[:-10])
     with pytest.raises(JLTError, match="not a readable safetensors file"):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
     torch.save({"weights": Trap(tmp_path / "sprung")}, path)
     with pytest.raises(JLTError, match="not a readable safetensors file"):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
     assert not (tmp_path / "sprung").exists()
     path.write_bytes(content)
-    for text in ("[" * 200_000, "[]", "{", " " * (2**24 + 1)):
+    for text in ("[" * 200_000, "[]", "{", " " * (2**24 + 1), '{"depth": 1' + 5_000 * "0" + "}"):
         (folder / "transformer" / "config.json").write_text(text)
         with pytest.raises(JLTError, match=r"transformer/config\.json"):
-            import_pipeline(folder, tmp_path / "back")
+            back(folder, tmp_path / "back")
 
 
 def test_paths_stay_in_the_folder(folder, tmp_path):
@@ -605,12 +694,12 @@ def test_paths_stay_in_the_folder(folder, tmp_path):
         changed.pop("sha256")
         (folder / RECORD).write_text(sealed_text(changed))
         with pytest.raises(JLTError, match="may name only files in its own folder"):
-            import_pipeline(folder, tmp_path / "back")
+            back(folder, tmp_path / "back")
     without_record(folder)
     (folder / "transformer" / WEIGHTS).unlink()
     (folder / "transformer" / WEIGHTS).symlink_to(secret)
     with pytest.raises(JLTError, match="leads out of"):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
 
 
 def test_links_with_known_hashes_are_followed_as_in_the_cache_of_the_hub(folder, tmp_path):
@@ -619,7 +708,7 @@ def test_links_with_known_hashes_are_followed_as_in_the_cache_of_the_hub(folder,
     for place, name in enumerate(sorted(files_of(folder))):
         (folder / name).rename(blobs / str(place))
         (folder / name).symlink_to(blobs / str(place))
-    assert open_checkpoint(import_pipeline(folder, tmp_path / "back")).step == 7
+    assert back(folder, tmp_path / "back").step == 7
     assert not any(path.is_symlink() for path in (tmp_path / "back").rglob("*"))
 
 
@@ -629,7 +718,11 @@ def test_files_that_the_record_does_not_list_are_refused(folder, tmp_path):
     record["files"].pop(f"transformer/{WEIGHTS}")
     (folder / RECORD).write_text(sealed_text(record))
     with pytest.raises(JLTError, match="does not list transformer/"):
-        import_pipeline(folder, tmp_path / "back")
+        back(folder, tmp_path / "back")
+    record["files"][f"transformer/{WEIGHTS}"] = None
+    (folder / RECORD).write_text(sealed_text(record))
+    with pytest.raises(JLTError, match="has no hash of 'transformer/"):
+        back(folder, tmp_path / "back")
 
 
 @pytest.mark.parametrize("content", [None, {}, {"settings": 1}])
@@ -638,6 +731,6 @@ def test_other_files_are_refused(tmp_path, content):
     metadata = None if content is None else {"jlt": json.dumps(content)}
     save_file({"weight": torch.zeros(2)}, path, metadata)
     with pytest.raises(JLTError, match="no settings in its metadata|is missing"):
-        import_pipeline(path, tmp_path / "back")
+        back(path, tmp_path / "back")
     with pytest.raises(JLTError, match=r"has no model_index\.json"):
-        import_pipeline(tmp_path, tmp_path / "back")
+        back(tmp_path, tmp_path / "back")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from jlt.networks.transformer import build_network
 from jlt.sampling.sampler import open_sampler
 
 NO_CARD = ExportConfig(samples=0)
-SYSTEMS = [(prediction, patch_size) for prediction in ("x", "eps", "v") for patch_size in (1, 2)]
+SYSTEMS = [("skip=0.3", 1), *((prediction, patch_size) for prediction in ("x", "eps", "v") for patch_size in (1, 2))]
 SOLVERS = ("euler", "midpoint", "dpmpp_2m", "ancestral")
 LABELS = [2, 0, 3]
 GUIDED = {"num_inference_steps": 5, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.9), "seed": 3}
@@ -135,10 +135,11 @@ def test_the_code_defines_every_name_and_imports_no_jlt(part, tmp_path):
     assert "jaxtyping" not in source.replace("jlt.interop", "")
 
 
-def test_the_network_in_the_code_gives_equal_bits(monkeypatch):
-    alone = ModuleType("transformer_jlt")
-    monkeypatch.setitem(sys.modules, alone.__name__, alone)
-    exec(standalone("jlt.interop.exported.transformer_jlt"), vars(alone))
+def test_the_network_in_the_code_gives_equal_bits(monkeypatch, tmp_path):
+    (tmp_path / "transformer_jlt.py").write_text(standalone("jlt.interop.exported.transformer_jlt"))
+    monkeypatch.syspath_prepend(tmp_path)
+    alone = importlib.import_module("transformer_jlt")
+    monkeypatch.delitem(sys.modules, "transformer_jlt")
     sizes = {"channels": 6, "height": 4, "width": 8, "num_classes": 5, "hidden_size": 24, "depth": 3, "num_heads": 2}
     config = NetworkConfig(**sizes, patch_size=2, bottleneck_size=5, fixed_positions=True, context_tokens=4)
     network = build_network(config, 0)
@@ -218,6 +219,23 @@ def test_a_folder_is_not_loaded_without_trust(folders, tmp_path):
 
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folders["v", 1])
+
+
+def test_two_folders_in_one_process_keep_their_own_code(folders, load, tmp_path):
+    """diffusers itself runs the code of both in one module, so the first would use the functions of the second."""
+    other = tmp_path / "other"
+    shutil.copytree(folders["x", 2], other)
+    path = other / "pipeline.py"
+    path.write_text(path.read_text().replace("levels = ((images + 1) * 127.5)", "levels = ((images + 1) * 0)"))
+    first = load(folders["v", 1])
+    before = levels(first([0], num_inference_steps=1).images)
+    second = load(other)
+    assert levels(second([0], num_inference_steps=1).images).max() == 0
+    assert (levels(first([0], num_inference_steps=1).images) == before).all()
+    first.save_pretrained(tmp_path / "saved")
+    for name in ("pipeline.py", "transformer/transformer_jlt.py"):
+        assert (tmp_path / "saved" / name).read_text() == (folders["v", 1] / name).read_text()
+    assert (levels(load(tmp_path / "saved")([0], num_inference_steps=1).images) == before).all()
 
 
 def test_labels_are_numbers_or_names(pipe):

@@ -25,10 +25,12 @@ from jlt.geometry.forecast import (
     width_floor,
 )
 from jlt.geometry.spectrum import shrunk
+from jlt.prediction import mixture
 from jlt.report.geometry_text import advice_sentences
 from jlt.results.geometry import TrainingModel
 from jlt.timesteps import times_from_uniform
 
+MEMBERS = (*PREDICTIONS, "edm", "skip=0.3", "mix=0.3")
 EIGENVALUES = np.array([6.0, 1.0, 0.3, 0.03, 0.0008])
 PUBLISHED = TimestepConfig()
 MODEL = TrainingModel(PUBLISHED, 0.05)
@@ -86,7 +88,7 @@ def test_capacity_curves_are_reduced_rank_regressions(prediction, t):
     assert curve[0] == pytest.approx(gain * (np.trace(own) - best), rel=1e-9)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", MEMBERS)
 def test_a_sampled_velocity_error_is_the_curve(prediction):
     """Draw data, noise and times, predict with the best map of rank 2, read the velocity out, and average."""
     random, count, rank = np.random.default_rng(0), 400_000, 2
@@ -95,10 +97,11 @@ def test_a_sampled_velocity_error_is_the_curve(prediction):
     x = random.standard_normal((count, 5)) * np.sqrt(EIGENVALUES)
     eps = random.standard_normal((count, 5))
     z, v = t * x + (1 - t) * eps, x - eps
+    alpha, beta = mixture(prediction, t)
     power = gaussian.explained_power(prediction, EIGENVALUES, t)
     kept = np.argsort(np.argsort(-power, axis=1), axis=1) < rank
     output = kept * gaussian.best_coefficient(prediction, EIGENVALUES, t) * z
-    read = {"x": (output - z) / (1 - t), "eps": (z - output) / t, "v": output}[prediction]
+    read = (output - (alpha + beta) * z) / ((1 - t) * alpha - t * beta)
     errors = ((read - v) ** 2 * loss_weight(t, 0.05)).sum(1)
     times = training_times(MODEL)
     expected = unavoidable_risk(EIGENVALUES, times) + capacity_curve(prediction, EIGENVALUES, times)[rank]
@@ -134,7 +137,7 @@ def test_the_quadrature_is_exact_where_the_answer_is_known():
         times = training_times(TrainingModel(TimestepConfig(P_mean=m, P_std=s), 0.0))
         known = 1 + 2 * math.exp(m + s**2 / 2) + math.exp(2 * m + 2 * s**2)
         assert times.average((1 - times.t) ** -2) == pytest.approx(known, rel=1e-10)
-    with pytest.raises(UsageError, match="above 0 for uniform times"):
+    with pytest.raises(UsageError, match="above 0 for times"):
         TrainingModel(TimestepConfig("uniform"), 0.0)
 
 
@@ -157,14 +160,15 @@ def test_no_shift_moves_a_time_to_the_end(config, shift):
     assert math.isfinite(needed_ranks(np.array([1.0, 0.0]), model, 0.05)["x"])
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", MEMBERS)
 def test_a_narrow_network_leaves_the_smallest_directions_of_its_target(prediction):
     """Of sampled targets, weighed as the loss does, no subspace of a width keeps more than that of their PCA."""
     random, count = np.random.default_rng(0), 400_000
     t = times_from_uniform(torch.from_numpy(random.uniform(size=count)), PUBLISHED).numpy()[:, None]
     x, eps = random.standard_normal((count, 5)) * np.sqrt(EIGENVALUES), random.standard_normal((count, 5))
-    weight = velocity_gain(prediction, t) * loss_weight(t, 0.05)
-    target = {"x": x, "eps": eps, "v": x - eps}[prediction] * np.sqrt(weight)
+    alpha, beta = mixture(prediction, t)
+    weight = loss_weight(t, 0.05) / ((1 - t) * alpha - t * beta) ** 2
+    target = (alpha * x + beta * eps) * np.sqrt(weight)
     kept = np.linalg.eigvalsh(target.T @ target / count)
     times = training_times(MODEL)
     for width in range(5):
@@ -222,6 +226,18 @@ def test_a_steep_spectrum_favours_clean_prediction():
     assert "can output" not in wide_text
     assert "may be small" in wide_text
     assert "may be small" not in narrow_text
+
+
+def test_further_predictions_have_forecasts_between_their_neighbours():
+    steep = np.logspace(1, -4, 64)
+    model = TrainingModel(PUBLISHED, 0.05, further=("mix=0.3", "skip=0.30", "edm", "v", "skip=0.3"))
+    assert model.predictions == (*PREDICTIONS, "mix=0.3", "skip=0.3", "edm")
+    found = forecast([estimate(steep)], model, [48])
+    needed = found.needed_directions
+    assert needed["x"] < needed["mix=0.3"] < needed["v"]
+    assert needed["skip=0.3"] < needed["edm"] < needed["eps"]
+    assert {name: needed[name] for name in PREDICTIONS} == needed_ranks(steep, MODEL, 0.05)
+    assert set(found.order) == set(found.curves) == set(found.advice[0].loss_floor) == set(model.predictions)
 
 
 def test_an_isotropic_space_hardly_cares():

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from jlt.cli.main import main
 from jlt.config import LossConfig, TimestepConfig
 from jlt.errors import JLTError, UsageError
-from jlt.interop import importing
+from jlt.interop import importing, read_authors
 from jlt.interop.import_config import ImportConfig
-from jlt.interop.importing import read_authors_file, write_run
+from jlt.interop.importing import write_run
+from jlt.interop.read_authors import read_authors_file
 from jlt.sampling.sampler import open_weights
 from jlt.training.checkpoint import MANIFEST, open_checkpoint, verify_checkpoints
 
@@ -38,7 +39,7 @@ def read(path, options):
 def imported(tmp_path, content, **options):
     """Import a content by its file, and return the checkpoint."""
     path = saved(tmp_path / "checkpoint-last.pth", content)
-    return open_checkpoint(write_run(read(str(path), ImportConfig(**options)), tmp_path / "run"))
+    return write_run(read(str(path), ImportConfig(**options)), tmp_path / "run")
 
 
 def refusal(tmp_path, content, kind=JLTError, **options):
@@ -192,8 +193,9 @@ def test_tensors_that_share_memory_are_written(tmp_path):
 # What becomes of a run
 
 
-def test_an_imported_run_is_sampled_and_fine_tuned(tmp_path, digit_latents, capsys):
+def test_an_imported_run_is_sampled_and_fine_tuned(tmp_path, digit_latents, capsys, monkeypatch):
     """A network of the digits' latents in the authors' form, through the commands that use a run."""
+    monkeypatch.setenv("JLT_CACHE", str(tmp_path / "cache"))
     content = tuned_to_digits(authors_content(img_size=32))
     path, run = saved(tmp_path / "a.pth", content), tmp_path / "run"
     options = ["--autoencoder", "tiny", "--class-names", str(digit_names(tmp_path))]
@@ -203,7 +205,9 @@ def test_an_imported_run_is_sampled_and_fine_tuned(tmp_path, digit_latents, caps
     assert len(list((tmp_path / "s").glob("*.png"))) == 2
     store = ["--latents", str(digit_latents)]
     geometry = ["--patch-size", "1", "--num", "32", "--out", str(tmp_path / "g")]
-    assert main(["analyze", *store, *checkpoint, *geometry]) == 0
+    exported = tmp_path / "exported"
+    assert main(["export", str(run), "--out", str(exported), "--samples", "0", "--with-vae"]) == 0
+    assert main(["analyze", *store, *checkpoint, str(exported), *geometry]) == 0
     assert main(["report", str(run)]) == 0
     assert main(["verify", str(run)]) == 0
     train = ["train", str(run / "config.json"), *store, "--out", str(tmp_path / "tuned"), "--init-from", str(run)]
@@ -241,7 +245,7 @@ def test_an_imported_run_without_a_count_of_images_is_no_recipe_by_itself(tmp_pa
 
 @pytest.mark.parametrize(("drift", "kind"), [(0.0, "fixed_positions"), (1e-3, "learned_positions")])
 def test_the_imported_jit_network_gives_the_numbers_of_its_facts(tmp_path, drift, kind):
-    states = {name: jit_weights(seed, drift=drift) for seed, name in enumerate(importing.STATES)}
+    states = {name: jit_weights(seed, drift=drift) for seed, name in enumerate(read_authors.STATES)}
     args = argparse.Namespace(img_size=16, ema_decay1=0.9999, ema_decay2=0.9996)
     content = {name: {f"net.{key}": value for key, value in weights.items()} for name, weights in states.items()}
     checkpoint = imported(tmp_path, {**content, "args": args, "epoch": 3})
@@ -256,7 +260,7 @@ def test_the_imported_jit_network_gives_the_numbers_of_its_facts(tmp_path, drift
     generator = torch.Generator().manual_seed(9)
     z, t = torch.randn(3, 3, 16, 16, generator=generator), torch.tensor([0.0, 0.4, 0.97])
     labels = torch.tensor([0, 3, 5])
-    for name, ema in zip(importing.STATES, ("none", "0.9999", "0.9996"), strict=True):
+    for name, ema in zip(read_authors.STATES, ("none", "0.9999", "0.9996"), strict=True):
         wanted = jit_forward(states[name], z, t, labels)
         assert relative_error(output(checkpoint, ema, z, t, labels), wanted) < TOLERANCE
 
@@ -463,6 +467,15 @@ def test_counts_without_meaning_count_nothing(tmp_path):
         shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e300])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    content = authors_content()
+    weights = content["model_ema2"]["net.final_layer.linear.weight"].double()
+    weights[1, 2] = value
+    content["model_ema2"]["net.final_layer.linear.weight"] = weights
+    assert "holds values that are not finite in final_layer.linear.weight of model_ema2" in refusal(tmp_path, content)
+
+
 def test_pixels_are_recognised(tmp_path):
     checkpoint = imported(tmp_path, authors_content(vae_type="identity", img_size=4))
     assert (checkpoint.config.network.height, checkpoint.latents["autoencoder"]["name"]) == (4, "pixels")
@@ -473,12 +486,15 @@ def test_sizes_in_the_settings_allocate_nothing(tmp_path):
     assert checkpoint.config.network.hidden_size == 32
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_settings_of_another_kind_are_refused(tmp_path):
     assert "args is list" in refusal(tmp_path, {**authors_content(), "args": [1]})
     assert "holds int as 'net.a' in model" in refusal(tmp_path, {**authors_content(), "model": {"net.a": 1}})
     assert "no named tensors as model" in refusal(tmp_path, {**authors_content(), "model": [1]})
     whole = {"net.a": torch.zeros(2, dtype=torch.int8)}
     assert "as no plain tensor" in refusal(tmp_path, {**authors_content(), "model": whole})
+    ragged = {"net.a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}
+    assert "as no plain tensor" in refusal(tmp_path, {**authors_content(), "model": ragged})
 
 
 def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path):
@@ -517,7 +533,7 @@ def test_the_same_import_again_is_recognised_and_others_are_refused(tmp_path):
         write_run(read(path, ImportConfig()), tmp_path / "taken" / "letter")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
-    assert open_checkpoint(write_run(read(path, ImportConfig()), tmp_path / "link").parent.parent).step == 1234
+    assert write_run(read(path, ImportConfig()), tmp_path / "link").step == 1234
 
 
 def test_an_interrupted_import_leaves_nothing_that_looks_like_a_run(tmp_path, monkeypatch):
@@ -534,7 +550,7 @@ def test_an_interrupted_import_leaves_nothing_that_looks_like_a_run(tmp_path, mo
     command = [sys.executable, "-c", script, "import", str(tmp_path / "a.pth"), "--out", str(tmp_path / "run")]
     assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == -9
     assert not (tmp_path / "run").exists()
-    assert open_checkpoint(write_run(source, tmp_path / "run")).step == 1234
+    assert write_run(source, tmp_path / "run").step == 1234
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "run"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json"]
 

@@ -14,7 +14,7 @@ from jlt.evaluation.metrics import jackknife
 from jlt.experiments import price as pricing
 from jlt.experiments.price import PriceConfig
 from jlt.report.page import write_report
-from jlt.report.price_page import verdict
+from jlt.report.price_text import verdict
 from jlt.results.evaluation import Evaluation, Jackknife, Metrics
 from jlt.results.files import read_result, write_result
 from jlt.results.price import Price, SamplerSetting

@@ -6,14 +6,15 @@ import pytest
 import scipy.integrate
 import torch
 
-from jlt.config import PREDICTIONS, LossConfig, TimestepConfig
-from jlt.errors import JLTError
+from jlt.config import PREDICTIONS, LossConfig, TimestepConfig, canonical_prediction
+from jlt.errors import JLTError, UsageError
 from jlt.loss import denoising_loss
 from jlt.path import expand_time, interpolate
-from jlt.prediction import clean_from_velocity, target, velocity_from_output
+from jlt.prediction import clean_from_velocity, mixture, readout_gain, slope, target, velocity_from_output
 from jlt.timesteps import shift_time, time_density, times_from_uniform, uniform_grid
 
-CELLS = list(itertools.product(PREDICTIONS, PREDICTIONS))
+MEMBERS = (*PREDICTIONS, "edm", "skip=0.1", "skip=20", "mix=0.3", "mix=2")
+CELLS = list(itertools.product(MEMBERS, (*PREDICTIONS, "edm", "mix=0.3")))
 SHAPES = [(64,), (64, 3), (64, 2, 4, 4), (64, 2, 3, 4, 5)]
 
 
@@ -32,7 +33,7 @@ def test_velocity_is_the_derivative_of_the_path(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", MEMBERS)
 def test_perfect_outputs_read_out_to_the_true_sample(shape, prediction):
     sample = draw(shape)
     v = velocity_from_output(prediction, target(prediction, sample), sample.z, sample.t)
@@ -50,9 +51,53 @@ def test_clamped_readout_is_eq_3():
 
 
 def in_space(space, v, sample):
-    """Eq. 4."""
+    """Eq. 4, and eq. 2 for the others."""
     t = expand_time(sample.t, v)
-    return {"v": v, "x": sample.z + (1 - t) * v, "eps": sample.z - t * v}[space]
+    x, eps = sample.z + (1 - t) * v, sample.z - t * v
+    if space in PREDICTIONS:
+        return {"v": v, "x": x, "eps": eps}[space]
+    alpha, beta = (expand_time(part, v) for part in mixture(space, sample.t))
+    return alpha * x + beta * eps
+
+
+@pytest.mark.parametrize("prediction", MEMBERS)
+def test_the_slope_is_that_of_the_target_along_the_velocity(prediction):
+    sample = draw((64, 3))
+    target_at = [in_space(prediction, sample.v + shift, sample) for shift in (0, 1)]
+    m = slope(prediction, sample.t)
+    torch.testing.assert_close(target_at[1] - target_at[0], expand_time(m, sample.z).expand(64, 3))
+    assert m.sign().unique().equal(readout_gain(prediction, sample.t, 0.3).sign().unique())
+    assert len(m.sign().unique()) == 1
+
+
+def test_a_skip_is_edm_and_both_lines_begin_at_x():
+    """Karras et al. 2022, table 1, with sigma = (1-t)/t and z/t = x + sigma eps, for data of standard deviation 1."""
+    sample = draw((64, 3))
+    t = expand_time(sample.t, sample.x)
+    sigma, noisy = (1 - t) / t, sample.z / t
+    c_skip, c_out = 1 / (sigma**2 + 1), sigma / (sigma**2 + 1).sqrt()
+    torch.testing.assert_close(target("edm", sample), (sample.x - c_skip * noisy) / c_out)
+    for member in ("skip=1e-9", "mix=1e-9"):
+        torch.testing.assert_close(target(member, sample), sample.x, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(target("mix=0.999999999", sample), sample.v, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(target("skip=1e9", sample) / -1e9, sample.eps, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("skip=0", "x"), ("mix=0.0", "x"), ("mix=1", "v"), ("skip=1.0", "edm"), ("skip=0.10", "skip=0.1"), ("eps", "eps")],
+)
+def test_a_prediction_has_one_name(name, expected):
+    assert canonical_prediction(name) == expected
+    assert LossConfig(space=name).space == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["w", "skip", "skip=", "skip=-1", "skip=nan", "mix=inf", "eps=1", "x=2", "skip=1=2", ""]
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(UsageError, match="no prediction named"):
+        canonical_prediction(name)
 
 
 @pytest.mark.parametrize(("prediction", "space"), CELLS)
@@ -79,15 +124,29 @@ def test_matched_loss_depends_on_the_velocity_error_alone(prediction, space):
     error = torch.randn_like(sample.x)
     t = expand_time(sample.t, sample.x)
     v = sample.v + error
-    output = {"x": sample.z + (1 - t) * v, "eps": sample.z - t * v, "v": v}[prediction]
+    output = in_space(prediction, v, sample)
     w = ((1 - t) / (1 - t).clamp_min(t_eps)) ** 2 * (t / t.clamp_min(t_eps)) ** 2
-    gain = {"x": 1 - t, "eps": t, "v": 1}[space]
+    gain = {"x": 1 - t, "eps": t, "v": 1}[space] if space in PREDICTIONS else slope(space, t)
     expected = (w * (gain * error) ** 2).flatten(1).mean(1)
     loss = denoising_loss(prediction, output, sample, LossConfig(space, "matched", t_eps))
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("weighting", ["published", "matched"])
+@pytest.mark.parametrize("prediction", MEMBERS)
+def test_min_snr_weighs_the_velocity_as_published(prediction):
+    """Hang et al. 2023: the error of x times min(SNR, 5), with the ends of the path as in `matched`."""
+    sample, t_eps = draw((256, 3)), 0.05
+    error = torch.randn_like(sample.x)
+    t = sample.t
+    w = ((1 - t) / (1 - t).clamp_min(t_eps)) ** 2 * (t / t.clamp_min(t_eps)) ** 2
+    clean_error = (1 - t)[:, None] * error
+    expected = w * ((t / (1 - t)) ** 2).clamp_max(5) * clean_error.square().mean(1)
+    output = in_space(prediction, sample.v + error, sample)
+    loss = denoising_loss(prediction, output, sample, LossConfig("v", "min_snr", t_eps))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["published", "matched", "min_snr", "uncertainty"])
 @pytest.mark.parametrize(("prediction", "space"), CELLS)
 def test_losses_are_finite_at_both_ends(prediction, space, weighting):
     x, eps = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))
@@ -105,6 +164,8 @@ def test_losses_are_finite_at_both_ends(prediction, space, weighting):
         TimestepConfig("uniform"),
         TimestepConfig(shift=3.0),
         TimestepConfig("uniform", shift=0.4),
+        TimestepConfig("half_cauchy"),
+        TimestepConfig("half_cauchy", shift=0.843),
     ],
 )
 def test_times_have_the_stated_density(config):
@@ -142,3 +203,21 @@ def test_shift_and_grid():
 def test_loss_without_clamp_is_refused(t_eps):
     with pytest.raises(JLTError, match="t_eps"):
         LossConfig(t_eps=t_eps)
+
+
+@pytest.mark.parametrize("lam", [0.04, 1.0, 7.0])
+def test_half_cauchy_times_count_an_error_as_sampling_does(lam):
+    """Eq. 14 by brute force: a velocity error at a time, carried to the data by the exact flow of a Gaussian."""
+    times = torch.linspace(0.05, 0.9, 18, dtype=torch.float64)
+    counted = []
+    for start in times.tolist():
+        # dz/dt of eq. 10, from an error of one unit at `start`.
+        def flow(t, z):
+            variance = t**2 * lam + (1 - t) ** 2
+            return (t * lam - (1 - t)) / variance * z
+
+        end = scipy.integrate.solve_ivp(flow, (start, 1.0), [1.0], rtol=1e-9, atol=1e-12).y[0, -1]
+        counted.append(end**2)
+    density = time_density(times, TimestepConfig("half_cauchy", shift=lam**0.5))
+    ratio = torch.tensor(counted, dtype=torch.float64) / density
+    torch.testing.assert_close(ratio / ratio[0], torch.ones_like(ratio), rtol=1e-5, atol=1e-5)

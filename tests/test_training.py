@@ -46,10 +46,10 @@ def test_loss_falls(store, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("stops", [(3,), (4, 5, 11)])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(store, tmp_path, stops):
+@pytest.mark.parametrize(("stops", "weighting"), [((3,), "uncertainty"), ((4, 5, 11), "matched")])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(store, tmp_path, stops, weighting):
     # Three batches of 16 make an epoch of 50 and a bit: every stop is within an epoch.
-    config = config_for(store)
+    config = config_for(store, loss=LossConfig(weighting=weighting))
     train(config, store, tmp_path / "whole")
     for step in (*stops, config.steps):
         train(dataclasses.replace(config, steps=step), store, tmp_path / "parts")

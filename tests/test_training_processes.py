@@ -22,7 +22,11 @@ from jlt.training.checkpoint import open_checkpoint, verify_checkpoints
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = ["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "5", "--flips", "--checkpoint-every", "4"]
+ARGUMENTS = [
+    *["--ema", "0.9", "0.5", "--power-ema", "0.1", "--snapshot-every", "5", "--flips", "--checkpoint-every", "4"],
+    # It holds a state of its own, which processes must share.
+    *["--loss.weighting", "uncertainty"],
+]
 
 
 def losses(run):

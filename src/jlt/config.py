@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from jlt.errors import JLTError
+from jlt.errors import JLTError, unknown_name
 
-Prediction = Literal["x", "eps", "v"]
-LossSpace = Literal["x", "eps", "v"]
-Weighting = Literal["published", "matched"]
+Prediction = str
+"""The name of a target: x, eps, v, edm, or a point of a line through x, skip=S or mix=R (eq. 2)."""
+LossSpace = Prediction
+Weighting = Literal["published", "matched", "min_snr", "uncertainty"]
+TimeDistribution = Literal["logit_normal", "uniform", "half_cauchy"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 InferencePrecision = Literal["float32", "bfloat16"]
 Parallel = Literal["ddp", "fsdp"]
@@ -35,7 +36,15 @@ Metric = Literal[
     "coverage",
     "label_agreement",
 ]
-PREDICTIONS: tuple[Prediction, ...] = typing.get_args(Prediction)
+PREDICTIONS: tuple[Prediction, ...] = ("x", "eps", "v")
+"""The three targets of Fu et al. 2026; further ones are members of the two lines."""
+NAMED: dict[Prediction, tuple[str, float]] = {
+    "x": ("mix", 0.0),
+    "eps": ("eps", 0.0),
+    "v": ("mix", 1.0),
+    "edm": ("skip", 1.0),
+}
+"""Predictions with a name of their own, as points of lines; both lines begin at x."""
 ADDED_LATER = {"omit_default": True}
 """Metadata of a setting that files do not hold where it has its default, so that older runs still compare equal."""
 MAX_SIGMA_REL = 0.28
@@ -57,6 +66,27 @@ def _require_nonnegative(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value is None or value >= 0, f"{name} must be 0 or more, not {value}.")
+
+
+def parse_prediction(name: Prediction) -> tuple[str, float]:
+    """Return the line of a prediction, mix, skip or eps, and its point on it, 0 or more; UsageError for other names."""
+    if name in NAMED:
+        return NAMED[name]
+    line, _, text = name.partition("=")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if line not in ("mix", "skip") or not 0 <= value < math.inf:
+        raise unknown_name("prediction", name, [*NAMED, "skip=0.3", "mix=0.5"])
+    return (line, value) if value else NAMED["x"]
+
+
+def canonical_prediction(name: Prediction) -> Prediction:
+    """Return the one name of a prediction: skip=1.0 is edm, and skip=0.10 is skip=0.1."""
+    point = parse_prediction(name)
+    own_names = {point: own_name for own_name, point in NAMED.items()}
+    return own_names.get(point, f"{point[0]}={point[1]:g}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +136,11 @@ class NetworkConfig:
     learned_positions: bool = field(default=False, metadata=ADDED_LATER)
     """Add learnt positions to the tokens instead of fixed ones; imported files of JiT have them."""
 
+    @property
+    def latent_shape(self) -> LatentShape:
+        """The shape of the latents, and the number of classes that label them."""
+        return LatentShape(self.channels, self.height, self.width, self.num_classes)
+
     def __post_init__(self) -> None:
         _require_positive(self, "channels", "height", "width", "num_classes", "hidden_size", "depth", "num_heads")
         _require_positive(self, "mlp_ratio")
@@ -145,13 +180,14 @@ class LossConfig:
     """The space of the error and its weight over time (eq. 5)."""
 
     space: LossSpace = "v"
-    """Space in which the error is measured, independent of the prediction."""
+    """Space in which the error is measured, independent of the prediction; any prediction's name."""
     weighting: Weighting = "matched"
-    """matched weights the same velocity error equally for every prediction; published is the authors' loss."""
+    """Weight over time: published is the authors'; matched, min_snr and uncertainty are equal for all predictions."""
     t_eps: float = 0.05
     """Smallest denominator of a readout (eq. 3) in the loss."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "space", canonical_prediction(self.space))
         _require(0 < self.t_eps < 1, f"t_eps must be in (0, 1), not {self.t_eps}: a loss divides by max(1 - t, t_eps).")
 
 
@@ -159,8 +195,8 @@ class LossConfig:
 class TimestepConfig:
     """The distribution of training times (eq. 6)."""
 
-    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Distribution of training times (eq. 6)."""
+    distribution: TimeDistribution = "logit_normal"
+    """Distribution of training times (eq. 6); half_cauchy counts errors as sampling does (eq. 14)."""
     P_mean: float = -0.8
     """Mean of logit(t) in the logit-normal distribution."""
     P_std: float = 0.8
@@ -297,7 +333,7 @@ class TrainConfig:
     name: str
     """Name of the system; it follows from prediction, size and patch."""
     prediction: Prediction
-    """What the network outputs: the clean latent x, the noise eps or the velocity v."""
+    """What the network outputs: x, eps, v, edm, skip=S (from x to edm and beyond) or mix=R (x - R eps)."""
     network: NetworkConfig
     """The transformer."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -364,6 +400,7 @@ class TrainConfig:
     """Send the log to Weights & Biases, or write it into RUN/wandb for later."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prediction", canonical_prediction(self.prediction))
         _require_positive(self, "batch_size", "steps", "log_every", "checkpoint_every", "snapshot_every")
         _require_positive(self, "max_skipped", "noise_scale")
         _require_nonnegative(self, "epochs", "micro_batch_size", "accumulation", "keep_last", "keep_every")

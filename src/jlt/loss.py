@@ -1,12 +1,12 @@
-"""The denoising loss in any of three spaces for any of three predictions (eq. 5).
+"""The denoising loss in the space of any prediction, for any prediction (eq. 5).
 
 Every space and prediction is an affine function of the network's output o for fixed z and t, so the error in space s is
 a time-dependent factor times the output's own error o - y, y the target. The loss is therefore computed there, where it
-is well conditioned, and the nine cells and two weightings are nine factors each:
+is well conditioned, and every combination of prediction, space and weighting is one factor:
 
-    error_s = space_gain_s(t) * readout_gain_p(t) * (o - y)
+    error_s = m_s(t) / m_p(t) * (o - y)
 
-Symbols as in `jlt.path` and `jlt.prediction`; p is the prediction and s the loss space.
+m is the slope of eq. 3, p the prediction and s the loss space.
 """
 
 from __future__ import annotations
@@ -15,35 +15,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jlt.config import LossConfig, LossSpace, Prediction
+from jlt.config import LossConfig, Prediction
 from jlt.path import PathSample
-from jlt.prediction import readout_gain, target
+from jlt.prediction import readout_gain, slope, target
 
-
-def space_gain(space: LossSpace, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-    """Return ds^/dv^ of eq. 4: how an error of the velocity appears in a space."""
-    return {"x": 1 - t, "eps": -t, "v": torch.ones_like(t)}[space]
+MIN_SNR = 5.0
+"""Signal-to-noise ratio from which on `min_snr` no longer grows (Hang et al. 2023, arXiv 2303.09556)."""
 
 
 def error_gain(prediction: Prediction, t: Float[Tensor, "batch"], config: LossConfig) -> Float[Tensor, "batch"]:
     """Return the factor g(t) with which the loss is the mean of (g (o - y))^2.
 
     `published` clamps a readout that divides and leaves everything else alone; an output that is already in the
-    loss space is compared as it is. `matched` multiplies the exact velocity error of every prediction by the same
-    sqrt(w(t)) of eq. 5. Its factors stay finite at t = 0 and t = 1 because w vanishes where a readout is singular.
+    loss space is compared as it is. The others multiply the exact velocity error of every prediction by the same
+    sqrt(w(t)) of eq. 5, so their factors stay finite at t = 0 and t = 1, where a readout is singular.
     """
     if config.weighting == "published":
         if prediction == config.space:
             return torch.ones_like(t)
-        return space_gain(config.space, t) * readout_gain(prediction, t, config.t_eps)
+        return slope(config.space, t) * readout_gain(prediction, t, config.t_eps)
+    # Zero over zero is its limit: the factors are smooth, and the nearest float stands for either end.
+    t = t.clamp(torch.finfo(t.dtype).tiny, 1 - torch.finfo(t.dtype).eps)
     noise_left, data_share = (1 - t).clamp_min(config.t_eps), t.clamp_min(config.t_eps)
-    # readout_gain without clamp times (1-t)/noise_left * t/data_share, its division cancelled.
-    gain = {
-        "x": t / (noise_left * data_share),
-        "eps": (t - 1) / (noise_left * data_share),
-        "v": (1 - t) * t / (noise_left * data_share),
-    }[prediction]
-    return space_gain(config.space, t) * gain
+    # The exact error times (1-t)/noise_left * t/data_share, the one that cancels m first.
+    exact = t * ((1 - t) / slope(prediction, t)) / (noise_left * data_share)
+    if config.weighting == "min_snr":
+        exact = exact * (t / (1 - t)).clamp_max(MIN_SNR**0.5) * (1 - t)
+    return slope(config.space, t) * exact
 
 
 def denoising_loss(

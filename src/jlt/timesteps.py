@@ -27,6 +27,10 @@ def times_from_uniform(u: Float[Tensor, "*shape"], config: TimestepConfig) -> Fl
     """Map uniform numbers in (0, 1) to training times by the inverse distribution function (eq. 6)."""
     if config.distribution == "logit_normal":
         u = torch.sigmoid(config.P_mean + config.P_std * torch.special.ndtri(u))
+    elif config.distribution == "half_cauchy":
+        # The odds t/(1-t) are tan(pi u / 2).
+        opposite, adjacent = torch.sin(math.pi / 2 * u), torch.cos(math.pi / 2 * u)
+        u = opposite / (opposite + adjacent)
     return shift_time(u, config.shift)
 
 
@@ -38,6 +42,8 @@ def time_density(t: Float[Tensor, "*shape"], config: TimestepConfig) -> Float[Te
     jacobian = a / (a * t + 1 - t).square()
     if config.distribution == "uniform":
         return jacobian
+    if config.distribution == "half_cauchy":
+        return jacobian * 2 / math.pi / (u.square() + (1 - u).square())
     n = (torch.logit(u) - config.P_mean) / config.P_std
     normal = torch.exp(-n.square() / 2) / math.sqrt(2 * math.pi)
     return jacobian * normal / (config.P_std * u * (1 - u))

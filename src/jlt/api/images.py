@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ class Images(Sequence[Image.Image]):
     def protocol(self) -> dict[str, Any]:
         """Everything that decides which images these are, as result files record it."""
         return self.sampler.protocol()
+
+    def _repr_png_(self) -> bytes:
+        """Return the grid as a notebook shows it."""
+        file = io.BytesIO()
+        self.grid().save(file, "PNG")
+        return file.getvalue()
 
     def grid(self, columns: int = 0) -> Image.Image:
         """Return one picture of all images with their class names; by default about as wide as high."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class LatentDataset(Dataset[tuple[Tensor, int]]):
         return len(self._store)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([range(len(self))[index]])[0]
+        return self.__getitems__([range(len(self))[operator.index(index)]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Return several items by one reading, as a DataLoader requests them; IndexError for one out of range."""
@@ -72,14 +73,24 @@ class LatentDataset(Dataset[tuple[Tensor, int]]):
         continue across epochs. Without one it is the order of the store. `epochs` None is endless; otherwise the last
         batch may be smaller. With `flips`, half of the latents are those of mirrored images, chosen by the seed.
 
-        Raises JLTError for a batch size or a number of epochs below 1, flips without a seed, flips that are not stored
-        and a file that cannot be read.
+        Raises JLTError for a batch size or a number of epochs below 1, a seed outside 0..2^64 - 1, flips without a
+        seed, flips that are not stored and a file that cannot be read.
         """
         if batch_size < 1 or (epochs is not None and epochs < 1):
             raise JLTError(f"batch_size and epochs must be 1 or more, not {batch_size} and {epochs}.")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise JLTError(f"The seed of an order must be from 0 to 2^64 - 1, not {seed}.")
         if flips and seed is None:
             raise JLTError("Mirrored latents are chosen by a seed: give one, or leave out flips.")
-        requests = self._requests(batch_size, seed, epochs, flips)
+        if flips and not self.store.manifest.flips:
+            raise JLTError(f"{self.folder} holds no mirrored latents: encode with flips, or leave out flips.")
+        # No buffer larger than what is read.
+        size = batch_size if epochs is None else min(batch_size, epochs * len(self))
+        return self._read(self._requests(size, seed, epochs, flips), size, device)
+
+    def _read(
+        self, requests: Iterator[_Request], batch_size: int, device: torch.device | str
+    ) -> Iterator[tuple[Float[Tensor, "n c h w"], Int64[Tensor, " n"]]]:
         # On a CPU the latents are in a buffer that the next batch overwrites.
         for _, latents, labels in read_ahead(self.store, requests, batch_size, device):
             yield latents.to(torch.float32, copy=True), labels.to(device)

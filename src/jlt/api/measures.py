@@ -17,9 +17,9 @@ from torch import Tensor
 from jlt.api.images import Images
 from jlt.api.latents import LatentDataset
 from jlt.config import LatentShape, LossConfig, TimestepConfig, TrainConfig
-from jlt.errors import JLTError, UsageError
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.extractors import NAMES, load_extractor
 from jlt.evaluation.metrics import FeatureStatistics
 from jlt.evaluation.reference import STATISTICS_SUFFIXES, Reference, check_reference, open_reference
 from jlt.evaluation.suite import CHUNK, require_enough
@@ -27,10 +27,10 @@ from jlt.experiments.analysis import AnalysisConfig
 from jlt.geometry.accumulate import Latents, measure_moments
 from jlt.latents.store import LatentStore
 from jlt.results.geometry import Geometry, TrainingModel
-from jlt.runtime.environment import default_device
+from jlt.runtime.environment import usable_device
 from jlt.runtime.processes import SingleProcess, rank0_value
 
-ImageBatch = Images | Sequence[Image.Image] | UInt8[Tensor, "n h w 3"] | UInt8[np.ndarray, "n h w 3"]
+ImageBatch = Images | Image.Image | Sequence[Image.Image] | UInt8[Tensor, "n h w 3"] | UInt8[np.ndarray, "n h w 3"]
 FeatureBatch = Float[Tensor, "n d"] | Float[np.ndarray, "n d"]
 
 
@@ -56,7 +56,7 @@ def analyze(
     model = TrainingModel.of(training) if isinstance(training, TrainConfig) else training
     sizes, widths = ((value,) if isinstance(value, int) else tuple(value) for value in (patch_size, width))
     config = AnalysisConfig(sizes, widths, model or TrainingModel(TimestepConfig(), LossConfig().t_eps))
-    moments = measure_moments(store, sizes, device or default_device(), SingleProcess())
+    moments = measure_moments(store, sizes, usable_device(device), SingleProcess())
     return config.geometry_of(rank0_value(moments), store)
 
 
@@ -65,6 +65,8 @@ def _as_latents(latents: Any, labels: Tensor | np.ndarray | None) -> Latents:
         values = torch.as_tensor(latents)
         if values.ndim != 4 or not values.is_floating_point():
             raise UsageError(f"Latents are floats (n, c, h, w), not {values.dtype} of {tuple(values.shape)}.")
+        if not values.isfinite().all():
+            raise UsageError("Some of the latents are not finite.")
         numbers = torch.zeros(len(values), dtype=torch.int64) if labels is None else torch.as_tensor(labels).long()
         if numbers.shape != (len(values),) or (len(values) and int(numbers.min()) < 0):
             raise UsageError(f"labels must be {len(values)} class numbers of 0 or more, one for each latent.")
@@ -118,19 +120,23 @@ class FrechetDistance:
         device: str | None = None,
         features_path: str | os.PathLike[str] | None = None,
     ) -> None:
+        if isinstance(features, str) and features not in NAMES:
+            raise unknown_name("feature extractor", features, NAMES)
         self._extractor = None if isinstance(features, str) else features
         self._open = (features, device, features_path)
         self._resolution: int | None = None
         self._statistics: FeatureStatistics | None = None
 
+    def __repr__(self) -> str:
+        name = self._extractor.name if self._extractor else self._open[0]
+        return f"<{self.count:,} images in the features of {name}>"
+
     @property
     def extractor(self) -> FeatureExtractor:
-        """The feature extractor, opened at the first use; JLTError for an unknown name and missing weights."""
+        """The feature extractor, opened at the first use; JLTError for missing weights."""
         if self._extractor is None:
             name, device, path = self._open
-            self._extractor = load_extractor(
-                str(name), device or default_device(), None if path is None else Path(path)
-            )
+            self._extractor = load_extractor(str(name), usable_device(device), None if path is None else Path(path))
         return self._extractor
 
     @property
@@ -141,9 +147,9 @@ class FrechetDistance:
     def update(self, batch: ImageBatch | FeatureBatch) -> None:
         """Add images or features.
 
-        Images are those of `Model.sample`, PIL images, or levels 0 to 255 (n, h, w, 3) in uint8. Features are floats
-        (n, d). JLTError for images of different sizes, another dimension and features that are not finite; UsageError
-        for anything else.
+        Images are those of `Model.sample`, a PIL image or several, or levels 0 to 255 (n, h, w, 3) in uint8. Features
+        are floats (n, d). JLTError for images of different sizes, another dimension and features that are not finite;
+        UsageError for anything else.
         """
         features = self._features_of(batch)
         if self._statistics is None:
@@ -200,7 +206,10 @@ class FrechetDistance:
         elif isinstance(batch, (Tensor, np.ndarray)):
             values = torch.as_tensor(batch)
         else:
-            pixels = [np.asarray(image.convert("RGB")) for image in batch]
+            pictures = [batch] if isinstance(batch, Image.Image) else list(batch)
+            if not all(isinstance(picture, Image.Image) for picture in pictures):
+                raise UsageError("Images are those of Model.sample, PIL images, or uint8 (n, h, w, 3).")
+            pixels = [np.asarray(picture.convert("RGB")) for picture in pictures]
             if len({array.shape for array in pixels}) > 1:
                 raise JLTError("The images of a batch differ in size.")
             values = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -24,13 +25,14 @@ from jlt.config import (
     Solver,
     TrainConfig,
 )
-from jlt.errors import UsageError, unknown_name
-from jlt.interop.sources import is_exported, local_path, run_of_export
+from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.images.crop import centre_crop
+from jlt.interop.sources import open_source
 from jlt.prediction import clean_from_velocity
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.results.run import evaluation_files
-from jlt.runtime.environment import default_device
+from jlt.runtime.environment import host_memory, usable_device
 from jlt.sampling.labels import RULES, class_number, readable_names
 from jlt.sampling.sampler import (
     ImageSampler,
@@ -41,10 +43,12 @@ from jlt.sampling.sampler import (
     with_config,
 )
 from jlt.storage.codec import from_json
-from jlt.training.checkpoint import Checkpoint, open_checkpoint
+from jlt.training.checkpoint import Checkpoint
 
-Label = int | str
+Label = int | str | np.integer
 """A class by its number or its name."""
+Labels = Label | Sequence[Label] | Int[Tensor, "..."] | Int[np.ndarray, "..."]
+"""One class, or several."""
 
 
 class SampleSettings(TypedDict, total=False):
@@ -97,16 +101,11 @@ def load(
     (`"sigma_rel=0.07"`), or `"none"`; the default is the run's first average. The device is a GPU if there is one. The
     autoencoder is opened when it is needed: the one that made the latents, or the same one from `autoencoder_path`.
 
-    Raises JLTError for a folder without a complete checkpoint, a damaged file and an unknown average.
+    Raises JLTError for a folder without a complete checkpoint, a damaged file, an unknown average and a device that
+    this machine does not have.
     """
-    checkpoint, device = _open_source(source), device or default_device()
+    checkpoint, device = open_source(source), usable_device(device)
     return Model(checkpoint, open_weights(checkpoint, ema, device), ema, device, autoencoder_path)
-
-
-def _open_source(source: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint that a source names: every kind of source is opened here."""
-    path = local_path(os.fspath(source))
-    return open_checkpoint(run_of_export(path) if is_exported(path) else path)
 
 
 class Model:
@@ -128,9 +127,7 @@ class Model:
         step = f"step {self.checkpoint.step:,}, weights {self._weights.identity['ema']}"
         return f"<{self.config.name} predicts {self.prediction}: {step}, latents {size}, {len(self.classes)} classes>"
 
-    def sample(
-        self, labels: Label | Sequence[Label] = "equal", num: int | None = None, **settings: Unpack[SampleSettings]
-    ) -> Images:
+    def sample(self, labels: Labels = "equal", num: int | None = None, **settings: Unpack[SampleSettings]) -> Images:
         """Draw images: the same ones as `jlt sample` draws with the same settings, bit for bit.
 
         `labels` is a class, a sequence of classes, or one of the rules `"equal"` (counts per class) and `"random"`. A
@@ -141,17 +138,23 @@ class Model:
         What is open stays open: only another `ema`, autoguide or decoder reads files again.
 
         Raises UsageError for an unknown class or setting, with the nearest name; JLTError for a value out of range,
-        guidance of a network without a null class, and an autoencoder that is not available.
+        guidance of a network without a null class, images that do not fit the memory, and an autoencoder that is not
+        available.
         """
-        classes = [labels] if isinstance(labels, (int, str)) else list(labels)
-        if not classes:
-            raise UsageError("labels is empty: name at least one class, or a rule.")
-        by_rule = isinstance(labels, str) and labels in RULES
         given: dict[str, object] = {"ema": self._ema, **_without_names(settings)}
-        given["labels"] = labels if by_rule else ",".join(str(self.class_number(label)) for label in classes)
-        if num is not None or not by_rule:
-            given["num"] = len(classes) if num is None else num
-        sampler = self.sampler(from_json(SampleConfig, given))
+        if isinstance(labels, str) and labels in RULES:
+            given["labels"] = labels
+        else:
+            numbers = self._class_numbers(labels, RULES)
+            if not numbers:
+                raise UsageError("labels is empty: name at least one class, or a rule.")
+            given |= {"labels": ",".join(map(str, numbers)), "num": len(numbers)}
+        if num is not None:
+            given["num"] = num
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+        config = from_json(SampleConfig, plain)
+        self._require_memory(config.num)
+        sampler = self.sampler(config)
         drawn = [(sampler.decode(batch), batch.latents.float().cpu()) for batch in sampler.latent_batches()]
         pixels, latents = torch.cat([images.images for images, _ in drawn]), torch.cat([part for _, part in drawn])
         return Images(pixels, latents, torch.cat([images.labels for images, _ in drawn]), sampler)
@@ -160,7 +163,7 @@ class Model:
         self,
         z: Float[Tensor, "n c h w"],
         t: float | Float[Tensor, " n"],
-        labels: Label | Sequence[Label] | Int[Tensor, " n"] | None,
+        labels: Labels | None,
     ) -> Float[Tensor, "n c h w"]:
         """Return the clean prediction x^ (eq. 4) of noisy latents z at time t, on the model's device.
 
@@ -175,14 +178,27 @@ class Model:
         self,
         z: Float[Tensor, "n c h w"],
         t: float | Float[Tensor, " n"],
-        labels: Label | Sequence[Label] | Int[Tensor, " n"] | None,
+        labels: Labels | None,
     ) -> Float[Tensor, "n c h w"]:
         """Return the velocity v^ that follows from the network's output (eq. 3); arguments as for `denoise`."""
         return self._weights.denoiser.velocity(*self._batch(z, t, labels))
 
     def decode(self, latents: Float[Tensor, "n c h w"], decoder: str | None = None) -> list[Image.Image]:
         """Return the images of latents, such as a clean prediction; `decoder` is that of `SampleConfig`."""
-        return to_pil(decode_to_uint8(self._autoencoder(decoder), latents.to(self.device)))
+        return to_pil(decode_to_uint8(self._autoencoder(decoder), self._checked(latents)))
+
+    def encode(self, images: Image.Image | Sequence[Image.Image]) -> Float[Tensor, "n c h w"]:
+        """Return the normalised latents of images, float32 on the model's device, by the autoencoder of the training.
+
+        Each image is scaled and cropped to `resolution` as `jlt encode` does. JLTError for an image that cannot be
+        cropped, and for an autoencoder that is not available.
+        """
+        listed = [images] if isinstance(images, Image.Image) else list(images)
+        if not listed:
+            raise UsageError("There are no images to encode: name at least one.")
+        pixels = torch.from_numpy(np.stack([centre_crop(image, self.resolution) for image in listed]))
+        # Where a latent is drawn from a distribution, image i has the noise of seed i.
+        return self._autoencoder(None).encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, range(len(listed)))
 
     def class_number(self, label: Label) -> int:
         """Return the number of a class from its number or name; UsageError with the nearest name for an unknown one."""
@@ -195,7 +211,7 @@ class Model:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network outputs: x, eps or v."""
+        """What the network outputs: x, eps, v, or another member of their lines (eq. 2)."""
         return self.config.prediction
 
     @property
@@ -212,8 +228,7 @@ class Model:
     @property
     def shape(self) -> LatentShape:
         """The shape of a latent, and the number of classes."""
-        network = self.config.network
-        return LatentShape(network.channels, network.height, network.width, network.num_classes)
+        return self.config.network.latent_shape
 
     @property
     def resolution(self) -> int:
@@ -243,29 +258,45 @@ class Model:
         self,
         z: Float[Tensor, "n c h w"],
         t: float | Float[Tensor, " n"],
-        labels: Label | Sequence[Label] | Int[Tensor, " n"] | None,
+        labels: Labels | None,
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"], Int[Tensor, " n"]]:
         """Return latents, times and class numbers of one batch on the device."""
-        count, shape = len(z), (self.shape.channels, self.shape.height, self.shape.width)
-        if z.shape[1:] != shape:
-            raise UsageError(f"Latents of this network are (n, {', '.join(map(str, shape))}), not {tuple(z.shape)}.")
+        z = self._checked(z)
+        count = len(z)
         times = torch.as_tensor(t, dtype=torch.float32, device=self.device)
         if times.shape not in ((), (count,)) or not ((times >= 0) & (times < 1)).all():
             raise UsageError("t must be one time, or one for each latent, in [0, 1): at t = 1 z is the data itself.")
         if labels is None:
             if self.config.label_dropout == 0:
                 raise UsageError("This network was trained without dropping labels (label_dropout 0): name a class.")
-            numbers = [self._weights.denoiser.null_label] * count
-        elif isinstance(labels, (int, str)):
-            numbers = [self.class_number(labels)] * count
+            numbers = [self._weights.denoiser.null_label]
         else:
-            numbers = [
-                self.class_number(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)
-            ]
-        if len(numbers) != count:
+            numbers = self._class_numbers(labels)
+        if len(numbers) not in (1, count):
             raise UsageError(f"There are {len(numbers)} labels for {count} latents: give one for all, or one for each.")
-        return (
-            z.to(self.device, torch.float32),
-            times.expand(count),
-            torch.tensor(numbers, dtype=torch.int64, device=self.device),
-        )
+        return z, times.expand(count), torch.tensor(numbers, device=self.device).expand(count)
+
+    def _checked(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Return latents in float32 on the device; UsageError for another shape than the network's."""
+        latents, shape = torch.as_tensor(latents), (self.shape.channels, self.shape.height, self.shape.width)
+        if latents.ndim != 4 or latents.shape[1:] != shape or not len(latents):
+            found = tuple(latents.shape)
+            raise UsageError(f"Latents of this network are (n, {', '.join(map(str, shape))}), n > 0, not {found}.")
+        return latents.to(self.device, torch.float32)
+
+    def _class_numbers(self, labels: Labels, rules: Sequence[str] = ()) -> list[int]:
+        """Return the number of each class; an unknown name is an error that offers `rules`, too."""
+        listed = labels.tolist() if isinstance(labels, (Tensor, np.ndarray, np.generic)) else labels
+        if isinstance(listed, str) or not isinstance(listed, Iterable):
+            listed = [listed]
+        return [class_number(label, self._stored_names, self.shape.num_classes, rules) for label in listed]
+
+    def _require_memory(self, num: int) -> None:
+        """Raise JLTError for more images than the memory of this machine holds with their latents."""
+        latent = self.shape.channels * self.shape.height * self.shape.width
+        most = host_memory() // (latent * 4 + self.resolution**2 * 3)
+        if num > most:
+            raise JLTError(
+                f"{num:,} images do not fit the memory of this machine, {most:,} would: "
+                "draw fewer in a call, with another seed in each."
+            )

@@ -7,7 +7,6 @@ measurement, a formula or an assumption.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from jlt.errors import JLTError
 from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
 from jlt.networks.transformer import count_network, training_flops
-from jlt.runtime.environment import affordable_size, matmul_rate, peak_memory
+from jlt.runtime.environment import affordable_size, host_memory, matmul_rate, peak_memory
 from jlt.training.step import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
@@ -123,9 +122,8 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     rate = matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0))
     shared = ", shared among the processes" if processes > 1 else ""
-    bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = Figure(rate / processes, f"measured here: a matrix product{shared}", "FLOP/s")
-    memory = Figure(bytes_here // processes, f"this machine's{shared}")
+    memory = Figure(host_memory() // processes, f"this machine's{shared}")
     return Hardware("cpu", processes, peak, memory, outside, CPU_SLACK)
 
 

@@ -15,7 +15,7 @@ from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.load import load_autoencoder, parse_decoder
 from jlt.autoencoders.pretrained import PretrainedAutoencoder
 from jlt.benchmarks.rounds import time_in_turn
-from jlt.config import LatentShape, SampleConfig, TrainConfig
+from jlt.config import SampleConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.networks.transformer import build_network, forward_flops
 from jlt.prediction import velocity_from_output
@@ -106,8 +106,7 @@ def plain_heun(sampler: LatentSampler, start: Start) -> Float[Tensor, "n c h w"]
 def _sampler(config: TrainConfig, sample: SampleConfig, device: str) -> LatentSampler:
     sizes = config.network
     network = build_network(sizes, seed=0).to(device).eval().requires_grad_(False)
-    shape = LatentShape(sizes.channels, sizes.height, sizes.width, sizes.num_classes)
-    return LatentSampler(Denoiser(network, config.prediction, sizes.num_classes), shape, sample, device)
+    return LatentSampler(Denoiser(network, config.prediction, sizes.num_classes), sizes.latent_shape, sample, device)
 
 
 def _autoencoder(config: TrainConfig, decoder: str | None, device: str) -> Autoencoder:

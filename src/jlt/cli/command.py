@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Positional = tyro.conf.Positional
 Flat = arg(name="")
 """Marks a data class whose fields are options of the command itself, without a prefix."""
-CheckpointPath = Annotated[Path, arg(help="Run folder (its newest checkpoint) or checkpoint folder.")]
+CheckpointPath = Annotated[
+    Path, arg(help="Run folder (its newest checkpoint), checkpoint folder, export, or hub:user/name.")
+]
 LatentsPath = Annotated[Path, arg(help="Folder of the latent store.")]
 AutoencoderPath = Annotated[
     str | None, arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents.")

@@ -49,7 +49,7 @@ class Sample(Command):
     interpolate: bool = False
     """Draw one picture of interpolations from the noise of image 0 to that of image 1, from 2 to 3, and so on."""
     compare: Path | None = None
-    """Another run or checkpoint: draw one picture of both, from the same noise and labels."""
+    """Another one like --checkpoint: draw one picture of both, from the same noise and labels."""
     sample: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
     autoencoder_path: AutoencoderPath = None
 
@@ -59,13 +59,13 @@ class Sample(Command):
         picture = self.steps_strip or self.interpolate or self.compare is not None
         if picture and self.format != "png":
             raise UsageError("--steps-strip, --interpolate and --compare draw one PNG: leave out --format.")
+        from jlt.interop.sources import open_source
         from jlt.runtime.environment import default_device
         from jlt.sampling.sampler import open_sampler
         from jlt.sampling.save import save_picture, save_samples
-        from jlt.training.checkpoint import open_checkpoint
 
         device = default_device()
-        opened = [open_checkpoint(path) for path in (self.checkpoint, self.compare) if path is not None]
+        opened = [open_source(path) for path in (self.checkpoint, self.compare) if path is not None]
         samplers = [open_sampler(checkpoint, self.sample, device, self.autoencoder_path) for checkpoint in opened]
         protocols = [sampler.protocol() for sampler in samplers]
         with join_group(device) as group:
@@ -146,7 +146,7 @@ class Evaluate(Command):
     """
 
     checkpoint: Path | None = None
-    """Run folder (its newest checkpoint) or checkpoint folder; this or --samples is required."""
+    """Run, checkpoint, exported folder, or hub:user/name; this or --samples is required."""
     samples: Path | None = None
     """Generated images instead of a checkpoint: a folder, or an .npz with `arr_0`."""
     metrics: Annotated[MetricOptions, Flat] = field(default_factory=MetricOptions)
@@ -220,11 +220,11 @@ class Sweep(Command):
         from jlt.experiments.measured_settings import Subject
         from jlt.experiments.search import SweepConfig, default_coarse_num
         from jlt.experiments.sweep import resolve_ema, sweep
+        from jlt.interop.sources import open_source
         from jlt.runtime.environment import default_device
-        from jlt.training.checkpoint import open_checkpoint
 
         intervals = tuple(map(parse_interval, self.cfg_interval))
-        device, checkpoint = default_device(), open_checkpoint(self.checkpoint)
+        device, checkpoint = default_device(), open_source(self.checkpoint)
         extractor = self.metrics.load(device)
         sample = SampleConfig(**vars(self.sample))
         config = SweepConfig(
@@ -296,9 +296,9 @@ class Price(Command):
     def run(self) -> Result:
         from jlt.experiments.measured_settings import Subject
         from jlt.experiments.price import PriceConfig, price
-        from jlt.report.price_page import price_table
+        from jlt.interop.sources import open_source
+        from jlt.report.price_text import price_table
         from jlt.runtime.environment import default_device
-        from jlt.training.checkpoint import open_checkpoint
 
         sample = SampleConfig(**vars(self.sample))
         config = PriceConfig(
@@ -310,7 +310,7 @@ class Price(Command):
             max_evaluations=self.max_evaluations,
             confirm_seed=sample.seed + 1 if self.confirm_seed is None else self.confirm_seed,
         )
-        device, checkpoint = default_device(), open_checkpoint(self.checkpoint)
+        device, checkpoint = default_device(), open_source(self.checkpoint)
         metrics = self.metrics
         subject = Subject(
             checkpoint, metrics.reference, metrics.load(device), metrics.features_path, self.autoencoder_path

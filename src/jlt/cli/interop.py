@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from jlt.cli.command import AutoencoderPath, Command, Flat, Positional, Result
+from jlt.cli.command import AutoencoderPath, CheckpointPath, Command, Flat, Positional, Result
 from jlt.errors import UsageError
 from jlt.experiments.recipes import renamed
 from jlt.interop.import_config import ImportConfig
@@ -17,6 +17,7 @@ from jlt.interop.pipeline_settings import ExportConfig, ExportFormat
 
 if TYPE_CHECKING:
     from jlt.interop.importing import Imported
+    from jlt.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,58 +40,62 @@ class Import(Command):
     config: Annotated[ImportConfig, Flat]
 
     def run(self) -> Result:
-        from jlt.interop.import_pipeline import import_pipeline
-        from jlt.interop.importing import read_authors_file, write_run
+        from jlt.interop.importing import write_run
+        from jlt.interop.read_authors import read_authors_file
+        from jlt.interop.read_export import read_export
         from jlt.interop.sources import is_exported, local_path
 
         path = local_path(self.file)
-        if is_exported(path):
-            if self.config != ImportConfig():
-                raise UsageError(f"{self.file} states everything itself: leave out all options but --out.")
-            run = import_pipeline(path, self.out)
-            return Result({"run": str(run)}, f"Imported: {run}")
-        imported = read_authors_file(path, self.file, self.config)
-        imported = dataclasses.replace(imported, config=renamed(imported.config))
+        if not is_exported(path):
+            imported = read_authors_file(path, self.file, self.config)
+            imported = dataclasses.replace(imported, config=renamed(imported.config))
+        elif self.config == ImportConfig():
+            imported = read_export(path, self.file)
+        else:
+            raise UsageError(f"{self.file} states everything itself: leave out all options but --out.")
         checkpoint = write_run(imported, self.out)
         config = imported.config
-        facts = {"prediction": config.prediction, "ema": list(config.ema), **imported.facts}
         data = {
             "run": str(self.out),
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.folder),
             "name": config.name,
             "step": imported.step,
-            **facts,
+            "prediction": config.prediction,
+            "ema": checkpoint.ema_names(),
+            **imported.facts,
         }
-        return Result(data, _description(imported, self.out))
+        return Result(data, _description(imported, checkpoint, self.out))
 
 
-def _description(imported: Imported, out: Path) -> str:
+def _description(imported: Imported, checkpoint: Checkpoint, out: Path) -> str:
     from jlt.networks.transformer import count_network
 
     config, facts = imported.config, imported.facts
     network, autoencoder = config.network, imported.latents["autoencoder"]
     shape = f"{network.channels}x{network.height}x{network.width}"
-    parameters = f"{count_network(network) / 1e6:.1f} M parameters"
-    lines = [
-        f"Imported into {out}: {config.name}, {parameters}, predicts {config.prediction}",
-        f"  latents          {shape} of {autoencoder['name']}, {network.num_classes} classes",
-        f"  patch embedding  {facts['patch_embedding']}, patch {network.patch_size}",
-    ]
-    if network.fixed_positions or network.learned_positions:
-        lines.append(f"  positions        pos_embed, {'fixed' if network.fixed_positions else 'as stored'}")
-    if network.context_tokens:
-        lines.append(f"  class tokens     {network.context_tokens}, before block {network.context_start}")
-    lines.append(f"  averages         {', '.join(map(repr, config.ema)) or 'none'}")
+    embedding = f"{facts['patch_embedding']}, " if "patch_embedding" in facts else ""
     counts = {"updates": "updates", "epochs": "epochs; the number of updates is unknown", "nothing": "unknown"}
-    lines.append(f"  step             {imported.step}, {counts[facts['step_counts']]}")
-    if facts["network_from"] != "model":
-        lines.append(f"  raw weights      absent: those of {facts['network_from']} take their place")
-    if facts["assumed"]:
-        assumed = ", ".join(f"{name} {value}" for name, value in facts["assumed"].items())
-        lines.append(f"  assumed          {assumed}")
-    if facts["not_reproduced"]:
-        lines.append(f"  not reproduced   {', '.join(facts['not_reproduced'])}: jlt train has no such setting")
-    return "\n".join(lines)
+    assumed = ", ".join(f"{name} {value}" for name, value in facts.get("assumed", {}).items())
+    unknown, absent = ", ".join(facts.get("not_reproduced", ())), facts.get("network_from", "model")
+    positions = "fixed" if network.fixed_positions else "as stored" if network.learned_positions else ""
+    lines = {
+        "latents": f"{shape} of {autoencoder['name']}, {network.num_classes} classes",
+        "patch embedding": f"{embedding}patch {network.patch_size}",
+        "positions": positions and f"pos_embed, {positions}",
+        "class tokens": network.context_tokens and f"{network.context_tokens}, before block {network.context_start}",
+        "averages": ", ".join(checkpoint.ema_names()) or "none",
+        "step": f"{imported.step}, {counts[facts['step_counts']]}",
+        "raw weights": absent != "model" and f"absent: those of {absent} take their place",
+        "assumed": assumed,
+        "not reproduced": unknown and f"{unknown}: jlt train has no such setting",
+    }
+    head = f"{count_network(network) / 1e6:.1f} M parameters, predicts {config.prediction}"
+    return "\n".join(
+        [
+            f"Imported into {out}: {config.name}, {head}",
+            *(f"  {name:<15}  {line}" for name, line in lines.items() if line),
+        ]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +108,7 @@ class Export(Command):
       jlt export runs/jlt-b1 --out jlt-b1 --cfg-scale 2.9 --cfg-interval 0.1 1.0
     """
 
-    checkpoint: Annotated[Path, Positional, arg(metavar="RUN")]
-    """Run folder (its newest checkpoint) or checkpoint folder."""
+    checkpoint: Annotated[CheckpointPath, Positional, arg(metavar="RUN")]
     out: Path
     """Folder to write; with --format safetensors a file."""
     format: ExportFormat = "diffusers"
@@ -120,12 +124,12 @@ class Export(Command):
         if self.push and self.format != "diffusers":
             raise UsageError("--push uploads a pipeline folder: leave out --format.")
         from jlt.interop.export import export_file, export_folder, push_folder, require_repository
+        from jlt.interop.sources import open_source
         from jlt.runtime.environment import default_device
-        from jlt.training.checkpoint import open_checkpoint
 
         if self.push:
             require_repository(self.push)
-        checkpoint = open_checkpoint(self.checkpoint)
+        checkpoint = open_source(self.checkpoint)
         if self.format == "safetensors":
             written = export_file(checkpoint, self.out, self.export)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
-from jlt.config import LossSpace, TimestepConfig
+from jlt.config import LossSpace, Prediction, TimestepConfig
 from jlt.latents.encode_config import EncodeConfig
 from jlt.runtime.processes import join_group
 
@@ -123,11 +123,13 @@ class Analyze(Command):
     t_eps: float = 0.05
     """Smallest denominator of a readout in the matched loss of the forecast (eq. 5); 0 gives eq. 13 without a clamp."""
     loss_space: LossSpace = "v"
-    """Space of the loss in the forecast."""
+    """Space of the loss in the forecast: x, eps, v or another prediction."""
+    prediction: tuple[Prediction, ...] = ()
+    """Predictions to forecast in addition to x, eps and v: edm, skip=S or mix=R."""
     noise_scale: float = 1.0
     """Standard deviation s of the noise in the forecast (eq. 1)."""
     checkpoint: tuple[Path, ...] = ()
-    """Runs or checkpoints trained on these latents, to also measure their error by direction and time."""
+    """Runs or checkpoints that were trained on these latents, or exports: also measure their error by direction."""
     ema: str = ""
     """Weights of --checkpoint, such as an EMA decay (0.9999) or none. Default: the first EMA of a run."""
     num: int = 1024
@@ -142,18 +144,18 @@ class Analyze(Command):
     def run(self) -> Result:
         from jlt.experiments.analysis import AnalysisConfig, analyze_into
         from jlt.experiments.error_by_direction import Networks
+        from jlt.interop.sources import open_source
         from jlt.latents.store import LatentStore
         from jlt.report.terminal import geometry_table
         from jlt.results.files import result_json
         from jlt.results.geometry import TrainingModel
         from jlt.runtime.environment import default_device
-        from jlt.training.checkpoint import open_checkpoint
 
-        opened = [open_checkpoint(path) for path in self.checkpoint]
+        opened = [open_source(path) for path in self.checkpoint]
         networks = Networks(opened, self.num, self.ema, self.samples, self.steps, self.decoder) if opened else None
         known = sorted({checkpoint.config.network.hidden_size for checkpoint in opened})
         widths = self.width or tuple(known) or (768,)
-        model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale)
+        model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale, further=self.prediction)
         config = AnalysisConfig(self.patch_size, widths, model)
         store, device = LatentStore.open(self.latents), default_device()
         with join_group(device) as group:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from jlt.config import SampleConfig
-from jlt.demo.pictures import heading, interpolations, note, pictures
-from jlt.demo.studio import DEFAULTS, LAST_SEED, MOST_IMAGES, Studio, whole
+from jlt.demo.pictures import heading, interpolations, note, pictures, waiting
+from jlt.demo.studio import LAST_SEED, MOST_IMAGES, QUICK_SECONDS, Studio, whole
 from jlt.errors import JLTError
 from jlt.runtime.progress import format_seconds
+from jlt.sampling.labels import RULES
+from jlt.sampling.save import COLUMNS
 from jlt.sampling.solvers import SOLVERS
 
-QUICK_SECONDS = 10.0
-"""A drawing that takes less begins with the change of a field; a longer one waits for the button."""
 FIELDS = ("label", "num", "seed", "cfg_scale", "low", "high", "steps", "solver", "ema")
-PATH = "Time t: move it back to see how the images come about"
+PATH = "Time t: from noise (0) to image (1)"
+NOTICED = 0.5
+"""Seconds of a drawing from which the page says that it is being made."""
 MOST_WAITING = 32
 """Requests that wait for the one before them; a later one is refused."""
 RANDOM_SEED = "() => Math.floor(Math.random() * 10000)"
@@ -42,12 +45,13 @@ def build_page(studio: Studio) -> Any:
                 shown = gr.HTML(elem_id="pictures")
                 with gr.Accordion("Between two seeds", open=False, elem_id="between"):
                     with gr.Row(elem_id="way"):
-                        other = gr.Number(DEFAULTS.seed + 1, label="Second seed", elem_id="other", min_width=120)
+                        other = gr.Number(1, label="Second seed", elem_id="other", min_width=120)
                         walk = gr.Button("Interpolate", elem_id="walk", min_width=120)
                     way = gr.HTML(
-                        note("Eight images on the way from the noise of the seed to that of the second seed.")
+                        note("Eight images on the way from the noise of the seed to that of the second seed."),
+                        elem_id="walked",
                     )
-                with gr.Accordion("The same images from the command line", open=False, elem_id="commands"):
+                with gr.Accordion("The command for these images", open=False, elem_id="commands"):
                     boxes = [_command_box(system.name) for system in studio.systems]
         values = [fields[name] for name in FIELDS]
         quiet: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden"}
@@ -73,12 +77,17 @@ def _bar(studio: Studio) -> dict[str, Any]:
     """Return the fields and buttons above the pictures. Fields accept anything: what is wrong is explained."""
     import gradio as gr
 
-    label, choices = studio.classes[min(3, len(studio.classes) - 1)], studio.class_choices
+    value = studio.initial
     return {
         "label": gr.Dropdown(
-            choices, value=label, label="Class", allow_custom_value=True, elem_id="label", min_width=150
+            studio.class_choices,
+            value=value["label"],
+            label="Class",
+            allow_custom_value=True,
+            elem_id="label",
+            min_width=150,
         ),
-        "seed": gr.Number(DEFAULTS.seed, label="Seed", elem_id="seed", min_width=100),
+        "seed": gr.Number(value["seed"], label="Seed", elem_id="seed", min_width=100),
         "new": gr.Button("New seed", elem_id="new", min_width=90),
         "draw": gr.Button("Draw", variant="primary", elem_id="draw", min_width=80),
         "stop": gr.Button("Stop", elem_id="stop", min_width=70),
@@ -89,28 +98,28 @@ def _settings(studio: Studio) -> dict[str, Any]:
     """Return the other fields, which most readers leave as they are."""
     import gradio as gr
 
-    low, high = DEFAULTS.cfg_interval
+    value = studio.initial
     fields = {
-        "num": gr.Slider(1, MOST_IMAGES, value=DEFAULTS.num, step=1, label="Images", elem_id="num", buttons=[]),
+        "num": gr.Slider(1, MOST_IMAGES, value=value["num"], step=1, label="Images", elem_id="num", buttons=[]),
         "cfg_scale": gr.Slider(
-            0, 10, value=DEFAULTS.cfg_scale, step=0.1, label="Guidance scale", elem_id="scale", buttons=[]
+            0, 10, value=value["cfg_scale"], step=0.1, label="Guidance scale", elem_id="scale", buttons=[]
         ),
     }
     with gr.Row():
-        fields["low"] = gr.Number(low, label="Guided after t", step=0.05, elem_id="low", min_width=90)
-        fields["high"] = gr.Number(high, label="until t", step=0.05, elem_id="high", min_width=90)
+        fields["low"] = gr.Number(value["low"], label="Guided after t", step=0.05, elem_id="low", min_width=90)
+        fields["high"] = gr.Number(value["high"], label="until t", step=0.05, elem_id="high", min_width=90)
     with gr.Row():
-        fields["steps"] = gr.Number(DEFAULTS.steps, label="Steps", elem_id="steps", min_width=90)
+        fields["steps"] = gr.Number(value["steps"], label="Steps", elem_id="steps", min_width=90)
         fields["solver"] = gr.Dropdown(
             list(SOLVERS),
-            value=DEFAULTS.solver,
+            value=value["solver"],
             label="Solver",
             allow_custom_value=True,
             elem_id="solver",
             min_width=90,
         )
     fields["ema"] = gr.Dropdown(
-        studio.averages, value=studio.averages[0], label="Weights (EMA)", allow_custom_value=True, elem_id="ema"
+        studio.averages, value=value["ema"], label="Weights (EMA)", allow_custom_value=True, elem_id="ema"
     )
     for slider in (fields["num"], fields["cfg_scale"]):
         _accept_anything(slider)
@@ -138,61 +147,73 @@ class Handlers:
         # Gradio draws one at a time already; this holds for what calls the functions in another way, too.
         self._lock = threading.Lock()
 
-    def draw(self, *arguments: Any) -> list[Any]:
-        """Draw by the fields, however long it takes; returns pictures, note, what was drawn, and the commands."""
-        return self._draw(arguments, float("inf"))
+    def draw(self, *arguments: Any) -> Iterator[list[Any]]:
+        """Draw by the fields, however long it takes; yields pictures, note, what was drawn, and the commands.
 
-    def draw_if_quick(self, *arguments: Any) -> list[Any]:
+        The first of two answers says how long it takes, where that is noticed.
+        """
+        yield from self._draw(arguments, float("inf"))
+
+    def draw_if_quick(self, *arguments: Any) -> Iterator[list[Any]]:
         """Draw by the fields, or say how long it would take."""
-        return self._draw(arguments, QUICK_SECONDS)
+        yield from self._draw(arguments, QUICK_SECONDS)
 
-    def _draw(self, arguments: tuple[Any, ...], most: float) -> list[Any]:
+    def _draw(self, arguments: tuple[Any, ...], most: float) -> Iterator[list[Any]]:
         *values, t, drawn = arguments
         unchanged = [self._skip() for _ in self._studio.systems]
 
-        def draw() -> list[Any]:
-            config = self._studio.config_of(dict(zip(FIELDS, values, strict=True)))
-            if (seconds := self._studio.expected_seconds(config)) > most:
-                text = f"Press Draw: it takes about {format_seconds(seconds)}."
-                return [self._skip(), note(text), drawn, *unchanged]
-            drawings = self._studio.draw(config)
-            shown = pictures(self._studio, drawings, _time(t))
-            return [shown, note(self._summary(config)), config, *self._studio.commands(config)]
+        def say(line: str) -> list[Any]:
+            return [self._skip(), line, drawn, *unchanged]
 
-        return self._guarded(draw, lambda text: [self._skip(), note(text, problem=True), drawn, *unchanged])
+        try:
+            config = self._studio.config_of(dict(zip(FIELDS, values, strict=True)))
+            seconds = self._studio.expected_seconds(config)
+            if seconds > most:
+                yield say(note(f"Press Draw: it takes about {format_seconds(seconds)}."))
+                return
+            if seconds > NOTICED:
+                yield say(waiting(f"Drawing {_images(config.num)}: about {format_seconds(seconds)}.", seconds))
+            with self._lock:
+                shown = pictures(self._studio, self._studio.draw(config), _time(t))
+            yield [shown, note(_summary(config)), config, *self._studio.commands(config)]
+        except JLTError as error:
+            yield say(note(str(error), problem=True))
 
     def move(self, drawn: SampleConfig | None, t: object) -> Any:
         """Show the drawn images at another time."""
         if drawn is None:
             return self._skip()
-        return self._guarded(
-            lambda: pictures(self._studio, self._studio.draw(drawn), _time(t)), lambda text: note(text, problem=True)
-        )
-
-    def walk(self, *arguments: Any) -> str:
-        """Draw the way from the seed to another one."""
-        *values, other = arguments
-
-        def draw() -> str:
-            # Eight images of one class, however many were chosen.
-            config = self._studio.config_of(dict(zip(FIELDS, values, strict=True)))
-            second = whole("Second seed", other, 0, LAST_SEED)
-            name = "one class" if config.labels in ("equal", "random") else self._studio.classes[int(config.labels)]
-            return interpolations(self._studio, self._studio.interpolate(config, second), (config.seed, second), name)
-
-        return self._guarded(draw, lambda text: note(text, problem=True))
-
-    def _guarded(self, work: Callable[[], Any], explain: Callable[[str], Any]) -> Any:
         try:
             with self._lock:
-                return work()
+                return pictures(self._studio, self._studio.draw(drawn), _time(t))
         except JLTError as error:
-            return explain(str(error))
+            return note(str(error), problem=True)
 
-    def _summary(self, config: SampleConfig) -> str:
-        count = f"{config.num} image{'s' if config.num > 1 else ''}"
-        guidance = f"guidance {config.cfg_scale:g}" if config.cfg_scale != 1 else "no guidance"
-        return f"{count} of seed {config.seed}: {config.steps} steps of {config.solver}, {guidance}."
+    def walk(self, *arguments: Any) -> Iterator[str]:
+        """Draw the way from the seed to another one."""
+        *values, other = arguments
+        studio = self._studio
+        try:
+            # Eight images of one class, however many were chosen.
+            config = studio.config_of(dict(zip(FIELDS, values, strict=True)))
+            second = whole("Second seed", other, 0, LAST_SEED)
+            seconds = studio.expected_seconds(replace(config, num=COLUMNS))
+            yield waiting(f"Drawing {COLUMNS} images: about {format_seconds(seconds)}.", seconds)
+            name = "one class" if config.labels in RULES else studio.classes[int(config.labels)]
+            with self._lock:
+                shown = interpolations(studio, studio.interpolate(config, second), (config.seed, second), name)
+            yield shown
+        except JLTError as error:
+            yield note(str(error), problem=True)
+
+
+def _images(num: int) -> str:
+    return f"{num} image{'s' if num > 1 else ''}"
+
+
+def _summary(config: SampleConfig) -> str:
+    guidance = f"guidance {config.cfg_scale:g}" if config.cfg_scale != 1 else "no guidance"
+    return f"{_images(config.num)} of seed {config.seed}: {config.steps} steps of {config.solver}, {guidance}."
 
 
 def _time(t: object) -> float:

@@ -31,7 +31,8 @@ def heading(studio: Studio) -> str:
         f"step {' and '.join(sorted({f'{system.model.checkpoint.step:,}' for system in studio.systems}))}",
         "drawn on this machine",
     ]
-    title = "Two predictions, one noise" if len(names) > 1 else "From noise to image"
+    kinds = "predictions" if len({system.prediction for system in studio.systems}) > 1 else "systems"
+    title = f"Two {kinds}, one noise" if len(names) > 1 else "From noise to image"
     return f'<h1>{title}</h1><p class="lead">{" · ".join(names)}</p><p class="facts">{" · ".join(facts)}</p>'
 
 
@@ -54,7 +55,7 @@ def pictures(studio: Studio, drawings: Sequence[Drawing], t: float) -> str:
         strip = _grid(z[order[:STRIP]], STRIP, captions[:STRIP], f"{system.name}, z at t = {time:.2f}", kind="z")
         per_image = drawing.seconds / config.num
         speed = f"{per_image * 1000:.0f} ms" if per_image < 1 else f"{per_image:.1f} s"
-        subject = f" · {html.escape(captions[0])}" if same else ""
+        subject = f", class {html.escape(captions[0])}" if same else ""
         cards.append(
             f'<section class="card"><header>{_mark(system)}<span class="speed">{speed} per image</span></header>'
             f'<p class="what">{what}{subject}</p>{grid}<p class="what">{noisy}</p>{strip}</section>'
@@ -79,6 +80,11 @@ def note(text: str, problem: bool = False) -> str:
     """Return the line of the page that says what happened."""
     role = "alert" if problem else "status"
     return f'<p class="note {"problem" if problem else ""}" role="{role}">{html.escape(text)}</p>'
+
+
+def waiting(text: str, seconds: float) -> str:
+    """Return the same line for what is being drawn, with a bar that is full after about these seconds."""
+    return f'<p class="note waiting" role="status" style="--seconds:{seconds:.1f}s">{html.escape(text)}</p>'
 
 
 def _mark(system: System) -> str:

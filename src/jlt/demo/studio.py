@@ -18,7 +18,6 @@ from jlt.api.images import State, Trajectory
 from jlt.api.model import Model, load
 from jlt.config import Prediction, SampleConfig
 from jlt.errors import JLTError, UsageError, unknown_name
-from jlt.interop.sources import is_exported
 from jlt.networks.transformer import count_parameters
 from jlt.sampling.guidance import rows_evaluated
 from jlt.sampling.labels import class_number
@@ -39,6 +38,8 @@ KEPT = 4
 SMALL = 5_000_000
 """Parameters up to which one thread of a CPU is faster than several."""
 DEFAULTS = SampleConfig(num=8, steps=20)
+QUICK_SECONDS = 10.0
+"""A drawing that takes less begins with the opening of the page and the change of a field."""
 
 
 class Stopped(JLTError):
@@ -71,11 +72,13 @@ class System:
 
     source: Path
     model: Model
+    autoencoder_path: str | None = None
+    title: str = ""
 
     @property
     def name(self) -> str:
-        """Its name, such as JLT-B/1."""
-        return self.model.config.name
+        """What the page calls it, such as JLT-B/1."""
+        return self.title or self.model.config.name
 
     @property
     def prediction(self) -> Prediction:
@@ -87,6 +90,10 @@ class Studio:
     """Draws the images of one or two systems from the same noise; one thread at a time may draw."""
 
     def __init__(self, systems: Sequence[System]) -> None:
+        if len({system.name for system in systems}) < len(systems):
+            alike = len({system.source.name for system in systems}) < len(systems)
+            places = [str(system.source) if alike else system.source.name for system in systems]
+            systems = [replace(one, title=f"{one.name} ({place})") for one, place in zip(systems, places, strict=True)]
         self.systems = systems
         first = systems[0].model
         self.classes = first.classes
@@ -106,22 +113,40 @@ class Studio:
                     f"{systems[0].source} and {other.source} have different classes: show one of them at a time."
                 )
         self._warm_up()
+        self.initial = self._first_drawing()
 
     @classmethod
     def open(cls, sources: Sequence[Path], device: str, autoencoder_path: str | None = None) -> Studio:
         """Open what `jlt.load` opens; JLTError as it raises, and for two of different noise."""
         models = [load(path, device=device, autoencoder_path=autoencoder_path) for path in sources]
-        # A command samples runs: that of an export is in the cache.
-        folders = [
-            path if path.exists() and not is_exported(path) else model.checkpoint.run
-            for path, model in zip(sources, models, strict=True)
-        ]
-        return cls([System(folder, model) for folder, model in zip(folders, models, strict=True)])
+        pairs = zip(sources, models, strict=True)
+        return cls([System(source, model, autoencoder_path) for source, model in pairs])
 
     def _warm_up(self) -> None:
         """Open autoencoders, and measure how long the network takes; what is missing is an error here."""
         for steps in (1, 4):
             self._draw(replace(DEFAULTS, num=4, steps=steps))
+
+    def _first_drawing(self) -> dict[str, object]:
+        """Return the fields as the page opens, and draw by them: fewer images where eight would take long."""
+        low, high = DEFAULTS.cfg_interval
+        values: dict[str, object] = {
+            "label": self.classes[min(3, len(self.classes) - 1)],
+            "seed": DEFAULTS.seed,
+            "cfg_scale": DEFAULTS.cfg_scale,
+            "low": low,
+            "high": high,
+            "steps": DEFAULTS.steps,
+            "solver": DEFAULTS.solver,
+            "ema": self.averages[0],
+        }
+        for num in (DEFAULTS.num, 4, 2, 1):
+            values["num"] = num
+            config = self.config_of(values)
+            if self.expected_seconds(config) < QUICK_SECONDS:
+                self.draw(config)
+                break
+        return values
 
     @property
     def class_choices(self) -> list[str]:
@@ -225,18 +250,20 @@ class Studio:
     def commands(self, config: SampleConfig) -> list[str]:
         """Return the command of each system that writes the same images as numbered PNG files."""
         folders = ["samples-1", "samples-2"] if len(self.systems) > 1 else ["samples"]
-        return [sample_command(system.source, out, config) for system, out in zip(self.systems, folders, strict=True)]
+        return [sample_command(system, out, config) for system, out in zip(self.systems, folders, strict=True)]
 
 
-def sample_command(source: Path, out: str, config: SampleConfig) -> str:
-    """Return the `jlt sample` of a checkpoint that draws by these settings."""
+def sample_command(system: System, out: str, config: SampleConfig) -> str:
+    """Return the `jlt sample` of a system that draws by these settings."""
     usual, options = SampleConfig(), ["--num", str(config.num)]
     for field in fields(SampleConfig):
         value = getattr(config, field.name)
         if field.name != "num" and value != getattr(usual, field.name):
             texts = map(str, value) if isinstance(value, tuple) else [str(value)]
             options += [f"--{field.name.replace('_', '-')}", *texts]
-    return shlex.join(["jlt", "sample", "--checkpoint", str(source), "--out", out, *options])
+    if system.autoencoder_path is not None:
+        options += ["--autoencoder-path", system.autoencoder_path]
+    return shlex.join(["jlt", "sample", "--checkpoint", str(system.source), "--out", out, *options])
 
 
 def number(name: str, value: object, low: float, high: float) -> float:

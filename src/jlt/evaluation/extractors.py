@@ -28,6 +28,7 @@ EXTRACTORS: dict[str, type[SqueezeNetExtractor | InceptionExtractor | DinoExtrac
     "dinov2": DinoExtractor,
 }
 """Extractors whose weights are not bundled."""
+NAMES = ("digits", *EXTRACTORS)
 WEIGHTS_FILE = ASSETS / "digit_classifier.safetensors"
 HELD_OUT_EVERY = 6
 
@@ -44,7 +45,7 @@ def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | s
             raise UsageError("The extractor 'digits' is bundled and takes no --features-path.")
         return DigitClassifier.load().to(device)
     if name not in EXTRACTORS:
-        raise unknown_name("feature extractor", name, ("digits", *EXTRACTORS))
+        raise unknown_name("feature extractor", name, NAMES)
     return EXTRACTORS[name].load(path).to(device)
 
 

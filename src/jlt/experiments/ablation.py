@@ -43,9 +43,13 @@ PREPARED = {"quickstart.json", "latents", "geometry.json"}
 """What a folder may hold before its ablation begins."""
 AXES = {"name", "prediction", "loss.space", "network.patch_size", "seed"}
 """Settings in which the systems of an ablation may differ."""
-AXES_OF_WIDTH = {"network.hidden_size", "network.num_heads"}
-AXES_OF_ANISOTROPY = ("latents.autoencoder.normalisation.coordinates", "latents.manifest_sha256")
-"""Further settings that differ if width or anisotropy are axes; for anisotropy, all that begin with these names."""
+FURTHER_AXES = {
+    "width": ("network.hidden_size", "network.num_heads"),
+    "anisotropy": ("latents.autoencoder.normalisation.coordinates", "latents.manifest_sha256"),
+    "weighting": ("loss.weighting",),
+    "times": ("timesteps.distribution",),
+}
+"""Further settings that differ along optional axes: all that begin with these names."""
 
 
 def run_system(system: AblationRun) -> None:
@@ -145,8 +149,8 @@ def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig
     differs = set()
     for config in configs[1:]:
         differs |= {found.key for found in difference(configs[0], config)}
-    axes = AXES | (AXES_OF_WIDTH if ablation.width else set())
-    axes |= {name for name in differs if ablation.anisotropy and name.startswith(AXES_OF_ANISOTROPY)}
+    further = tuple(name for axis, names in FURTHER_AXES.items() if getattr(ablation, axis) for name in names)
+    axes = AXES | {name for name in differs if name.startswith(further)}
     if not differs <= axes:
         raise JLTError(f"The runs are not matched: they also differ in {', '.join(sorted(differs - axes))}.")
     return sorted(differs - {"name"})
@@ -169,7 +173,7 @@ def describe(config: AblationConfig, systems: Sequence[AblationRun], store: Late
                 loss_space=system.config.loss.space,
                 patch_size=system.config.network.patch_size,
                 variant=system.variant,
-                anisotropy=system.anisotropy,
+                anisotropy=system.point["anisotropy"],
                 width=system.config.network.hidden_size,
                 seed=system.config.seed,
                 run=f"{system.run.parent.name}/{system.run.name}",
@@ -182,7 +186,7 @@ def describe(config: AblationConfig, systems: Sequence[AblationRun], store: Late
 def forecasts(
     systems: Sequence[AblationRun], known: Sequence[SettingForecast] = (), device: str = "cpu"
 ) -> tuple[SettingForecast, ...]:
-    """Return what is expected of x, eps and v in every geometry, network and loss, before anything is trained.
+    """Return what is expected of every prediction in every geometry, network and loss, before anything is trained.
 
     `known` are forecasts of the same ablation, which had fewer points on its axes.
     """
@@ -212,11 +216,12 @@ def _known_forecasts(out: Path) -> tuple[SettingForecast, ...]:
 
 def _forecast(system: AblationRun, estimate: Estimate, before_training: bool) -> SettingForecast:
     network, train = system.config.network, system.config
-    found = forecast([estimate.in_units_of(train.noise_scale**2)], TrainingModel.of(train), [network.hidden_size])
+    model = TrainingModel.of(train, system.ablation.prediction)
+    found = forecast([estimate.in_units_of(train.noise_scale**2)], model, [network.hidden_size])
     return SettingForecast.of(
         found,
         variant=system.variant,
-        anisotropy=system.anisotropy,
+        anisotropy=system.point["anisotropy"],
         patch_size=network.patch_size,
         loss_space=train.loss.space,
         width=network.hidden_size,
@@ -232,12 +237,12 @@ def prove_matched(systems: Sequence[AblationRun], config: AblationConfig) -> tup
     states = {name: checkpoint.read_state() for name, checkpoint in ends.items()}
     draws = {name: state["draws"] for name, state in states.items()}
     weights = {name: state["initial_weights"] for name, state in states.items()}
-    require_equal(systems, draws, "random draws", lambda system: system.config.seed)
+    require_equal(systems, draws, "random draws", lambda system: (system.config.seed, system.config.timesteps))
     require_equal(systems, weights, "initial weights", lambda system: (system.config.seed, system.config.network))
     checked = (
         "every other setting",
         f"initial weights at equal patch size{', width' if config.width else ''} and seed",
-        "sample order, times, noise seeds and label drops at equal seed",
+        f"sample order, times, noise seeds and label drops at equal seed{' and distribution' if config.times else ''}",
     )
     seconds = sum(state["seconds"] for state in states.values())
     return seconds, Matched(checked, tuple(differs), weights, draws)

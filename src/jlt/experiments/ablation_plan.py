@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from jlt.config import LossSpace, Prediction, SampleConfig, TrainConfig
+from jlt.config import (
+    LossSpace,
+    Prediction,
+    SampleConfig,
+    TimeDistribution,
+    TrainConfig,
+    Weighting,
+    canonical_prediction,
+)
 from jlt.errors import UsageError
 from jlt.experiments.recipes import vary
 
@@ -19,7 +29,7 @@ class AblationAxes:
     """The axes of an ablation; they may get more points when it is run again."""
 
     prediction: tuple[Prediction, ...] = ("x", "v")
-    """Axis: predictions, x, eps or v."""
+    """Axis: x, eps, v, edm, skip=S or mix=R."""
     loss_space: tuple[LossSpace, ...] = ("v",)
     """Axis: spaces of the loss."""
     patch_size: tuple[int, ...] = (1,)
@@ -29,20 +39,27 @@ class AblationAxes:
     anisotropy: tuple[float, ...] = ()
     """Axis: coordinates in which eigenvalues are raised to these powers; 0 is whitened, 1 is unchanged."""
     width: tuple[int, ...] = ()
-    """Axis: network widths. Default: that of the recipe."""
+    """Axis: network widths. Default: the recipe's."""
+    weighting: tuple[Weighting, ...] = ()
+    """Axis: weights over time. Default: the recipe's."""
+    times: tuple[TimeDistribution, ...] = ()
+    """Axis: training times. Default: the recipe's."""
 
     def __post_init__(self) -> None:
+        for axis in ("prediction", "loss_space"):
+            object.__setattr__(self, axis, tuple(map(canonical_prediction, getattr(self, axis))))
         for axis in sorted(GROWING):
             points = getattr(self, axis)
-            may_be_empty = axis in ("anisotropy", "width")
             # As in the names of folders.
             names = {f"{point:g}" if isinstance(point, float) else point for point in points}
-            if not (points or may_be_empty) or len(names) < len(points):
+            if not (points or axis in OPTIONAL) or len(names) < len(points):
                 raise UsageError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
         if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
             raise UsageError(f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched.")
 
 
+OPTIONAL = {"anisotropy": "a", "width": "w", "weighting": "", "times": ""}
+"""Axes that may have no points, with what stands before one in the name of a run's folder."""
 GROWING = {axis.name for axis in fields(AblationAxes)}
 
 
@@ -83,15 +100,13 @@ class AblationRun:
     run: Path
     latents: Path
     reference: Path
-    anisotropy: float | None = None
-    width: int | None = None
-    """The point on either axis, None if it is no axis of the ablation."""
+    point: Mapping[str, Any]
+    """Where it is on each axis of OPTIONAL; None where that is no axis of the ablation."""
 
     @property
     def variant(self) -> str:
         """The point on the axes that the network's name does not show, as text; empty if there is no such axis."""
-        parts = {"anisotropy": self.anisotropy, "width": self.width}
-        return ", ".join(f"{axis} {value:g}" for axis, value in parts.items() if value is not None)
+        return ", ".join(f"{axis} {_text(value)}" for axis, value in self.point.items() if value is not None)
 
     @property
     def setting(self) -> tuple[str, int, LossSpace]:
@@ -110,23 +125,27 @@ def systems_of(config: AblationConfig, latents: Path, out: Path) -> list[Ablatio
     # The evaluations need every checkpoint.
     every = math.ceil(config.train.steps / config.evaluations)
     base = replace(config.train, checkpoint_every=every, keep_last=0)
-    widths, anisotropies = config.width or (None,), config.anisotropy or (None,)
-    axes = itertools.product(config.seed, config.patch_size, widths, anisotropies, config.loss_space, config.prediction)
+    optional = [getattr(config, axis) or (None,) for axis in OPTIONAL]
+    axes = itertools.product(config.seed, config.patch_size, *optional, config.loss_space, config.prediction)
     systems = []
-    for seed, patch_size, width, anisotropy, loss_space, prediction in axes:
-        further = "" if anisotropy is None else f"-a{anisotropy:g}"
-        further += "" if width is None else f"-w{width}"
+    for seed, patch_size, *values, loss_space, prediction in axes:
+        point = dict(zip(OPTIONAL, values, strict=True))
+        anisotropy = point["anisotropy"]
+        further = "".join(f"-{OPTIONAL[axis]}{_text(at)}" for axis, at in point.items() if at is not None)
         system = AblationRun(
             config,
-            vary(base, prediction, loss_space, patch_size, seed, width),
+            vary(base, prediction, loss_space, patch_size, seed, point),
             run=out / "runs" / f"{prediction}-{loss_space}-p{patch_size}{further}-s{seed}",
             latents=latents if anisotropy is None else coordinates_folder(out, patch_size, anisotropy),
             reference=config.reference_path(out),
-            anisotropy=anisotropy,
-            width=width,
+            point=point,
         )
         systems.append(system)
     return sorted(systems, key=lambda system: (system.config.network.patch_size, -system.config.network.hidden_size))
+
+
+def _text(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def coordinates_folder(out: Path, patch_size: int, anisotropy: float) -> Path:

@@ -26,6 +26,7 @@ from jlt.evaluation.suite import Columns, arrays_of, evaluate_images, measure, o
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import reopen_source
 from jlt.images.source import ImageSource, Selected
+from jlt.interop.sources import open_source
 from jlt.latents.store import LatentStore
 from jlt.results.evaluation import Evaluation, Jackknife, Metrics
 from jlt.results.files import read_result, write_result
@@ -240,7 +241,7 @@ def evaluate_checkpoint(
     """Measure the samples of a run's newest checkpoint, or of a checkpoint, and write the result into its run."""
     group = group or SingleProcess()
     require_enough(config.num)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_source(path)
     sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
     reference = open_reference(real_images, extractor, sampler.resolution, group=group)
     run = checkpoint.run

@@ -303,7 +303,7 @@ def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> Non
             raise JLTError(f"Networks of different {what} have no common {shared}: {sorted(values)}.")
     for checkpoint in checkpoints:
         found, wanted = ({key: side[key] for key in LATENTS} for side in (checkpoint.latents, store.identity()))
-        if found["source"]["kind"] == IMPORTED:
+        if IMPORTED in found["source"]:
             # The data and the weights of the autoencoder of an imported run are unknown.
             found, wanted = (
                 {"resolution": side["resolution"], **{key: side["autoencoder"][key] for key in SPACE}}

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jlt.config import (
     FLUX2_IMAGENET256,
+    NAMED,
     LatentShape,
     LossSpace,
     NetworkConfig,
@@ -42,18 +44,19 @@ class Recipe:
     images: int
 
 
-FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT", "eps": "DiT-eps"}
+FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT"}
+"""The two names of Fu et al. 2026; other predictions are named in the name, as in DiT-eps."""
 PATCH_SIZES = (1, 2, 4)
 
 
 def system_name(prediction: Prediction, size: str, patch_size: int) -> str:
     """Return the name of a prediction with a network's size and patch."""
-    return f"{FAMILIES[prediction]}-{size}/{patch_size}"
+    return f"{FAMILIES.get(prediction, f'DiT-{prediction}')}-{size}/{patch_size}"
 
 
 def preset(name: str, latents: LatentShape = FLUX2_IMAGENET256) -> tuple[Prediction, NetworkConfig]:
     """Return prediction and network of a name such as `JLT-B/1`, for latents of a shape; JLTError for unknown names."""
-    systems = {system_name(*point): point for point in itertools.product(FAMILIES, SIZES, PATCH_SIZES)}
+    systems = {system_name(*point): point for point in itertools.product(NAMED, SIZES, PATCH_SIZES)}
     if name not in systems:
         raise unknown_name("network", name, systems)
     prediction, size, patch_size = systems[name]
@@ -185,23 +188,26 @@ def vary(
     loss_space: LossSpace,
     patch_size: int,
     seed: int,
-    width: int | None = None,
+    point: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
     """Return a run that differs from `base` in the axes of an ablation and in nothing else.
 
-    A network of another width has heads of the same size; JLTError for a width that is no multiple of it.
+    `point` may name a width, a weighting and a distribution of times. A network of another width has heads of the same
+    size; JLTError for a width that is no multiple of it.
     """
     network = dataclasses.replace(base.network, patch_size=patch_size)
-    if width is not None:
+    if (width := point.get("width")) is not None:
         head = network.hidden_size // network.num_heads
         if width < head or width % head:
             raise JLTError(f"A width of {width} is no multiple of the {head} values of a head.")
         network = dataclasses.replace(network, hidden_size=width, num_heads=width // head)
+    weighting, distribution = point.get("weighting"), point.get("times")
     varied = dataclasses.replace(
         base,
         prediction=prediction,
         network=network,
-        loss=dataclasses.replace(base.loss, space=loss_space),
+        loss=dataclasses.replace(base.loss, space=loss_space, weighting=weighting or base.loss.weighting),
+        timesteps=dataclasses.replace(base.timesteps, distribution=distribution or base.timesteps.distribution),
         seed=seed,
     )
     return renamed(varied)

@@ -124,7 +124,7 @@ def measure_moments(
     """
     count, shape = len(store), store.shape
     if count < 2:
-        raise JLTError(f"The store holds {count} latents: a covariance needs at least 2, a good one thousands.")
+        raise JLTError(f"There are {count} latents: a covariance needs at least 2, a good one thousands.")
     size = batch_size or max(1, BATCH_VALUES // (shape.channels * shape.height * shape.width))
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = Moments(count, shape, patch_sizes, device)

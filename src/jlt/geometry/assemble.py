@@ -97,9 +97,9 @@ def _token_geometry(
         local={found.name: _local_spectrum(found, eigenvalues) for found in local},
         target_variance={name: tuple(target_variance(name, eigenvalues).tolist()) for name in PREDICTIONS},
         directions=tuple(directions.tolist()),
-        coefficient=_over_time(best_coefficient, tabulated),
-        conditional_variance=_over_time(conditional_variance, tabulated),
-        explained_power=_over_time(explained_power, tabulated),
+        coefficient=_over_time(best_coefficient, tabulated, model),
+        conditional_variance=_over_time(conditional_variance, tabulated, model),
+        explained_power=_over_time(explained_power, tabulated, model),
         forecast=forecast(measured.estimates, model, widths),
     )
 
@@ -114,10 +114,10 @@ def _local_spectrum(estimate: Estimate, whole: Spectrum) -> LocalSpectrum:
 
 
 def _over_time(
-    closed_form: Callable[[Prediction, Array, Array], Array], lam: Float64[np.ndarray, " k"]
+    closed_form: Callable[[Prediction, Array, Array], Array], lam: Float64[np.ndarray, " k"], model: TrainingModel
 ) -> dict[Prediction, Table]:
     """Return a closed form of eq. 10-12 as a row of k directions for each time."""
-    return {name: rows(closed_form(name, lam, TABULATED_TIMES[:, None])) for name in PREDICTIONS}
+    return {name: rows(closed_form(name, lam, TABULATED_TIMES[:, None])) for name in model.predictions}
 
 
 def rows(table: Float64[np.ndarray, "t d"]) -> Table:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from jlt.config import PREDICTIONS, LossConfig, Prediction, TimestepConfig
+from jlt.config import LossConfig, Prediction, TimestepConfig
 from jlt.geometry.gaussian import Array, conditional_variance, explained_power, target_variance
 from jlt.geometry.spectrum import Spectrum, shrunk, sphericity, tabulated_ranks
 from jlt.loss import error_gain
@@ -82,10 +82,7 @@ class TimeQuadrature:
 
 @functools.cache
 def training_times(model: TrainingModel) -> TimeQuadrature:
-    """Return a quadrature of p(t) (eq. 6): Gauss and Legendre's rule over the logit, cut where eq. 3 and 5 are clamped.
-
-    The loss is the matched one in the model's space.
-    """
+    """Return a quadrature of p(t) (eq. 6): Gauss and Legendre's rule over the logit, cut at the clamps of eq. 3, 5."""
     low, high = _logit_range(model.timesteps)
     clamps = [math.log(t / (1 - t)) for t in (model.t_eps, 1 - model.t_eps) if 0 < t < 1]
     cuts = sorted({low, *(cut for cut in (*clamps, (low + high) / 2) if low < cut < high), high})
@@ -98,7 +95,7 @@ def training_times(model: TrainingModel) -> TimeQuadrature:
     density = (time_density(t, model.timesteps) * t * (1 - t)).numpy()
     weight = np.concatenate([half * weights for _, half in pieces]) * density
     # The smallest float clamps nothing; a LossConfig has no 0.
-    loss = LossConfig(model.loss_space, "matched", model.t_eps or sys.float_info.min)
+    loss = LossConfig(model.loss_space, model.weighting, model.t_eps or sys.float_info.min)
     return TimeQuadrature(t.numpy(), weight / weight.sum(), loss)
 
 
@@ -128,7 +125,7 @@ def width_floor(prediction: Prediction, lam: Spectrum, times: TimeQuadrature, wi
     Its last layer is linear, so its outputs span one affine subspace of `width` dimensions. Outside of that the error
     is the whole variance of the target (eq. 9). 0 for a width of a token's size or more.
     """
-    dropped = times.average(target_variance(prediction, lam) * times.loss_weight(prediction))
+    dropped = times.average(target_variance(prediction, lam, times.t[:, None]) * times.loss_weight(prediction))
     return float(np.sort(dropped)[: max(0, len(lam) - width)].sum())
 
 
@@ -173,7 +170,7 @@ def forecast(estimates: Sequence[Estimate], model: TrainingModel, widths: Sequen
     lam, enough, times = estimates[0].eigenvalues, estimates[0].enough, training_times(model)
     curves = _curves(lam, model)
     needed = _needed(lam, model, STATED_SHARE, curves)
-    order = sorted(PREDICTIONS, key=needed.__getitem__)
+    order = sorted(model.predictions, key=needed.__getitem__)
     outcome = _outcome(needed, len(lam))
     outcomes = [_outcome(varied, len(lam)) for varied in _variations(estimates, model)]
     confidence = outcomes.count(outcome) / len(outcomes)
@@ -237,12 +234,12 @@ def _advice(needed: Needed, lam: Spectrum, model: TrainingModel, width: int) -> 
     return Advice(
         width,
         width_share={name: rank / width for name, rank in needed.items()},
-        loss_floor={name: unit * width_floor(name, lam, times, width) / len(lam) for name in PREDICTIONS},
+        loss_floor={name: unit * width_floor(name, lam, times, width) / len(lam) for name in model.predictions},
     )
 
 
 def _curves(lam: Spectrum, model: TrainingModel, shared: bool = False) -> dict[Prediction, Curve]:
-    return {name: capacity_curve(name, lam, training_times(model), shared) for name in PREDICTIONS}
+    return {name: capacity_curve(name, lam, training_times(model), shared) for name in model.predictions}
 
 
 def _needed(lam: Spectrum, model: TrainingModel, share: float, curves: dict[Prediction, Curve]) -> Needed:

@@ -20,14 +20,18 @@ import numpy as np
 from jaxtyping import Float64
 
 from jlt.config import Prediction
+from jlt.prediction import mixture, slope
 
 Array = Float64[np.ndarray, "..."]
 
 
-def target_variance(prediction: Prediction, lam: Array | float) -> Array:
-    """Return the variance of the target along a direction (eq. 9): lam, 1 or lam + 1, the unit floor of velocity."""
-    lam = _eigenvalues(lam)
-    return np.asarray({"x": lam, "eps": np.ones_like(lam), "v": lam + 1.0}[prediction])
+def target_variance(prediction: Prediction, lam: Array | float, t: Array | float = 0.0) -> Array:
+    """Return the variance of the target along a direction (eq. 9): alpha^2 lam + beta^2.
+
+    It is lam for x, 1 for eps and lam + 1 for v, the unit floor of velocity; only targets of a skip depend on time.
+    """
+    alpha, beta = mixture(prediction, np.asarray(t, dtype=np.float64))
+    return np.asarray(alpha**2 * _eigenvalues(lam) + beta**2)
 
 
 def noisy_variance(lam: Array | float, t: Array | float) -> Array:
@@ -42,19 +46,17 @@ def noisy_variance(lam: Array | float, t: Array | float) -> Array:
 
 
 def best_coefficient(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
-    """Return the c that minimises E (target - c z)^2 along a direction (eq. 10)."""
+    """Return the c that minimises E (target - c z)^2 along a direction (eq. 10): (alpha t lam + beta (1-t)) / D."""
     variance = noisy_variance(lam, t)
     lam, t = np.asarray(lam, dtype=np.float64), np.asarray(t, dtype=np.float64)
-    covariance = {"x": t * lam, "eps": 1 - t, "v": t * lam - (1 - t)}[prediction]
-    return np.asarray(covariance / variance)
+    alpha, beta = mixture(prediction, t)
+    return np.asarray((alpha * t * lam + beta * (1 - t)) / variance)
 
 
 def conditional_variance(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:
-    """Return Var(target | z) along a direction (eq. 11): the squared error that no predictor goes below."""
+    """Return Var(target | z) along a direction (eq. 11), m^2 lam / D: the error that no predictor goes below."""
     variance = noisy_variance(lam, t)
-    lam, t = np.asarray(lam, dtype=np.float64), np.asarray(t, dtype=np.float64)
-    numerator = {"x": lam * (1 - t) ** 2, "eps": t**2 * lam, "v": lam + 0.0 * t}[prediction]
-    return np.asarray(numerator / variance)
+    return np.asarray(slope(prediction, np.asarray(t, dtype=np.float64)) ** 2 * lam / variance)
 
 
 def explained_power(prediction: Prediction, lam: Array | float, t: Array | float) -> Array:

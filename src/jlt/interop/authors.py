@@ -98,7 +98,7 @@ def read_config(weights: Mapping[str, Tensor], side: int, context_start: int) ->
     tables = {name: (config.tokens + _unturned(config, name), head_size) for name in ROTARY if name in shapes}
     _require_shapes(shapes, _their_shapes(config, mlp_size) | tables)
     for name in tables:
-        if (weights[name].float() - _rotary_table(config, name)).abs().max() > ROUNDED_ANGLES:
+        if not (weights[name].float() - _rotary_table(config, name)).abs().max() <= ROUNDED_ANGLES:
             raise JLTError(f"{name} holds other rotary positions than those of this network.")
     return config
 

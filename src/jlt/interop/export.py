@@ -18,6 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from jlt import __version__
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import coordinates_of
@@ -55,10 +58,10 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.folders import atomic_folder, remove_leftovers, stays_inside
+from jlt.storage.folders import LOCK, remove_leftovers, stays_inside, whole_folder
 from jlt.storage.weights import is_hub_id, read_metadata, write_tensors
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
-from jlt.training.checkpoint import Checkpoint
+from jlt.training.checkpoint import Checkpoint, load_tensors
 
 SOURCES = "jlt.interop.exported"
 APP = Path(__file__).with_name("exported") / "app.py"
@@ -97,22 +100,27 @@ def export_folder(
         "jlt": __version__,
         "checkpoint": checkpoint.sha256,
         "autoencoder": asdict(plan),
-        **asdict(config),
+        **to_json(config),
         "ema": choose_name(checkpoint, config.ema),
     }
-    if _exists_already(out, json.loads(json.dumps(export))):
+    if _exists_already(out, export):
         return out
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan)
-    autoencoder = (
-        matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run) if plan.copied else None
-    )
+    autoencoder = None
+    if plan.copied:
+        autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run)
 
-    with atomic_folder(out) as partial:
-        _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
-        files = {str(path.relative_to(partial)): sha256_file(path) for path in _files(partial)}
-        write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
-        write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
+    try:
+        with whole_folder(out.resolve()) as partial:
+            _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
+            written = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != LOCK)
+            files = {str(path.relative_to(partial)): sha256_file(path) for path in written}
+            write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
+            write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
+    except FileExistsError:
+        # Another process was faster: its folder must be the same export.
+        _exists_already(out, export)
     return out
 
 
@@ -125,18 +133,19 @@ def export_file(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path
         raise UsageError(f"--format safetensors writes one file: let the name {out.name} end with .safetensors.")
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan_vae(checkpoint.latents["autoencoder"], config))
-    metadata = {"format": "pt", METADATA: json.dumps(to_json(FileSettings(checkpoint.config.network, settings)))}
+    # Of several entries, safetensors writes one or another first.
+    metadata = {METADATA: json.dumps(to_json(FileSettings(checkpoint.config.network, settings)))}
     remove_leftovers(out.parent, out.name)
     if out.exists():
-        _require_same_file(out, metadata)
+        if out.is_dir() or read_metadata(out) != metadata or not _same(load_tensors(out), chosen.tensors):
+            raise JLTError(f"{out} exists and is not this export: choose another name.")
         return out
     write_tensors(out, chosen.tensors, metadata)
     return out
 
 
-def _require_same_file(path: Path, metadata: Mapping[str, str]) -> None:
-    if path.is_dir() or read_metadata(path) != metadata:
-        raise JLTError(f"{path} exists and is not this export: choose another name.")
+def _same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def plan_vae(identity: Mapping[str, Any], config: ExportConfig) -> VaePlan:
@@ -230,45 +239,47 @@ def _write_code(folder: Path, part: tuple[str, str]) -> None:
     write_text(folder / f"{part[0]}.py", standalone(f"{SOURCES}.{part[0]}"))
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _exists_already(out: Path, export: Mapping[str, Any]) -> bool:
     """Return whether the folder is a complete export of the same; JLTError if it is anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / RECORD).is_file():
         raise JLTError(f"{out} exists and is no export: choose a new or empty folder.")
-    if differences := difference(read_record(out)["export"], export):
+    record = read_record(out)
+    if differences := difference(record["export"], export):
         raise JLTError(
             f"{out} holds another export, which differs in: {format_difference(differences)}. Choose another folder."
         )
-    require_intact(out)
+    for name, sha256 in record["files"].items():
+        require_file(out, name, sha256)
     return True
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read `export.json`; JLTError for one that is damaged or of another schema."""
+    """Read `export.json`; JLTError for one that is damaged, of another schema, or names a file outside its folder."""
     record = read_sealed_json(folder / RECORD)
     if record.get("schema") != SCHEMA or not isinstance(record.get("files"), dict):
         raise JLTError(f"{folder / RECORD} is no record of schema {SCHEMA}: another version of jlt wrote it.")
+    for name, sha256 in record["files"].items():
+        if not isinstance(sha256, str):
+            raise JLTError(f"{folder / RECORD} has no hash of {name[:80]!r}: it is damaged.")
+        if not stays_inside(name):
+            raise JLTError(f"{folder / RECORD} names {name[:80]!r}: it may name only files in its own folder.")
     return record
 
 
-def require_intact(folder: Path) -> None:
-    """Raise JLTError for a file of an export that is missing or damaged, or that is not in its folder by its name.
+def require_file(folder: Path, name: str, sha256: str | None) -> str:
+    """Return the SHA-256 of a file of an export; JLTError if it is missing, or has another one than recorded.
 
-    Links are followed, as the Hub's cache needs, since what they lead to must have the hash in the record.
+    Links are followed, as the Hub's cache needs: what they lead to must have the hash.
     """
-    for name, sha256 in read_record(folder)["files"].items():
-        path = folder / name
-        if not stays_inside(name):
-            raise JLTError(f"{folder / RECORD} names {name!r}: it may name only files in its own folder.")
-        if not path.is_file():
-            raise JLTError(f"{path} is missing: the export is not complete; delete the folder and export again.")
-        if sha256_file(path) != sha256:
-            raise JLTError(f"{path} was edited or damaged: its content does not match the hash in {RECORD}.")
+    path = folder / name
+    if not path.is_file():
+        raise JLTError(f"{path} is missing: the export is not complete; delete the folder and export again.")
+    found = sha256_file(path)
+    if sha256 not in (None, found):
+        raise JLTError(f"{path} was edited or damaged: its content does not match the hash in {RECORD}.")
+    return found
 
 
 def require_repository(name: str) -> None:

@@ -1,262 +1,96 @@
-"""Checkpoints of other programs become run folders."""
+"""A network from elsewhere becomes a run folder: what each reader of files returns, and the one writer."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import contextlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from jlt.autoencoders.load import IN_RUN
 from jlt.config import NetworkConfig, TrainConfig
-from jlt.errors import JLTError, UsageError, unknown_name
-from jlt.images.sharded import read_class_names
-from jlt.interop.authors import holds_fixed_positions, import_authors_weights, read_config
-from jlt.interop.import_config import ImportConfig
-from jlt.interop.settings import Arguments, is_number, read_prediction, require_plain_order, train_config
-from jlt.interop.torch_file import read_torch_file, require_tensors
-from jlt.latents.adoption import USUAL, adopted_identity
-from jlt.runtime.progress import inform
-from jlt.storage.files import sha256_file, write_json
-from jlt.storage.folders import Claim, atomic_folder
-from jlt.storage.weights import ASSETS
-from jlt.training.checkpoint import open_checkpoint, save_checkpoint
+from jlt.errors import JLTError
+from jlt.interop.pipeline_settings import IN_FOLDER
+from jlt.storage.files import write_json
+from jlt.storage.folders import Claim, whole_folder
+from jlt.training.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from jlt.training.state import run_identity
 
-STATES = ("model", "model_ema1", "model_ema2")
-AVERAGES = {"model_ema1": ("ema_decay1", 0.9999), "model_ema2": ("ema_decay2", 0.9996)}
-"""The averages of a file, with the names and published values of their decays."""
-VAE_TYPES = {"flux2": "flux2", "identity": "pixels"}
-"""Autoencoders by their names in the authors' program."""
+IMPORTED = "imported"
+"""Key of the hash of what was imported, in the source of the latents of an imported run."""
+CONFIG = "config.json"
 LARGEST_SIDE = 4096
 """Pixels; a file's own claim about its images is not trusted beyond this."""
 MOST_TOKENS = 1 << 16
-MOST_BLOCKS = 10_000
 MOST_UPDATES = 10**9
-CONFIG = "config.json"
-IMPORTED = "imported"
-"""The kind of source of latents that are known by a checkpoint alone."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A checkpoint of another program in this program's terms; tensors are converted when they are read."""
+    """A checkpoint of another program, or an export, in this program's terms."""
 
     config: TrainConfig
     latents: Mapping[str, Any]
-    """What identifies the latents of a training: the autoencoder, the source, the class names."""
+    """What identifies the latents of a training: see `imported_latents`."""
     weights: Mapping[str, Mapping[str, Tensor]]
-    """`network` and each `ema_<decay>`, by name."""
+    """`network` and each `ema_<name>` that there is, in float32; a reader may convert each when it is taken."""
     step: int
     facts: Mapping[str, Any]
-    """What the checkpoint's state records of its origin."""
+    """What the checkpoint's state records of its origin; `step_counts` is updates, epochs or nothing."""
+    autoencoder: Mapping[str, Path] = field(default_factory=dict)
+    """Files of an autoencoder that the run gets a copy of, by the names of the copies."""
 
 
-def read_authors_file(path: Path, source: str, options: ImportConfig) -> Imported:
-    """Read a checkpoint of the JLT authors' program or of JiT's; `source` is how the user named it.
-
-    Raises JLTError for a file of another kind or architecture, and for one whose settings have no meaning here;
-    UsageError for options that contradict it.
-    """
-    if path.is_dir():
-        raise JLTError(f"{path} is no folder of `jlt export`: name one, or a file such as checkpoint-last.pth.")
-    content = read_torch_file(path)
-    states = {name: _plain_names(require_tensors(path, name, content[name])) for name in STATES if name in content}
-    if not states:
-        raise JLTError(f"{path} holds none of {', '.join(STATES)}: it is no checkpoint of JLT's authors or of JiT.")
-    arguments = Arguments(content.get("args"))
-    try:
-        require_plain_order(arguments)
-        prediction = read_prediction(arguments, options.prediction)
-        network, identity, resolution = _read_network(states, arguments, options)
-        updates, counted = _updates(content)
-        decays = {name: arguments.number(*AVERAGES[name]) for name in STATES[1:] if name in states}
-        config = train_config(arguments, prediction, network, tuple(decays.values()), updates)
-        class_names = _class_names(network.num_classes, options.class_names)
-    except UsageError:
-        raise
-    except JLTError as error:
-        raise JLTError(f"{path} cannot be imported: {error}") from error
-    files = {"network": next(iter(states)), **{f"ema_{decay!r}": name for name, decay in decays.items()}}
-    sha256 = sha256_file(path)
-    facts = {
-        "source": source,
-        "sha256": sha256,
-        "epoch": _count(content.get("epoch")),
-        "step_counts": counted,
-        "patch_embedding": "x_embedder.proj1 and x_embedder.proj2" if network.bottleneck_size else "x_embedder.proj",
-        "network_from": files["network"],
-        "assumed": arguments.assumed,
-        "not_reproduced": arguments.used_otherwise,
-    }
-    latents = {
-        "autoencoder": identity,
-        "source": {"kind": IMPORTED, "sha256": sha256},
+def imported_latents(
+    autoencoder: Mapping[str, Any], kind: str, sha256: str, resolution: int, class_names: list[str]
+) -> dict[str, Any]:
+    """Return what identifies the latents: the autoencoder, the kind of images, and the hash of what is imported."""
+    return {
+        "autoencoder": dict(autoencoder),
+        "source": {"kind": kind, IMPORTED: sha256},
         "count": None,
         "resolution": resolution,
         "class_names": class_names,
     }
-    weights = Conversions({file: states[name] for file, name in files.items()}, network)
-    return Imported(config, latents, weights, updates, facts)
 
 
-class Conversions(Mapping[str, Mapping[str, Tensor]]):
-    """Files of weights in this program's layout and float32, converted when they are read, so one at a time."""
-
-    def __init__(self, files: Mapping[str, Mapping[str, Tensor]], network: NetworkConfig) -> None:
-        self.files, self.network = files, network
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        weights = {key: weight.float() for key, weight in self.files[name].items()}
-        state = import_authors_weights(weights, self.network)
-        # Tensors that share memory cannot be written as they are.
-        users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
-        return {
-            key: tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor
-            for key, tensor in state.items()
-        }
+def require_moderate(network: NetworkConfig, downsampling: int) -> None:
+    """Raise JLTError for grids that no weight confirms and that no network has: they cost memory with every image."""
+    if max(network.height, network.width) * downsampling > LARGEST_SIDE or network.tokens > MOST_TOKENS:
+        raise JLTError(f"jlt reads no images of more than {LARGEST_SIDE:,} pixels a side, or {MOST_TOKENS:,} tokens.")
 
 
-def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("net."): weight for name, weight in weights.items()}
+def require_finite(path: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise JLTError naming the first weight with a value that is not finite in float32."""
+    for name, weight in weights:
+        if not weight.float().isfinite().all():
+            raise JLTError(f"{path} holds values that are not finite in {name[:80]}: did its training diverge?")
 
 
-def _read_network(
-    states: Mapping[str, Mapping[str, Tensor]], arguments: Arguments, options: ImportConfig
-) -> tuple[NetworkConfig, dict[str, Any], int]:
-    """Return the network, the identity of its autoencoder, and the side of its images in pixels."""
-    first = next(iter(states.values()))
-    name = options.autoencoder or _autoencoder_name(first, arguments)
-    if name not in USUAL:
-        raise unknown_name("autoencoder", name, USUAL)
-    downsampling, resolution = USUAL[name].downsampling, _resolution(arguments, options)
-    stated = options.resolution is not None or arguments.values.get("img_size") is not None
-    if resolution % downsampling or not resolution:
-        raise JLTError(
-            f"its images have {resolution} pixels a side, which is no multiple of the {downsampling} of {name!r}: "
-            "name another --autoencoder."
-        )
-    start, networks = _context_start(first, arguments, options), set()
-    for which, weights in states.items():
-        try:
-            networks.add(read_config(weights, resolution // downsampling, start))
-        except JLTError as error:
-            raise JLTError(f"in {which}, {error}") from error
-    if len(networks) > 1:
-        raise JLTError(f"{', '.join(states)} are networks of different sizes.")
-    (network,) = networks
-    side = network.height * downsampling
-    if side > LARGEST_SIDE or network.tokens > MOST_TOKENS:
-        raise JLTError(f"{network.tokens} tokens of images of {side} pixels are more than jlt reads.")
-    if stated and side != resolution:
-        raise JLTError(
-            f"its pos_embed has {network.tokens} positions, and images of {resolution} pixels through {name!r} have "
-            f"{(resolution // downsampling // network.patch_size) ** 2}: name another --autoencoder or --resolution."
-        )
-    if network.learned_positions and all(holds_fixed_positions(weights, network) for weights in states.values()):
-        network = replace(network, learned_positions=False, fixed_positions=True)
-    return network, _autoencoder(name, network, options.autoencoder_path), side
+def write_run(imported: Imported, out: Path) -> Checkpoint:
+    """Write a run folder with one checkpoint, and open it; a kill at any moment leaves no run.
 
-
-def _autoencoder_name(weights: Mapping[str, Tensor], arguments: Arguments) -> str:
-    """Return the autoencoder that a file states as `vae_type`, or which the channels of its latents suggest."""
-    stated = arguments.values.get("vae_type")
-    if isinstance(stated, str) and stated in VAE_TYPES:
-        return VAE_TYPES[stated]
-    embedding = weights.get("x_embedder.proj.weight", weights.get("x_embedder.proj1.weight"))
-    return "pixels" if embedding is not None and embedding.ndim == 4 and embedding.shape[1] == 3 else "flux2"
-
-
-def _resolution(arguments: Arguments, options: ImportConfig) -> int:
-    if options.resolution is None:
-        return arguments.whole("img_size", 256, LARGEST_SIDE)
-    if not 1 <= options.resolution <= LARGEST_SIDE:
-        raise UsageError(f"--resolution must be from 1 to {LARGEST_SIDE} pixels, not {options.resolution}.")
-    stated = arguments.whole("img_size", options.resolution, LARGEST_SIDE, published=False)
-    if stated != options.resolution:
-        raise UsageError(f"The file states images of {stated} pixels: leave out --resolution {options.resolution}.")
-    return stated
-
-
-def _context_start(weights: Mapping[str, Tensor], arguments: Arguments, options: ImportConfig) -> int:
-    """Return the block before which class tokens enter, which no tensor shows: 4 of 12, 8 of 24 and 10 of 32 in JiT."""
-    if "in_context_posemb" not in weights:
-        if options.context_start is not None:
-            raise UsageError("The file has no class tokens (in_context_posemb): leave out --context-start.")
-        return 0
-    if options.context_start is not None:
-        return options.context_start
-    third = len({name.split(".")[1] for name in weights if name.startswith("blocks.")}) // 3
-    return arguments.whole("in_context_start", third, MOST_BLOCKS)
-
-
-def _autoencoder(name: str, network: NetworkConfig, place: str | None) -> dict[str, Any]:
-    """Return the identity of the autoencoder; a message reports one that has other channels than the network."""
-    usual = USUAL[name]
-    if name == "pixels" and place is not None:
-        raise UsageError(f"The autoencoder 'pixels' has no weights: leave out the path {place}.")
-    source = place or usual.source
-    if source is None:
-        raise UsageError(f"The autoencoder {name!r} is any {usual.class_name}: name one with --autoencoder-path.")
-    if place is None and usual.channels not in (None, network.channels):
-        inform(
-            f"{name} has {usual.channels} channels and this network {network.channels}, so its autoencoder is another "
-            "one: name it with --autoencoder and --autoencoder-path to decode samples."
-        )
-    return adopted_identity(name, source, network.channels, usual.downsampling)
-
-
-def _updates(content: Mapping[str, Any]) -> tuple[int, str]:
-    """Return how far the training was, and what this counts.
-
-    The optimizer counts its updates. Without it the finished epochs are the only count, and an epoch's updates are
-    unknown.
+    A folder that the same import of the same source wrote is only opened; so is one that another process made in the
+    meantime. JLTError for a folder that holds anything else.
     """
-    optimizer = content.get("optimizer")
-    states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
-    if isinstance(states, Mapping):
-        counts = {_count(state.get("step")) for state in states.values() if isinstance(state, Mapping)}
-        if len(counts) == 1 and (updates := counts.pop()) is not None:
-            return updates, "updates"
-    epoch = _count(content.get("epoch"))
-    return (0, "nothing") if epoch is None else (epoch + 1, "epochs")
-
-
-def _count(value: Any) -> int | None:
-    """Return a whole number of a file, which may be a tensor, None for anything else."""
-    if isinstance(value, Tensor):
-        value = value.item() if value.device.type == "cpu" and value.numel() == 1 else None
-    return int(value) if is_number(value) and value == int(value) and 0 <= value < MOST_UPDATES else None
-
-
-def _class_names(count: int, file: Path | None) -> list[str]:
-    names = read_class_names(file) if file else None
-    if names is not None and len(names) != count:
-        raise UsageError(f"{file} names {len(names)} classes, and the network has {count}.")
-    if names is None and count == 1000:
-        names = read_class_names(ASSETS / "imagenet_classes.txt")
-    return list(names if names is not None else map(str, range(count)))
-
-
-def write_run(imported: Imported, out: Path) -> Path:
-    """Write a run folder with one checkpoint, and return the checkpoint; a kill at any moment leaves no run.
-
-    A folder that the same import wrote is only opened. JLTError for a folder that holds anything else.
-    """
-    run, identity = out.resolve(), run_identity(imported.config, imported.latents)
-    if Claim(run, CONFIG, identity).is_begun():
-        return open_checkpoint(run).folder
-    with atomic_folder(run) as partial:
-        updates = imported.step if imported.facts["step_counts"] == "updates" else 0
-        state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
-        folder = save_checkpoint(partial, imported.config, imported.latents, imported.weights, state)
-        write_json(partial / CONFIG, identity)
-    return run / folder.relative_to(partial)
+    run, latents = out.resolve(), dict(imported.latents)
+    if imported.autoencoder:
+        latents["autoencoder"] = {**latents["autoencoder"], "source": f"{IN_RUN}{IN_FOLDER}"}
+    identity = run_identity(imported.config, latents)
+    claim = Claim(run, CONFIG, identity)
+    if not claim.is_begun():
+        with contextlib.suppress(FileExistsError), whole_folder(run) as partial:
+            updates = imported.step if imported.facts["step_counts"] == "updates" else 0
+            state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
+            save_checkpoint(partial, imported.config, latents, imported.weights, state)
+            for name, path in imported.autoencoder.items():
+                (partial / IN_FOLDER).mkdir(exist_ok=True)
+                shutil.copyfile(path, partial / IN_FOLDER / name)
+            write_json(partial / CONFIG, identity)
+        # Another process may have been faster, with another import.
+        claim.is_begun()
+    return open_checkpoint(run)

@@ -167,7 +167,7 @@ def _body(card: Card, evaluations: Sequence[Evaluation], drawn: bool) -> str:
     columns, rows = _table(evaluations)
     return environment.get_template("model_card.md").render(
         title=training.name,
-        target=TARGETS[settings.prediction],
+        target=TARGETS.get(settings.prediction, f"the target {settings.prediction}, a mixture of latent and noise"),
         step=f"{training.step:,}",
         version=__version__,
         facts=_facts(card),

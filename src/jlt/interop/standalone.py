@@ -18,6 +18,15 @@ from jlt import __version__
 PACKAGE = "jlt"
 SHAPES = "jaxtyping"
 BLOCKS = (ast.ClassDef, ast.FunctionDef)
+APART = """\
+# diffusers copies the code of all local folders to one place, and runs it in one module for each file name. Under its
+# own name, and with its text, this code stays the same when the code of another folder is loaded.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+if __name__.startswith("diffusers_modules."):
+    apart = f"{__name__}_{hashlib.sha256(SOURCE.encode()).hexdigest()[:8]}"
+    sys.modules[apart] = sys.modules.pop(__name__)
+    __name__ = apart
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,12 @@ def standalone(name: str) -> str:
     modules = [_read(module) for module in _in_order(entry, needed)]
     _require_distinct(modules, needed)
     made = f"Made by jlt {__version__} from its own modules, which the parts name. The last part uses all others."
-    parts = [f'"""{entry.docstring}\n\n{made}\n"""', "from __future__ import annotations", _imports(modules, needed)]
+    parts = [
+        f'"""{entry.docstring}\n\n{made}\n"""',
+        "from __future__ import annotations",
+        _imports(modules, needed),
+        APART.rstrip(),
+    ]
     for module in modules:
         title = module.name if module is entry else f"{module.name}\n\n{module.docstring}"
         parts.append("\n" + "\n".join(f"# {line}".rstrip() for line in title.splitlines()))
@@ -105,8 +119,7 @@ def _require_distinct(modules: list[_Module], needed: dict[str, set[str]]) -> No
 
 def _imports(modules: list[_Module], needed: dict[str, set[str]]) -> str:
     """Return the imports of everything from outside that the needed definitions use."""
-    whole: set[str] = set()
-    names: dict[str, set[str]] = {}
+    whole, names = {"import hashlib", "import sys"}, {"pathlib": {"Path"}}
     for module in modules:
         used = {name for defined in needed[module.name] for name in module.defined[defined].used}
         for name in used & module.imported.keys():

@@ -86,6 +86,7 @@ def require_tensors(path: Path, name: str, values: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise JLTError(f"{path} holds {type(value).__name__} as {key[:80]!r} in {name}, and no tensor.")
         plain = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
+        plain = plain and not value.is_nested
         size = value.numel() * value.element_size()
         if not plain or size > value.untyped_storage().nbytes():
             raise JLTError(f"{path} holds {key[:80]!r} in {name} as no plain tensor of floating-point numbers.")

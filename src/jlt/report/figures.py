@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from jlt.config import PREDICTIONS, Prediction
 from jlt.report import palette
 from jlt.report.palette import INK, LINE, MUTED, PAPER, PREDICTION, SHORT_NAMES, TIME, swatch
 from jlt.report.study import Spread, System, spread
@@ -136,9 +137,9 @@ def system_legend(systems: Sequence[System]) -> tuple[LegendEntry, ...]:
     return tuple(dict.fromkeys(entries))
 
 
-def prediction_legend() -> tuple[LegendEntry, ...]:
+def prediction_legend(predictions: Iterable[Prediction] = PREDICTIONS) -> tuple[LegendEntry, ...]:
     """Return one entry per prediction, for figures of the targets themselves."""
-    return tuple(LegendEntry(swatch(prediction, 1), SHORT_NAMES[prediction]) for prediction in PREDICTION)
+    return tuple(LegendEntry(swatch(prediction, 1), SHORT_NAMES[prediction]) for prediction in predictions)
 
 
 def curve_style(system: System) -> dict[str, Any]:

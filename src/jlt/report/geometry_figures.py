@@ -189,7 +189,12 @@ def _capacity_figure(entries: Sequence[TokenGeometry]) -> Figure:
         "predictor of each rank, in units of the unavoidable error. Where a curve meets the grey line, at "
         f"{percent(stated)}, its prediction has as many directions as it needs."
     )
-    return Figure("What each prediction needs", tuple(map(panel, entries)), caption, figures.prediction_legend())
+    return Figure(
+        "What each prediction needs",
+        tuple(map(panel, entries)),
+        caption,
+        figures.prediction_legend(entries[0].forecast.curves),
+    )
 
 
 def _shown_columns(entry: TokenGeometry) -> list[int]:
@@ -252,7 +257,9 @@ def _coefficient_figure(entry: TokenGeometry, times: Values) -> Figure:
         f"{MINUS}1 and 1 and logarithmic beyond."
     )
     panels = _time_panels(entry, times, entry.coefficient, "Best coefficients", len(times) - 1, finish)
-    return Figure("The best linear coefficient over time", panels, caption, figures.prediction_legend())
+    return Figure(
+        "The best linear coefficient over time", panels, caption, figures.prediction_legend(entry.coefficient)
+    )
 
 
 def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
@@ -271,7 +278,7 @@ def _conditional_figure(entry: TokenGeometry, times: Values) -> Figure:
         "what can be known. Values below 0.0001 are not drawn."
     )
     panels = _time_panels(entry, times, table, "Conditional variance", len(times) // 2, finish, floor)
-    return Figure("The error that remains", panels, caption, figures.prediction_legend())
+    return Figure("The error that remains", panels, caption, figures.prediction_legend(entry.conditional_variance))
 
 
 def _estimates_figure(entry: TokenGeometry, geometry: Geometry) -> Figure:

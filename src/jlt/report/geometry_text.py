@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from jlt.config import Prediction
-from jlt.report.palette import NAMES, SYMBOL
+from jlt.report.palette import NAMES, SYMBOL, Names
 from jlt.report.study import grouped
 from jlt.report.wording import listed, number, percent
 from jlt.results.geometry import (
@@ -33,7 +32,7 @@ SMALL_LOAD = 0.02
 """Share of a network's width below which the needs of a prediction should make no difference."""
 SMALLEST_LOSS = 1e-4
 """Loss floors below this are not worth a sentence."""
-TARGET: dict[Prediction, str] = {"x": "the clean latent", "eps": "noise", "v": "velocity"}
+TARGET = Names("the target {}", x="the clean latent", eps="noise", v="velocity")
 CAUTIONS: dict[CautionKind, str] = {
     "constant_channels": "Channels without variance: {channels}. Velocity prediction has to output noise there.",
     "one_class": "All latents are of one class, so the spectrum within classes is that of all.",

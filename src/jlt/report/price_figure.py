@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from jlt.report.figures import Figure, LegendEntry, draw, log_if_wide
 from jlt.report.palette import DASHES, INK, MUTED, PAPER, TIME, line_swatch
-from jlt.report.price_page import SOLVERS, curves, line_of, measured, sampler_text
+from jlt.report.price_text import SOLVERS, curves, line_of, measured, sampler_text
 from jlt.report.wording import interval_text
 from jlt.results.price import Price, Priced
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 
+from jlt.config import NAMED, PREDICTIONS, Prediction
 from jlt.report import figures, palette
 from jlt.report.figures import Figure, Line, Panel
 from jlt.report.findings import Cells
@@ -115,16 +116,23 @@ def cells_figure(found: Mapping[str, Cells]) -> Figure | None:
         "times (1 \N{MINUS SIGN} t)²; one in ε-space is the same error times t²."
     )
     panels = tuple(_cells_panel(where, cells) for where, cells in found.items())
-    return Figure("Prediction and loss space", panels, caption, figures.prediction_legend())
+    legend = figures.prediction_legend(_in_order(prediction for cells in found.values() for prediction, _ in cells))
+    return Figure("Prediction and loss space", panels, caption, legend)
+
+
+def _in_order(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Return different predictions: x, eps and v first, the others in alphabetical order."""
+    return sorted(set(predictions), key=lambda name: (name not in PREDICTIONS, name not in NAMED, name))
 
 
 def _cells_panel(where: str, cells: Cells) -> Panel:
-    spaces = [space for space in PREDICTION if any(space == there for _, there in cells)]
+    spaces = _in_order(space for _, space in cells)
+    predictions = _in_order(prediction for prediction, _ in cells)
 
     def paint(axes: Axes) -> None:
-        for place, prediction in enumerate(PREDICTION):
+        for place, prediction in enumerate(predictions):
             found = [
-                (at + 0.12 * (place - 1), cells[prediction, space])
+                (at + 0.12 * (place - (len(predictions) - 1) / 2), cells[prediction, space])
                 for at, space in enumerate(spaces)
                 if (prediction, space) in cells
             ]

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from jlt.config import LossSpace, Prediction, TimestepConfig, TrainConfig
+from jlt.config import (
+    ADDED_LATER,
+    PREDICTIONS,
+    LossSpace,
+    Prediction,
+    TimestepConfig,
+    TrainConfig,
+    Weighting,
+    canonical_prediction,
+)
 from jlt.errors import UsageError
 from jlt.results.files import ResultFile
 
@@ -20,7 +29,7 @@ INSIDE = "inside.json"
 
 Values = tuple[float, ...]
 Table = tuple[Values, ...]
-Outcome = Literal["x", "eps", "v", "even", "undecided"]
+Outcome = str
 """The prediction that is expected to win; even: x and v need about as much; undecided: the model is not sure."""
 CautionKind = Literal[
     "constant_channels", "one_class", "few_for_classes", "few_latents", "few_tokens", "large_errors",
@@ -30,24 +39,37 @@ CautionKind = Literal[
 
 @dataclass(frozen=True)
 class TrainingModel:
-    """The times, the matched loss (t_eps = 0 is eq. 13 as it stands) and the noise of the training to forecast."""
+    """The times, the loss (t_eps = 0 is eq. 13 as it stands) and the noise of the training to forecast."""
 
     timesteps: TimestepConfig
     t_eps: float
     loss_space: LossSpace = "v"
     noise_scale: float = 1.0
     """Standard deviation of the noise, in whose units spectra are."""
+    weighting: Weighting = field(default="matched", metadata=ADDED_LATER)
+    further: tuple[Prediction, ...] = field(default=(), metadata=ADDED_LATER)
+    """Predictions to forecast in addition to x, eps and v."""
 
     @classmethod
-    def of(cls, train: TrainConfig) -> TrainingModel:
-        """Return the model of a run, whose loss is taken as the matched one whatever its weighting is."""
-        return cls(train.timesteps, train.loss.t_eps, train.loss.space, train.noise_scale)
+    def of(cls, train: TrainConfig, further: tuple[Prediction, ...] = ()) -> TrainingModel:
+        """Return the model of a run; a loss that is published, or weighted by uncertainty, is taken as matched."""
+        weighting: Weighting = "min_snr" if train.loss.weighting == "min_snr" else "matched"
+        return cls(train.timesteps, train.loss.t_eps, train.loss.space, train.noise_scale, weighting, further)
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """All predictions to forecast."""
+        return (*PREDICTIONS, *self.further)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution == "uniform"):
+        # x, eps and v are always there, and a prediction has one name.
+        further = dict.fromkeys(map(canonical_prediction, self.further))
+        object.__setattr__(self, "further", tuple(name for name in further if name not in PREDICTIONS))
+        object.__setattr__(self, "loss_space", canonical_prediction(self.loss_space))
+        if not 0 <= self.t_eps < 0.5 or (self.t_eps == 0 and self.timesteps.distribution != "logit_normal"):
             raise UsageError(
-                "t_eps must be in [0, 0.5), and above 0 for uniform times: without a clamp the risk of a clean "
-                "prediction has no mean there."
+                "t_eps must be in [0, 0.5), and above 0 for times that are not logit-normal: without a clamp the risk "
+                "of a clean prediction has no mean there."
             )
         if not 0 < self.noise_scale < math.inf:
             raise UsageError(f"A scale of noise is above 0, not {self.noise_scale}.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from jlt import __version__
+from jlt.errors import UsageError
 from jlt.runtime.processes import local_rank, world_size
 
 MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
@@ -58,6 +59,17 @@ def default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{local_rank() % torch.cuda.device_count()}" if world_size() > 1 else "cuda"
+
+
+def usable_device(name: str | None) -> str:
+    """Return a device by its name, the default for None; UsageError for one that PyTorch does not have here."""
+    if name is None:
+        return default_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"There is no device {name!r} here: leave it out, or choose cpu.") from None
+    return name
 
 
 @contextlib.contextmanager
@@ -162,6 +174,11 @@ def reset_peak_memory(device: torch.device | str) -> None:
     else:
         with contextlib.suppress(OSError):
             (PROC / "clear_refs").write_text("5")
+
+
+def host_memory() -> int:
+    """Return the memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resident_memory() -> int | None:

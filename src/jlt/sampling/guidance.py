@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jlt.config import Prediction, SampleConfig
-from jlt.prediction import velocity_from_output
+from jlt.prediction import slope, velocity_from_output
 from jlt.sampling.solvers import State, Velocity, evaluated_times
 from jlt.timesteps import sampling_grid
 
 NOISE_END = 0.02
-"""The earliest time at which an eps-prediction is evaluated: sampling begins at t = 0, where its readout is 0 / 0.
+"""The earliest time at which a noise prediction is evaluated: sampling begins at t = 0, where its readout is 0 / 0.
 
 The noise of t = 0 is taken for the z of this time. On grids of up to 50 equal steps this changes the first evaluation
 and no other.
@@ -33,7 +33,7 @@ class Denoiser:
     def velocity(self, z: State, t: float | Float[Tensor, "b"], labels: Int[Tensor, "b"]) -> State:
         """Return v^ at one time t for the whole batch, or at one for each sample (eq. 3), in z's precision."""
         times = t.to(z) if isinstance(t, Tensor) else z.new_full((len(z),), t)
-        if self.prediction == "eps":
+        if slope(self.prediction, 0.0) == 0:
             times = times.clamp_min(NOISE_END)
         output = self.network(z, times, labels).to(z.dtype)
         return velocity_from_output(self.prediction, output, z, times, self.t_eps)

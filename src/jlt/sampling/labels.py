@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -48,19 +50,21 @@ def number_labels(rule: str, class_names: Sequence[str], num_classes: int) -> st
     parts = [part.strip() for part in rule.split(",")]
     if all(map(_is_number, parts)):
         return rule
-    return ",".join(str(class_number(part, class_names, num_classes)) for part in parts)
+    return ",".join(str(class_number(part, class_names, num_classes, RULES)) for part in parts)
 
 
-def class_number(label: int | str, class_names: Sequence[str], num_classes: int) -> int:
+def class_number(
+    label: SupportsIndex | str, class_names: Sequence[str], num_classes: int, rules: Sequence[str] = ()
+) -> int:
     """Return the number of a class, 0..num_classes-1, from its number or name.
 
     Upper and lower case are the same, and the first of several synonyms suffices: `Tench` is `tench, Tinca tinca`. A
     text of digits is a number, also where it is the name of a class. 1,000 classes without readable names are
-    ImageNet's. UsageError for an unknown name, with the nearest ones, and for a name of several classes; JLTError for
-    a number out of range.
+    ImageNet's. UsageError for an unknown name, with the nearest ones and `rules`, for a name of several classes, and
+    for what is neither a whole number nor a name; JLTError for a number out of range.
     """
     if not isinstance(label, str) or _is_number(label):
-        return int(labels_for(str(int(label)), range(1), num_classes, 0))
+        return int(labels_for(str(_whole(label)), range(1), num_classes, 0))
     folded = label.strip().casefold()
     names = readable_names(class_names, num_classes)
     short = [SYNONYMS.sub("", name) for name in names]
@@ -75,7 +79,7 @@ def class_number(label: int | str, class_names: Sequence[str], num_classes: int)
     if not names:
         last = num_classes - 1
         raise UsageError(f"There is no class named {label!r}: these classes have no names, only numbers 0 to {last}.")
-    raise unknown_name("class", label, (*short, *RULES))
+    raise unknown_name("class", label, (*short, *rules))
 
 
 def readable_names(class_names: Sequence[str], num_classes: int) -> Sequence[str]:
@@ -83,6 +87,13 @@ def readable_names(class_names: Sequence[str], num_classes: int) -> Sequence[str
     if num_classes == 1000 and all(map(NAMELESS.fullmatch, class_names)):
         return (ASSETS / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
     return class_names
+
+
+def _whole(label: Any) -> int:
+    try:
+        return int(label) if isinstance(label, str) else operator.index(label)
+    except TypeError:
+        raise UsageError(f"A class is a whole number or a name, not {label!r:.40}.") from None
 
 
 def _is_number(text: str) -> bool:

@@ -194,8 +194,7 @@ class ImageSampler:
     @property
     def shape(self) -> LatentShape:
         """The shape of a latent, and the number of classes."""
-        network = self.checkpoint.config.network
-        return LatentShape(network.channels, network.height, network.width, network.num_classes)
+        return self.checkpoint.config.network.latent_shape
 
     @property
     def resolution(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, Literal, TypeVar
 from jlt.errors import JLTError, unknown_name
 
 T = TypeVar("T")
+LONGEST_SHOWN = 120
+"""Characters of a wrong value in a message."""
 
 
 def to_json(value: Any) -> Any:
@@ -49,7 +52,7 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     hints = _hints(typing.cast(Any, kind))
     for key in values:
         if key not in hints:
-            raise unknown_name("setting", f"{where}{key}", [f"{where}{known}" for known in hints])
+            raise unknown_name("setting", f"{where}{key}"[:LONGEST_SHOWN], [f"{where}{known}" for known in hints])
     fields = dataclasses.fields(typing.cast(Any, kind))
     required = {entry.name for entry in fields if entry.default is entry.default_factory is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
@@ -78,7 +81,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], entry, where) for entry in value)
     if origin is Literal:
         if value not in arguments:
-            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {value!r}.")
+            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {_shown(value)}.")
         return value
     if origin in (typing.Union, types.UnionType):
         (kind,) = set(arguments) - {types.NoneType}
@@ -88,11 +91,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {
             _key(key_hint, key, where): _convert(entry_hint, entry, f"{where}.{key}") for key, entry in value.items()
         }
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}.")
+        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {_shown(value)}.")
     return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a part of a sentence, which a damaged or hostile file must not make long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _key(hint: Any, key: Any, where: str) -> Any:

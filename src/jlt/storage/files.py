@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,9 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, flushed to disk and renamed to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_path(path)
-    # What has this name already may be a link, which writing would follow.
-    temporary.unlink(missing_ok=True)
-    # Made here, since some libraries make files that only their owner can read.
+    # Made here, so that no link is followed, and since some libraries make files that only their owner can read.
     mode = stat.S_IMODE(_create(temporary))
     try:
         yield temporary
@@ -50,10 +49,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_numbers = itertools.count()
+
+
 def partial_path(path: Path) -> Path:
-    """Return the name under which this process writes a file or a folder before it is renamed to `path`."""
+    """Return a new name under which this process writes a file or a folder before it is renamed to `path`."""
     # The suffix stays last, because some writers choose their format by it.
-    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    return path.with_name(f".{path.stem}.{os.getpid()}-{next(_numbers)}.partial{path.suffix}")
 
 
 def _create(path: Path) -> int:
@@ -66,7 +68,7 @@ def _create(path: Path) -> int:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's own entries (new names, renames) durable."""
+    """Make the folder's own entries (new names, renames) durable, or the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise JLTError(f"{path} does not exist.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # What is nested too deeply, or has a number of thousands of digits, is valid JSON and cannot be parsed.
+    except (ValueError, RecursionError) as error:
         raise JLTError(f"{path} is not readable JSON ({error}): it is damaged, or another program wrote it.") from error
     if not isinstance(content, dict):
         raise JLTError(f"{path} holds no JSON object: it is damaged, or another program wrote it.")

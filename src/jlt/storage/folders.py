@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import shutil
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -24,7 +23,7 @@ from jlt.storage.files import difference, format_difference, fsync_folder, parti
 LOCK = ".lock"
 ATTEMPTS = 1000
 """Tries to lock a folder while other processes remove theirs."""
-PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)\.partial(?P<suffix>\..+)?")
+PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)(-\d+)?\.partial(?P<suffix>\..+)?")
 """The names that `partial_path` makes."""
 
 
@@ -170,29 +169,31 @@ def _lock(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder next to `folder`, flushed to disk and renamed to it if the block succeeds.
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder, empty but for its lock, that becomes `folder`, by a rename and flushed to disk, at the end.
 
-    What killed processes left of it is removed. JLTError if the folder holds anything by then.
+    Every process has its own one. What killed processes left is removed. FileExistsError if `folder` holds something by
+    then: another process was faster.
     """
     folder = folder.absolute()
     partial = partial_path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent, folder.name)
-    partial.mkdir()
-    try:
-        yield partial
-        for inner in (partial, *filter(Path.is_dir, partial.iterdir())):
-            fsync_folder(inner)
+    with lock_folder(partial):
         try:
-            partial.rename(folder)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise JLTError(f"{folder} is not empty any more: name another folder.") from error
-            raise
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            yield partial
+            (partial / LOCK).unlink()
+            for path in (*partial.rglob("*"), partial):
+                fsync_folder(path)
+            try:
+                partial.rename(folder)
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from error
+                raise
+            fsync_folder(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
@@ -203,18 +204,23 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     for place, folders, files in os.walk(folder):
         found = {entry: match for entry in (*folders, *files) if (match := PARTIAL.fullmatch(entry))}
         for entry, match in found.items():
-            if name in ("", match["stem"] + (match["suffix"] or "")) and not _is_alive(int(match["process"])):
-                _remove(Path(place, entry))
+            if name in ("", match["stem"] + (match["suffix"] or "")):
+                _remove_left(Path(place, entry), int(match["process"]))
         folders[:] = [] if name else [entry for entry in folders if entry not in found]
 
 
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as this is allowed."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISDIR(path.lstat().st_mode):
+def _remove_left(path: Path, process: int) -> None:
+    """Remove a file, a link or a folder of a process that has ended, as far as this is allowed."""
+    with contextlib.suppress(OSError, JLTError):
+        if path.is_symlink() or not path.is_dir():
+            if not _is_alive(process):
+                path.unlink()
+        elif (path / LOCK).is_file():
+            # The lock of one that is being written is held, whatever process and machine writes.
+            with lock_folder(path):
+                shutil.rmtree(path, ignore_errors=True)
+        elif not _is_alive(process):
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
 
 
 def _is_alive(process: int) -> bool:

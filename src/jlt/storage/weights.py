@@ -43,7 +43,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     # The library writes to a name of its own, which a killed process would leave behind: here in a folder of ours.
     folder = partial_path(path)
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         with atomic_path(folder / path.name) as temporary:
@@ -123,7 +122,7 @@ def require_same_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapp
         "unexpected": [name for name in found if name not in expected],
         "misshapen": misshapen,
     }
-    if faults := [f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names]:
+    if faults := [f"{len(names)} {kind}, such as {names[0][:160]}" for kind, names in kinds.items() if names]:
         raise JLTError(f"{file} does not hold the weights of {what}: {'; '.join(faults)}.")
 
 

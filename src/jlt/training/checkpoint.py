@@ -34,7 +34,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.folders import atomic_folder, require_unlinked, stays_inside
+from jlt.storage.folders import LOCK, require_unlinked, stays_inside, whole_folder
 from jlt.storage.weights import write_tensors
 from jlt.training.power_ema import format_sigma_rel
 
@@ -69,6 +69,8 @@ class StepFolder:
         return load_tensors(self._checked(name))
 
     def _checked(self, name: str) -> Path:
+        if name not in self.files:
+            raise JLTError(f"{self.folder} holds no {name}: an imported run has only the weights that its source had.")
         if problem := _file_problem(self.folder / name, self.files[name]):
             raise JLTError(problem)
         return self.folder / name
@@ -134,13 +136,13 @@ def _write_folder(final: Path, tensors: Tensors, state: Mapping[str, Any], **tra
 
     `training` is the configuration and the latents, which only a checkpoint holds.
     """
-    with atomic_folder(final) as partial:
+    with whole_folder(final) as partial:
         for name, values in tensors.items():
             write_tensors(partial / f"{name}.safetensors", values)
         if training:
             write_json(partial / STATE, state)
         facts = {"schema": SCHEMA, "step": state["step"], "updates": state["updates"], **training}
-        files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
+        files = {path.name: sha256_file(path) for path in sorted(partial.iterdir()) if path.name != LOCK}
         write_text(partial / MANIFEST, sealed_text({**facts, "files": files}))
     return final
 
@@ -212,9 +214,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise JLTError(f"{path} does not exist.")
     folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
     if not folders:
-        raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
+        raise JLTError(
+            f"{path} is neither a checkpoint nor a run with a complete checkpoint in it. `jlt import {path} --out RUN` "
+            "makes a run of an exported folder."
+        )
     folder = folders[-1]
     manifest = _read_manifest(folder)
+    if "config" not in manifest:
+        raise JLTError(f"{folder} is a snapshot of averages: name its run, with an EMA such as sigma_rel=0.07.")
     try:
         config = from_json(TrainConfig, manifest["config"])
     except JLTError as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jlt.autoencoders.coordinates import copy_coordinates
-from jlt.config import LatentShape, TrainConfig
+from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import SampleOrder, read_ahead
 from jlt.latents.store import LatentStore
@@ -94,10 +94,9 @@ def _hold(
 
     Return the split of a batch, and the run's checkpoints.
     """
-    network, latents = config.network, store.shape
+    wanted, latents = config.network.latent_shape, store.shape
     if config.flips and not store.manifest.flips:
         raise JLTError(f"{store.folder} holds no mirrored latents: encode with flips, or train with --no-flips.")
-    wanted = LatentShape(network.channels, network.height, network.width, network.num_classes)
     if wanted != latents:
         raise JLTError(
             f"The network takes latents of {wanted.channels}x{wanted.height}x{wanted.width} with {wanted.num_classes} "

@@ -22,6 +22,7 @@ from jlt.storage.folders import Claim
 from jlt.storage.weights import weights_sha256
 from jlt.training.averages import EMA, choose_weights
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
+from jlt.training.loss_by_time import LossByTime
 from jlt.training.parallel import copy_full, shard
 
 FREE_TO_CHANGE = {
@@ -42,6 +43,8 @@ class TrainState:
     ema: EMA
     initial_weights: str
     """Hash of the weights that training began with."""
+    loss_by_time: LossByTime | None = None
+    """What the weighting `uncertainty` divides by."""
     step: int = 0
     updates: int = 0
     skipped_in_a_row: int = 0
@@ -63,6 +66,8 @@ class TrainState:
             for name, parameter in self.network.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
+        if self.loss_by_time:
+            moments["loss_by_time"] = self.loss_by_time.sums
         return {"network": network, "optimizer": moments, **averages}
 
     def facts(self) -> dict[str, Any]:
@@ -103,7 +108,9 @@ def initial_state(
     network.to(device)
     if config.parallel == "fsdp" and group is not None and group.size > 1:
         shard(network, group.size)
-    return TrainState(network, build_optimizer(network, config.optimizer), EMA(network, config), initial_weights)
+    loss_by_time = LossByTime(device) if config.loss.weighting == "uncertainty" else None
+    optimizer = build_optimizer(network, config.optimizer)
+    return TrainState(network, optimizer, EMA(network, config), initial_weights, loss_by_time)
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -92,7 +92,8 @@ def _nearest_divisors(share: int, near: int) -> list[int]:
 class Outcome:
     """The result of a step before its update is applied; tensors are on the device.
 
-    `loss` and `grad_norm` (before clipping) are those of the global batch, `losses` those of this process's samples.
+    `loss` and `grad_norm` (before clipping) are those of the global batch, `losses` those of this process's samples,
+    before the weight `uncertainty`.
     `not_finite` says, the same in all processes, that the update must not be applied. `stop_requests` counts the
     processes that received a signal.
     """
@@ -143,7 +144,10 @@ class Stepper:
                 losses.append(self._accumulate(draws.part(part), latents[part], labels[part]))
         share = torch.cat(losses)
         local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(stop))))
-        total, failed, stop_requests = sum_over(local, self.group)
+        by_time = self.state.loss_by_time
+        if by_time:
+            local = torch.cat((local, by_time.collect(draws.t.to(share), share).flatten()))
+        total, failed, stop_requests, *_ = summed = sum_over(local, self.group)
         with record_function("jlt::clipping"):
             parameters = list(self.state.network.parameters())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -151,6 +155,8 @@ class Stepper:
             clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, grad_norm)
         loss = total / self.config.batch_size
         not_finite = ~(grad_norm.isfinite() & loss.isfinite() & (failed == 0))
+        if by_time:
+            by_time.update(summed[3:].view_as(by_time.sums), not_finite)
         return Outcome(self.state.step + 1, draws, share, loss, grad_norm, not_finite, stop_requests)
 
     def apply(self, outcome: Outcome) -> Verdict:
@@ -178,8 +184,10 @@ class Stepper:
         sample = interpolate(x, eps, draws.t.to(x.device, non_blocking=True))
         output = self.parallel(sample.z, sample.t, labels)
         losses = denoising_loss(config.prediction, output, sample, config.loss)
+        by_time = self.state.loss_by_time
+        weighted = losses / by_time.mean(sample.t) if by_time else losses
         # Engines take the mean over processes, and each process has the same number of samples.
-        (losses.sum() / self.split.share).backward()
+        (weighted.sum() / self.split.share).backward()
         return losses.detach()
 
 

@@ -15,21 +15,24 @@ FOLDER = Path(__file__).resolve().parent
 SOLVERS = ["heun", "euler", "midpoint", "dpmpp_2m", "ancestral"]
 MOST_IMAGES, MOST_STEPS, LAST_SEED = 16, 100, 2**53 - 1
 CSS = ".pixels img { image-rendering: pixelated }"
+PIXEL_ART = 128
+"""Images of a smaller side are enlarged without smoothing."""
 
 
-def load() -> tuple[Any, dict[int, str]]:
-    """Return the pipeline of this folder, on a GPU if there is one, and its class names by number."""
+def load() -> tuple[Any, dict[int, str], int]:
+    """Return the pipeline of this folder, on a GPU if there is one, its class names by number, and the images' side."""
     # The code of the pipeline is that of this folder.
     pipe = DiffusionPipeline.from_pretrained(str(FOLDER), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     numbers = range(pipe.transformer.config.num_classes)
     names = pipe.config.get("id2label") or {number: str(number) for number in numbers}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return pipe.to(device), {int(number): name for number, name in names.items()}
+    side = pipe.transformer.config.height * pipe.config.autoencoder["downsampling"]
+    return pipe.to(device), {int(number): name for number, name in names.items()}, side
 
 
-def build(pipe: Any, names: dict[int, str]) -> Any:
-    """Return the page of a pipeline whose classes have these names."""
+def build(pipe: Any, names: dict[int, str], side: int) -> Any:
+    """Return the page of a pipeline whose classes have these names, for images of `side` pixels."""
 
     def draw(label: Any, count: Any, seed: Any, scale: Any, low: Any, high: Any, steps: Any, solver: Any) -> list[Any]:
         numbers = [
@@ -70,9 +73,8 @@ def build(pipe: Any, names: dict[int, str]) -> Any:
                 solver = gr.Dropdown(SOLVERS, value="heun", label="Solver")
                 button, again = gr.Button("Draw", variant="primary"), gr.Button("New seed")
             with gr.Column(scale=3, min_width=280):
-                gallery = gr.Gallery(
-                    label="Images", columns=4, object_fit="contain", format="png", elem_classes="pixels"
-                )
+                style = "pixels" if side < PIXEL_ART else None
+                gallery = gr.Gallery(label="Images", columns=4, object_fit="contain", format="png", elem_classes=style)
         inputs = [label, count, seed, scale, low, high, steps, solver]
         gr.on([button.click, page.load, label.input], draw, inputs, gallery, api_name="draw", concurrency_limit=1)
         again.click(lambda: random.randrange(10000), None, seed).then(draw, inputs, gallery, concurrency_limit=1)

@@ -40,7 +40,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 class JLTPipeline(DiffusionPipeline):
     """Draws images of classes.
 
-    `transformer` predicts what `prediction` names: the clean latent x, the noise eps or the velocity v. `vae` decodes
+    `transformer` predicts what `prediction` names, such as the clean latent x or the velocity v. `vae` decodes
     latents; where it is None, the autoencoder that `autoencoder` describes is loaded for the first image.
     `noise_scale` is the standard deviation of the noise, `id2label` holds the names of the classes, and `training` how
     the weights were made.
@@ -243,7 +243,7 @@ def load_autoencoder(described: Mapping[str, Any]) -> ModelMixin:
 
 def copy_code(part: Any, folder: Path) -> list[str]:
     """Write the module of an object's class into a folder; return what `model_index.json` states of the class."""
-    module = sys.modules[type(part).__module__]
-    name = type(part).__module__.rpartition(".")[2]
-    (folder / f"{name}.py").write_text(Path(str(module.__file__)).read_text(encoding="utf-8"), encoding="utf-8")
-    return [name, type(part).__name__]
+    module: Any = sys.modules[type(part).__module__]
+    path = folder / Path(module.__file__).name
+    path.write_text(module.SOURCE, encoding="utf-8")
+    return [path.stem, type(part).__name__]

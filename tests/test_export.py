@@ -349,8 +349,7 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_replaced(check
         with pytest.raises(KeyboardInterrupt):
             export_folder(checkpoint, tmp_path / "export", NO_CARD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    names = (f".export.{2**31 - 1}-{token}.partial" for token in ("0a1b2c3d", "4e5f6a7b"))
-    left, written = (tmp_path / name for name in names)
+    left, written = (tmp_path / f".export.{process}.partial" for process in (2**31 - 1, 2**31 - 2))
     for partial in (left, written):
         partial.mkdir()
         (partial / LOCK).touch()

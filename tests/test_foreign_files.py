@@ -187,12 +187,17 @@ def test_rows_that_are_a_link_change_nothing(tmp_path: Path, secret: Path, name:
     assert secret.read_text() == "private"
 
 
-def test_a_temporary_file_and_a_log_that_are_links_change_nothing(tmp_path: Path, secret: Path, store) -> None:
+def test_a_temporary_file_and_a_log_that_are_links_change_nothing(
+    tmp_path: Path, secret: Path, store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / f".a.{os.getpid()}.partial.json").symlink_to(secret)
-    with atomic_path(run / "a.json") as temporary:
+    monkeypatch.setattr("jlt.storage.files.secrets.token_hex", lambda _: "0a1b")
+    (run / f".a.{os.getpid()}-0a1b.partial.json").symlink_to(secret)
+    with atomic_path(run / "b.json") as temporary:
         temporary.write_text("{}")
+    with pytest.raises(FileExistsError), atomic_path(run / "a.json"):
+        pass
     (run / "log.jsonl").symlink_to(tmp_path / "log")
     (tmp_path / "log").write_text("")
     with Journal(run, config_for(store), 0, rank=0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):

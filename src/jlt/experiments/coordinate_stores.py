@@ -15,7 +15,7 @@ from jlt.latents.shards import ShardWriter
 from jlt.latents.store import LatentStore, ShardCheck
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder
-from jlt.storage.folders import atomic_folder
+from jlt.storage.folders import whole_folder
 from jlt.storage.rows import require_space
 
 NAME = "coordinates/map.safetensors"
@@ -30,7 +30,7 @@ def store_in_coordinates(store: LatentStore, folder: Path, patch_size: int, anis
     if not folder.exists():
         manifest = store.manifest
         size = 4 * manifest.channels * manifest.height * manifest.width * manifest.count * (1 + manifest.flips)
-        with atomic_folder(folder) as begun, ShardCheck(store):
+        with whole_folder(folder) as begun, ShardCheck(store):
             require_space(begun, size, f"The latents with anisotropy {anisotropy:g}")
             _write(store, measure_coordinates(store, patch_size, anisotropy), begun)
     return LatentStore.open(folder)

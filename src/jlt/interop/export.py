@@ -58,7 +58,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.folders import atomic_folder, remove_leftovers, stays_inside
+from jlt.storage.folders import LOCK, remove_leftovers, stays_inside, whole_folder
 from jlt.storage.weights import is_hub_id, read_metadata, write_tensors
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint, load_tensors
@@ -107,15 +107,14 @@ def export_folder(
         return out
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan)
-    autoencoder = (
-        matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run) if plan.copied else None
-    )
+    autoencoder = None
+    if plan.copied:
+        autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run)
 
     # Another process may be faster: its folder must be the same export.
-    with atomic_folder(out.resolve(), lambda: _exists_already(out, export)) as partial:
+    with whole_folder(out.resolve(), lambda: _exists_already(out, export)) as partial:
         _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
-        # All but the lock of the folder.
-        written = sorted(path for path in partial.rglob("[!.]*") if path.is_file())
+        written = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != LOCK)
         files = {str(path.relative_to(partial)): sha256_file(path) for path in written}
         write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
         write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))

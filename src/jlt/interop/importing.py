@@ -16,7 +16,7 @@ from jlt.errors import JLTError
 from jlt.interop.pipeline_settings import IN_FOLDER
 from jlt.results.run import CONFIG
 from jlt.storage.files import atomic_path, write_marker
-from jlt.storage.folders import Claim, atomic_folder
+from jlt.storage.folders import Claim, whole_folder
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from jlt.training.state import run_identity
 
@@ -81,7 +81,7 @@ def write_run(imported: Imported, out: Path) -> Checkpoint:
         latents["autoencoder"] = {**latents["autoencoder"], "source": f"{IN_RUN}{IN_FOLDER}"}
     claim = Claim(run, CONFIG, run_identity(imported.config, latents))
     if not claim.is_begun():
-        with atomic_folder(run, claim.is_begun) as partial:
+        with whole_folder(run, claim.is_begun) as partial:
             updates = imported.step if imported.facts["step_counts"] == "updates" else 0
             state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
             save_checkpoint(partial, imported.config, latents, imported.weights, state)

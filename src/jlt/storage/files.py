@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
 import zipfile
 import zlib
@@ -44,9 +45,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, flushed to disk and renamed to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_path(path)
-    # What has this name already may be a link, which writing would follow.
-    temporary.unlink(missing_ok=True)
-    # Made here, since some libraries make files that only their owner can read.
+    # Made here, so that no link is followed, and since some libraries make files that only their owner can read.
     mode = stat.S_IMODE(_create(temporary))
     try:
         yield temporary
@@ -59,10 +58,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def partial_path(path: Path, token: str = "") -> Path:
-    """Return the name under which this process writes a file or a folder before it is renamed to `path`."""
-    # The suffix stays last, because some writers choose their format by it.
-    return path.with_name(f".{path.stem}.{os.getpid()}{token}.partial{path.suffix}")
+def partial_path(path: Path) -> Path:
+    """Return a new name under which this process writes a file or a folder before it is renamed to `path`."""
+    # Threads, and processes in several containers, have one number. The suffix stays last, because some writers choose
+    # their format by it.
+    return path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
 
 
 def _create(path: Path) -> int:

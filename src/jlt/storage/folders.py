@@ -11,9 +11,7 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import shutil
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -34,7 +32,7 @@ from jlt.storage.files import (
 LOCK = ".lock"
 ATTEMPTS = 1000
 """Tries to lock a folder while other processes remove theirs."""
-PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)(-[0-9a-f]{8})?\.partial(?P<suffix>\..+)?")
+PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)(-[0-9a-f]+)?\.partial(?P<suffix>\..+)?")
 """The names that `partial_path` makes."""
 
 
@@ -183,21 +181,23 @@ def _lock(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path, is_same: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-    """Yield a new folder next to `folder`, flushed to disk and renamed to it if the block succeeds.
+def whole_folder(folder: Path, is_same: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """Yield a folder, empty but for its lock, that becomes `folder`, by a rename and flushed to disk, at the end.
 
-    Every process has its own one, with a lock in it until then. What killed processes left is removed. JLTError if
-    `folder` holds anything by then, unless `is_same` returns that another process was faster with the same.
+    Every process has its own one. What killed processes left is removed. JLTError if `folder` holds something by then,
+    unless `is_same` returns that another process was faster with the same.
     """
     folder = folder.absolute()
     remove_leftovers(folder.parent, folder.name)
-    partial = partial_path(folder, f"-{secrets.token_hex(4)}")
+    partial = partial_path(folder)
     with lock_folder(partial):
         try:
             yield partial
-            for path in (*partial.rglob("[!.]*"), partial):
+            for path in partial.rglob("*"):
                 fsync_folder(path)
+            # As late as possible, since it protects the folder from processes that remove what others left.
             (partial / LOCK).unlink()
+            fsync_folder(partial)
             try:
                 partial.rename(folder)
             except OSError as error:
@@ -218,19 +218,22 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     for place, folders, files in os.walk(folder):
         found = {entry: match for entry in (*folders, *files) if (match := PARTIAL.fullmatch(entry))}
         for entry, match in found.items():
-            if name in ("", match["stem"] + (match["suffix"] or "")) and not _is_alive(int(match["process"])):
-                _remove(Path(place, entry))
+            if name in ("", match["stem"] + (match["suffix"] or "")):
+                _remove_left(Path(place, entry), int(match["process"]))
         folders[:] = [] if name else [entry for entry in folders if entry not in found]
 
 
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as this is allowed, and unless a process holds it."""
+def _remove_left(path: Path, process: int) -> None:
+    """Remove a file, a link or a folder of a process that has ended, as far as this is allowed."""
     with contextlib.suppress(OSError, JLTError):
-        if not stat.S_ISDIR(path.lstat().st_mode):
-            path.unlink()
-            return
-        # Processes of other machines have numbers of their own, and a thread of this process has its number.
-        with lock_folder(path) if (path / LOCK).exists() else contextlib.nullcontext():
+        if path.is_symlink() or not path.is_dir():
+            if not _is_alive(process):
+                path.unlink()
+        elif (path / LOCK).is_file():
+            # The lock of one that is being written is held, whatever process and machine writes.
+            with lock_folder(path):
+                shutil.rmtree(path, ignore_errors=True)
+        elif not _is_alive(process):
             shutil.rmtree(path, ignore_errors=True)
 
 

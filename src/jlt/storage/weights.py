@@ -43,7 +43,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     # The library writes to a name of its own, which a killed process would leave behind: here in a folder of ours.
     folder = partial_path(path)
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         with atomic_path(folder / path.name) as temporary:

@@ -35,7 +35,7 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
-from jlt.storage.folders import atomic_folder, require_unlinked, stays_inside
+from jlt.storage.folders import LOCK, require_unlinked, stays_inside, whole_folder
 from jlt.storage.weights import write_tensors
 from jlt.training.power_ema import format_sigma_rel
 
@@ -176,14 +176,13 @@ def _write_folder(final: Path, tensors: Tensors, state: Mapping[str, Any], **tra
 
     `training` is the configuration and the latents, which only a checkpoint holds.
     """
-    with atomic_folder(final) as partial:
+    with whole_folder(final) as partial:
         for name, values in tensors.items():
             write_tensors(partial / f"{name}.safetensors", values)
         if training:
             write_json(partial / STATE, state)
         facts = {"schema": SCHEMA, "step": state["step"], "updates": state["updates"], **training}
-        # Not the lock of the folder.
-        files = {path.name: sha256_file(path) for path in sorted(partial.glob("[!.]*"))}
+        files = {path.name: sha256_file(path) for path in sorted(partial.iterdir()) if path.name != LOCK}
         manifest = with_place({**facts, "files": files}, final / MANIFEST)
         write_text(partial / MANIFEST, sealed_text(manifest))
     return final

@@ -15,7 +15,7 @@ from jlt.autoencoders.load import load_autoencoder
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.networks.transformer import build_network
 from jlt.training.checkpoint import open_checkpoint, save_checkpoint
-from jlt.training.state import prepare_run
+from jlt.training.state import run_claim
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "crane"]
 SITE = Path(torch.__file__).parents[1]
@@ -45,7 +45,7 @@ def write_run(folder, prediction="x", patch_size=1, identity=None, side=4, names
     for place, name in enumerate(("network", "ema_0.9", "ema_sigma_rel=0.1")):
         weights, generator = build_network(network, 0).state_dict(), torch.Generator().manual_seed(10 * seed + place)
         tensors[name] = {key: 0.6 * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
-    prepare_run(folder, config, latents)
+    run_claim(folder, config, latents).begin()
     save_checkpoint(folder, config, latents, tensors, {**FACTS, "device": "cpu"})
     return open_checkpoint(folder)
 

@@ -109,30 +109,39 @@ def assume_rates() -> None:
     meter.matmul_rate = lambda *_, **__: 1e11
 
 
-_server: socket.socket | None = None
+_servers: dict[str, socket.socket] = {}
 
 
 def start(
-    arguments: list[str], environment: Mapping[str, str] | None = None, plant: str = "", threads: int | None = 1
+    arguments: list[str],
+    environment: Mapping[str, str] | None = None,
+    plant: str = "",
+    threads: int | None = 1,
+    preload: str = "",
 ) -> Forked | subprocess.Popen[str]:
     """Start `jlt` with these arguments in a new session, after the code `plant`, which may exit.
 
-    `threads` is the number of torch threads; None leaves PyTorch's default.
+    `threads` is the number of torch threads; None leaves PyTorch's default. `preload` is a library that the process
+    has loaded before all others.
     """
-    global _server
     environment = dict(os.environ if environment is None else environment)
     if not FORKS:
         set_threads = f"__import__('torch').set_num_threads({threads})" if threads else ""
         command = [sys.executable, "-c", FRESH.replace("THREADS", set_threads), plant, *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    if _server is None:
-        _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if preload not in _servers:
+        _servers[preload], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forked; "
             code += f"del sys.path[0]; forked.serve({theirs.fileno()})"
-            server = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], start_new_session=True)
-        atexit.register(_end, server, _server)
+            server = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env={**os.environ, "LD_PRELOAD": preload},
+            )
+        atexit.register(_end, server, _servers[preload])
     request = {
         "arguments": arguments,
         "environment": environment,
@@ -140,7 +149,7 @@ def start(
         "threads": threads,
         "folder": str(Path.cwd()),
     }
-    return Forked(_server, request)
+    return Forked(_servers[preload], request)
 
 
 def _end(server: subprocess.Popen[bytes], connection: socket.socket) -> None:

@@ -1,18 +1,26 @@
 """Other coordinates of a latent space: the spectrum, the inverse, and a store in them."""
 
+import dataclasses
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, Coordinates
 from jlt.autoencoders.load import load_autoencoder
+from jlt.config import SampleConfig
 from jlt.errors import JLTError
 from jlt.experiments.coordinate_stores import NAME, measure_coordinates, store_in_coordinates
+from jlt.experiments.recipes import resolve_recipe
 from jlt.geometry.covariance import TokenCovariance
 from jlt.geometry.tokens import token_estimates
 from jlt.latents.store import LatentStore, verify_store
 from jlt.patches import patch_tokens, unpatchify
-from jlt.sampling.sampler import matching_autoencoder
+from jlt.sampling.sampler import matching_autoencoder, open_sampler
+from jlt.training.checkpoint import open_checkpoint
+from jlt.training.loop import train
 
 
 def latents(count=500):
@@ -101,7 +109,7 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
     assert lam.sum() == pytest.approx(token_estimates(digits, [1], "cpu")[1].eigenvalues.sum(), rel=1e-4)
     numbers = np.arange(0, 1797, 100)
     plain, changed = (store.gather(numbers)[0].float() for store in (digits, whitened))
-    decoder = matching_autoencoder(whitened.manifest.autoencoder, None, "cpu")
+    decoder = matching_autoencoder(whitened.manifest.autoencoder, None, "cpu", folder=whitened.folder)
     assert isinstance(decoder, CoordinateAutoencoder)
     with torch.inference_mode():
         images = load_autoencoder("tiny").decode(plain)
@@ -113,11 +121,35 @@ def test_a_store_in_other_coordinates_decodes_to_the_same_images(digits, tmp_pat
 
 
 def test_a_finished_store_is_kept_and_a_partial_one_is_written_again(digits, tmp_path, monkeypatch):
-    (tmp_path / ".whitened.partial").mkdir()
-    (tmp_path / ".whitened.partial" / "shard-00000.safetensors").write_bytes(b"half")
+    left = tmp_path / f".whitened.{2**31 - 1}.partial"
+    left.mkdir()
+    (left / "shard-00000.safetensors").write_bytes(b"half")
     first = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256()
     monkeypatch.setattr("jlt.experiments.coordinate_stores._write", lambda *arguments: pytest.fail("written again"))
     assert store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0).manifest.sha256() == first
+    assert not left.exists()
+
+
+def test_a_run_in_other_coordinates_is_sampled_wherever_it_and_its_store_are(digits, tmp_path):
+    store = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0)
+    network = dataclasses.replace(resolve_recipe("digits").network, hidden_size=16, depth=1, num_heads=2)
+    config = dataclasses.replace(resolve_recipe("digits"), network=network, steps=1, batch_size=8)
+    train(config, store, tmp_path / "run")
+    drawn = [batch.images for batch in open_sampler(open_checkpoint(tmp_path / "run"), SampleConfig(num=2)).batches()]
+    (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(tmp_path / "whitened")
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    moved = open_sampler(open_checkpoint(tmp_path / "elsewhere" / "moved"), SampleConfig(num=2))
+    assert torch.equal(drawn[0], next(moved.batches()).images)
+    assert str(tmp_path) not in json.dumps(moved.protocol())
+
+
+def test_coordinates_that_lead_out_of_a_run_are_refused(digits, tmp_path):
+    store = store_in_coordinates(digits, tmp_path / "whitened", 1, 0.0)
+    identity = json.loads(json.dumps(store.manifest.autoencoder))
+    identity["normalisation"]["coordinates"]["source"] = f"../whitened/{NAME}"
+    with pytest.raises(JLTError, match="leads out of"):
+        matching_autoencoder(identity, None, "cpu", folder=tmp_path / "run")
 
 
 def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
@@ -125,7 +157,7 @@ def test_other_coordinates_are_another_autoencoder(digits, tmp_path):
     identity = whitened.manifest.autoencoder
     coordinates = identity["normalisation"]["coordinates"]
     assert (coordinates["anisotropy"], coordinates["patch_size"]) == (0.0, 1)
-    assert coordinates["source"] == str(tmp_path / "whitened" / NAME)
+    assert coordinates["source"] == NAME
     measure_coordinates(digits, 1, 0.5).save(tmp_path / "whitened" / NAME)
     with pytest.raises(JLTError, match="normalisation"):
-        matching_autoencoder(identity, None, "cpu")
+        matching_autoencoder(identity, None, "cpu", folder=whitened.folder)

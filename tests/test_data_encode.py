@@ -158,7 +158,7 @@ def test_resuming_keeps_intact_shards_and_makes_the_others_again(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     lost.unlink()
     (folder / ".encoding" / "shard-00003.json").write_text("{")
-    (folder / ".shard-00002.999.partial.safetensors").write_bytes(b"left by a killed process")
+    (folder / ".shard-00002.2147483647.partial.safetensors").write_bytes(b"left by a killed process")
     untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
     make_store(folder)
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
@@ -437,9 +437,7 @@ def test_a_repair_that_gives_other_bytes_changes_nothing(tmp_path: Path) -> None
     drifted = PatchAutoencoder(change=lambda latents: latents * (1 + 2**-20))
     with pytest.raises(JLTError, match=r"shard-00001.safetensors is left as it is.*new folder"):
         encode_source(NoiseSource(COUNT), drifted, config, folder)
-    after = file_bytes(folder)
-    after.pop(".encoding/.lock")
-    assert after == before
+    assert file_bytes(folder) == before
 
 
 def test_a_disk_that_is_too_small_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,7 +517,7 @@ def test_a_repair_reports_what_it_cannot_repair(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     make_store(folder)
     (folder / "shard-00009.safetensors").write_bytes(b"of another program")
-    (folder / ".shard-00001.5.partial.safetensors").write_bytes(b"left by a killed repair")
+    (folder / ".shard-00001.2147483647.partial.safetensors").write_bytes(b"left by a killed repair")
     for repair in (False, True):
         with pytest.raises(JLTError, match=r"shard-00009.safetensors is not in the manifest"):
             make_store(folder, repair=repair)

@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.Mon
 def test_links_and_hidden_files_do_no_harm(copy: Path, tmp_path: Path) -> None:
     shutil.move(copy / "shard-00000.safetensors", tmp_path / "elsewhere")
     (copy / "shard-00000.safetensors").symlink_to(tmp_path / "elsewhere")
-    (copy / ".shard-00001.77.partial.safetensors").write_bytes(b"left by a killed process")
+    (copy / ".shard-00001.2147483647.partial.safetensors").write_bytes(b"left by a killed process")
     (copy / ".encoding").mkdir(exist_ok=True)
     assert verify_store(copy) == []
     LatentStore.open(copy).gather(np.arange(COUNT))

@@ -150,7 +150,7 @@ def test_the_systems_of_an_ablation_are_matched(finished):
 
 
 def test_the_quickstart_measures_five_points_of_each_curve(latents, tmp_path):
-    config = quickstart_ablation(LatentStore.open(latents), (0,), 30)
+    config = quickstart_ablation((0,), 30)
     systems = systems_of(config, latents, tmp_path)
     assert [system.evaluated_steps for system in systems] == [[6, 12, 18, 24, 30]] * 6
 
@@ -164,10 +164,10 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     ablate(ablation_config(latents), latents, out, workers=2, command="again")
     seconds = time.monotonic() - begun
     after = modified(out / "runs")
-    # Only config.json, the grid and the lock may be written again.
+    # Only the grid may be written again.
     changed = {Path(path).name for path in after if before.get(path) != after[path]}
     assert set(after) == set(before)
-    assert changed <= {"config.json", "grid.png", ".lock"}
+    assert changed <= {"grid.png"}
     assert file_bytes(out / "runs") == file_bytes(finished / "runs")
     assert seconds < 60
 

@@ -30,7 +30,8 @@ from jlt.interop.read_export import IDENTITY, read_export
 from jlt.results.evaluation import Evaluation, Metrics
 from jlt.results.files import write_result
 from jlt.sampling.sampler import open_sampler
-from jlt.storage.files import LOCK, lock_folder, read_json, sealed_text, sha256_file
+from jlt.storage.files import read_json, sealed_text, sha256_file
+from jlt.storage.folders import LOCK, lock_folder
 from jlt.storage.weights import read_metadata
 
 NO_CARD = ExportConfig(samples=0)
@@ -348,12 +349,14 @@ def test_an_interrupted_export_leaves_nothing_and_a_killed_one_is_replaced(check
         with pytest.raises(KeyboardInterrupt):
             export_folder(checkpoint, tmp_path / "export", NO_CARD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    left, written = tmp_path / ".export.0a1b.partial", tmp_path / ".export.2c3d.partial"
+    left, written = (tmp_path / f".export.{process}.partial" for process in (2**31 - 1, 2**31 - 2))
     for partial in (left, written):
         partial.mkdir()
         (partial / LOCK).touch()
+    (left / "left").write_text("by a killed process")
     with lock_folder(written):
-        export_folder(checkpoint, tmp_path / "export", NO_CARD)
+        folder = export_folder(checkpoint, tmp_path / "export", NO_CARD)
+    assert "left" not in files_of(folder)
     assert not left.exists()
     assert written.exists()
 
@@ -461,7 +464,7 @@ def test_the_same_import_again_is_recognised_and_others_are_refused(checkpoint, 
     assert (first.folder / "manifest.json").stat().st_mtime_ns == stamp
     other = write_run(tmp_path / "other", seed=1)
     # All settings are equal, and the weights differ.
-    with pytest.raises(JLTError, match=r"holds another run, which differs in: latents\.source\.imported"):
+    with pytest.raises(JLTError, match=r"holds other work, which differs in: latents\.source\.imported"):
         back(export_folder(other, tmp_path / "export", NO_CARD), tmp_path / "back")
     for number, taken in enumerate(("file", "folder/note")):
         (tmp_path / taken).parent.mkdir(exist_ok=True)
@@ -520,6 +523,17 @@ def test_weights_that_are_not_finite_are_refused(folder, checkpoint, tmp_path, f
     with pytest.raises(JLTError, match="holds values that are not finite in "):
         back(source, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_run_is_not_overwritten(folder, tmp_path):
+    run = back(folder, tmp_path / "back").run
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert back(folder, tmp_path / "back").run == run
+    without_record(folder)
+    replace_weights(folder, lambda weights: {name: value + 1 for name, value in weights.items()})
+    with pytest.raises(JLTError, match=r"holds other work, which differs in: latents\.source\.imported"):
+        back(folder, tmp_path / "back")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def without_record(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import make_store
+from every_command import COMMANDS, make_inputs
 from fake_results import read_content, write_ablation, write_sealed, write_watched_run
 from PIL import Image
 from training_helpers import config_for
 
+from jlt.cli.main import main
 from jlt.config import SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.extractors import load_extractor
@@ -24,9 +27,10 @@ from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
 from jlt.report.study import read_study
 from jlt.results.run import log_line
-from jlt.storage.files import atomic_path, lock_folder, path_inside, sealed_text, work_of
+from jlt.storage.files import atomic_path, sealed_text, work_of
+from jlt.storage.folders import Claim, lock_folder, path_inside, remove_leftovers
 from jlt.storage.rows import RowTable
-from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, remove_partial_saves
+from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, require_own_folders
 from jlt.training.journal import Journal
 from jlt.training.loop import train
 
@@ -154,6 +158,11 @@ def test_a_checkpoint_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> 
 # Links
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
     path = tmp_path / "secret"
@@ -178,12 +187,17 @@ def test_rows_that_are_a_link_change_nothing(tmp_path: Path, secret: Path, name:
     assert secret.read_text() == "private"
 
 
-def test_a_temporary_file_and_a_log_that_are_links_change_nothing(tmp_path: Path, secret: Path, store) -> None:
+def test_a_temporary_file_and_a_log_that_are_links_change_nothing(
+    tmp_path: Path, secret: Path, store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / f".a.{os.getpid()}.partial.json").symlink_to(secret)
-    with atomic_path(run / "a.json") as temporary:
+    monkeypatch.setattr("jlt.storage.files.secrets.token_hex", lambda _: "0a1b")
+    (run / f".a.{os.getpid()}-0a1b.partial.json").symlink_to(secret)
+    with atomic_path(run / "b.json") as temporary:
         temporary.write_text("{}")
+    with pytest.raises(FileExistsError), atomic_path(run / "a.json"):
+        pass
     (run / "log.jsonl").symlink_to(tmp_path / "log")
     (tmp_path / "log").write_text("")
     with Journal(run, config_for(store), 0, rank=0) as journal, pytest.raises(JLTError, match=r"log.jsonl is a link"):
@@ -199,7 +213,7 @@ def test_a_run_with_a_linked_folder_is_not_continued(tmp_path: Path, store, name
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(theirs)
     with pytest.raises(JLTError, match=f"{name} is a link"):
-        remove_partial_saves(run)
+        require_own_folders(run)
     if name == "checkpoints":
         with pytest.raises(JLTError, match="checkpoints is a link"):
             prune_checkpoints(run, 1, 0)
@@ -227,6 +241,106 @@ def test_features_of_an_evaluation_are_not_removed_through_a_link(tmp_path: Path
     with pytest.raises(JLTError, match=r"\.drawn is a link"):
         evaluate_run(tmp_path / "run", [4], "digits", load_extractor("digits"), SampleConfig(num=4), "cpu")
     assert [path.name for path in theirs.iterdir()] == ["step_0000004-0123"]
+
+
+@pytest.mark.parametrize("name", ["coordinates", "runs", "runs/x-v-p1-a0-s0", "points", ".drawn"])
+def test_an_experiment_with_a_linked_folder_is_refused(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("private")
+    monkeypatch.chdir(inputs)
+    out = tmp_path / "out"
+    arguments = COMMANDS["sweep" if name in ("points", ".drawn") else "ablate"]
+    if "--out" in arguments:
+        arguments = arguments[: arguments.index("--out")] + arguments[arguments.index("--out") + 2 :]
+    # A command that another process ended right after its claim.
+    monkeypatch.setattr("jlt.experiments.ablation.forecasts", _ended)
+    monkeypatch.setattr("jlt.experiments.sweep.search", _ended)
+    monkeypatch.setattr("jlt.experiments.ablation.store_in_coordinates", lambda *_: None)
+    assert main([*arguments, "--out", str(out)]) == 1
+    (out / name).parent.mkdir(exist_ok=True)
+    shutil.rmtree(out / name, ignore_errors=True)
+    (out / name).symlink_to(tmp_path / "theirs")
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(out)]) == 1
+    assert f"{name} is a link" in capsys.readouterr().err
+    assert (tmp_path / "theirs" / "file").read_text() == "private"
+
+
+def _ended(*_: object) -> None:
+    raise JLTError("ended")
+
+
+# What killed processes leave
+
+
+def test_what_killed_processes_left_is_removed_but_nothing_of_living_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    living = subprocess.Popen(["sleep", "60"])
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / "kept").mkdir()
+    for process in (living.pid, dead.pid):
+        (folder / f".step_1.{process}.partial" / "deep").mkdir(parents=True)
+        (folder / "evaluations").mkdir(exist_ok=True)
+        (folder / "evaluations" / f".a.{process}.partial.json").write_text("{")
+    (folder / f".link.{dead.pid}.partial").symlink_to(tmp_path / "kept")
+    (folder / ".hidden.partial.json").write_text("of another program")
+    remove_leftovers(folder, "a.json")
+    assert (folder / f".step_1.{dead.pid}.partial").is_dir()
+    remove_leftovers(folder)
+    living.kill()
+    living.wait()
+    left = {path.name for path in folder.rglob("*")} - {"deep", "evaluations"}
+    assert left == {f".step_1.{living.pid}.partial", f".a.{living.pid}.partial.json", ".hidden.partial.json"}
+    assert (tmp_path / "kept").is_dir()
+
+
+def test_partial_files_of_killed_processes_do_not_block_a_folder(tmp_path: Path) -> None:
+    claim = Claim(tmp_path, "plan.json", {"seed": 1})
+    (tmp_path / f".plan.{2**31 - 1}.partial.json").write_text("{")
+    (tmp_path / ".lock").touch()
+    with claim.hold():
+        claim.begin()
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    (tmp_path / "other").touch()
+    with pytest.raises(JLTError, match="holds other files, such as other"):
+        Claim(tmp_path, "config.json", {}, allowed={"plan.json"}).is_begun()
+
+
+def test_a_lock_file_of_the_user_is_kept_and_a_folder_made_for_a_lock_is_not(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / ".lock").write_text("of another program")
+    with lock_folder(tmp_path / "theirs"), lock_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+    assert (tmp_path / "theirs" / ".lock").read_text() == "of another program"
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(JLTError, match="No file can be made in /proc/self/task"), lock_folder(Path("/proc/self/task")):
+        pass
+
+
+def test_many_processes_that_lock_one_folder_are_never_in_it_at_once(tmp_path: Path) -> None:
+    """Also while the lock's file and its folder come and go."""
+    script = """
+import sys
+from pathlib import Path
+from jlt.errors import JLTError
+from jlt.storage.folders import lock_folder
+folder, inside = Path(sys.argv[1]) / "folder", Path(sys.argv[1]) / "inside"
+held = 0
+while held < 200:
+    try:
+        with lock_folder(folder):
+            inside.mkdir()
+            inside.rmdir()
+            held += 1
+    except JLTError:
+        pass
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script, tmp_path]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_an_encoding_whose_state_is_a_link_is_refused(tmp_path: Path) -> None:

@@ -522,7 +522,7 @@ def test_the_same_import_again_is_recognised_and_others_are_refused(tmp_path):
     stamp = (first.folder / MANIFEST).stat().st_mtime_ns
     assert imported(tmp_path, authors_content()).sha256 == first.sha256
     assert (first.folder / MANIFEST).stat().st_mtime_ns == stamp
-    with pytest.raises(JLTError, match="holds another run, which differs in: .*prediction: 'x' -> 'v'"):
+    with pytest.raises(JLTError, match="holds other work, which differs in: .*prediction: 'x' -> 'v'"):
         imported(tmp_path, authors_content(flow_matching=True))
     path = str(tmp_path / "checkpoint-last.pth")
     (tmp_path / "taken").mkdir()

@@ -129,7 +129,7 @@ def test_a_price_of_a_run(arguments, place, capsys):
     assert verdict(result).startswith(f"{choice.evaluations} evaluations instead of 198")
     assert confirmed in verdict(result)
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "plan.json", "points", "price.json", "report.html",
+        "plan.json", "points", "price.json", "report.html",
     ]  # fmt: skip
 
     # Its command gives the same number, and the same call draws nothing.

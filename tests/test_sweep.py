@@ -273,7 +273,7 @@ def test_a_sweep_of_a_run(whole, swept):
     assert all(swept["confirmed"][0][key] == chosen[key] for key in ("cfg_scale", "cfg_interval", "ema"))
     # Features go when they are no longer needed, and so does all else that is no result.
     assert sorted(path.name for path in whole.iterdir()) == [
-        ".lock", "plan.json", "points", "report.html", "sweep.json",
+        "plan.json", "points", "report.html", "sweep.json",
     ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from jlt.errors import JLTError
 from jlt.latents.loader import SampleOrder
 from jlt.runtime.signals import StopRequest
 from jlt.storage.codec import from_json, to_json
-from jlt.storage.files import lock_folder
+from jlt.storage.folders import lock_folder
 from jlt.training.checkpoint import load_tensors, open_checkpoint, step_folder, verify_checkpoints
 from jlt.training.draws import draw_step, draw_steps
 from jlt.training.loop import train
@@ -260,13 +260,12 @@ def test_configuration_survives_json_and_refuses_unknown_keys(store):
 
 def test_full_disk_leaves_what_was_saved(finished, store, monkeypatch):
     config, run = finished
-    from jlt.training import checkpoint
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(dataclasses.replace(config, steps=8), store, run)
     assert open_checkpoint(run).step == 4

@@ -118,7 +118,7 @@ class Model:
         self._weights, self._ema = weights, ema
         identity = dict(checkpoint.latents["autoencoder"])
         self._autoencoder = functools.cache(
-            lambda decoder: matching_autoencoder(identity, autoencoder_path, device, decoder)
+            lambda decoder: matching_autoencoder(identity, autoencoder_path, device, decoder, checkpoint.run)
         )
         self._latest: ImageSampler | None = None
 

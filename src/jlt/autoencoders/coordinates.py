@@ -9,7 +9,8 @@ trained in such coordinates learns the same data with another geometry.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float64
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
 from jlt.patches import patch_tokens, unpatchify
 from jlt.storage.files import atomic_path, sha256_file
+from jlt.storage.folders import path_inside
+from jlt.storage.weights import write_tensors
 
 SMALLEST = 1e-8
 """Share of the largest variance below which directions are kept; it is about the rounding of float16."""
@@ -83,8 +85,7 @@ class Coordinates:
     def save(self, path: Path) -> None:
         """Write the map as safetensors."""
         metadata = {"patch_size": str(self.patch_size), "anisotropy": repr(self.anisotropy)}
-        with atomic_path(path) as temporary:
-            save_file({"mean": self.mean.contiguous(), "matrix": self.matrix.contiguous()}, temporary, metadata)
+        write_tensors(path, {"mean": self.mean, "matrix": self.matrix}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Coordinates:
@@ -101,13 +102,15 @@ class Coordinates:
 class CoordinateAutoencoder(Autoencoder):
     """An autoencoder whose latents are in other coordinates."""
 
-    def __init__(self, inner: Autoencoder, path: Path) -> None:
-        """Read the coordinates from `path`; their hash is part of the identity."""
+    def __init__(self, inner: Autoencoder, folder: Path, source: str) -> None:
+        """Read the coordinates from the file `source` in a folder; their hash is part of the identity."""
+        # Earlier versions recorded full paths.
+        path = Path(source) if Path(source).is_absolute() else path_inside(folder, source)
         self.inner, self.coordinates = inner, Coordinates.load(path)
         self.name, self.channels, self.downsampling = inner.name, inner.channels, inner.downsampling
         self.held_out_psnr, self.posterior = inner.held_out_psnr, inner.posterior
         self._coordinates_identity = {
-            "source": str(path),
+            "source": source,
             "sha256": sha256_file(path),
             "patch_size": self.coordinates.patch_size,
             "anisotropy": self.coordinates.anisotropy,
@@ -141,10 +144,18 @@ class CoordinateAutoencoder(Autoencoder):
         return self
 
 
-def coordinates_of(identity: dict[str, Any]) -> Path | None:
+def coordinates_of(identity: Mapping[str, Any]) -> str | None:
     """Return the file of the coordinates in an autoencoder's identity, None where it has none."""
     normalisation = identity["normalisation"]
     found = normalisation.get("coordinates") if isinstance(normalisation, dict) else None
     if found and not (isinstance(found, dict) and isinstance(found.get("source"), str)):
         raise JLTError(f"The coordinates of the latents name no file: {found}.")
-    return Path(found["source"]) if found else None
+    return found["source"] if found else None
+
+
+def copy_coordinates(identity: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Copy the file of the coordinates in an identity from one folder to another, unless it has none, or is there."""
+    name = coordinates_of(identity)
+    if name and not Path(name).is_absolute() and not path_inside(target, name).exists():
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(path_inside(source, name), temporary)

@@ -24,6 +24,8 @@ SHARED_SPACES = ({"flux2", "taef2"},)
 """Autoencoders that decode each other's latents."""
 SOURCES_IN_PACKAGE = ("bundled", "built in")
 """Sources in an identity that are no place: such an autoencoder is loaded by its name alone."""
+IN_RUN = "./"
+"""Begins a source in an identity that is in the run folder which records the identity."""
 
 
 def load_autoencoder(

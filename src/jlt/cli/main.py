@@ -23,7 +23,7 @@ from jlt.cli.interop import Export, Import
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.config import SAMPLERS
-from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name, without_credentials
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
 from jlt.runtime.signals import Stopped
@@ -86,6 +86,13 @@ def refuse_two_samplers(arguments: Sequence[str]) -> None:
                     raise UsageError(f"{named} sets {key}, too: leave out {prefix}{key}, or {named}.")
 
 
+def refuse_credentials(arguments: Sequence[str]) -> None:
+    """Raise a UsageError for an argument with a password or a token, which the files of a run would keep."""
+    for argument in arguments:
+        if (shown := without_credentials(argument)) != argument:
+            raise UsageError(f"{shown} has credentials, and jlt reads no URLs: download it, and name the local copy.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 when done, 1 on failure, 2 for wrong arguments, 75 when stopped on request."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -94,13 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Process 0 prints progress and results for all; each process prints its own error.
         silence()
     try:
+        refuse_credentials(arguments)
         command = parse(arguments)
         result = command.run()
     except SystemExit as leave:
         return int(leave.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            print(without_credentials(traceback.format_exc()), file=sys.stderr, end="")
         return _leave(_print_error(error))
     if first:
         try:
@@ -136,7 +144,7 @@ def _print_error(error: BaseException) -> int:
         sentence = f"jlt: {type(error).__name__}: {error} (--debug prints the traceback)"
     process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    print(f"{process}{sentence}{notes}", file=sys.stderr, flush=True)
+    print(without_credentials(f"{process}{sentence}{notes}"), file=sys.stderr, flush=True)
     if isinstance(error, Stopped):
         # A job scheduler runs it again.
         return os.EX_TEMPFAIL

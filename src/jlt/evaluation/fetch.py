@@ -10,6 +10,7 @@ from pathlib import Path
 from jlt.errors import JLTError, unknown_name
 from jlt.runtime.progress import bar, inform
 from jlt.storage.files import atomic_path, sha256_file
+from jlt.storage.folders import remove_leftovers
 
 TIMEOUT_SECONDS = 20.0
 CHUNK = 1 << 20
@@ -50,6 +51,7 @@ def fetch(name: str) -> Path:
     if path.is_file() and sha256_file(path).startswith(published.sha256):
         return path
     inform(f"Downloading {published.url}")
+    remove_leftovers(path.parent, path.name)
     with atomic_path(path) as temporary:
         found = _download(published.url, temporary)
         if not found.startswith(published.sha256):

@@ -28,6 +28,7 @@ from jlt.runtime.progress import bar, inform
 from jlt.runtime.random_numbers import random_subset
 from jlt.storage.codec import Size, from_json, to_json
 from jlt.storage.files import UNREADABLE_ARRAYS, atomic_path, read_json, unsealed, why_unreadable
+from jlt.storage.folders import remove_leftovers
 
 STATISTICS_SUFFIXES = (".npz", ".pt")
 """Files of statistics: numpy's, which pytorch-fid and ADM use too, and torch's, which torch-fidelity uses."""
@@ -83,6 +84,8 @@ class Reference:
     def save(self, path: Path) -> None:
         """Write `mu`, `sigma`, `mu_s`, `sigma_s` and `features` to an .npz, and the identity to a .json next to it."""
         require_npz(path)
+        for file in (path, path.with_suffix(".json")):
+            remove_leftovers(file.parent, file.name)
         # The identity first, since statistics without it count as another program's.
         facts = ReferenceFile(self.identity()["sha256"], self.count, to_json(self.protocol))
         write_result(path.with_suffix(".json"), facts)

@@ -32,7 +32,8 @@ from jlt.runtime.progress import bar, inform
 from jlt.runtime.workers import run_jobs
 from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, difference, lock_folder
+from jlt.storage.files import difference
+from jlt.storage.folders import Claim, require_unlinked
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
@@ -105,17 +106,21 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     for system in systems:
         # Settings that no forecast covers are refused before anything is written.
         TrainingModel.of(system.config)
-    workers = WORKERS[device] if workers is None else workers
-    if workers < 1:
-        raise UsageError(f"An ablation needs at least one worker, not {workers}.")
+    workers = worker_count(workers, device)
     # Points of the axes may be added later, because each is a run of its own.
     settings = {key: value for key, value in to_json(config).items() if key not in GROWING}
-    claim_folder(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
-    with lock_folder(out):
-        images = config.reference or images_of(store)
-        if not config.reference_path(out).exists():
-            extractor = load_extractor(config.extractor, device, config.features_path or None)
-            reference_of(store, images, extractor).save(config.reference_path(out))
+    claim = Claim(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
+    with claim.hold():
+        extractor = load_extractor(config.extractor, device, config.features_path or None)
+        place = config.reference_path(out)
+        measured = place.exists()
+        images = str(place) if measured else config.reference or images_of(store)
+        reference = reference_of(store, images, extractor)
+        for folder in ("coordinates", "runs", *(f"runs/{system.run.name}" for system in systems)):
+            require_unlinked(out, out / folder)
+        claim.begin()
+        if not measured:
+            reference.save(place)
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
         expected = forecasts(systems, _known_forecasts(out), device)
@@ -128,6 +133,14 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
         ablation = replace(ablation, seconds=seconds, matched=matched)
         write_result(out / Ablation.FILE, ablation)
     return ablation
+
+
+def worker_count(workers: int | None, device: str) -> int:
+    """Return how many systems are trained at once, by default those of the device; UsageError for fewer than one."""
+    workers = WORKERS[device] if workers is None else workers
+    if workers < 1:
+        raise UsageError(f"An ablation needs at least one worker, not {workers}.")
+    return workers
 
 
 def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig) -> list[str]:

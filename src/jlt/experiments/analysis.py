@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlt.errors import JLTError, UsageError
-from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_comparable
+from jlt.experiments.error_by_direction import Networks, measure_error_by_direction, require_measurable
 from jlt.geometry.accumulate import Latents, Moments, measure_moments
 from jlt.geometry.assemble import assemble_geometry
 from jlt.latents.store import LatentStore, ShardCheck
@@ -18,7 +18,7 @@ from jlt.results.files import read_result, write_result
 from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, TrainingModel
 from jlt.runtime.processes import Group, SingleProcess, rank0_value
 from jlt.runtime.progress import inform
-from jlt.storage.files import claim_folder
+from jlt.storage.folders import Claim
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,26 @@ def analyze_into(
     """
     group, inside = group or SingleProcess(), None
     if networks is not None:
-        require_comparable(networks.checkpoints, store)
+        require_measurable(networks, store)
     for patch_size in config.patch_sizes:
         require_divisor(patch_size, store.shape.height, store.shape.width)
-    group.on_rank0(lambda: claim_folder(out, "analysis.json", {"latents": store.identity()}))
-    further = (networks.patch_size,) if networks else ()
-    geometry, moments = measure_geometry(store, out, config, device, group, further)
-    if networks:
-        inside = measure_error_by_direction(networks, store, moments, device, group)
+    claim = Claim(out, "analysis.json", {"latents": store.identity()})
+    with contextlib.ExitStack() as held:
+        group.on_rank0(lambda: held.enter_context(claim.hold()))
+        group.on_rank0(claim.begin)
+        further = (networks.patch_size,) if networks else ()
+        geometry, moments = measure_geometry(store, out, config, device, group, further)
+        if networks:
+            inside = measure_error_by_direction(networks, store, moments, device, group)
 
-    def write() -> None:
-        if inside:
-            write_result(out / INSIDE, inside)
-        else:
-            (out / INSIDE).unlink(missing_ok=True)
-        write_report(out)
+        def write() -> None:
+            if inside:
+                write_result(out / INSIDE, inside)
+            else:
+                (out / INSIDE).unlink(missing_ok=True)
+            write_report(out)
 
-    group.on_rank0(write)
+        group.on_rank0(write)
     return geometry, inside
 
 

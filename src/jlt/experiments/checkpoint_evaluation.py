@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -38,7 +37,8 @@ from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageBatch, ImageSampler, batches_of, open_sampler
 from jlt.sampling.save import ARRAY, PROTOCOL, Drawn, read_drawn
 from jlt.storage.codec import to_json
-from jlt.storage.files import LOCK, atomic_path, lock_folder, read_marker, require_unlinked, work_of
+from jlt.storage.files import atomic_path, read_marker, work_of
+from jlt.storage.folders import LOCK, lock_folder, remove_leftovers, remove_tree, require_unlinked
 from jlt.storage.rows import RowTable, unwritten
 from jlt.storage.seals import is_intact, seal_file
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
@@ -250,10 +250,9 @@ def evaluate_checkpoint(
     reference = open_reference(real_images, extractor, sampler.resolution, group=group)
     run = checkpoint.run
     in_run = (run / "config.json").is_file()
-    if in_run:
-        group.on_rank0(lambda: _remove_orphans(run))
     result = evaluate_sampler(sampler, reference, extractor, drawn_folder(run) if in_run else None, group)
     if in_run:
+        group.on_rank0(lambda: _remove_orphans(run))
         group.on_rank0(lambda: write_evaluation(run, result))
     return result
 
@@ -271,7 +270,7 @@ def _remove_orphans(run: Path) -> None:
         if not list(run.glob(f"*/{folder.name.rpartition('-')[0]}")):
             # A process that still measures them holds the lock.
             with contextlib.suppress(JLTError), lock_folder(folder, run):
-                shutil.rmtree(folder)
+                remove_tree(run, folder)
 
 
 def evaluation_path(run: Path, step: int, protocol: Mapping[str, Any]) -> Path:
@@ -283,6 +282,7 @@ def evaluation_path(run: Path, step: int, protocol: Mapping[str, Any]) -> Path:
 def write_evaluation(run: Path, evaluation: Evaluation) -> Path:
     """Write an evaluation of a checkpoint into its run, and return its file."""
     path = evaluation_path(run, evaluation.step or 0, evaluation.protocol)
+    remove_leftovers(path.parent, path.name)
     write_result(path, evaluation)
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jlt.latents.shards import ShardWriter
 from jlt.latents.store import LatentStore, ShardCheck
 from jlt.runtime.progress import track
 from jlt.sampling.sampler import matching_autoencoder
+from jlt.storage.folders import whole_folder
 from jlt.storage.rows import require_space
 
 NAME = "coordinates/map.safetensors"
@@ -30,14 +30,9 @@ def store_in_coordinates(store: LatentStore, folder: Path, patch_size: int, anis
     if not folder.exists():
         manifest = store.manifest
         size = 4 * manifest.channels * manifest.height * manifest.width * manifest.count * (1 + manifest.flips)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        require_space(folder.parent, size, f"The latents with anisotropy {anisotropy:g}")
-        begun = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir()
-        with ShardCheck(store):
-            _write(store, measure_coordinates(store, patch_size, anisotropy), begun, folder)
-        begun.rename(folder)
+        with whole_folder(folder) as begun, ShardCheck(store):
+            require_space(begun, size, f"The latents with anisotropy {anisotropy:g}")
+            _write(store, measure_coordinates(store, patch_size, anisotropy), begun)
     return LatentStore.open(folder)
 
 
@@ -49,8 +44,8 @@ def measure_coordinates(store: LatentStore, patch_size: int, anisotropy: float) 
     return Coordinates.raised(tokens.covariance, tokens.mean, patch_size, anisotropy)
 
 
-def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Path) -> None:
-    """Write everything into the folder `begun`, which is then renamed to `folder`."""
+def _write(store: LatentStore, coordinates: Coordinates, begun: Path) -> None:
+    """Write everything into the folder `begun`."""
     coordinates.save(begun / NAME)
     manifest, sums, records, first = store.manifest, LatentSums.zero(store.shape.channels), [], 0
     for shard in track(manifest.shards, f"latents with anisotropy {coordinates.anisotropy:g}", len(manifest.shards)):
@@ -67,10 +62,8 @@ def _write(store: LatentStore, coordinates: Coordinates, begun: Path, folder: Pa
                 writer.write(name, row, mapped)
                 sums = sums.add(mapped)
         records.append(ShardRecord.of(path, shard.count))
-    autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu")
-    identity = CoordinateAutoencoder(autoencoder, begun / NAME).identity()
-    # The final place of the map, as other stores name the place of their weights.
-    identity["normalisation"]["coordinates"]["source"] = str((folder / NAME).resolve())
+    autoencoder = matching_autoencoder(manifest.autoencoder, None, "cpu", folder=store.folder)
+    identity = CoordinateAutoencoder(autoencoder, begun, NAME).identity()
     shards, moments = tuple(records), sums.moments()
     write_manifest(
         begun, replace(manifest, autoencoder=identity, encoding=None, dtype="float32", shards=shards, **moments)

@@ -35,6 +35,7 @@ from jlt.runtime.random_numbers import derive_seed, normal_per_sample, random_su
 from jlt.sampling.guidance import NOISE_END, Denoiser
 from jlt.sampling.sampler import LatentSampler, matching_autoencoder, open_weights
 from jlt.storage.files import difference, format_difference
+from jlt.training.averages import choose_name
 from jlt.training.checkpoint import Checkpoint
 
 MEASURED_TIMES = (NOISE_END, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -104,7 +105,8 @@ def measure_error_by_direction(
     autoencoder = None
     if networks.samples:
         # Before the first sample: its weights may be missing.
-        autoencoder = matching_autoencoder(store.identity()["autoencoder"], None, device, networks.decoder)
+        run = networks.checkpoints[0].run
+        autoencoder = matching_autoencoder(store.identity()["autoencoder"], None, device, networks.decoder, run)
     found = []
     for checkpoint in networks.checkpoints:
         weights = open_weights(checkpoint, networks.ema, device)
@@ -281,6 +283,15 @@ def network_error(
         bands=tuple(bands),
         calibration=rows(errors.calibration),
     )
+
+
+def require_measurable(networks: Networks, store: Latents) -> None:
+    """Raise JLTError for networks that cannot be compared on these latents, and for weights and samplers unknown."""
+    require_comparable(networks.checkpoints, store)
+    for checkpoint in networks.checkpoints:
+        choose_name(checkpoint, networks.ema)
+    if networks.samples:
+        SampleConfig(num=networks.samples, steps=networks.steps)
 
 
 def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:

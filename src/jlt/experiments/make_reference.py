@@ -54,10 +54,10 @@ def _kept(out: Path, protocol: dict[str, Any], count: int, extractor: FeatureExt
     # A process that was killed between the two files leaves the first one.
     if protocol_file.exists() and read_reference_file(protocol_file).protocol != protocol:
         raise JLTError(f"{protocol_file} exists without {out.name} and has another protocol: name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise JLTError(f"{out.parent} is not writable: name another file.")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise JLTError(f"{place} is not writable: name another file.")
     needed = sum(8 * size * (size + 1) for size in (extractor.dimension, extractor.spatial_dimension))
     needed += 4 * min(count, KEPT) * extractor.dimension
-    require_space(out.parent, needed, "The statistics")
+    require_space(place, needed, "The statistics")
     return None

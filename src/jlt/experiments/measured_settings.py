@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,9 +26,11 @@ from jlt.runtime.processes import Group, require_same_arguments
 from jlt.runtime.progress import format_seconds
 from jlt.runtime.signals import Stopped, stop_on_signal
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
-from jlt.storage.files import claim_folder, lock_folder, require_unlinked
+from jlt.storage.folders import Claim, remove_tree, require_unlinked
 from jlt.storage.rows import require_space
 from jlt.training.checkpoint import Checkpoint
+
+POINTS, DRAWN = "points", ".drawn"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class SettingsFolder:
         """Return the evaluation of a setting, `fresh` of whose images are new; Stopped if any process is to stop."""
         if any(self.group.gather(bool(self.stop))):
             raise Stopped("Stopped on request.")
-        path = self.out / "points" / f"{name}-seed{config.seed}-num{config.num}.json"
+        path = self.out / POINTS / f"{name}-seed{config.seed}-num{config.num}.json"
         result = self.group.on_rank0(lambda: read_result(Evaluation, path) if path.exists() else None)
         if result is None:
             began = time.monotonic()
@@ -103,16 +104,14 @@ class SettingsFolder:
 
     def drop(self, name: str, seed: int) -> None:
         """Remove the features of a setting that gets no more images."""
-        self.group.on_rank0(lambda: shutil.rmtree(self._drawn(name, seed), ignore_errors=True))
+        self.group.on_rank0(lambda: remove_tree(self.out, self._drawn(name, seed)))
 
     def _drawn(self, name: str, seed: int) -> Path:
-        folder = self.out / ".drawn" / f"{name}-seed{seed}"
-        require_unlinked(self.out, folder)
-        return folder
+        return self.out / DRAWN / f"{name}-seed{seed}"
 
     def finish(self) -> None:
         """Remove all features."""
-        self.group.on_rank0(lambda: shutil.rmtree(self.out / ".drawn", ignore_errors=True))
+        self.group.on_rank0(lambda: remove_tree(self.out, self.out / DRAWN))
 
 
 @contextlib.contextmanager
@@ -142,21 +141,27 @@ def settings_folder(
         "versions": versions(),
     }
     require_same_arguments(group, identity, "search")
-    group.on_rank0(lambda: claim_folder(out, "plan.json", identity, allowed={"report.html"}))
+    claim = Claim(out, "plan.json", identity, allowed={"report.html"})
     with contextlib.ExitStack() as held:
-        group.on_rank0(lambda: held.enter_context(lock_folder(out)))
-        group.on_rank0(lambda: _require_room(extractor, images, out))
+        group.on_rank0(lambda: held.enter_context(claim.hold()))
+        group.on_rank0(lambda: _begin(claim, extractor, images))
         stop = held.enter_context(stop_on_signal())
         yield SettingsFolder(out, sampler, reference, extractor, group, stop)
 
 
-def _require_room(extractor: FeatureExtractor, images: int, out: Path) -> None:
+def _begin(claim: Claim, extractor: FeatureExtractor, images: int) -> None:
+    """Begin the work in a folder; JLTError if its own folders are links, or its disk has no room for the features."""
+    for name in (DRAWN, POINTS):
+        require_unlinked(claim.folder, claim.folder / name)
     values = extractor.dimension + (extractor.num_classes or 0) + (extractor.spatial_dimension or 0)
-    require_space(out, images * (4 * values + 12), f"The features of {images} images")
+    require_space(claim.folder, images * (4 * values + 12), f"The features of {images} images")
+    claim.begin()
 
 
 def default_folder(checkpoint: Checkpoint, experiment: str) -> Path:
     """Return where a run keeps such an experiment on a checkpoint; UsageError for a checkpoint outside of a run."""
     if not (checkpoint.run / "config.json").is_file():
         raise UsageError(f"{checkpoint.folder} is not in a run folder: name a folder for the {experiment} with --out.")
-    return checkpoint.run / f"{experiment}s" / checkpoint.folder.name
+    folder = checkpoint.run / f"{experiment}s" / checkpoint.folder.name
+    require_unlinked(checkpoint.run, folder)
+    return folder

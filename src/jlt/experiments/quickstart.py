@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jlt.config import PREDICTIONS
-from jlt.experiments.ablation import ablate
+from jlt.experiments.ablation import ablate, worker_count
 from jlt.experiments.ablation_plan import AblationConfig
 from jlt.experiments.analysis import AnalysisConfig, measure_geometry
 from jlt.experiments.recipes import DIGITS_SAMPLING, resolve_recipe
@@ -16,8 +16,9 @@ from jlt.latents.store import LatentStore
 from jlt.report.page import write_report
 from jlt.results.ablation import Ablation
 from jlt.results.geometry import TrainingModel
+from jlt.runtime.environment import default_device
 from jlt.runtime.progress import inform
-from jlt.storage.files import claim_folder
+from jlt.storage.folders import Claim, require_unlinked
 
 ENCODING = EncodeConfig(
     images="digits", autoencoder="tiny", resolution=32, batch_size=256, flips=False, dtype="float32"
@@ -29,14 +30,16 @@ def quickstart(
     out: Path, seeds: tuple[int, ...], workers: int | None, steps: int | None, command: str
 ) -> tuple[Ablation, Path]:
     """Encode, analyse, train, sample, evaluate and report, or resume; return the ablation and its page."""
-    claim_folder(out, "quickstart.json", {"schema": 1})
+    config, workers = quickstart_ablation(seeds, steps), worker_count(workers, default_device())
+    claim, latents = Claim(out, "quickstart.json", {"schema": 1}), out / "latents"
+    require_unlinked(out, latents)
+    with claim.hold():
+        claim.begin()
     inform("1/4 encoding the digits")
-    latents = out / "latents"
     encode(ENCODING, latents)
     store = LatentStore.open(latents)
 
     inform("2/4 measuring the geometry of their latents")
-    config = quickstart_ablation(store, seeds, steps)
     model = TrainingModel.of(config.train)
     measure_geometry(store, out, AnalysisConfig(PATCH_SIZES, (config.train.network.hidden_size,), model))
 
@@ -48,9 +51,9 @@ def quickstart(
     return ablation, write_report(out)
 
 
-def quickstart_ablation(store: LatentStore, seeds: tuple[int, ...], steps: int | None = None) -> AblationConfig:
+def quickstart_ablation(seeds: tuple[int, ...], steps: int | None = None) -> AblationConfig:
     """Return the quickstart's ablation: three predictions at two patch sizes, in velocity space, one recipe for all."""
-    train = resolve_recipe("digits", store.shape)
+    train = resolve_recipe("digits")
     return AblationConfig(
         train=train if steps is None else dataclasses.replace(train, steps=steps),
         prediction=PREDICTIONS,

@@ -74,7 +74,7 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
         require_enough(sample.num)
     if sample.autoguide:
         open_checkpoint(Path(sample.autoguide))
-    matching_autoencoder(store.manifest.autoencoder, None, device, sample.decoder)
+    matching_autoencoder(store.manifest.autoencoder, None, device, sample.decoder, store.folder)
 
 
 def grid_watcher(config: TrainConfig, device: str) -> Watcher:

@@ -16,7 +16,7 @@ from PIL import Image
 from jlt.errors import JLTError
 from jlt.images.sharded import ShardedSource
 from jlt.images.source import BadImageError, decode_image, read_image, require_index
-from jlt.storage.files import path_inside
+from jlt.storage.folders import path_inside
 
 if TYPE_CHECKING:
     # Elsewhere imported at the place of use, so that other sources do not load it.

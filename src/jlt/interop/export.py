@@ -12,11 +12,10 @@ DIR/
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from jlt import __version__
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import coordinates_of
 from jlt.autoencoders.load import SOURCES_IN_PACKAGE
-from jlt.errors import JLTError, UsageError
+from jlt.errors import JLTError, UsageError, without_credentials
 from jlt.interop.model_card import Card, write_card
 from jlt.interop.pipeline_settings import (
     HUB_ID,
@@ -51,20 +50,18 @@ from jlt.sampling.labels import readable_names
 from jlt.sampling.sampler import matching_autoencoder
 from jlt.storage.codec import to_json
 from jlt.storage.files import (
-    LOCK,
-    atomic_path,
     difference,
     format_difference,
     read_sealed_json,
     sealed_text,
     sha256_file,
-    whole_folder,
     write_json,
     write_text,
 )
-from jlt.storage.weights import is_hub_id, read_metadata
+from jlt.storage.folders import LOCK, remove_leftovers, stays_inside, whole_folder
+from jlt.storage.weights import is_hub_id, read_metadata, write_tensors
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
-from jlt.training.checkpoint import Checkpoint, load_tensors, write_tensors
+from jlt.training.checkpoint import Checkpoint, load_tensors
 
 SOURCES = "jlt.interop.exported"
 APP = Path(__file__).with_name("exported") / "app.py"
@@ -110,18 +107,17 @@ def export_folder(
         return out
     chosen = choose_weights(checkpoint, config.ema)
     settings = settings_of(checkpoint, chosen.ema, plan)
-    autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu") if plan.copied else None
+    autoencoder = None
+    if plan.copied:
+        autoencoder = matching_autoencoder(identity, autoencoder_path, "cpu", folder=checkpoint.run)
 
-    try:
-        with whole_folder(out.resolve()) as partial:
-            _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
-            written = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != LOCK)
-            files = {str(path.relative_to(partial)): sha256_file(path) for path in written}
-            write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
-            write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
-    except FileExistsError:
-        # Another process was faster: its folder must be the same export.
-        _exists_already(out, export)
+    # Another process may be faster: its folder must be the same export.
+    with whole_folder(out.resolve(), lambda: _exists_already(out, export)) as partial:
+        _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
+        written = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != LOCK)
+        files = {str(path.relative_to(partial)): sha256_file(path) for path in written}
+        write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
+        write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
     return out
 
 
@@ -136,12 +132,12 @@ def export_file(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path
     settings = settings_of(checkpoint, chosen.ema, plan_vae(checkpoint.latents["autoencoder"], config))
     # Of several entries, safetensors writes one or another first.
     metadata = {METADATA: json.dumps(to_json(FileSettings(checkpoint.config.network, settings)))}
+    remove_leftovers(out.parent, out.name)
     if out.exists():
         if out.is_dir() or read_metadata(out) != metadata or not _same(load_tensors(out), chosen.tensors):
             raise JLTError(f"{out} exists and is not this export: choose another name.")
         return out
-    with atomic_path(out) as temporary:
-        write_tensors(temporary, chosen.tensors, metadata)
+    write_tensors(out, chosen.tensors, metadata)
     return out
 
 
@@ -233,10 +229,7 @@ def _write_vae(folder: Path, autoencoder: Any) -> tuple[str, str]:
 
 def _write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     write_json(folder / "config.json", config)
-    with atomic_path(folder / WEIGHTS) as temporary:
-        write_tensors(temporary, weights, {"format": "pt"})
-        # safetensors makes files that only their owner can read.
-        temporary.chmod(0o644)
+    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
 
 
 def _write_code(folder: Path, part: tuple[str, str]) -> None:
@@ -266,7 +259,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     for name, sha256 in record["files"].items():
         if not isinstance(sha256, str):
             raise JLTError(f"{folder / RECORD} has no hash of {name[:80]!r}: it is damaged.")
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
+        if not stays_inside(name):
             raise JLTError(f"{folder / RECORD} names {name[:80]!r}: it may name only files in its own folder.")
     return record
 
@@ -310,7 +303,7 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of jlt {__version__}")
     # The library raises its own classes, those of its HTTP client and ValueError.
     except Exception as error:
-        reason = re.sub(r"hf_\w+", "hf_...", textwrap.shorten(str(error), 200))
+        reason = textwrap.shorten(without_credentials(str(error)), 200)
         raise JLTError(
             f"{folder} is complete, but could not be uploaded to {repository} ({reason}): log in with `hf auth login`, "
             "and run the same command again."

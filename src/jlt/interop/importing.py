@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from jlt.autoencoders.load import IN_RUN
 from jlt.config import NetworkConfig, TrainConfig
 from jlt.errors import JLTError
 from jlt.interop.pipeline_settings import IN_FOLDER
 from jlt.results.run import CONFIG
-from jlt.storage.files import difference, format_difference, read_marker, whole_folder, write_marker
+from jlt.storage.files import atomic_path, write_marker
+from jlt.storage.folders import Claim, whole_folder
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from jlt.training.state import run_identity
 
@@ -77,32 +78,15 @@ def write_run(imported: Imported, out: Path) -> Checkpoint:
     """
     run, latents = out.resolve(), dict(imported.latents)
     if imported.autoencoder:
-        latents["autoencoder"] = {**latents["autoencoder"], "source": str(run / IN_FOLDER)}
-    identity = run_identity(imported.config, latents)
-    if not _is_finished(run, identity):
-        with contextlib.suppress(FileExistsError), whole_folder(run) as partial:
+        latents["autoencoder"] = {**latents["autoencoder"], "source": f"{IN_RUN}{IN_FOLDER}"}
+    claim = Claim(run, CONFIG, run_identity(imported.config, latents))
+    if not claim.is_begun():
+        with whole_folder(run, claim.is_begun) as partial:
             updates = imported.step if imported.facts["step_counts"] == "updates" else 0
             state = {"step": imported.step, "updates": updates, "imported": dict(imported.facts)}
             save_checkpoint(partial, imported.config, latents, imported.weights, state)
             for name, path in imported.autoencoder.items():
-                (partial / IN_FOLDER).mkdir(exist_ok=True)
-                shutil.copyfile(path, partial / IN_FOLDER / name)
-            write_marker(partial / CONFIG, identity)
-        # Another process may have been faster, with another import.
-        _is_finished(run, identity)
+                with atomic_path(partial / IN_FOLDER / name) as copy:
+                    shutil.copyfile(path, copy)
+            write_marker(partial / CONFIG, claim.identity)
     return open_checkpoint(run)
-
-
-def _is_finished(run: Path, identity: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds this run; JLTError if it holds anything else."""
-    if run.exists() and not run.is_dir():
-        raise JLTError(f"{run} is a file: name a folder.")
-    if (run / CONFIG).is_file():
-        if differences := difference(read_marker(run / CONFIG)[0], identity):
-            raise JLTError(
-                f"{run} holds another run, which differs in: {format_difference(differences)}. Choose another folder."
-            )
-        return True
-    if run.is_dir() and (entries := sorted(entry.name for entry in run.iterdir())):
-        raise JLTError(f"{run} exists and holds other files, such as {entries[0]}: choose an empty or new folder.")
-    return False

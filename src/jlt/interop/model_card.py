@@ -21,7 +21,7 @@ from jlt.results.files import read_result
 from jlt.results.run import evaluation_files
 from jlt.runtime.progress import inform
 from jlt.sampling.save import MIN_SIDE
-from jlt.storage.files import atomic_path, write_text
+from jlt.storage.files import atomic_path, without_paths, write_text
 from jlt.storage.weights import require_reachable
 from jlt.training.checkpoint import Checkpoint
 
@@ -154,15 +154,6 @@ def metric_name(metric: str, features: str = "") -> str:
     if metric_type(metric, features) == "fid":
         return "FID"
     return metric.replace("_", " ").replace("frechet", "Fréchet")
-
-
-def without_paths(value: Any) -> Any:
-    """Return JSON in which the last part stands for every absolute path, which is of the machine that measured."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _body(card: Card, evaluations: Sequence[Evaluation], drawn: bool) -> str:

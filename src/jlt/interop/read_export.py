@@ -34,7 +34,8 @@ from jlt.interop.pipeline_settings import (
 from jlt.networks.transformer import Transformer
 from jlt.runtime.progress import inform
 from jlt.storage.codec import from_json
-from jlt.storage.files import parse_json, path_inside, read_json, sealed_sha256, sha256_file
+from jlt.storage.files import parse_json, read_json, sealed_sha256, sha256_file
+from jlt.storage.folders import path_inside
 from jlt.storage.weights import read_metadata, require_same_tensors
 from jlt.training.checkpoint import average_names
 from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel

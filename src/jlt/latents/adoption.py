@@ -30,6 +30,7 @@ from jlt.latents.store import STORED_DTYPES, VERIFY_THREADS, LatentStore
 from jlt.runtime.progress import inform, track
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
+from jlt.storage.folders import remove_leftovers
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 ADVICE = (
@@ -90,6 +91,7 @@ def adopt(
         raise JLTError(f"{folder} cannot be written to, but its {MANIFEST_NAME} must be written there.")
     _report_unequal_ranks(shards)
     records, sums = _read_all(folder, shards, fields, threads)
+    remove_leftovers(folder, MANIFEST_NAME)
     manifest = StoreManifest(**fields, **sums.moments(), shards=records)
     write_manifest(folder, manifest)
     return manifest

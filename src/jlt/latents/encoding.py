@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,12 +40,12 @@ from jlt.storage.files import (
     atomic_path,
     difference,
     format_difference,
-    lock_folder,
     read_sealed_json,
     sealed_text,
     sha256_file,
     write_text,
 )
+from jlt.storage.folders import lock_folder, remove_leftovers, remove_tree
 from jlt.storage.rows import require_space
 
 BYTES_BEHIND = 2**27
@@ -129,13 +128,14 @@ def _require_undamaged(job: EncodingJob) -> None:
     if (job.out / STATE_FOLDER).is_dir():
         # Left by a process that was killed right after it wrote the manifest, unless another process repairs.
         with contextlib.suppress(JLTError), lock_folder(job.out / STATE_FOLDER, job.out):
-            shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
+            remove_leftovers(job.out)
+            remove_tree(job.out, job.out / STATE_FOLDER)
 
 
 def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitStack) -> Missing:
     """Lock a finished store for repair, and return those of its shards that differ from the manifest."""
     held.enter_context(lock_folder(job.out / STATE_FOLDER, job.out))
-    _remove(job.out)
+    remove_leftovers(job.out)
     shards = {job.shard_path(shard).name: shard for shard in range(job.num_shards)}
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         problems = list(pool.map(lambda record: shard_problem(job.out, record), manifest.shards))
@@ -149,7 +149,7 @@ def _damaged(job: EncodingJob, manifest: StoreManifest, held: contextlib.ExitSta
 def _complete(job: EncodingJob) -> None:
     if not (job.out / MANIFEST_NAME).exists():
         write_manifest(job.out, job.manifest())
-    shutil.rmtree(job.out / STATE_FOLDER, ignore_errors=True)
+    remove_tree(job.out, job.out / STATE_FOLDER)
     LatentStore.open(job.out)
 
 
@@ -250,16 +250,11 @@ def _claimed(out: Path, arguments: dict[str, Any]) -> Iterator[None]:
             _require_same(out, read_sealed_json(path), arguments)
         else:
             # A shard without its facts may be of other arguments.
-            _remove(out, "shard-*.safetensors")
+            for shard in out.glob("shard-*.safetensors"):
+                shard.unlink()
         write_text(path, sealed_text(arguments))
-        _remove(out)
+        remove_leftovers(out)
         yield
-
-
-def _remove(out: Path, pattern: str = ".shard-*.partial*") -> None:
-    """Remove files of a store, by default the partial files of killed processes."""
-    for file in out.glob(pattern):
-        file.unlink()
 
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from jlt.errors import JLTError
 from jlt.images.source import SkippedImage
 from jlt.storage.codec import NonNegative, Range, Size, from_json, to_json
 from jlt.storage.files import read_sealed_json, sealed_sha256, sealed_text, sha256_file, write_text
+from jlt.storage.folders import stays_inside
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -121,7 +122,7 @@ def _inconsistency(manifest: StoreManifest) -> str | None:
     """Return the first contradiction in a manifest, which may be sealed all the same."""
     shards = manifest.shards
     for record in shards:
-        if Path(record.file).name != record.file:
+        if not stays_inside(record.file):
             return f"it names the shard {record.file!r}, which is not in the folder of the manifest"
     width = 2 if manifest.dtype == "float16" else 4
     latent = width * math.prod(manifest.latents_shape(1)) * len(manifest.orientations)

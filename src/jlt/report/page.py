@@ -20,6 +20,7 @@ from jlt.results.run import Log, Run
 from jlt.results.sweep import Sweep
 from jlt.runtime.progress import format_seconds, inform
 from jlt.storage.files import write_text
+from jlt.storage.folders import remove_leftovers
 
 SLIDER = ("gaussian.js", "slider.js")
 AXES = ("prediction", "loss_space", "patch_size", "seed")
@@ -31,6 +32,7 @@ def write_report(folder: Path) -> Path:
     JLTError for any other folder, damaged files, and evaluations by different protocols.
     """
     path = folder / "report.html"
+    remove_leftovers(folder, path.name)
     if (folder / Sweep.FILE).exists():
         from jlt.report.sweep_page import sweep_context
 

@@ -14,7 +14,7 @@ from jlt.report.result_rows import result_rows
 from jlt.report.study import Study
 from jlt.report.wording import number
 from jlt.results.run import Run
-from jlt.storage.files import path_inside
+from jlt.storage.folders import path_inside
 
 T = TypeVar("T")
 MOST_GRIDS = 6

@@ -16,7 +16,8 @@ from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, SettingForecast
 from jlt.results.run import CONFIG, Run, read_config, read_run
-from jlt.storage.files import path_inside
+from jlt.storage.files import without_paths
+from jlt.storage.folders import path_inside
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -194,14 +195,14 @@ def keep_one_protocol(study: Study) -> Study:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one level with dotted keys."""
+    """Return nested mappings as one level with dotted keys, for a page: without the folders of this machine."""
     if isinstance(value, Mapping) and (value or not prefix):
         return {
             dotted: leaf
             for key, inner in value.items()
             for dotted, leaf in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
         }
-    return {prefix: value}
+    return {prefix: without_paths(value)}
 
 
 def _read_ablation(folder: Path) -> Study:

@@ -17,7 +17,8 @@ from jlt.errors import JLTError
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.storage.codec import Count, NonNegative, Size, from_json, known_fields
-from jlt.storage.files import WORK, parse_json, path_inside, read_marker, work_of
+from jlt.storage.files import WORK, parse_json, read_marker, recorded, work_of
+from jlt.storage.folders import path_inside
 from jlt.storage.seals import require_sealed
 
 CONFIG = "config.json"
@@ -248,7 +249,7 @@ def log_line(event: Mapping[str, Any], work: str) -> str:
     A number that is not finite, which JSON does not have, becomes None.
     """
     bad = {key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)}
-    text = json.dumps({**event, **dict.fromkeys(bad)}, allow_nan=False)
+    text = json.dumps(recorded({**event, **dict.fromkeys(bad)}), allow_nan=False)
     return f'{text[:-1]}, "seal": "{_line_seal(text.encode(), work)}"}}\n'
 
 

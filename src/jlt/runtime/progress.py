@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
+from jlt.errors import without_credentials
+
 T = TypeVar("T")
 PLAIN_INTERVAL_SECONDS = 10.0
 BAR_WIDTH, NARROW_TERMINAL = 24, 64
@@ -26,7 +28,7 @@ def silence() -> None:
 def inform(message: str) -> None:
     """Print one line for a person on stderr; stdout is for results."""
     if not _silent:
-        print(message, file=sys.stderr, flush=True)
+        print(without_credentials(message), file=sys.stderr, flush=True)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -18,6 +18,7 @@ from jlt.autoencoders.contract import Autoencoder, require_identity
 from jlt.autoencoders.coordinates import CoordinateAutoencoder, coordinates_of
 from jlt.autoencoders.load import (
     AUTOENCODERS,
+    IN_RUN,
     SHARED_SPACES,
     SOURCES_IN_PACKAGE,
     USUAL_PLACES,
@@ -36,6 +37,7 @@ from jlt.sampling.labels import labels_for, number_labels
 from jlt.sampling.solvers import Noise, network_evaluations, no_noise, solve
 from jlt.storage.codec import to_json
 from jlt.storage.files import difference, format_difference
+from jlt.storage.folders import path_inside
 from jlt.storage.weights import require_same_tensors
 from jlt.timesteps import sampling_grid
 from jlt.training.averages import choose_name, choose_weights
@@ -253,7 +255,8 @@ def open_sampler(
         weaker = check_guide(checkpoint, config)
         guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
-    autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device, config.decoder)
+    identity = checkpoint.latents["autoencoder"]
+    autoencoder = matching_autoencoder(identity, autoencoder_path, device, config.decoder, checkpoint.run)
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 
@@ -338,12 +341,16 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
         )
 
 
+HERE = Path()
+
+
 def matching_autoencoder(
-    identity: dict[str, Any], path: str | None, device: str, decoder: str | None = None
+    identity: dict[str, Any], path: str | None, device: str, decoder: str | None = None, folder: Path = HERE
 ) -> Autoencoder:
     """Load the autoencoder that made some latents, from `path` or from where it was loaded when it made them.
 
-    An autoencoder whose recorded folder is gone is loaded from its usual place, where it has one. `decoder` names
+    `folder` is that of the store or run that records the identity: files that it holds itself are named inside it. An
+    autoencoder whose recorded folder is gone is loaded from its usual place, where it has one. `decoder` names
     another one of the same latent space, or the same one in another place: NAME or NAME:PLACE.
 
     JLTError if its weights, normalisation or sizes are others. Adopted latents record no weights: any autoencoder of
@@ -357,12 +364,16 @@ def matching_autoencoder(
             raise UsageError(f"The place of the decoder is named twice: {place} in --decoder, {path}.")
         path = path or place
         if other != name:
-            return _other_decoder(identity, other, path, device)
-    gone = Path(source).is_absolute() and not Path(source).exists()
-    usual = source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES)
-    autoencoder = load_autoencoder(name, path or (None if usual else source), device)
+            return _other_decoder(identity, folder, other, path, device)
+    if source.startswith(IN_RUN) and not path:
+        autoencoder = load_autoencoder(name, str(path_inside(folder, source)), device)
+        autoencoder.source = source
+    else:
+        gone = Path(source).is_absolute() and not Path(source).exists()
+        usual = source in SOURCES_IN_PACKAGE or (gone and name in USUAL_PLACES)
+        autoencoder = load_autoencoder(name, path or (None if usual else source), device)
     if coordinates := coordinates_of(identity):
-        autoencoder = CoordinateAutoencoder(autoencoder, coordinates)
+        autoencoder = CoordinateAutoencoder(autoencoder, folder, coordinates)
     found = autoencoder.identity()
     decisive = ["channels", "downsampling"]
     if identity["weights_sha256"] is None and found["weights_sha256"] is not None:
@@ -379,7 +390,7 @@ def matching_autoencoder(
     return autoencoder
 
 
-def _other_decoder(identity: dict[str, Any], name: str, path: str | None, device: str) -> Autoencoder:
+def _other_decoder(identity: dict[str, Any], folder: Path, name: str, path: str | None, device: str) -> Autoencoder:
     """Load an autoencoder that decodes the latents of another one; JLTError unless they share a latent space."""
     if name in AUTOENCODERS and not any({name, identity["name"]} <= space for space in SHARED_SPACES):
         raise JLTError(f"{name} cannot decode latents of {identity['name']}, which are of another latent space.")
@@ -388,4 +399,4 @@ def _other_decoder(identity: dict[str, Any], name: str, path: str | None, device
         if decoder.identity()[key] != identity[key]:
             raise JLTError(f"{name} has {key} {decoder.identity()[key]}, the latents have {identity[key]}.")
     coordinates = coordinates_of(identity)
-    return CoordinateAutoencoder(decoder, coordinates) if coordinates else decoder
+    return CoordinateAutoencoder(decoder, folder, coordinates) if coordinates else decoder

@@ -29,7 +29,8 @@ from jlt.runtime.signals import until_stopped
 from jlt.sampling.sampler import ImageBatch, ImageSampler, Start, batches_of, decode_to_uint8, labels_for
 from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import Count, from_json, known_fields
-from jlt.storage.files import atomic_path, claim_folder, lock_folder, read_marker
+from jlt.storage.files import atomic_path, read_marker
+from jlt.storage.folders import Claim
 from jlt.storage.rows import RowTable, remove_rows, require_space, unwritten
 from jlt.storage.seals import is_intact, seal_file
 from jlt.timesteps import sampling_grid
@@ -38,6 +39,8 @@ PROTOCOL = "protocol.json"
 ARRAY = "samples.npz"
 PNG_SHARE = 0.6
 """Size of a PNG of a photograph against its pixels, roughly: for the space that is required before the first."""
+SPACE = {"png": PNG_SHARE, "npz": 2.0, "grid": 1.0}
+"""Bytes on disk against those of the pixels, by format: an array is written next to the table of its images."""
 MIN_SIDE = 96
 """Least side in pixels at which a sheet shows an image."""
 COLUMNS = 8
@@ -89,9 +92,6 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
     marker = out / PROTOCOL
     stored = read_drawn(marker) if marker.is_file() else Drawn()
     begun = bool(stored.format)
-    if begun:
-        # Before the protocol changes: another process may be writing by the stored one.
-        held.enter_context(lock_folder(out))
     # A grid or an array is of all its images; a folder can be completed to more.
     more = form == "png" and (not begun or stored.count <= sampler.config.num)
     if more:
@@ -102,12 +102,14 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
             raise JLTError(
                 f"{out} holds {foreign[0]}, which is none of the {len(wanted)} images that were requested: remove it."
             )
-    claim_folder(out, PROTOCOL, protocol, free=("class_names", *(("count",) if more else ())))
+    claim = Claim(out, PROTOCOL, protocol, free=("class_names", *(("count",) if more else ())))
+    held.enter_context(claim.hold())
+    place = {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form]
     if not begun:
-        held.enter_context(lock_folder(out))
-    for path in out.glob(".*.partial.*"):
-        path.unlink(missing_ok=True)
-    return {"png": out, "npz": out / ARRAY, "grid": out / "grid.png"}[form], read_marker(marker)[1]
+        images = 3 * sampler.config.num * sampler.resolution**2
+        require_space(out, int(SPACE[form] * images), f"{sampler.config.num} images")
+    claim.begin()
+    return place, read_marker(marker)[1]
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,9 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
         raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
     for other in samplers[1:]:
         require_same_noise(first, other)
-    claim_folder(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})
-    with lock_folder(out):
+    claim = Claim(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})
+    with claim.hold():
+        claim.begin()
         ranges = batches_of(first.config.num, first.config.batch_size)
         work = [(numbers, sampler) for numbers in ranges for sampler in samplers]
         drawing = track(until_stopped(work), "drawing", len(work))

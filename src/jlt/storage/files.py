@@ -1,30 +1,23 @@
-"""Files of results: written under a temporary name and renamed, so that a reader never sees half of one.
-
-Also what a folder of results needs: a file that identifies its work, and a lock while a process writes.
-"""
+"""Files of results: written under a temporary name and renamed, so that a reader never sees half of one."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import glob
 import hashlib
 import json
 import math
 import os
 import re
 import secrets
-import shutil
+import stat
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlt.errors import JLTError
+from jlt.errors import JLTError, without_credentials
 
-LOCK = ".lock"
 UNREADABLE_ARRAYS = (
     *(OSError, KeyError, ValueError, TypeError, EOFError, AttributeError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
@@ -51,18 +44,34 @@ def why_unreadable(error: Exception) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, flushed to disk and renamed to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last, because some writers choose their format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    # What has this name already may be a link, which writing would follow.
-    temporary.unlink(missing_ok=True)
+    temporary = partial_path(path)
+    # Made here, so that no link is followed, and since some libraries make files that only their owner can read.
+    mode = stat.S_IMODE(_create(temporary))
     try:
         yield temporary
         with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         temporary.replace(path)
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Return a new name under which this process writes a file or a folder before it is renamed to `path`."""
+    # Threads, and processes in several containers, have one number. The suffix stays last, because some writers choose
+    # their format by it.
+    return path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
+
+
+def _create(path: Path) -> int:
+    """Create an empty file, and return the mode that the umask gives it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -72,39 +81,6 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def path_inside(folder: Path, name: str) -> Path:
-    """Return the path of a file that another file in `folder` names; JLTError if it, links followed, is outside."""
-    try:
-        inside = (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):
-        # A null character, a name that is too long, or links in a circle.
-        inside = False
-    if not inside:
-        raise JLTError(f"{name!r} leads out of {folder}: a file may name only files in its own folder.")
-    return folder / name
-
-
-def require_unlinked(root: Path, path: Path) -> None:
-    """Raise JLTError if `path`, or a folder between it and `root`, is a link; `root` itself may be one."""
-    for part in (path, *path.parents):
-        if part == root:
-            return
-        if part.is_symlink():
-            raise JLTError(
-                f"{part} is a link, and nothing in {root} is written or removed through one: put a folder in its place."
-            )
-
-
-def open_unlinked(path: Path, flags: int) -> int:
-    """Open a file and return its descriptor; JLTError for a link, which may lead to a file of other work."""
-    try:
-        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise JLTError(f"{path} is a link, and nothing is written through one: remove it.") from error
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -242,8 +218,33 @@ def work_of(folder: Path) -> str:
     return read_marker(path)[1] if path.is_file() else ""
 
 
+def recorded(value: Any) -> Any:
+    """Return a value of JSON types as a file records it: plain, and without the credentials of its URLs."""
+    return _redacted(json.loads(json.dumps(value)))
+
+
+def without_paths(value: Any) -> Any:
+    """Return JSON in which the last part stands for every absolute path, which is of the machine that measured."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_redacted(entry) for entry in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
 def _indented(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False)
+    if without_credentials(text) != text:
+        text = json.dumps(recorded(content), indent=2, allow_nan=False)
+    return text + "\n"
 
 
 class Difference(NamedTuple):
@@ -284,80 +285,6 @@ def _short(value: Any) -> str:
     text = repr(value)
     # The first digits of a hash distinguish it.
     return text if not re.fullmatch(r"'[0-9a-f]{64}'", text) else f"{text[:13]}...'"
-
-
-def claim_folder(
-    folder: Path, marker: str, identity: Mapping[str, Any], free: Collection[str] = (), allowed: Collection[str] = ()
-) -> None:
-    """Make a folder the place of one piece of work, whose JSON `identity` goes into the file `marker`.
-
-    A JLTError leaves the folder as it is: for a file, for a folder that holds anything but entries named in `allowed`,
-    and for one whose marker differs in more than the `free` keys; the message shows the difference.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise JLTError(f"{folder} is a file: name a folder.")
-    content = json.loads(json.dumps(identity))
-    path = folder / marker
-    if path.is_file():
-        stored, work = read_marker(path)
-        if differences := difference(stored, content, free=free):
-            raise JLTError(
-                f"{folder} holds other work, which differs in: {format_difference(differences)}. Choose another folder."
-            )
-        content[WORK] = work
-    elif folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - {*allowed, LOCK})):
-        raise JLTError(f"{folder} exists and holds other files, such as {foreign[0]}: choose an empty or new folder.")
-    write_marker(path, content, free)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, root: Path | None = None) -> Iterator[None]:
-    """Hold a folder as its only writer; JLTError if another process does. The lock ends with its process.
-
-    `root` is the folder that the user named, where it is not `folder` itself: JLTError for a link between the two.
-    """
-    require_unlinked(root or folder, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open_unlinked(folder / LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JLTError(f"Another process is writing into {folder}: wait for it, or name another folder.") from error
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder`, by a rename and flushed to disk, if the block succeeds.
-
-    Every process has its own one. What killed processes left is removed. FileExistsError if `folder` holds something by
-    then: another process was faster.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        # One that is being written is locked, and a link is none.
-        if (left / LOCK).is_file():
-            with contextlib.suppress(JLTError), lock_folder(left, folder.parent):
-                shutil.rmtree(left, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    with lock_folder(partial):
-        try:
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                fsync_folder(path)
-            try:
-                partial.rename(folder)
-            except OSError as error:
-                if error.errno == errno.ENOTEMPTY:
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from error
-                raise
-            (folder / LOCK).unlink()
-            fsync_folder(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int64, Shaped, UInt32
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.storage.files import open_unlinked
+from jlt.storage.folders import open_unlinked
 
 BLOCK = 1024
 """Rows that are in memory at a time."""

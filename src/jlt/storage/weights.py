@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickle
+import shutil
 import socket
 import textwrap
 import warnings
@@ -17,25 +20,42 @@ import torch
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.storage.files import atomic_path
+from jlt.storage.files import atomic_path, fsync_folder, partial_path
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write floating-point weights as float16; batch-norm statistics and whole numbers keep their precision."""
-    from safetensors.torch import save
 
     def stored(name: str, tensor: Tensor) -> Tensor:
         keep = "running_" in name or not tensor.is_floating_point()
-        return tensor.detach().to(tensor.dtype if keep else torch.float16).contiguous()
+        return tensor.detach().to(tensor.dtype if keep else torch.float16)
 
-    rounded = {name: stored(name, tensor) for name, tensor in weights.items()}
-    # diffusers requires the format. safetensors' own save_file makes files that only their owner can read, and other
-    # users read an installed package.
-    content = save(rounded, metadata={"format": "pt", **metadata})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    # diffusers requires the format.
+    write_tensors(path, {name: stored(name, tensor) for name, tensor in weights.items()}, {"format": "pt", **metadata})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; OSError where the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # The library writes to a name of its own, which a killed process would leave behind: here in a folder of ours.
+    folder = partial_path(path)
+    folder.mkdir(parents=True)
+    try:
+        with atomic_path(folder / path.name) as temporary:
+            values = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(values, temporary, dict(metadata) if metadata else None)
+        (folder / path.name).replace(path)
+        fsync_folder(path.parent)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

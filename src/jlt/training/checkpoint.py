@@ -11,8 +11,6 @@ snapshots/step_0000500/
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,17 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.storage.codec import Count, NonNegative, from_json, known_fields, to_json
 from jlt.storage.files import (
-    fsync_folder,
+    partial_path,
     read_json,
     read_sealed_json,
-    require_unlinked,
     sealed_sha256,
     sealed_text,
     sha256_file,
@@ -38,6 +35,8 @@ from jlt.storage.files import (
     write_json,
     write_text,
 )
+from jlt.storage.folders import LOCK, require_unlinked, stays_inside, whole_folder
+from jlt.storage.weights import write_tensors
 from jlt.training.power_ema import format_sigma_rel
 
 SCHEMA = 2
@@ -146,18 +145,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise JLTError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; OSError where the disk is full."""
-    try:
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, path, dict(metadata) if metadata else None
-        )
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
-
-
 def _file_problem(path: Path, sha256: str) -> str | None:
     """Return what is wrong with a file of this hash: it is missing or damaged."""
     if not path.is_file():
@@ -185,29 +172,19 @@ def save_snapshot(run: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path
 
 
 def _write_folder(final: Path, tensors: Tensors, state: Mapping[str, Any], **training: Any) -> Path:
-    """Write a folder under a temporary name, flush it to disk, its manifest last, and rename it.
+    """Write a folder that appears whole, its manifest last.
 
     `training` is the configuration and the latents, which only a checkpoint holds.
     """
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(final) as partial:
         for name, values in tensors.items():
             write_tensors(partial / f"{name}.safetensors", values)
         if training:
             write_json(partial / STATE, state)
-        files = sorted(partial.iterdir())
-        for path in files:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
         facts = {"schema": SCHEMA, "step": state["step"], "updates": state["updates"], **training}
-        manifest = {**facts, "files": {path.name: sha256_file(path) for path in files}}
-        write_text(partial / MANIFEST, sealed_text(with_place(manifest, final / MANIFEST)))
-        partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync_folder(final.parent)
+        files = {path.name: sha256_file(path) for path in sorted(partial.iterdir()) if path.name != LOCK}
+        manifest = with_place({**facts, "files": files}, final / MANIFEST)
+        write_text(partial / MANIFEST, sealed_text(manifest))
     return final
 
 
@@ -217,23 +194,16 @@ def remove_folder(folder: Path) -> None:
     JLTError if it, or the folder that the run keeps it in, is a link.
     """
     require_unlinked(folder.parent.parent, folder)
-    doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = partial_path(folder)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_partial_saves(run: Path) -> None:
-    """Remove folders that killed processes left incomplete; no other process may be writing.
-
-    JLTError if a folder that the run writes to, or one of its checkpoints or snapshots, is a link.
-    """
-    for parent in ("checkpoints", "snapshots", "samples", "evaluations"):
-        for folder in (run / parent, *run.glob(f"{parent}/*step_*")):
+def require_own_folders(run: Path) -> None:
+    """Raise JLTError if a folder that a run writes to, or one of its checkpoints or snapshots, is a link."""
+    for parent in ("checkpoints", "snapshots", "samples", "evaluations", "coordinates"):
+        for folder in (run / parent, *run.glob(f"{parent}/step_*")):
             require_unlinked(run, folder)
-    for parent in ("checkpoints", "snapshots"):
-        for leftover in (*run.glob(f"{parent}/.step_*.partial"), *run.glob(f"{parent}/.step_*.removed")):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def average_names(config: TrainConfig) -> list[str]:
@@ -319,7 +289,7 @@ def _read_manifest(folder: Path) -> StepManifest:
         raise JLTError(f"{path} is of step {manifest.step}: the folder was renamed or copied.")
     for name in manifest.files:
         # Links are followed, since what they lead to must have the hash in the manifest.
-        if Path(name).name != name:
+        if not stays_inside(name):
             raise JLTError(f"{path} names {name!r}: a manifest may name only files in its own folder.")
     return manifest
 

@@ -17,7 +17,8 @@ from jlt.results.run import LOG, log_line, read_lines
 from jlt.runtime import processes
 from jlt.runtime.progress import Bar, bar, inform
 from jlt.storage.codec import to_json
-from jlt.storage.files import open_unlinked, require_unlinked, work_of, write_text
+from jlt.storage.files import recorded, work_of, write_text
+from jlt.storage.folders import open_unlinked, require_unlinked
 
 FIGURES: Mapping[str, Callable[[float], str]] = {
     "loss": lambda loss: f"loss {loss:.4g}",
@@ -260,7 +261,7 @@ def _wandb(config: TrainConfig, run: Path) -> Tracker:
         resume="allow",
         dir=str(run),
         mode=config.wandb,
-        config=to_json(config),
+        config=recorded(to_json(config)),
         settings=settings,
     )
     return Tracker(

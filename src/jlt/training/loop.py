@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jlt.autoencoders.coordinates import copy_coordinates
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.latents.loader import SampleOrder, read_ahead
@@ -21,13 +22,13 @@ from jlt.runtime.processes import Group, SingleProcess, lost_process_as_error
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.runtime.signals import Stopped, StopRequest, stop_on_signal
-from jlt.storage.files import lock_folder
-from jlt.training.checkpoint import list_checkpoints, open_checkpoint, remove_partial_saves, step_folder
+from jlt.storage.folders import Claim
+from jlt.training.checkpoint import list_checkpoints, open_checkpoint, require_own_folders, step_folder
 from jlt.training.draws import StepDraws, draw_steps
 from jlt.training.journal import Journal
 from jlt.training.meter import Meter, precision_warning
 from jlt.training.saver import Saver
-from jlt.training.state import TrainState, initial_state, prepare_run, resume
+from jlt.training.state import TrainState, initial_state, resume, run_claim
 from jlt.training.step import BatchSplit, Outcome, Stepper, Verdict, float32_products, split_batch
 
 
@@ -65,10 +66,12 @@ def train(
     if config.epochs or config.optimizer.warmup_epochs is not None:
         raise ValueError("train takes lengths in steps: resolve the epochs with jlt.config.in_steps first")
     with contextlib.ExitStack() as held, float32_products(config.precision), stop_on_signal() as stop:
-        split, complete = group.on_rank0(lambda: _claim(held, run, config, store, group.size))
+        claim = run_claim(run, config, store.identity())
+        split, complete = group.on_rank0(lambda: _hold(held, claim, config, store, group.size))
         state = initial_state(config, device, group, resumed=bool(complete))
         if complete:
             resume(state, open_checkpoint(complete[-1]), config, store.identity())
+        group.on_rank0(lambda: _begin(claim, store))
         with Journal(run, config, state.step, group.rank) as journal:
             training = Training(config, store, run, state, split, group, journal, watchers, stop)
             try:
@@ -84,10 +87,10 @@ def train(
     return step_folder(run, state.step)
 
 
-def _claim(
-    held: contextlib.ExitStack, run: Path, config: TrainConfig, store: LatentStore, processes: int
+def _hold(
+    held: contextlib.ExitStack, claim: Claim, config: TrainConfig, store: LatentStore, processes: int
 ) -> tuple[BatchSplit, list[Path]]:
-    """Refuse what cannot be trained, and make the folder this run's for as long as the stack holds.
+    """Refuse what cannot be trained, and hold the run's folder for as long as the stack does.
 
     Return the split of a batch, and the run's checkpoints.
     """
@@ -100,10 +103,16 @@ def _claim(
             f"classes, the store holds {latents.channels}x{latents.height}x{latents.width} with {latents.num_classes}."
         )
     split = split_batch(config, processes)
-    prepare_run(run, config, store.identity())
-    held.enter_context(lock_folder(run))
-    remove_partial_saves(run)
-    return split, list_checkpoints(run)
+    held.enter_context(claim.hold())
+    require_own_folders(claim.folder)
+    return split, list_checkpoints(claim.folder)
+
+
+def _begin(claim: Claim, store: LatentStore) -> None:
+    """Make a folder that was held the run's."""
+    claim.begin()
+    # With them the run can be moved, and sampled without its store.
+    copy_coordinates(store.manifest.autoencoder, store.folder, claim.folder)
 
 
 @dataclass

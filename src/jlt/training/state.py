@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed
 from jlt.storage.codec import to_json
-from jlt.storage.files import claim_folder, difference, format_difference
+from jlt.storage.files import difference, format_difference, recorded
+from jlt.storage.folders import Claim
 from jlt.storage.weights import weights_sha256
 from jlt.training.averages import EMA, choose_weights
 from jlt.training.checkpoint import Checkpoint, open_checkpoint
@@ -158,14 +158,14 @@ def _start_from(network: Transformer, config: TrainConfig) -> None:
     inform(f"Starting from the weights ({chosen.ema}) of {source}.")
 
 
-def prepare_run(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> None:
-    """Create a run folder, or check that an existing one is of the same run; a JLTError shows the difference."""
-    claim_folder(run, CONFIG, run_identity(config, latents), free=free_to_change(config))
+def run_claim(run: Path, config: TrainConfig, latents: Mapping[str, Any]) -> Claim:
+    """Return the claim of a training on its run folder."""
+    return Claim(run, CONFIG, run_identity(config, latents), free=free_to_change(config))
 
 
 def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a run's `config.json`: every setting, and the identity of its latents."""
-    return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
+    return recorded({**to_json(config), "latents": dict(latents)})
 
 
 def free_to_change(config: TrainConfig) -> set[str]:

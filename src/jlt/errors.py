@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 MAX_LISTED = 20
 """Known names that an error lists."""
+LONGEST_NAME = 100
+"""Letters of a name that are compared and shown; a name may come from a file."""
 
 
 class JLTError(Exception):
@@ -19,7 +21,7 @@ class UsageError(JLTError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
-    names = list(known)
+    name, *names = (text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}…" for text in (name, *known))
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""

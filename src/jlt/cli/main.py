@@ -8,6 +8,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import resource
 import sys
 import traceback
@@ -26,6 +27,7 @@ from jlt.cli.latents import Adopt, Analyze, Encode, Verify
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.config import SAMPLERS
 from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.ranges import RangeError
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
 from jlt.runtime.signals import Stopped
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        return _leave(_print_error(error))
+        return _leave(_print_error(_named(error, arguments)))
     finally:
         # What a library printed before an error may be lost too.
         with contextlib.suppress(JLTError, ValueError):
@@ -124,6 +126,15 @@ def _run(arguments: list[str]) -> int:
     if first:
         deliver(json.dumps(result.data) if command.json else harmless(result.text))
     return 0 if result.ok else 1
+
+
+def _named(error: BaseException, arguments: Sequence[str]) -> BaseException:
+    """Return an error with a setting's name as the arguments have it, such as --network.depth for depth."""
+    if isinstance(error, RangeError):
+        for option in (argument.partition("=")[0] for argument in arguments):
+            if option.startswith("--") and re.split(r"--|\.", option)[-1].replace("-", "_") == error.name:
+                return RangeError(option, error.values, error.found)
+    return error
 
 
 def _leave(code: int) -> int:

@@ -27,7 +27,7 @@ from jlt.config import (
     SampleConfig,
     TrainConfig,
 )
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.networks.sizes import SIZES, size_name, sized_network
 from jlt.storage.codec import from_json
 from jlt.storage.files import read_json
@@ -195,7 +195,7 @@ def vary(
     if width is not None:
         head = network.hidden_size // network.num_heads
         if width < head or width % head:
-            raise JLTError(f"A width of {width} is no multiple of the {head} values of a head.")
+            raise UsageError(f"A width of {width} is no multiple of the {head} values of a head.")
         network = dataclasses.replace(network, hidden_size=width, num_heads=width // head)
     varied = dataclasses.replace(
         base,

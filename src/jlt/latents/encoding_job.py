@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.images.decoding import PixelBatch
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
@@ -52,12 +52,8 @@ class EncodingJob:
     """One encoding of an opened source through a loaded autoencoder into the folder `out`."""
 
     def __init__(self, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> None:
-        if min(config.resolution, config.batch_size, config.shard_size, config.threads) < 1:
-            raise JLTError("Resolution, batch size, shard size and threads must be at least 1.")
-        if (config.workers or 0) < 0:
-            raise JLTError("The number of workers must be at least 0.")
         if config.resolution % autoencoder.downsampling:
-            raise JLTError(
+            raise UsageError(
                 f"A resolution of {config.resolution} is not a multiple of {autoencoder.downsampling}, "
                 f"the image pixels per latent position of the autoencoder {autoencoder.name!r}."
             )

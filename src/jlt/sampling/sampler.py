@@ -311,7 +311,7 @@ def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
         raise JLTError(f"{guide.folder} cannot guide, since it draws other latents: {format_difference(differences)}.")
     guide_ema, mine_ema = choose_name(guide, config.autoguide_ema), choose_name(checkpoint, config.ema)
     if guide.sha256 == checkpoint.sha256 and guide_ema == mine_ema:
-        raise JLTError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
+        raise UsageError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
     return guide
 
 
@@ -326,7 +326,7 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
     """Raise a JLTError for labels that a run's network does not know, and guidance that it was not trained for."""
     labels_for(config.labels, range(1), train.network.num_classes, config.seed)
     if config.autoguided and config.cfg_scale == 1:
-        raise JLTError("A guide has no effect at cfg_scale 1: choose another scale with --cfg-scale.")
+        raise UsageError("A guide has no effect at cfg_scale 1: choose another scale with --cfg-scale.")
     if config.cfg_scale != 1 and train.label_dropout == 0 and not config.autoguided:
         raise JLTError(
             "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."

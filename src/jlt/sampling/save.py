@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from jlt.config import SampleFormat
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.evaluation.image_files import SUFFIXES
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
@@ -178,7 +178,7 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     """
     first = samplers[0]
     if kind == "interpolation" and (first.config.num % 2 or first.config.batch_size % 2):
-        raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
+        raise UsageError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
     for other in samplers[1:]:
         require_same_noise(first, other)
     claim_folder(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})

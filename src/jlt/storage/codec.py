@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jlt.errors import JLTError, unknown_name
+from jlt.ranges import RangeError
 
 T = TypeVar("T")
 
@@ -54,7 +55,11 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     required = {entry.name for entry in fields if entry.default is entry.default_factory is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
         raise JLTError(f"{where}{missing[0]} is missing.")
-    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+    converted = {key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()}
+    try:
+        return kind(**converted)
+    except RangeError as error:
+        raise RangeError(f"{where}{error.name}", error.values, error.found) from error
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from data_helpers import NoiseSource, PatchAutoencoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,8 @@ from jlt.cli.main import COMMANDS, main
 from jlt.cli.training import RecipeCommand
 from jlt.config import NetworkConfig, OptimizerConfig, SampleConfig, TrainConfig
 from jlt.errors import UsageError
+from jlt.latents.encode_config import EncodeConfig
+from jlt.latents.encoding_job import EncodingJob
 from jlt.ranges import Range, RangeError, ranges_of
 from jlt.storage.codec import from_json
 
@@ -132,3 +135,8 @@ def test_python_and_files_get_the_same_answer():
         from_json(NetworkConfig, {"channels": 1, "height": 1, "width": 1, "num_classes": 1, "depth": 0}, "network.")
     with pytest.raises(UsageError, match=r"betas must be from 0 to below 1, not 2"):
         OptimizerConfig(betas=(0.9, 2.0))
+
+
+def test_a_batch_beyond_the_memory_of_the_machine_is_refused_before_it_is_made(tmp_path):
+    with pytest.raises(UsageError, match=r"A batch of 1,048,576 images needs .* GiB of memory or more"):
+        EncodingJob(NoiseSource(4), PatchAutoencoder(), EncodeConfig("x", "x", batch_size=2**20), tmp_path)

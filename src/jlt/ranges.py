@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from jlt.errors import UsageError
 
@@ -49,7 +50,7 @@ _POSITIVE = Range(0, 1_000, above=True)
 _NONNEGATIVE = Range(0, 1_000)
 _SHARE = Range(0, 1, below=True)
 _OPEN_SHARE = Range(0, 1, above=True, below=True)
-_SEED = Range(-(2**63), 2**63 - 2)
+_SEED = Range(0, 2**63 - 2)
 _BATCH = Range(1, 2**20)
 _BATCH_OR_NONE = Range(0, 2**20)
 _STEPS = Range(1, 10**9)
@@ -128,9 +129,9 @@ def ranges_of(kind: type) -> Mapping[str, Range]:
     return found
 
 
-def require_ranges(settings: object) -> None:
+def require_ranges(settings: Any) -> None:
     """Raise RangeError for the first number of a data class that is outside the range of its setting."""
-    for name, values in ranges_of(type(settings)).items():
+    for name, values in ranges_of(cast(Any, type(settings))).items():
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and number not in values:

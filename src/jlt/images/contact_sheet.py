@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,5 +81,5 @@ def _cut(line: str, font: Font, width: int) -> str:
     # No more is measured than has room, since hardly a letter is narrower than half a pixel.
     if len(line) <= 2 * width and (len(line) < 2 or font.getlength(line) <= width):
         return line
-    kept = bisect.bisect_right(range(1, 2 * width), width, key=lambda end: font.getlength(f"{line[:end]}…"))
+    kept = bisect.bisect_right(range(1, 2 * width), width, key=lambda end: math.ceil(font.getlength(f"{line[:end]}…")))
     return f"{line[: max(1, kept)]}…"

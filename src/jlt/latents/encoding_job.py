@@ -27,6 +27,7 @@ from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.manifest import LatentSums, ShardRecord, StoreManifest
 from jlt.latents.shards import Layout
 from jlt.latents.store import STATE_FOLDER, STORED_DTYPES, VERIFY_THREADS
+from jlt.runtime.environment import require_memory
 from jlt.runtime.progress import inform, track
 from jlt.runtime.random_numbers import derive_seed
 from jlt.storage.codec import from_json, to_json
@@ -52,6 +53,8 @@ class EncodingJob:
     """One encoding of an opened source through a loaded autoencoder into the folder `out`."""
 
     def __init__(self, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> None:
+        # A batch as levels and as floating-point numbers.
+        require_memory(3 * 5 * config.batch_size * config.resolution**2, f"A batch of {config.batch_size:,} images")
         if config.resolution % autoencoder.downsampling:
             raise UsageError(
                 f"A resolution of {config.resolution} is not a multiple of {autoencoder.downsampling}, "

@@ -28,7 +28,7 @@ from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.networks.transformer import build_network
 from jlt.prediction import clean_from_velocity
-from jlt.runtime.environment import versions
+from jlt.runtime.environment import require_memory, versions
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed, normal_per_sample
 from jlt.sampling.guidance import NOISE_END, Denoiser, guided
@@ -254,6 +254,10 @@ def open_sampler(
         guide = open_weights(weaker, config.autoguide_ema, device, config.t_eps, config.compile)
     weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     autoencoder = matching_autoencoder(checkpoint.latents["autoencoder"], autoencoder_path, device, config.decoder)
+    network, pixels = checkpoint.config.network, 3 * autoencoder.downsampling**2
+    # A batch and its noise as latents and as images, in float32.
+    values = network.height * network.width * (2 * network.channels + pixels)
+    require_memory(4 * min(config.num, config.batch_size) * values, f"A batch of {config.batch_size:,} images")
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 

@@ -22,6 +22,7 @@ from jlt.config import SampleFormat
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.image_files import SUFFIXES
 from jlt.images.contact_sheet import SheetText, draw_sheet
+from jlt.runtime.environment import require_memory
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import track
 from jlt.runtime.signals import until_stopped
@@ -79,6 +80,8 @@ def save_samples(sampler: ImageSampler, out: Path, form: SampleFormat, group: Gr
 
 def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: SampleFormat) -> Path:
     """Reserve the folder for these images, and for no more of them than are requested."""
+    if form == "grid":
+        require_memory(6 * sampler.config.num * sampler.resolution**2, f"A grid of {sampler.config.num:,} images")
     protocol = {**sampler.protocol(), "format": form, "class_names": sampler.class_names}
     marker = out / PROTOCOL
     stored = read_json(marker) if marker.is_file() else {}

@@ -103,7 +103,7 @@ def test_the_module_as_a_program_imports_only_what_python_imports_before_any(pla
 
 
 def test_the_module_as_a_program_imports_nothing_where_python_is_told(planted: Path) -> None:
-    require_none_imported(planted, sys.executable, "-P", "-m", "jlt", *ENCODE)
+    require_none_imported(planted, sys.executable, "-P", "-m", "jlt", "train", "digits", "--print-config")
 
 
 def test_every_child_of_the_program_and_of_a_script_is_kept_from_the_current_folder(

@@ -245,9 +245,12 @@ def test_a_setting_that_is_on_can_be_turned_off():
         ("benchmark train --preset JLT-B1", "JLT-B/1"),
         ("benchmark train --preset DiT-XL/2", "DiT-L/2"),
         ("benchmark trian", "train"),
+        ("plan digits --gpus 7", "batch_size 63 or 70"),
+        ("train digits --steps 0 --print-config", "--steps must be from 1 to"),
+        ("train digits --network.patch-size 3 --print-config", "patch_size 3 does not divide"),
     ],
 )
-def test_wrong_arguments_give_2_and_the_nearest_name(arguments, nearest, tmp_path, monkeypatch):
+def test_wrong_arguments_and_settings_give_2_and_the_remedy(arguments, nearest, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = jlt(*arguments.split())
     assert outcome.code == 2
@@ -278,10 +281,7 @@ def test_missing_arguments_give_2(arguments, tmp_path, monkeypatch):
         ("sample --checkpoint nowhere --out OUT", "nowhere does not exist"),
         ("evaluate --checkpoint nowhere", "nowhere does not exist"),
         ("evaluate --samples nowhere", "nowhere does not exist"),
-        ("plan digits --gpus 7", "batch_size 63 or 70"),
         ("plan digits --latents nowhere", "nowhere"),
-        ("train digits --steps 0 --print-config", "steps must be positive"),
-        ("train digits --network.patch-size 3 --print-config", "patch_size 3 does not divide"),
     ],
 )
 def test_a_failure_gives_1_and_one_sentence(arguments, expected, tmp_path, monkeypatch):

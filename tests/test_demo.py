@@ -335,7 +335,7 @@ def test_a_port_in_use_is_named(capsys, runs):
     ("arguments", "code", "message"),
     [
         (["a", "b", "c"], 2, "Name one or two runs"),
-        (["a", "--port", "0"], 2, "--port must be from 1 to 65535."),
+        (["a", "--port", "0"], 2, "--port must be from 1 to 65,535, not 0."),
         (["a", "--host", "nowhere.invalid"], 1, "nowhere.invalid is no address of this machine"),
         (["absent"], 1, "absent"),
     ],

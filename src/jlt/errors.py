@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-LONGEST_NAME = 80
-"""Characters of a name in a message."""
 MAX_LISTED = 20
 """Known names that an error lists."""
+LONGEST_SHOWN = 80
+"""Characters of a name or a value in a message; it may come from a file."""
 
 
 class JLTError(Exception):
@@ -19,9 +19,14 @@ class UsageError(JLTError):
     """The arguments of a command are wrong: a name that does not exist, an option that is missing."""
 
 
+def shortened(text: str) -> str:
+    """Return a name or a value as text of a length that a message can show."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
-    names, name = list(known), name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+    name, *names = map(shortened, (name, *known))
     folded = {candidate.lower(): candidate for candidate in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""

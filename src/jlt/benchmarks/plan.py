@@ -16,7 +16,7 @@ import torch
 from jlt.benchmarks.hardware import find_gpu
 from jlt.benchmarks.memory import FLOAT32, PassMemory, pass_memory
 from jlt.config import Parallel, TrainConfig
-from jlt.errors import JLTError
+from jlt.errors import UsageError
 from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
 from jlt.networks.transformer import count_network, training_flops
@@ -111,7 +111,7 @@ def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware
     UsageError for an unknown name, JLTError for less than one process.
     """
     if processes < 1:
-        raise JLTError(f"A run needs at least one process, not {processes}.")
+        raise UsageError(f"A run needs at least one process, not {processes}.")
     if gpu.lower() != "cpu":
         found = find_gpu(gpu)
         peak = Figure(found.peak[config.precision], f"data sheet: dense {config.precision}", "FLOP/s")
@@ -145,7 +145,7 @@ def make_plan(
 ) -> Plan:
     """Return the forecast of a run at a share `mfu` in (0, 1] of the peak rate; JLTError for an impossible batch."""
     if not 0 < mfu <= 1:
-        raise JLTError(f"mfu is a share of the peak rate and must be in (0, 1], not {mfu}.")
+        raise UsageError(f"mfu is a share of the peak rate and must be in (0, 1], not {mfu}.")
     run = _Run(config, latents, hardware, mfu)
     memory = run.memory()
     fits = memory["total"].value <= memory["available"].value

@@ -13,6 +13,8 @@ import tyro
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from jlt.ranges import Ranged
+
 if TYPE_CHECKING:
     from jlt.evaluation.extractor import FeatureExtractor
 
@@ -40,7 +42,7 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(Ranged):
     """Options of every command."""
 
     json: bool = False

@@ -125,8 +125,6 @@ class Reference(Command):
         from jlt.images.registry import open_source
         from jlt.runtime.environment import default_device
 
-        if self.resolution < 1:
-            raise UsageError("--resolution must be 1 or more.")
         device = default_device()
         extractor = self.features.load(device)
         source = open_source(self.images, self.split)

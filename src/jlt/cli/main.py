@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import inspect
 import json
 import os
+import re
+import resource
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -24,9 +27,11 @@ from jlt.cli.latents import Adopt, Analyze, Encode, Verify
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.config import SAMPLERS
 from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.ranges import RangeError
 from jlt.runtime import processes
 from jlt.runtime.progress import silence
 from jlt.runtime.signals import Stopped
+from jlt.runtime.streams import deliver, harmless, prepare_streams, printing, say
 
 RESUME = "Run the same command again to resume."
 
@@ -89,37 +94,65 @@ def refuse_two_samplers(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 when done, 1 on failure, 2 for wrong arguments, 75 when stopped on request."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
+    processes.prepare_process()
+    try:
+        return _run(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _leave(_print_error(_named(error, arguments)))
+    finally:
+        # What a library printed before an error may be lost too.
+        with contextlib.suppress(JLTError, ValueError):
+            deliver()
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command and print its result; return the exit code."""
+    processes.require_launcher()
     first = processes.rank() == 0
     if not first:
         # Process 0 prints progress and results for all; each process prints its own error.
         silence()
     try:
-        command = parse(arguments)
+        with printing():
+            command = parse(arguments)
         result = command.run()
     except SystemExit as leave:
+        if not leave.code:
+            deliver()
         return int(leave.code or 0)
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        return _leave(_print_error(error))
     if first:
-        try:
-            print(json.dumps(result.data) if command.json else result.text, flush=True)
-        except BrokenPipeError:
-            # The reader of the pipe, such as `head`, has ended; the interpreter must not complain at its last flush.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        deliver(json.dumps(result.data) if command.json else harmless(result.text))
     return 0 if result.ok else 1
+
+
+def _named(error: BaseException, arguments: Sequence[str]) -> BaseException:
+    """Return an error with a setting's name as the arguments have it, such as --network.depth for depth."""
+    if isinstance(error, RangeError):
+        for option in (argument.partition("=")[0] for argument in arguments):
+            if option.startswith("--") and re.split(r"--|\.", option)[-1].replace("-", "_") == error.name:
+                return RangeError(option, error.values, error.found)
+    return error
 
 
 def _leave(code: int) -> int:
     """Return the exit code; among several processes with GPUs, end with it at once."""
     torch = sys.modules.get("torch")
-    if processes.world_size() > 1 and torch is not None and torch.cuda.is_initialized():
+    if _among_several() and torch is not None and torch.cuda.is_initialized():
         # Closing a GPU's connections would wait for a process that may have ended.
-        sys.stdout.flush()
+        with contextlib.suppress(JLTError):
+            deliver()
         os._exit(code)
     return code
+
+
+def _among_several() -> bool:
+    # Variables of a launcher that are wrong are the error itself.
+    with contextlib.suppress(UsageError):
+        return processes.world_size() > 1 and processes.rank() >= 0
+    return False
 
 
 def _print_error(error: BaseException) -> int:
@@ -128,19 +161,33 @@ def _print_error(error: BaseException) -> int:
         sentence = f"{str(error) or 'Interrupted.'} {RESUME}"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         sentence = f"jlt: The disk is full. Saved files stay valid: free some space. {RESUME}"
+    elif isinstance(error, OSError) and error.errno == errno.EMFILE:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        sentence = f"jlt: This process may open {most} files at a time, too few: raise the limit with ulimit -n."
     elif isinstance(error, OSError) and error.strerror:
         sentence = f"jlt: {error.strerror}: {error.filename}" if error.filename else f"jlt: {error.strerror}"
     elif isinstance(error, JLTError):
         sentence = f"jlt: {error}"
+    elif _lacks_memory(error):
+        sentence = f"jlt: Memory ran out: choose smaller batches, or fewer images ({_first_line(error)})."
     else:
-        sentence = f"jlt: {type(error).__name__}: {error} (--debug prints the traceback)"
-    process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
+        sentence = f"jlt: {type(error).__name__}: {_first_line(error)} (--debug prints the traceback)"
+    process = f"[process {processes.rank()}] " if _among_several() else ""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    print(f"{process}{sentence}{notes}", file=sys.stderr, flush=True)
+    say(f"{process}{sentence}{notes}")
     if isinstance(error, Stopped):
         # A job scheduler runs it again.
         return os.EX_TEMPFAIL
     return 2 if isinstance(error, UsageError) else 1
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    # PyTorch raises a plain RuntimeError on a CPU, so only its text tells.
+    return isinstance(error, MemoryError) or any(part in str(error) for part in ("llocate memory", "out of memory"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.metrics import FeatureStatistics, Gaussian
 from jlt.images.crop import Exif
 from jlt.images.decoding import default_workers, load_batches
+from jlt.images.reading import BadImageError
 from jlt.images.registry import open_source
-from jlt.images.source import BadImageError, ImageSource
+from jlt.images.source import ImageSource
 from jlt.results.files import ResultFile, read_result, write_result
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import bar, inform

@@ -29,7 +29,7 @@ from jlt.config import (
     SampleConfig,
     TrainConfig,
 )
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.networks.sizes import SIZES, size_name, sized_network
 from jlt.results.run import LOG
 from jlt.storage.codec import from_json
@@ -212,7 +212,7 @@ def vary(
     if (width := point.get("width")) is not None:
         head = network.hidden_size // network.num_heads
         if width < head or width % head:
-            raise JLTError(f"A width of {width} is no multiple of the {head} values of a head.")
+            raise UsageError(f"A width of {width} is no multiple of the {head} values of a head.")
         network = dataclasses.replace(network, hidden_size=width, num_heads=width // head)
     weighting, distribution = point.get("weighting"), point.get("times")
     varied = dataclasses.replace(

@@ -54,8 +54,6 @@ class SweepConfig:
             raise UsageError(f"--coarse-num must be between {GROUPS} and --num, not {self.coarse_num}.")
         if self.confirm_seed == self.sample.seed:
             raise UsageError("The seed of the confirmation must differ from the seed of the search.")
-        if self.confirm < 1 or self.refine < 0:
-            raise UsageError("--confirm must be 1 or more, --refine 0 or more.")
         if self.metric not in get_args(Metric):
             raise UsageError(f"--metric must be one of {', '.join(get_args(Metric))}.")
         for setting in self.settings():

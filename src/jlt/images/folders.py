@@ -12,14 +12,16 @@ import numpy as np
 from PIL import Image
 
 from jlt.errors import JLTError
-from jlt.images.source import ImageSource, read_image, require_index
+from jlt.images.reading import read_image
+from jlt.images.source import ImageSource, require_index
 
 
 class ClassFolders(ImageSource):
     """A folder with one folder per class (ImageNet's layout); images may be nested to any depth within a class.
 
     Every file that is not hidden counts as an image, whatever its suffix: a file that does not decode is a named error,
-    never a missing image. Classes and files are sorted by name, empty classes are kept, links are followed.
+    never a missing image. Classes and files are sorted by name, and empty classes are kept. Links are followed within
+    the folder. JLTError for one that leads out of it, or to a folder that is reached twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,9 +33,10 @@ class ClassFolders(ImageSource):
         if not self.class_names:
             raise JLTError(f"{folder} holds no class folders: put the images of each class into their own folder.")
         listing, counts = bytearray(), []
+        seen: set[str] = set()
         for class_name in self.class_names:
-            files = sorted(_files_below(self.folder / class_name))
-            listing += b"".join(os.fsencode(f"{class_name}/{file}") + b"\0" for file in files)
+            files = sorted(_files_below(self.folder, class_name, seen))
+            listing += b"".join(os.fsencode(file) + b"\0" for file in files)
             counts.append(len(files))
         if not listing:
             raise JLTError(f"{folder} holds {len(self.class_names)} class folders, but no file in any of them.")
@@ -65,15 +68,31 @@ class ClassFolders(ImageSource):
         return self.folder / os.fsdecode(self._names[start : int(self._ends[index])])
 
 
-def _files_below(folder: Path, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in above:
-        raise JLTError(f"{folder} links back to {real}, a folder that contains it: remove the link.")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", above | {real})
-            else:
-                yield f"{prefix}{entry.name}"
+def _files_below(root: Path, class_name: str, seen: set[str]) -> Iterator[str]:
+    """Yield the files of a class by their path in `root`, and add its folders to those that were `seen`."""
+    waiting = [class_name]
+    while waiting:
+        place = waiting.pop()
+        real = os.path.realpath(root / place)
+        if real in seen:
+            raise JLTError(f"{root / place} is reached a second time, through a link: remove the link.")
+        seen.add(real)
+        _require_inside(root, place, real)
+        with os.scandir(real) as entries:
+            for entry in entries:
+                inner = f"{place}/{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(inner)
+                    continue
+                if entry.is_symlink():
+                    _require_inside(root, inner, os.path.realpath(entry.path))
+                yield inner
+
+
+def _require_inside(root: Path, place: str, real: str) -> None:
+    if not real.startswith(f"{root}/".replace("//", "/")):
+        raise JLTError(
+            f"{root / place} is a link that leads out of {root}: replace it by what it links to, as cp -rL does."
+        )

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jlt.config import InferencePrecision
+from jlt.ranges import Ranged
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
+class EncodeConfig(Ranged):
     """The images, the autoencoder, and the format of the latents."""
 
     images: str

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from jlt.config import LatentShape
 from jlt.errors import JLTError
 from jlt.images.source import SkippedImage
-from jlt.storage.codec import NonNegative, Range, Size, from_json, to_json
+from jlt.ranges import Range
+from jlt.storage.codec import NonNegative, Size, from_json, to_json
 from jlt.storage.files import read_sealed_json, sealed_sha256, sealed_text, sha256_file, write_text
 
 SCHEMA = 1

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import resource
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -56,7 +57,7 @@ class LatentStore:
         self.manifest = manifest
         self.shape, self.class_names = manifest.shape, manifest.class_names
         # The least recently used file is closed when no thread reads from it any more.
-        self._file = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: ShardFile(folder / name))
+        self._file = functools.lru_cache(maxsize=_most_open_shards())(lambda name: ShardFile(folder / name))
         self._starts = np.cumsum([0, *(record.count for record in manifest.shards)])
         self.labels = np.empty(manifest.count, dtype=np.int64)
         # The offset of each orientation's latents in each shard's file.
@@ -169,6 +170,12 @@ class LatentStore:
             if shard != current:
                 current, file = shard, self._file(self.manifest.shards[shard].file)
             file.read_into(buffer[begin:end], offset)
+
+
+def _most_open_shards() -> int:
+    """Return how many shards are open at a time: a quarter of the files that this process may open, at most."""
+    permitted = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN_SHARDS if permitted < 0 else max(1, min(MAX_OPEN_SHARDS, permitted // 4))
 
 
 def verify_store(path: str | Path) -> list[str]:

@@ -54,6 +54,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine, or the container around this process, has."""
+    whole, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(whole, int(text)) if text.isdecimal() else whole
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise UsageError for a part of the work that needs more bytes than this machine has.
+
+    Allocating them would succeed at first on many systems, which then end the process.
+    """
+    if needed > machine_memory():
+        found, most = (f"{size / 2**30:,.1f} GiB" for size in (needed, machine_memory()))
+        raise UsageError(f"{what} needs {found} of memory or more, and this machine has {most}: choose less.")
+
+
 def default_device() -> str:
     """Return `cuda` if there is a GPU, else `cpu`; each process of a machine gets its own GPU."""
     if not torch.cuda.is_available():

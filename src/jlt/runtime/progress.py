@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
+from jlt.runtime.streams import harmless, say
+
 T = TypeVar("T")
 PLAIN_INTERVAL_SECONDS = 10.0
 BAR_WIDTH, NARROW_TERMINAL = 24, 64
@@ -26,7 +28,7 @@ def silence() -> None:
 def inform(message: str) -> None:
     """Print one line for a person on stderr; stdout is for results."""
     if not _silent:
-        print(message, file=sys.stderr, flush=True)
+        say(message)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -75,11 +77,12 @@ class _ShownBar(Bar):
         console = Console(stderr=True)
         bar_width = BAR_WIDTH if console.width >= NARROW_TERMINAL else 1
         room = console.width - bar_width - FIGURES_WIDTH
+        description = harmless(description)
         shortened = description if len(description) <= room else f"{description[: room - 1]}…"
         self._description, self._unit, self._live = description, unit, sys.stderr.isatty()
         # Started on a terminal only; elsewhere it measures the speed.
         self._progress = WithDetail(
-            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(bar_width),
             rich_progress.MofNCompleteColumn() if unit else rich_progress.TaskProgressColumn(),
             rich_progress.TimeRemainingColumn(),

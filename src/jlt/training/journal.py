@@ -220,10 +220,10 @@ def _tensorboard(run: Path, resumed_step: int) -> Tracker:
 
     def image(step: int, name: str, path: Path) -> None:
         import numpy as np
-        from PIL import Image
 
-        with Image.open(path) as picture:
-            writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        from jlt.images.reading import read_image
+
+        writer.add_image(name, np.asarray(read_image(path).convert("RGB")), step, dataformats="HWC")
 
     return Tracker("TensorBoard", log, image, writer.close)
 

@@ -18,6 +18,7 @@ from jlt.errors import UsageError
 from jlt.evaluation.metrics import jackknife
 from jlt.experiments.checkpoint_evaluation import warn_if_few
 from jlt.experiments.measured_settings import SettingsFolder, Subject, default_folder, settings_folder
+from jlt.ranges import require_ranges
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import write_result
 from jlt.results.price import Price, Priced, SamplerSetting
@@ -47,6 +48,7 @@ class PriceConfig:
     confirm_seed: int
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         for axis in ("solver", "steps", "shift", "cfg_interval"):
             points = getattr(self, axis)
             if not points or len(set(points)) < len(points):

@@ -15,6 +15,7 @@ from jlt.config import Metric, SampleConfig
 from jlt.errors import UsageError
 from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.suite import GROUPS
+from jlt.ranges import require_ranges
 from jlt.results.evaluation import Evaluation
 from jlt.results.sweep import WHOLE_INTERVAL, Setting
 
@@ -46,6 +47,7 @@ class SweepConfig:
     metric: Metric = "frechet_distance"
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         for axis in ("cfg_scale", "cfg_interval", "ema"):
             points = getattr(self, axis)
             if not points or len(set(points)) < len(points):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 MAX_LISTED = 20
 """Known names that an error lists."""
+SIMILAR = 0.4
+"""Likeness from which on a name may be meant, 0 to 1."""
+AS_SIMILAR = 0.15
+"""By how much less than the nearest name further ones may be alike."""
 
 
 class JLTError(Exception):
@@ -20,8 +24,25 @@ class UsageError(JLTError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
     names = list(known)
-    folded = {candidate.lower(): candidate for candidate in names}
-    near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.4)]
+    near = _nearest(name, names)
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names[:MAX_LISTED])}{more}."
     return UsageError(f"There is no {kind} named {name!r}: {hint}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Return up to three names that may be meant; of a dotted option the last part or its initials suffice."""
+    wanted, folded = name.lower(), {candidate.lower(): candidate for candidate in names}
+    last = {candidate: f"--{candidate.rpartition('.')[2]}" for candidate in folded if candidate.startswith("--")}
+    same = [candidate for candidate, part in last.items() if wanted in (part, _initials(part))]
+
+    def likeness(candidate: str) -> float:
+        return max(SequenceMatcher(None, text, wanted).ratio() for text in (candidate, last.get(candidate, candidate)))
+
+    ranked = sorted(((likeness(candidate), candidate) for candidate in folded), reverse=True)
+    alike = [candidate for value, candidate in ranked if value >= max(SIMILAR, ranked[0][0] - AS_SIMILAR)]
+    return [folded[candidate] for candidate in (same or alike)[:3]]
+
+
+def _initials(option: str) -> str:
+    return f"--{''.join(part[:1] for part in option[2:].split('-'))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import tyro
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from jlt.errors import unknown_name
 
 if TYPE_CHECKING:
     from jlt.evaluation.extractor import FeatureExtractor
@@ -80,13 +83,26 @@ def command_line() -> str:
     return shlex.join(["jlt", *sys.argv[1:]])
 
 
-def option_names(kind: type) -> list[str]:
-    """Return the options of a data class as the command line spells them, those of its flattened parts included."""
+def option_names(kind: type, prefix: str = "--") -> list[str]:
+    """Return the options of a data class as the command line spells them, those of its parts included."""
     names = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        part, *marks = get_args(hint) or (hint,)
-        names += option_names(part) if Flat in marks else [f"--{name.replace('_', '-')}"]
+        part, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        spelled = f"{prefix}{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(part):
+            names += option_names(part, prefix if Flat in marks else f"{spelled}.")
+        elif not {Positional, tyro.conf.Suppress} & {*marks}:
+            names.append(spelled)
     return names
+
+
+def require_known(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a UsageError for the first option that is not among the known ones, with the nearest of them."""
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        # A setting that is on is turned off by --no-NAME.
+        if name.startswith("--") and name not in known and name.replace("--no-", "--", 1) not in known:
+            raise unknown_name("option", name, known)
 
 
 _registry = ConstructorRegistry()

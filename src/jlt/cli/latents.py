@@ -146,7 +146,7 @@ class Analyze(Command):
         from jlt.report.terminal import geometry_table
         from jlt.results.files import result_json
         from jlt.results.geometry import TrainingModel
-        from jlt.runtime.environment import default_device
+        from jlt.runtime.environment import default_device, device_of_float64
         from jlt.training.checkpoint import open_checkpoint
 
         opened = [open_checkpoint(path) for path in self.checkpoint]
@@ -155,7 +155,7 @@ class Analyze(Command):
         widths = self.width or tuple(known) or (768,)
         model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale)
         config = AnalysisConfig(self.patch_size, widths, model)
-        store, device = LatentStore.open(self.latents), default_device()
+        store, device = LatentStore.open(self.latents), device_of_float64(default_device())
         with join_group(device) as group:
             geometry, inside = analyze_into(store, self.out, config, networks, device, group)
         data = result_json(geometry) | ({"inside": result_json(inside)} if inside else {})

@@ -16,9 +16,11 @@ from typing import Any
 
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.suite import require_enough
 from jlt.experiments.ablation_plan import GROWING, AblationConfig, AblationRun, coordinates_folder, systems_of
 from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of, reference_of
 from jlt.experiments.coordinate_stores import store_in_coordinates
+from jlt.experiments.run_training import check_sampling
 from jlt.geometry.forecast import Estimate, forecast
 from jlt.geometry.tokens import token_estimates
 from jlt.latents.store import LatentStore
@@ -27,7 +29,7 @@ from jlt.results.ablation import Ablation, Matched, SystemRun
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
 from jlt.results.run import evaluation_files, read_log
-from jlt.runtime.environment import default_device, machine
+from jlt.runtime.environment import default_device, device_of_float64, machine
 from jlt.runtime.progress import bar, inform
 from jlt.runtime.workers import run_jobs
 from jlt.sampling.solvers import network_evaluations
@@ -36,7 +38,7 @@ from jlt.storage.files import claim_folder, difference, lock_folder, read_json
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
-WORKERS = {"cpu": 2, "cuda": 1}
+WORKERS = {"cpu": 2, "mps": 1, "cuda": 1}
 """Systems that are trained at once: two processes of one thread suffer less from other programs than two threads."""
 PREPARED = {"quickstart.json", "latents", "geometry.json"}
 """What a folder may hold before its ablation begins."""
@@ -102,6 +104,8 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     for system in systems:
         # Settings that no forecast covers are refused before anything is written.
         TrainingModel.of(system.config)
+    check_sampling(systems[0].config, config.sample, store, device)
+    require_enough(config.sample.num)
     workers = WORKERS[device] if workers is None else workers
     if workers < 1:
         raise UsageError(f"An ablation needs at least one worker, not {workers}.")
@@ -115,7 +119,7 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
             reference_of(store, images, extractor).save(config.reference_path(out))
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
-        expected = forecasts(systems, _known_forecasts(out), device)
+        expected = forecasts(systems, _known_forecasts(out), device_of_float64(device))
         ablation = replace(describe(config, systems, store, device), command=command, forecasts=expected)
         # Written before the work too, for reports on an ablation under way.
         write_result(out / Ablation.FILE, ablation)

@@ -22,8 +22,8 @@ class AblationAxes:
     """Axis: predictions, x, eps or v."""
     loss_space: tuple[LossSpace, ...] = ("v",)
     """Axis: spaces of the loss."""
-    patch_size: tuple[int, ...] = (1,)
-    """Axis: patch sizes."""
+    patch_size: tuple[int, ...] = ()
+    """Axis: patch sizes. Default: that of the recipe."""
     seed: tuple[int, ...] = (0,)
     """Axis: seeds of the training."""
     anisotropy: tuple[float, ...] = ()
@@ -34,7 +34,7 @@ class AblationAxes:
     def __post_init__(self) -> None:
         for axis in sorted(GROWING):
             points = getattr(self, axis)
-            may_be_empty = axis in ("anisotropy", "width")
+            may_be_empty = axis in ("anisotropy", "width", "patch_size")
             # As in the names of folders.
             names = {f"{point:g}" if isinstance(point, float) else point for point in points}
             if not (points or may_be_empty) or len(names) < len(points):
@@ -64,6 +64,8 @@ class AblationConfig(AblationAxes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.patch_size:
+            object.__setattr__(self, "patch_size", (self.train.network.patch_size,))
         if self.train.sample_every or self.train.evaluate_every:
             raise UsageError("An ablation evaluates its runs itself: set --evaluations instead.")
         if self.evaluations < 1:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jlt.config import TrainConfig
+from jlt.config import SampleConfig, TrainConfig
 from jlt.errors import unknown_name
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.suite import require_enough
@@ -53,14 +53,15 @@ def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool 
 def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Group) -> list[Watcher]:
     """Return the watchers of a run's configuration; JLTError, printed once, for a reference that cannot be opened."""
     if config.sample_every or config.evaluate_every:
-        group.on_rank0(lambda: check_sampling(config, store, device))
+        group.on_rank0(lambda: check_sampling(config, config.evaluation.sample, store, device))
+        if config.evaluate_every:
+            require_enough(config.evaluation.sample.num)
     watchers = [grid_watcher(config, device)] if config.sample_every else []
     return watchers + ([evaluation_watcher(config, device, store, group)] if config.evaluate_every else [])
 
 
-def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None:
-    """Raise a JLTError if the samples of a run's configuration cannot be drawn from it."""
-    sample = config.evaluation.sample
+def check_sampling(config: TrainConfig, sample: SampleConfig, store: LatentStore, device: str) -> None:
+    """Raise a JLTError if a run cannot be sampled with these settings."""
     labels = number_labels(sample.labels, store.class_names, config.network.num_classes)
     known = [*average_names(config), "none", ""]
     if sample.ema not in known and not (sample.ema.startswith(SIGMA_REL) and config.power_ema):
@@ -68,8 +69,6 @@ def check_sampling(config: TrainConfig, store: LatentStore, device: str) -> None
     if sample.ema.startswith(SIGMA_REL):
         parse_sigma_rel(sample.ema)
     check_guidance(config, dataclasses.replace(sample, labels=labels))
-    if config.evaluate_every:
-        require_enough(sample.num)
     if sample.autoguide:
         open_checkpoint(Path(sample.autoguide))
     matching_autoencoder(store.manifest.autoencoder, None, device, sample.decoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -96,10 +97,10 @@ def _refuse(kind: str, **options: str | None) -> None:
 
 
 def _unknown_path(spec: str, path: Path) -> UsageError:
-    siblings = [str(other) for other in path.parent.glob("*/")] if path.parent.is_dir() else []
-    if len(path.parts) == 1:
-        siblings += BUNDLED
-    return unknown_name("folder of images or bundled set", spec, siblings or BUNDLED)
+    # A path is not compared with the folders that exist: a similar name may mean other images.
+    near = [name for name in BUNDLED if len(path.parts) == 1 and difflib.get_close_matches(spec, [name])]
+    hint = f"did you mean {near[0]}?" if near else f"name a folder or file of images, or a bundled set: {BUNDLED[0]}."
+    return UsageError(f"{spec} does not exist: {hint}")
 
 
 # train-00000-of-00294, as the Hub names parquet files; older names end in a part of the file's hash.

@@ -19,7 +19,15 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, read_manifest, write_manifest
+from jlt.latents.manifest import (
+    MANIFEST_NAME,
+    LatentSums,
+    ShardRecord,
+    StoreManifest,
+    no_store,
+    read_manifest,
+    write_manifest,
+)
 from jlt.latents.shards import SAFETENSORS_NAMES, ShardFile, ShardWriter, TensorEntry
 from jlt.runtime.environment import cores
 from jlt.runtime.progress import track
@@ -196,7 +204,7 @@ def _require_finished(folder: Path) -> None:
         return
     if (folder / STATE_FOLDER).is_dir():
         raise JLTError(f"The latent store {folder} is unfinished: run the same encode command again to complete it.")
-    raise JLTError(f"{folder} is not a latent store: it has no {MANIFEST_NAME}.")
+    raise no_store(folder)
 
 
 def _require_undamaged(folder: Path, problems: list[str]) -> None:

@@ -151,6 +151,8 @@ def read_study(folder: Path) -> Study:
             raise JLTError(f"{folder / INSIDE} is of other latents than {folder / GEOMETRY}.")
         study = Study(folder, "Target geometry", systems=(), geometry=geometry, inside=inside)
     else:
+        if not folder.exists():
+            raise JLTError(f"{folder} does not exist: name the folder of a run, an ablation, a sweep or an analysis.")
         raise JLTError(
             f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "
             "(geometry.json) nor a finished sweep (sweep.json)."

@@ -240,10 +240,10 @@ def remove_later_snapshots(run: Path, step: int) -> None:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the newest checkpoint of a run folder; a JLTError says what is missing."""
     if not path.exists():
-        raise JLTError(f"{path} does not exist.")
+        raise JLTError(f"{path} does not exist: name a run folder of jlt train, or one of its checkpoints.")
     folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
     if not folders:
-        raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint in it.")
+        raise JLTError(f"{path} is neither a checkpoint nor a run with a complete checkpoint: make one with jlt train.")
     folder = folders[-1]
     manifest = _read_manifest(folder)
     try:
@@ -265,7 +265,7 @@ def _facts(manifest: Mapping[str, Any]) -> tuple[int, int, Mapping[str, str]]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_sealed_json(folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
-        raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
+        raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}: name a run.")
     for name in manifest["files"]:
         # Links are followed, since what they lead to must have the hash in the manifest.
         if Path(name).name != name:

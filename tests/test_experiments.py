@@ -94,7 +94,7 @@ def finished(latents, tmp_path_factory) -> Path:
     return out
 
 
-def one_after_another(job, systems, workers, on_poll) -> None:
+def one_after_another(job, systems, *_) -> None:
     """Stand for `run_jobs` where its processes are not the point: each would import everything again."""
     for system in systems:
         job(system)

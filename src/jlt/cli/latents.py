@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
 from jlt.config import LossSpace, TimestepConfig
+from jlt.images.source import few
 from jlt.latents.encode_config import EncodeConfig
 from jlt.runtime.processes import join_group
 
@@ -68,9 +69,14 @@ class Adopt(Command):
         return _store_result(manifest, self.adopt)
 
 
+LISTED_CLASSES = 10
+
+
 def _store_result(manifest: StoreManifest, folder: Path) -> Result:
     shape = f"{manifest.channels}x{manifest.height}x{manifest.width}"
     text = f"{manifest.count} latents of {shape} in {folder}, overall standard deviation {manifest.std:.3f}"
+    number = len(manifest.class_names)
+    text += f"\n{number:,} class{'es' if number > 1 else ''}: {few(manifest.class_names, LISTED_CLASSES)}"
     if manifest.skipped:
         first, more = manifest.skipped[0], len(manifest.skipped) - 1
         text += f"\nSkipped, and listed in the manifest: {first.image}, which {first.reason}"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jlt.cli.command import PARSING, Command, Positional, Result, option_names, require_known
+from jlt.cli.command import PARSING, Check, Command, Positional, Result, option_names, require_known
 from jlt.config import TrainConfig, in_steps
 from jlt.errors import UsageError
 from jlt.experiments.recipes import RECIPES, images_of_recipe, renamed, resolve_recipe
 from jlt.report.benchmark_table import plan_table
 from jlt.storage.codec import to_json
+
+if TYPE_CHECKING:
+    from jlt.latents.manifest import StoreManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,7 @@ class Train(RecipeCommand):
     """Folder of the latent store."""
     out: Path | None = None
     """Folder of the run."""
+    check: Check = True
     verify_latents: bool = False
     """First read the whole latent store and compare it with its hashes."""
     print_config: bool = False
@@ -113,5 +117,11 @@ class Train(RecipeCommand):
             raise UsageError("Training needs --latents DIR and --out RUN.")
         from jlt.experiments.run_training import train_and_watch
 
-        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
+        def check(manifest: StoreManifest, device: str, processes: int) -> None:
+            if self.check:
+                from jlt.benchmarks.plan import check_affordable
+
+                check_affordable([config], manifest, device, processes)
+
+        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents, check)
         return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")

@@ -16,6 +16,7 @@ from jlt.errors import unknown_name
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.suite import require_enough
 from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_once, reference_of
+from jlt.latents.manifest import StoreManifest
 from jlt.latents.store import LatentStore
 from jlt.runtime.environment import default_device
 from jlt.runtime.processes import Group, join_group, stop_together
@@ -38,12 +39,22 @@ def warn_ignored_settings() -> None:
             inform(f"The launcher's {name}={os.environ[name]} has no effect: use {option} instead.")
 
 
-def train_and_watch(config: TrainConfig, latents: Path, run: Path, verify: bool = False) -> Path:
-    """Train a run, or resume it, and return the folder of its last checkpoint."""
+def train_and_watch(
+    config: TrainConfig,
+    latents: Path,
+    run: Path,
+    verify: bool = False,
+    check: Callable[[StoreManifest, str, int], None] = lambda *_: None,
+) -> Path:
+    """Train a run, or resume it, and return the folder of its last checkpoint.
+
+    `check` may refuse a training of these latents on a device, by so many processes, before anything is written.
+    """
     device = default_device()
     warn_ignored_settings()
     store = LatentStore.open(latents)
     with join_group(device) as group:
+        group.on_rank0(lambda: check(store.manifest, device, group.size))
         if verify:
             group.on_rank0(lambda: LatentStore.open_verified(latents))
         watchers = watchers_of(config, store, device, group)
@@ -93,7 +104,7 @@ def evaluation_watcher(config: TrainConfig, device: str, store: LatentStore, gro
     """Return what measures samples in all processes, as `jlt evaluate` does; measure or read the reference now."""
     settings = config.evaluation
     extractor = load_extractor(settings.features, device, settings.features_path or None)
-    reference = reference_of(store, settings.reference, extractor, group)
+    reference = reference_of(store.identity(), settings.reference, extractor, store.manifest.resolution, group)
 
     def evaluate(checkpoint: Path, group: Group) -> dict[str, Any] | None:
         with stop_together(group):

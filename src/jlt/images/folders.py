@@ -1,4 +1,4 @@
-"""A folder of class folders."""
+"""A folder of class folders, or of the images of one class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from jlt.errors import JLTError
-from jlt.images.source import ImageSource, read_image, require_index
+from jlt.images.source import ImageSource, few, read_image, require_index
 
 
 class ClassFolders(ImageSource):
     """A folder with one folder per class (ImageNet's layout); images may be nested to any depth within a class.
 
+    A folder without folders holds the images of one class, which has its name: data for training without classes.
     Every file that is not hidden counts as an image, whatever its suffix: a file that does not decode is a named error,
     never a missing image. Classes and files are sorted by name, empty classes are kept, links are followed.
     """
@@ -26,17 +27,20 @@ class ClassFolders(ImageSource):
         self.folder = folder.resolve()
         self.name = self.folder.name
         with os.scandir(self.folder) as entries:
-            folders = (entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-            self.class_names = tuple(sorted(folders))
-        if not self.class_names:
-            raise JLTError(f"{folder} holds no class folders: put the images of each class into their own folder.")
+            found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+        folders = sorted(name for name, is_folder in found.items() if is_folder)
+        self.class_names = tuple(folders) or (self.name,)
+        loose = sorted(name for name, is_folder in found.items() if not is_folder)
         listing, counts = bytearray(), []
         for class_name in self.class_names:
-            files = sorted(_files_below(self.folder / class_name))
-            listing += b"".join(os.fsencode(f"{class_name}/{file}") + b"\0" for file in files)
+            below = _files_below(self.folder / class_name, f"{class_name}/") if folders else loose
+            files = [os.fsencode(file) + b"\0" for file in sorted(below)]
+            listing += b"".join(files)
             counts.append(len(files))
         if not listing:
-            raise JLTError(f"{folder} holds {len(self.class_names)} class folders, but no file in any of them.")
+            raise JLTError(f"{folder} holds no images: put those of each class into a folder of their own.")
+        self.ignored = loose if folders else []
+        self.empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         # One string of all names, and the class boundaries, keep millions of files small in memory and in a pickle.
         self._names = bytes(listing)
         self._ends = np.flatnonzero(np.frombuffer(listing, dtype=np.uint8) == 0)
@@ -49,6 +53,15 @@ class ClassFolders(ImageSource):
         require_index(index, self)
         label = int(np.searchsorted(self._starts, index, side="right")) - 1
         return read_image(self._path(index)), label
+
+    def notes(self) -> list[str]:
+        """Name the files outside of class folders, which are ignored, and classes without images."""
+        texts = []
+        if self.ignored:
+            texts.append(f"{self.folder} holds {few(self.ignored)} outside of its class folders: ignored.")
+        if self.empty:
+            texts.append(f"Classes without images: {few(self.empty)}. Remove these folders if they are no classes.")
+        return texts
 
     def describe(self, index: int) -> str:
         """Return the path of the file."""
@@ -63,6 +76,17 @@ class ClassFolders(ImageSource):
     def _path(self, index: int) -> Path:
         start = int(self._ends[index - 1]) + 1 if index else 0
         return self.folder / os.fsdecode(self._names[start : int(self._ends[index])])
+
+
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+def split_folders(folder: Path) -> list[str]:
+    """Return the folders in a folder that look like splits of a collection, in place of classes; sorted."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    splits = sorted(name for name in names if name.lower() in SPLITS)
+    return splits if len(splits) > 1 or len(splits) == len(names) else []
 
 
 def _files_below(folder: Path, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:

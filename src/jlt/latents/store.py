@@ -94,7 +94,11 @@ class LatentStore:
     def identity(self) -> dict[str, Any]:
         """Return the fields by which result files identify the latents."""
         manifest = self.manifest
+        exif, skipped = (manifest.encoding or {}).get("exif", "ignore"), [image.index for image in manifest.skipped]
+        # What tells the encoded images from those of the source, where they differ.
+        encoded = {**({"exif": exif} if exif != "ignore" else {}), **({"skipped": skipped} if skipped else {})}
         return {
+            **encoded,
             "autoencoder": manifest.autoencoder,
             "source": manifest.source,
             "count": manifest.count,

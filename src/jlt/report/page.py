@@ -51,7 +51,7 @@ def render(study: Study) -> str:
     from jlt.report.training_figures import cells_figure, training_figure
 
     # Distances of noise neither confirm nor refute a forecast.
-    compared = [] if findings.at_chance(study) else expected.checks(study)
+    compared = [] if findings.why_undecidable(study) else expected.checks(study)
     by_loss_space = findings.cells(study)
     shared, differing = settings(study)
     context = {

@@ -57,6 +57,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine, or the container around this process, has."""
+    whole, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(whole, int(text)) if text.isdecimal() else whole
+
+
 def default_device() -> str:
     """Return the device that the user chose, by default `cuda` if there is a GPU, else `mps` or `cpu`.
 

@@ -92,6 +92,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if event in NOTES:
             inform(NOTES[event](values))
 
+    def advance(self, step: int) -> None:
+        """Show that a step is made, also where no line is logged."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.show(step)
+
     def show(self) -> None:
         """Begin to show the training on the screen."""
         if self._active:

@@ -160,6 +160,9 @@ def run_identity(config: TrainConfig, latents: Mapping[str, Any]) -> dict[str, A
     return json.loads(json.dumps({**to_json(config), "latents": dict(latents)}))
 
 
+ENCODED = ("exif", "skipped")
+
+
 def _free_to_change(config: TrainConfig) -> set[str]:
     # A cosine schedule fixes the length.
     return FREE_TO_CHANGE | ({"steps"} if config.optimizer.schedule == "constant" else set())
@@ -168,6 +171,10 @@ def _free_to_change(config: TrainConfig) -> set[str]:
 def resume(state: TrainState, checkpoint: Checkpoint, config: TrainConfig, latents: Mapping[str, Any]) -> None:
     """Resume from a checkpoint of this run; JLTError if its configuration or latents are of another one."""
     old, new = run_identity(checkpoint.config, checkpoint.latents), run_identity(config, latents)
+    for identity in (old, new):
+        # Their manifest's hash covers them, and older runs do not have them.
+        for key in ENCODED:
+            identity["latents"].pop(key, None)
     if differences := difference(old, new, free=_free_to_change(config)):
         raise JLTError(f"{checkpoint.folder} is of another run, which differs in: {format_difference(differences)}.")
     stored = checkpoint.read_state()

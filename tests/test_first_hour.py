@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_results import GaussianStore, analyze, geometry, write_ablation
+from fake_results import GaussianStore, analyze, geometry, write_ablation, write_run
 from PIL import Image
 from test_cli import done, jlt
 from training_helpers import config_for
@@ -23,11 +23,13 @@ from jlt.errors import JLTError, UsageError
 from jlt.evaluation.reference import features_for
 from jlt.experiments.ablation_plan import AblationConfig
 from jlt.experiments.recipes import resolve_recipe
+from jlt.experiments.run_training import affordable_grids
 from jlt.images.registry import open_source, reopen_source
 from jlt.latents.manifest import read_manifest
+from jlt.latents.store import LatentStore
 from jlt.report import findings
 from jlt.report.geometry_text import geometry_verdict
-from jlt.report.page import write_report
+from jlt.report.page import command, write_report
 from jlt.report.study import read_study
 from jlt.report.sweep_page import bias_sentences
 from jlt.results.evaluation import Evaluation, Metrics
@@ -277,20 +279,9 @@ def test_a_training_that_cannot_fit_is_refused_with_one_that_does(named, tmp_pat
     monkeypatch.setattr("jlt.benchmarks.plan.measured_rate", lambda *_: 1e11)
     monkeypatch.setattr("jlt.benchmarks.plan.peak_memory", lambda _: 0)
     monkeypatch.setattr("jlt.benchmarks.plan.machine_memory", lambda: 2**26)
-    for command in (["train"], ["ablate", "--features", "squeezenet", "--reference", named / "images"]):
-        outcome = jlt(
-            *command[:1],
-            "digits",
-            *command[1:],
-            "--latents",
-            named / "latents",
-            "--out",
-            tmp_path / "out",
-            "--batch-size",
-            1024,
-            "--steps",
-            10,
-        )
+    for name, *more in (["train"], ["ablate", "--features", "squeezenet", "--reference", named / "images"]):
+        folders = ["--latents", named / "latents", "--out", tmp_path / "out"]
+        outcome = jlt(name, "digits", *more, *folders, "--batch-size", 1024, "--steps", 10)
         assert outcome.code == 1
         found = re.search(r"needs .* MiB of memory, and there are .*It fits with --micro-batch-size (\d+)", outcome.err)
         assert found, outcome.err
@@ -426,3 +417,27 @@ def test_the_chosen_device_is_used_or_refused(monkeypatch):
     monkeypatch.setenv("JLT_DEVICE", "cuda")
     with pytest.raises(JLTError, match="no device cuda"):
         default_device()
+
+
+# ---- the report of a run ----
+
+
+def test_a_run_has_a_grid_by_default_where_drawing_is_cheap(named):
+    store = LatentStore.open(named / "latents")
+    config = dataclasses.replace(resolve_recipe("digits", store.shape), steps=4000, checkpoint_every=1000)
+    assert affordable_grids(config, store, "cpu") == 1000
+    assert affordable_grids(dataclasses.replace(config, checkpoint_every=10), store, "cpu") == 4000
+    assert affordable_grids(dataclasses.replace(config, steps=10), store, "cpu") == 0
+    slow = dataclasses.replace(store.manifest, autoencoder={**store.manifest.autoencoder, "name": "flux2"})
+    assert affordable_grids(config, dataclasses.replace(store, manifest=slow), "cpu") == 0
+
+
+def test_the_report_of_a_run_tells_how_to_train_it_and_how_often_it_was_evaluated(tmp_path):
+    write_run(tmp_path, "x", 1, 0, 20.0)
+    for path in sorted((tmp_path / "evaluations").iterdir())[:-1]:
+        path.unlink()
+    study = read_study(tmp_path)
+    assert command(study).startswith(f"jlt train {tmp_path}/config.json --latents LATENTS --out OUT\n")
+    assert "It is the only evaluation so far." in findings.details(study)
+    aside = dataclasses.replace(study, set_aside=((study.runs[0], study.runs[0].evaluations[0]),))
+    assert "It is the only evaluation by this protocol." in findings.details(aside)

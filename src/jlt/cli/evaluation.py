@@ -33,7 +33,7 @@ class Sample(Command):
     """Generate images from a checkpoint.
 
     Run the same command again to resume. Several processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt sample ...
+      jlt --processes 8 sample ...
 
     For example:
       jlt sample --checkpoint run --out samples --num 64 --format grid
@@ -104,7 +104,7 @@ class Reference(Command):
     """Compute the statistics of real images for evaluations.
 
     Several processes share the work:
-      torchrun --nproc-per-node 8 -m jlt reference ...
+      jlt --processes 8 reference ...
 
     For example:
       jlt reference --images digits --resolution 32 --out digits.npz
@@ -139,7 +139,7 @@ class Evaluate(Command):
     """Compare generated images with real images.
 
     Run the same command again to resume. Several processes share the work of --checkpoint:
-      torchrun --nproc-per-node 8 -m -- jlt evaluate ...
+      jlt --processes 8 evaluate ...
 
     For example:
       jlt evaluate --checkpoint run --num 1000
@@ -194,7 +194,7 @@ class Sweep(Command):
     Few images of each setting find the best region; more images from the same noise rank the settings in it. Images of
     another seed, which no choice depends on, measure the result. Run the same command again to resume. Several
     processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt sweep ...
+      jlt --processes 8 sweep ...
 
     For example:
       jlt sweep --checkpoint run --cfg-scale 1 1.5 2 3 --cfg-interval 0,1 0.1,1 --ema 0.999 none
@@ -276,7 +276,7 @@ class Price(Command):
 
     50-step Heun is measured first, then every cheaper setting from the same noise. Images of another seed measure the
     choice. Run the same command again to resume. Several processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt price ...
+      jlt --processes 8 price ...
 
     For example:
       jlt price --checkpoint run --cfg-scale 2 --solver heun dpmpp_2m --steps 6 8 10 12 16 20

@@ -21,7 +21,7 @@ class Encode(Command):
     """Encode images into a latent store.
 
     Run the same command again to resume. Several processes share the work:
-      torchrun --nproc-per-node 8 -m jlt encode ...
+      jlt --processes 8 encode ...
 
     To adopt shards that the authors' program wrote, without copying them:
       jlt encode --adopt DIR --help
@@ -111,7 +111,7 @@ class Analyze(Command):
     """Forecast from a latent store which prediction suits it.
 
     Measures the target geometry of eq. 9-13 of docs/notation.md. Several processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt analyze ...
+      jlt --processes 8 analyze ...
 
     For example:
       jlt analyze --latents latents --out geometry --patch-size 1 2 --width 768

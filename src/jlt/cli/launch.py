@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jlt.errors import UsageError
@@ -33,6 +34,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Threads of several processes must not compete for the same cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[processes.LAUNCHED] = "1"
     with tempfile.TemporaryDirectory(prefix="jlt-processes-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -50,15 +52,21 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         except SignalException:
             return os.EX_TEMPFAIL
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if rank:
-                _print_end(Path(logs), rank)
-            return failure.exitcode if failure.exitcode > 0 else 1
+            return _report(Path(logs), {rank: failure.exitcode for rank, failure in error.failures.items()})
     return 0
 
 
-def _print_end(logs: Path, rank: int) -> None:
-    """Print the last lines of a process's errors."""
-    for path in logs.glob(f"*/attempt_0/{rank}/stderr.log"):
+def _report(logs: Path, exit_codes: Mapping[int, int]) -> int:
+    """Print the end of a failed process's errors, unless the first process failed by itself; return the exit code."""
+    # The others were ended by the launcher, or ended because one had.
+    ended = (-signal.SIGTERM, os.EX_TEMPFAIL, processes.LOST)
+    guilty = sorted(rank for rank, code in exit_codes.items() if code and code not in ended)
+    if not guilty:
+        return os.EX_TEMPFAIL
+    rank = guilty[0]
+    for path in logs.glob(f"*/attempt_0/{rank}/stderr.log") if rank else ():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         print("\n".join(lines[-LAST_LINES:]), file=sys.stderr, flush=True)
+    if exit_codes[rank] < 0:
+        print(f"jlt: Process {rank} was killed by signal {-exit_codes[rank]}.", file=sys.stderr, flush=True)
+    return max(exit_codes[rank], 1)

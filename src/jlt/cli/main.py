@@ -167,6 +167,8 @@ def _print_error(error: BaseException) -> int:
         sentence = f"jlt: {error}"
     else:
         sentence = f"jlt: {type(error).__name__}: {error} (--debug prints the traceback)"
+    if isinstance(error, processes.LostProcessError) and processes.LAUNCHED in os.environ:
+        return processes.LOST
     process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     print(f"{process}{sentence}{notes}", file=sys.stderr, flush=True)

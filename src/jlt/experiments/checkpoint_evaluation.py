@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from jlt.config import SampleConfig
+from jlt.config import NetworkConfig, SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.image_files import open_images
@@ -344,9 +344,14 @@ def evaluate_run(
         evaluate_once(sampler, reference, extractor, SingleProcess())
 
 
+def grid_rows(network: NetworkConfig) -> int:
+    """Return how many classes a grid of samples shows, a row each."""
+    return min(10, network.num_classes)
+
+
 def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: Path) -> None:
     """Draw a checkpoint's grid of samples: a row per class, from noise that is the same for every checkpoint."""
-    num_classes = min(10, checkpoint.config.network.num_classes)
+    num_classes = grid_rows(checkpoint.config.network)
     labels = [row for row in range(num_classes) for _ in range(GRID_COLUMNS)]
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
     sampler = open_sampler(checkpoint, settings, device)

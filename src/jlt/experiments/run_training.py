@@ -11,18 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jlt.config import SampleConfig, TrainConfig
-from jlt.errors import unknown_name
+from jlt.errors import JLTError, unknown_name
 from jlt.evaluation.extractors import load_extractor
 from jlt.evaluation.suite import require_enough
-from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_once, reference_of
+from jlt.experiments.checkpoint_evaluation import GRID_COLUMNS, draw_grid, evaluate_once, grid_rows, reference_of
 from jlt.latents.manifest import StoreManifest
 from jlt.latents.store import LatentStore
+from jlt.networks.transformer import forward_flops, training_flops
 from jlt.runtime.environment import default_device
 from jlt.runtime.processes import Group, join_group, stop_together
 from jlt.runtime.progress import inform
 from jlt.sampling.labels import number_labels
 from jlt.sampling.sampler import check_guidance, matching_autoencoder, open_sampler
+from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
 from jlt.training.checkpoint import MANIFEST, average_names, open_checkpoint
 from jlt.training.loop import Watcher, train
@@ -30,6 +34,12 @@ from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
 
 LAUNCHER_SETTINGS = {"ACCELERATE_MIXED_PRECISION": "--precision", "ACCELERATE_USE_FSDP": "--parallel fsdp"}
 """Environment variables that `accelerate launch` sets, and the arguments of jlt that replace them."""
+
+
+FAST_DECODERS = ("tiny", "taef2", "pixels")
+"""Autoencoders that decode a grid in seconds on a CPU."""
+CHEAP = 0.05
+"""Share of the arithmetic of a training that sample grids may take by default."""
 
 
 def warn_ignored_settings() -> None:
@@ -63,12 +73,37 @@ def train_and_watch(
 
 def watchers_of(config: TrainConfig, store: LatentStore, device: str, group: Group) -> list[Watcher]:
     """Return the watchers of a run's configuration; JLTError, printed once, for a reference that cannot be opened."""
+    if not config.sample_every:
+        config = dataclasses.replace(
+            config, sample_every=group.on_rank0(lambda: affordable_grids(config, store, device))
+        )
     if config.sample_every or config.evaluate_every:
         group.on_rank0(lambda: check_sampling(config, config.evaluation.sample, store, device))
         if config.evaluate_every:
             require_enough(config.evaluation.sample.num)
     watchers = [grid_watcher(config, device)] if config.sample_every else []
     return watchers + ([evaluation_watcher(config, device, store, group)] if config.evaluate_every else [])
+
+
+def affordable_grids(config: TrainConfig, store: LatentStore, device: str) -> int:
+    """Return the steps between sample grids that cost next to nothing: those of checkpoints, all steps, or 0 for none.
+
+    A decoder that is missing, or slow on a CPU, means none.
+    """
+    if torch.device(device).type == "cpu" and store.manifest.autoencoder["name"] not in FAST_DECODERS:
+        return 0
+    sample = config.evaluation.sample
+    images = GRID_COLUMNS * grid_rows(config.network)
+    drawing = images * network_evaluations(sample.solver, sample.steps) * forward_flops(config.network)
+    every = [config.checkpoint_every, config.steps]
+    a_step = config.batch_size * training_flops(config.network)
+    affordable = next((steps for steps in every if drawing <= CHEAP * steps * a_step), 0)
+    if affordable:
+        try:
+            check_sampling(config, sample, store, device)
+        except JLTError:
+            return 0
+    return affordable
 
 
 def check_sampling(config: TrainConfig, sample: SampleConfig, store: LatentStore, device: str) -> None:

@@ -272,7 +272,9 @@ def _about_one_run(study: Study) -> list[str]:
         return []
     best = min(known, key=known.__getitem__)
     if best == study.final_step:
-        return ["It is the lowest so far." if len(known) > 1 else "It is the only evaluation so far."]
+        if len(known) > 1:
+            return ["It is the lowest so far."]
+        return [f"It is the only evaluation {'by this protocol' if study.set_aside else 'so far'}."]
     return [f"The lowest so far was {number(known[best])} at step {best:,}; it has risen since."]
 
 

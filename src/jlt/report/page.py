@@ -167,7 +167,8 @@ def command(study: Study) -> str:
     if ablation is None:
         if study.geometry is not None and not study.systems:
             return geometry_text.analyze_command(study.geometry, study.inside)
-        return f"jlt report {shlex.quote(str(study.folder))}"
+        config = shlex.quote(str(study.folder / "config.json"))
+        return f"jlt train {config} --latents LATENTS --out OUT\njlt report OUT"
     if ablation.command:
         return ablation.command
     axes = {axis: dict.fromkeys(getattr(run, axis) for run in ablation.systems) for axis in AXES}

@@ -66,7 +66,8 @@ def follow_parent(parent: int, stops: Callable[[], bool] = lambda: False) -> Non
             time.sleep(POLL_SECONDS)
             if not requested and stops():
                 requested = True
-                signal.raise_signal(PARENT_STOPS)
+                # To the main thread, which may wait for something that only a signal of its own ends.
+                signal.pthread_kill(threading.main_thread().ident or 0, PARENT_STOPS)
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()

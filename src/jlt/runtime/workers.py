@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from queue import Full, Queue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from jlt.errors import JLTError
 from jlt.runtime import progress
@@ -20,7 +20,8 @@ from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, signals_bl
 T = TypeVar("T")
 _END: Any = object()
 PUT_SECONDS = 0.1
-SharedSteps = MutableSequence[int]
+SharedSteps: TypeAlias = Any
+"""A sequence of integers in shared memory, whose type ctypes makes."""
 _stopping: Event | None = None
 _steps: SharedSteps | None = None
 

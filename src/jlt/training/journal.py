@@ -189,7 +189,7 @@ def open_trackers(config: TrainConfig, run: Path, resumed_step: int) -> Trackers
     for name, package, open_tracker in wanted if processes.rank() == 0 else ():
         try:
             if importlib.util.find_spec(package) is None:
-                raise JLTError(f"the package {package} is not installed (pip install 'jlt[trackers]' brings it)")
+                raise JLTError(f"the package {package} is not installed (pip install -e '.[trackers]' brings it)")
             opened.append(open_tracker())
         except Exception as error:
             _report_off(name, error)

@@ -33,7 +33,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     # Its warnings would repeat at length what the sentence of the failed process says.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Threads of several processes must not compete for the same cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     os.environ[processes.LAUNCHED] = "1"
     with tempfile.TemporaryDirectory(prefix="jlt-processes-") as logs:
         config = LaunchConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 
 MAX_LISTED = 20
@@ -25,9 +25,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Return the error for a name that is not among the known ones, with the nearest of them."""
     names = list(known)
     near = _nearest(name, names)
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names[:MAX_LISTED])}{more}."
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {few(names, MAX_LISTED)}."
     return UsageError(f"There is no {kind} named {name!r}: {hint}")
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names as text, with the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _nearest(name: str, names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
 from jlt.config import LossSpace, TimestepConfig
-from jlt.images.source import few
+from jlt.errors import few
 from jlt.latents.encode_config import EncodeConfig
 from jlt.runtime.processes import join_group
 

@@ -41,7 +41,7 @@ class Recipe:
     latents: LatentShape
     images: int
     purpose: str
-    """What it is for, in a few words."""
+    """What it is for, in short."""
 
 
 FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT", "eps": "DiT-eps"}

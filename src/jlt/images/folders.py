@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jlt.errors import JLTError
-from jlt.images.source import ImageSource, few, read_image, require_index
+from jlt.errors import JLTError, few
+from jlt.images.source import ImageSource, read_image, require_index
 
 
 class ClassFolders(ImageSource):

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.errors import JLTError, UsageError, few, unknown_name
 from jlt.images.digits import Digits
 from jlt.images.folders import ClassFolders, split_folders
 from jlt.images.parquet import Parquet
 from jlt.images.sharded import ShardedSource, read_class_names
-from jlt.images.source import ImageSource, absolute, few
+from jlt.images.source import ImageSource, absolute
 from jlt.images.tar import TarShards
 
 BUNDLED = ("digits",)

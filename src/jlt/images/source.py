@@ -8,7 +8,7 @@ import hashlib
 import io
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,6 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return JSON values that identify this sequence of images; equal sources have equal identities."""
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """Return the first of some names as text, with the number of the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def require_index(index: int, source: ImageSource) -> None:

@@ -172,6 +172,20 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     assert seconds < 60
 
 
+def test_a_finished_ablation_answers_at_once(finished, latents, tmp_path, monkeypatch, capsys):
+    for name in ("run_jobs", "forecasts", "check_sampling", "prove_matched"):
+        monkeypatch.setattr(f"jlt.experiments.ablation.{name}", lambda *_: pytest.fail("work was done again"))
+    found = ablate(ablation_config(latents), latents, finished, workers=2, command="again")
+    assert found.command == "jlt ablate digits"
+    assert "is already finished" in capsys.readouterr().err
+    # One file less, and there is work.
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    next(out.glob("runs/*/evaluations/*.json")).unlink()
+    with pytest.raises(pytest.fail.Exception, match="work was done again"):
+        ablate(ablation_config(latents), latents, out, workers=2, command="again")
+
+
 def test_other_settings_or_latents_are_refused_in_the_same_folder(finished, latents, tmp_path):
     before = file_bytes(finished)
     longer = dataclasses.replace(base_config(latents), steps=20)

@@ -17,7 +17,7 @@ from test_cli import done, jlt
 from training_helpers import config_for
 from worker_jobs import count_and_wait
 
-from jlt.benchmarks.plan import check_affordable
+from jlt.benchmarks.plan import Figure, Hardware, check_affordable, describe_latents, make_plan
 from jlt.config import SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.reference import features_for
@@ -28,6 +28,7 @@ from jlt.images.registry import open_source, reopen_source
 from jlt.latents.manifest import read_manifest
 from jlt.latents.store import LatentStore
 from jlt.report import findings
+from jlt.report.benchmark_table import benchmark_table, plan_table
 from jlt.report.geometry_text import geometry_verdict
 from jlt.report.page import command, write_report
 from jlt.report.study import read_study
@@ -38,6 +39,7 @@ from jlt.results.sweep import SweepPoint
 from jlt.runtime.environment import default_device, device_of_float64
 from jlt.runtime.signals import STOPPING, Stopped, stop_on_signal, until_stopped
 from jlt.runtime.workers import run_jobs, shared_steps
+from jlt.storage.codec import to_json
 from jlt.training.loop import train
 from jlt.training.step import Stepper
 
@@ -441,3 +443,29 @@ def test_the_report_of_a_run_tells_how_to_train_it_and_how_often_it_was_evaluate
     assert "It is the only evaluation so far." in findings.details(study)
     aside = dataclasses.replace(study, set_aside=((study.runs[0], study.runs[0].evaluations[0]),))
     assert "It is the only evaluation by this protocol." in findings.details(aside)
+
+
+# ---- benchmarks ----
+
+
+@pytest.mark.parametrize(("mfu", "verdict"), [(0.5, "50% of the speed"), (0.1, "less than jlt plan assumes")])
+def test_a_benchmark_says_whether_its_figures_are_good(mfu, verdict):
+    keys = ["img_per_second", "seconds_per_step", "gflops", "matmul_gflops", "peak_memory_gib", "warmup_seconds"]
+    entry = {"preset": "JLT-B/1", "batch_size": 8, "precision": "float32", "compile": False, "out_of_memory": False}
+    result = {"measured": [{**entry, **dict.fromkeys(keys, 1.0), "mfu": mfu}], "best": {"JLT-B/1": 8}}
+    result |= {"loop": {"JLT-B/1": {"error": "no room"}}, "profile": {}, "compare": {}, "warning": ""}
+    last = benchmark_table(result).splitlines()[-1]
+    assert last.startswith("JLT-B/1: an update reaches")
+    assert verdict in last
+
+
+def test_a_plan_states_which_micro_batch_fits():
+    config = train_config(batch_size=64)
+    latents = describe_latents(config, 1797, None)
+    roomy = Hardware("some", 1, Figure(1e12, "", "FLOP/s"), Figure(2**40, ""), Figure(0, ""), 0.0)
+    text = plan_table(to_json(make_plan(config, latents, roomy, 0.4)))
+    assert text.endswith("A process's whole share of a batch, 64 samples, fits at once.")
+    half = make_plan(dataclasses.replace(config, micro_batch_size=32), latents, roomy, 0.4).memory["total"].value
+    tight = dataclasses.replace(roomy, memory=Figure(half, ""))
+    text = plan_table(to_json(make_plan(dataclasses.replace(config, micro_batch_size=32), latents, tight, 0.4)))
+    assert text.endswith("The largest micro-batch that fits and divides a process's 64 samples is 32.")

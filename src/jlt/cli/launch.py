@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jlt.errors import UsageError
 from jlt.runtime import processes
+from jlt.runtime.signals import STOPPING_SIGNALS
 
 SHUTDOWN_SECONDS = 7 * 24 * 3600
 """How long stopped processes may take to save: a launcher must not kill one that writes a checkpoint."""
@@ -46,6 +47,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(logs, dict.fromkeys(range(1, count), Std.ALL)),
+            signals_to_handle=",".join(number.name for number in STOPPING_SIGNALS),
             shutdown_timeout=SHUTDOWN_SECONDS,
         )
         try:

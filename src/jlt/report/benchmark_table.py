@@ -23,6 +23,9 @@ SECTIONS = {
     "time": "time",
     "measured": "measured on this machine",
 }
+LONG_HOURS = 48
+LARGE_NETWORK = 50e6
+"""Parameters beyond those of the recipes for photographs."""
 GOOD_MFU = 0.4
 """Share of the speed of a matrix product from which an update counts as fast: the assumption of `jlt plan`."""
 GOOD_RATIO = 0.95
@@ -239,10 +242,12 @@ def refusal(plan: Mapping[str, Any], together: int = 1) -> str:
     ways = sorted(plan["ways_to_fit"], key=lambda way: way["seconds"])
     if ways:
         needed, hours = memory(ways[0]["bytes"]), ways[0]["seconds"] / 3600
-        text += f" It fits with {_options(ways[0]['settings'])}: {needed}, about {_hours(hours)} of training."
+        length = _hours(hours) if hours < LONG_HOURS else f"{number(hours / 24, 2)} days"
+        text += f" It fits with {_options(ways[0]['settings'])}: {needed}, about {length} of training."
     else:
         text += " No batch fits: take a smaller network."
-    return f"{text} The recipes laptop and photos are smaller."
+    large = plan["work"]["parameters"]["value"] > LARGE_NETWORK
+    return f"{text} The recipes laptop and photos are smaller." if large else text
 
 
 def _options(settings: Mapping[str, Any]) -> str:

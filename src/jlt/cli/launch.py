@@ -17,6 +17,8 @@ from jlt.runtime.signals import STOPPING_SIGNALS
 SHUTDOWN_SECONDS = 7 * 24 * 3600
 """How long stopped processes may take to save: a launcher must not kill one that writes a checkpoint."""
 LAST_LINES = 5
+PRINTED = "printed"
+"""File that says that the first process has printed why it failed."""
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -36,8 +38,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     # Threads of several processes must not compete for the same cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
-    os.environ[processes.LAUNCHED] = "1"
     with tempfile.TemporaryDirectory(prefix="jlt-processes-") as logs:
+        os.environ[processes.LAUNCHED] = logs
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -67,7 +69,8 @@ def _report(logs: Path, exit_codes: Mapping[int, int]) -> int:
     if not guilty:
         return os.EX_TEMPFAIL
     rank = guilty[0]
-    for path in logs.glob(f"*/attempt_0/{rank}/stderr.log") if rank else ():
+    unseen = rank > 0 and not (logs / PRINTED).exists()
+    for path in logs.glob(f"*/attempt_0/{rank}/stderr.log") if unseen else ():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         print("\n".join(lines[-LAST_LINES:]), file=sys.stderr, flush=True)
     if exit_codes[rank] < 0:

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -22,7 +23,7 @@ from jlt.cli.evaluation import Evaluate, Fetch, Price, Reference, Sample, Sweep
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.interop import Export, Import
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
-from jlt.cli.launch import launch
+from jlt.cli.launch import PRINTED, launch
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.config import SAMPLERS
 from jlt.errors import JLTError, UsageError, unknown_name
@@ -172,6 +173,8 @@ def _print_error(error: BaseException) -> int:
     process = f"[process {processes.rank()}] " if processes.world_size() > 1 else ""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     print(f"{process}{sentence}{notes}", file=sys.stderr, flush=True)
+    if processes.LAUNCHED in os.environ and processes.rank() == 0:
+        (Path(os.environ[processes.LAUNCHED]) / PRINTED).touch()
     if isinstance(error, Stopped):
         # A job scheduler runs it again.
         return os.EX_TEMPFAIL

@@ -95,7 +95,7 @@ def affordable_grids(config: TrainConfig, store: LatentStore, device: str) -> in
     sample = config.evaluation.sample
     images = GRID_COLUMNS * grid_rows(config.network)
     drawing = images * network_evaluations(sample.solver, sample.steps) * forward_flops(config.network)
-    every = [config.checkpoint_every, config.steps]
+    every = [min(config.checkpoint_every, config.steps), config.steps]
     a_step = config.batch_size * training_flops(config.network)
     affordable = next((steps for steps in every if drawing <= CHEAP * steps * a_step), 0)
     if affordable:

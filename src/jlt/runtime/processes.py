@@ -28,7 +28,7 @@ NO_TIMEOUT = timedelta(days=7)
 
 
 LAUNCHED = "JLT_LAUNCHED"
-"""Environment variable of processes that `jlt --processes` started: it prints why one of them failed."""
+"""Environment variable of processes that `jlt --processes` started: the folder in which they record failures."""
 LOST = 76
 """Exit code of such a process that ends because another one did."""
 

@@ -30,7 +30,7 @@ AutoencoderPath = Annotated[
 ]
 Check = Annotated[bool, arg(help="Start even what does not seem to fit in memory.")]
 Folder = Annotated[Path, Positional, arg(metavar="DIR")]
-SystemWorkers = Annotated[int | None, arg(help="Systems that train at the same time. Default: 2 on a CPU, 1 on a GPU.")]
+SystemWorkers = Annotated[int | None, arg(help="Systems trained at once. Default: 2 on a CPU, else 1.")]
 
 
 @dataclass(frozen=True)

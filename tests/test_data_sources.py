@@ -127,9 +127,9 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="did you mean digits"):
         open_source("digit")
     (tmp_path / "imagenet").mkdir()
-    with pytest.raises(JLTError, match="imagenet"):
+    with pytest.raises(JLTError, match="imagnet does not exist: name a folder"):
         open_source(str(tmp_path / "imagnet"))
-    with pytest.raises(JLTError, match="no class folders"):
+    with pytest.raises(JLTError, match="holds no images"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "imagenet" / "n0").mkdir()
     with pytest.raises(JLTError, match="no file in any"):

@@ -351,7 +351,7 @@ def test_a_wrong_command_gets_one_sentence(arguments, code, message, capsys, tmp
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "run"]) == 1
-    assert "pip install 'jlt[demo]'" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 # ---- the page of an exported folder ----

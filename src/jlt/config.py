@@ -373,7 +373,7 @@ class TrainConfig:
     snapshot_every: int = 10_000
     """Steps between snapshots of the power-function averages."""
     sample_every: int = 0
-    """Steps between sample grids of the same noise and labels; 0 draws none."""
+    """Steps between sample grids of the same noise and labels; 0 draws them with checkpoints where that is cheap."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 makes none."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

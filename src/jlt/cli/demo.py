@@ -16,7 +16,7 @@ from jlt.errors import UsageError
 class Demo(Command):
     """Serve a page that draws images of one or two checkpoints.
 
-    Two systems are shown side by side from the same noise. The page needs an extra: pip install 'jlt[demo]'.
+    Two systems are shown side by side from the same noise. The page needs an extra: pip install -e '.[demo]'.
     Ctrl-C ends it.
 
     For example:

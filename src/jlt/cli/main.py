@@ -13,22 +13,26 @@ import resource
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
 
+from jlt import __version__
 from jlt.cli.benchmark import BENCHMARKS, Benchmark
-from jlt.cli.command import PARSING, Command
+from jlt.cli.command import PARSING, Command, option_names, require_known
 from jlt.cli.demo import Demo
 from jlt.cli.evaluation import Evaluate, Fetch, Price, Reference, Sample, Sweep
 from jlt.cli.experiments import Ablate, Quickstart, Report
 from jlt.cli.interop import Export, Import
 from jlt.cli.latents import Adopt, Analyze, Encode, Verify
+from jlt.cli.launch import PRINTED, launch
 from jlt.cli.training import Plan, RecipeCommand, Train, print_settings
 from jlt.config import SAMPLERS
 from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.ranges import RangeError
 from jlt.runtime import processes
+from jlt.runtime.device import choose_device, prepare_apple_gpu
 from jlt.runtime.progress import silence
 from jlt.runtime.signals import Stopped
 from jlt.runtime.streams import deliver, harmless, prepare_streams, printing, say
@@ -40,7 +44,12 @@ COMMANDS: tuple[type[Command], ...] = (
     *(Quickstart, Encode, Verify, Analyze, Plan, Train, Sample, Demo),
     *(Fetch, Reference, Evaluate, Sweep, Price, Ablate, Report, Import, Export, Benchmark),
 )
-DESCRIPTION = "Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them."
+DESCRIPTION = """Latent diffusion transformers that predict x, eps or v: train, sample, evaluate and explain them.
+
+Options of every command:
+  --device auto|cuda|mps|cpu  where to compute; auto takes a GPU if there is one
+  --processes N               run the command in N processes of this machine
+  --version                   print the version"""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -69,14 +78,15 @@ def _parse(arguments: list[str], commands: Mapping[str, type[Command]], prog: st
     try:
         command, rest = tyro.cli(union, args=arguments, return_unknown_args=True, **options)
     except SystemExit as leave:
-        recipe = arguments[1] if len(arguments) > 1 else "-"
+        recipe = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("-") else None
         overrides = issubclass(commands.get(name, Command), RecipeCommand)
-        if overrides and not leave.code and not recipe.startswith("-"):
+        if overrides and not leave.code and (recipe or name == "train"):
             print_settings(name, recipe)
         raise
     if isinstance(command, RecipeCommand):
         return dataclasses.replace(command, overrides=tuple(rest))
-    # tyro explains unknown arguments only where it does not return them.
+    require_known(rest, option_names(type(command)))
+    # tyro explains other unknown arguments only where it does not return them.
     return tyro.cli(union, args=arguments, **options) if rest else command
 
 
@@ -91,11 +101,29 @@ def refuse_two_samplers(arguments: Sequence[str]) -> None:
                     raise UsageError(f"{named} sets {key}, too: leave out {prefix}{key}, or {named}.")
 
 
+def take_globals(arguments: Sequence[str]) -> tuple[list[str], int]:
+    """Return the arguments without the options of every command, and the number of processes; set the device."""
+    rest, values = list(arguments), {"--processes": "1", "--device": ""}
+    for option in values:
+        for place, argument in enumerate(rest):
+            name, joined, value = argument.partition("=")
+            if name == option:
+                values[option] = value if joined else "".join(rest[place + 1 : place + 2])
+                del rest[place : place + (1 if joined else 2)]
+                break
+    if values["--device"]:
+        choose_device(values["--device"])
+    if not values["--processes"].isdecimal() or not int(values["--processes"]):
+        raise UsageError(f"--processes takes a number of 1 or more, not {values['--processes']!r}.")
+    return rest, int(values["--processes"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 when done, 1 on failure, 2 for wrong arguments, 75 when stopped on request."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
     processes.prepare_process()
+    prepare_apple_gpu()
     try:
         return _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
@@ -110,14 +138,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run the command and print its result; return the exit code."""
+    if "--version" in arguments:
+        deliver(f"jlt {__version__}")
+        return 0
     processes.require_launcher()
     first = processes.rank() == 0
     if not first:
         # Process 0 prints progress and results for all; each process prints its own error.
         silence()
     try:
+        arguments, count = take_globals(arguments)
         with printing():
             command = parse(arguments)
+        if count > 1:
+            return launch(count, arguments)
         result = command.run()
     except SystemExit as leave:
         if not leave.code:
@@ -172,9 +206,13 @@ def _print_error(error: BaseException) -> int:
         sentence = f"jlt: Memory ran out: choose smaller batches, or fewer images ({_first_line(error)})."
     else:
         sentence = f"jlt: {type(error).__name__}: {_first_line(error)} (--debug prints the traceback)"
+    if isinstance(error, processes.LostProcessError) and processes.LAUNCHED in os.environ:
+        return processes.LOST
     process = f"[process {processes.rank()}] " if _among_several() else ""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     say(f"{process}{sentence}{notes}")
+    if processes.LAUNCHED in os.environ and processes.rank() == 0:
+        (Path(os.environ[processes.LAUNCHED]) / PRINTED).touch()
     if isinstance(error, Stopped):
         # A job scheduler runs it again.
         return os.EX_TEMPFAIL

@@ -31,8 +31,8 @@ class AblationAxes(Ranged):
     """Axis: x, eps, v, edm, skip=S or mix=R."""
     loss_space: tuple[LossSpace, ...] = ("v",)
     """Axis: spaces of the loss."""
-    patch_size: tuple[int, ...] = (1,)
-    """Axis: patch sizes."""
+    patch_size: tuple[int, ...] = ()
+    """Axis: patch sizes. Default: that of the recipe."""
     seed: tuple[int, ...] = (0,)
     """Axis: seeds of the training."""
     anisotropy: tuple[float, ...] = ()
@@ -52,7 +52,7 @@ class AblationAxes(Ranged):
             points = getattr(self, axis)
             # As in the names of folders.
             names = {f"{point:g}" if isinstance(point, float) else point for point in points}
-            if not (points or axis in OPTIONAL) or len(names) < len(points):
+            if not (points or axis in OPTIONAL or axis == "patch_size") or len(names) < len(points):
                 raise UsageError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
 
 
@@ -79,6 +79,8 @@ class AblationConfig(AblationAxes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.patch_size:
+            object.__setattr__(self, "patch_size", (self.train.network.patch_size,))
         if self.train.sample_every or self.train.evaluate_every:
             raise UsageError("An ablation evaluates its runs itself: set --evaluations instead.")
 

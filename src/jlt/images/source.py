@@ -26,6 +26,10 @@ class ImageSource(abc.ABC):
     class_names: tuple[str, ...]
     in_memory: bool = False
 
+    def notes(self) -> list[str]:
+        """Return sentences about what the user may not expect of these images."""
+        return []
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 

@@ -24,7 +24,15 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, read_manifest, write_manifest
+from jlt.latents.manifest import (
+    MANIFEST_NAME,
+    LatentSums,
+    ShardRecord,
+    StoreManifest,
+    no_store,
+    read_manifest,
+    write_manifest,
+)
 from jlt.latents.shards import SAFETENSORS_NAMES, ShardFile, ShardWriter, TensorEntry
 from jlt.runtime.environment import cores
 from jlt.runtime.progress import track
@@ -93,7 +101,11 @@ class LatentStore:
     def identity(self) -> dict[str, Any]:
         """Return the fields by which result files identify the latents."""
         manifest = self.manifest
+        exif, skipped = (manifest.encoding or {}).get("exif", "ignore"), [image.index for image in manifest.skipped]
+        # What tells the encoded images from those of the source, where they differ.
+        encoded = {**({"exif": exif} if exif != "ignore" else {}), **({"skipped": skipped} if skipped else {})}
         return {
+            **encoded,
             "autoencoder": manifest.autoencoder,
             "source": manifest.source,
             "count": manifest.count,
@@ -209,7 +221,7 @@ def _require_finished(folder: Path) -> None:
         return
     if (folder / STATE_FOLDER).is_dir():
         raise JLTError(f"The latent store {folder} is unfinished: run the same encode command again to complete it.")
-    raise JLTError(f"{folder} is not a latent store: it has no {MANIFEST_NAME}.")
+    raise no_store(folder)
 
 
 def _require_undamaged(folder: Path, problems: list[str]) -> None:

@@ -30,6 +30,16 @@ LAST_PORT = 65535
 UNSET = "start several processes with torchrun, or unset the variable for a single one."
 
 
+LAUNCHED = "JLT_LAUNCHED"
+"""Environment variable of processes that `jlt --processes` started: the folder in which they record failures."""
+LOST = 76
+"""Exit code of such a process that ends because another one did."""
+
+
+class LostProcessError(JLTError):
+    """Another process of the work has ended."""
+
+
 def rank() -> int:
     """Return the number of this process among all; 0 if it is the only one."""
     return _from_launcher("RANK", 0)
@@ -225,7 +235,7 @@ def lost_process_as_error() -> Iterator[None]:
         # gloo raises a plain RuntimeError, so only PyTorch's text tells a lost connection from other errors.
         if not (isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "NCCL", "onnection"))):
             raise
-        raise JLTError(
+        raise LostProcessError(
             f"Another process of this work ended early, so process {rank()} ends too: see the error of that process "
             f"({str(error).strip().splitlines()[0]})."
         ) from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from jlt.runtime.streams import harmless, say
@@ -17,12 +18,26 @@ BAR_WIDTH, NARROW_TERMINAL = 24, 64
 FIGURES_WIDTH = 32
 """Columns of a terminal that steps and time left take, at most; the description gets the rest."""
 _silent = False
+_report: Callable[[float], None] | None = None
 
 
 def silence() -> None:
     """Show nothing from here on: for worker processes, whose parent shows the progress of all."""
     global _silent
     _silent = True
+
+
+def report_steps(report: Callable[[float], None]) -> None:
+    """Hand the steps of every bar that counts to `report`, in a process that shows nothing itself."""
+    global _report
+    _report = report
+
+
+def acknowledge(message: str) -> None:
+    """Print one line at once, also from a signal handler that interrupted a print."""
+    if not _silent:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"{message}\n".encode())
 
 
 def inform(message: str) -> None:
@@ -46,7 +61,9 @@ def bar(description: str, total: float | None, unit: str = "") -> Bar:
 
     With a `unit` such as "step" the bar counts; otherwise it shows a percentage of the total, or `done` without one.
     """
-    return Bar() if _silent else _ShownBar(description, total, unit)
+    if not _silent:
+        return _ShownBar(description, total, unit)
+    return _ReportedBar(_report) if unit and _report else Bar()
 
 
 class Bar(contextlib.AbstractContextManager["Bar"]):
@@ -56,6 +73,16 @@ class Bar(contextlib.AbstractContextManager["Bar"]):
 
     def show(self, done: float, detail: str = "", force: bool = False) -> None:
         """Show how much of the total is done, with a detail; `force` prints a plain line even soon after another."""
+
+
+class _ReportedBar(Bar):
+    """Hands the steps on, to the process that shows the progress of all."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self._report = report
+
+    def show(self, done: float, detail: str = "", force: bool = False) -> None:  # noqa: ARG002
+        self._report(done)
 
 
 class _ShownBar(Bar):

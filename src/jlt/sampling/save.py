@@ -45,7 +45,7 @@ COLUMNS = 8
 """Times of a strip before the image itself, and images from one noise to the next."""
 TITLES = {
     "strip": "The clean image that the network predicts, on the way from noise",
-    "interpolation": "From the noise of one image to that of the next",
+    "interpolation": "From the noise of one image to that of the next, of the class of the first",
     "pairs": "Two checkpoints from the same noise",
 }
 Rows = UInt8[np.ndarray, "n columns s s 3"]
@@ -224,8 +224,8 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     with lock_folder(out):
         ranges = batches_of(first.config.num, first.config.batch_size)
         work = [(numbers, sampler) for numbers in ranges for sampler in samplers]
-        drawing = track(until_stopped(work), "drawing", len(work))
-        rows = [DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in drawing]
+        drawing = until_stopped(DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in work)
+        rows = list(track(drawing, "drawing", len(work)))
         drawn = [np.concatenate(rows[index :: len(samplers)]) for index in range(len(samplers))]
         return _save(out / f"{kind}.png", first, drawn, kind, names)
 

@@ -98,6 +98,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if event in NOTES:
             inform(NOTES[event](values))
 
+    def advance(self, step: int) -> None:
+        """Show that a step is made, also where no line is logged."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.show(step)
+
     def show(self) -> None:
         """Begin to show the training on the screen."""
         if self._active:
@@ -181,7 +187,7 @@ def open_trackers(config: TrainConfig, run: Path, resumed_step: int) -> Trackers
     for name, package, open_tracker in wanted if processes.rank() == 0 else ():
         try:
             if importlib.util.find_spec(package) is None:
-                raise JLTError(f"the package {package} is not installed (pip install 'jlt[trackers]' brings it)")
+                raise JLTError(f"the package {package} is not installed (pip install -e '.[trackers]' brings it)")
             opened.append(open_tracker())
         except Exception as error:
             _report_off(name, error)

@@ -24,6 +24,7 @@ from jlt.loss import denoising_loss
 from jlt.path import interpolate
 from jlt.runtime.processes import Group
 from jlt.runtime.random_numbers import normal_per_sample
+from jlt.runtime.signals import StopRequest
 from jlt.training.draws import StepDraws
 from jlt.training.parallel import Parallel, full_tensor, sum_over
 from jlt.training.state import TrainState
@@ -134,16 +135,24 @@ class Stepper:
             self.parallel.rehearse(split.micro_batch_size)
 
     def differentiate(
-        self, draws: StepDraws, latents: Float[Tensor, "share c h w"], labels: Int64[Tensor, "share"], stop: bool
+        self,
+        draws: StepDraws,
+        latents: Float[Tensor, "share c h w"],
+        labels: Int64[Tensor, "share"],
+        stop: bool | StopRequest,
     ) -> Outcome:
-        """Leave the clipped gradient of the global batch's loss in the parameters; `stop` is this process's request."""
+        """Leave the clipped gradient of the global batch's loss in the parameters.
+
+        `stop` is this process's request, which may arrive while the gradient is computed.
+        """
         losses = []
         for start in range(0, self.split.share, self.split.micro_batch_size):
             part = slice(start, start + self.split.micro_batch_size)
             with self.parallel.accumulating(part.stop < self.split.share):
                 losses.append(self._accumulate(draws.part(part), latents[part], labels[part]))
         share = torch.cat(losses)
-        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(stop))))
+        requested = torch.full_like(share[0], float(bool(stop)))
+        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), requested))
         by_time = self.state.loss_by_time
         if by_time:
             local = torch.cat((local, by_time.collect(draws.t.to(share), share).flatten()))

@@ -14,7 +14,8 @@ from PIL import Image
 
 from jlt.errors import JLTError
 from jlt.images.crop import centre_crop
-from jlt.images.source import BadImageError, ImageSource
+from jlt.images.reading import BadImageError
+from jlt.images.source import ImageSource
 
 SIZE = 32
 LEFT, RIGHT = (200, 60, 40), (20, 120, 220)

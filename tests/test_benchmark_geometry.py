@@ -61,4 +61,4 @@ def test_report():
 
 def test_too_few_latents_are_refused(capsys):
     assert main(["benchmark", "geometry", "--count", "1"]) == 2
-    assert "--count must be 2 or more" in capsys.readouterr().err
+    assert "--count must be from 2 to" in capsys.readouterr().err

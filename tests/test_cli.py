@@ -18,6 +18,7 @@ from PIL import Image
 
 import jlt as jlt_package
 from jlt.cli.main import COMMANDS, main
+from jlt.experiments.recipes import RECIPES
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.registry import open_source
 from jlt.storage.files import read_json, read_sealed_json, without_seal
@@ -133,8 +134,8 @@ def test_help_of_a_command_is_short_and_has_an_example(command):
     outcome = jlt(command, "--help")
     assert outcome.code == 0
     assert outcome.err == ""
-    # Commands that generate images have the settings of the sampler too.
-    assert len(outcome.out.splitlines()) < 100
+    # Commands that generate images have the settings of the sampler too; that of train lists all settings of a run.
+    assert len(outcome.out.splitlines()) < 100 or command == "train"
     example = re.search(r"For example:\s+(jlt .*)", outcome.out)
     assert example, outcome.out
     assert example[1].split()[1] == command
@@ -170,8 +171,19 @@ def test_the_help_of_a_recipe_lists_its_settings():
     helps = option_helps("train", "digits")
     assert {"--out", "--steps", "--network.depth", "--loss.space", "--evaluation.sample.solver"} <= set(helps)
     assert helps["--steps"].endswith("(default: 1500)")
-    assert "--steps" not in option_helps("train")
+    # What is on by default is listed by the option that turns it off.
+    assert set(option_helps("train")) >= {*helps, "RECIPE"} - {"--flips"}
     assert jlt("--help", "train").code == 0
+
+
+def test_the_help_of_train_lists_all_recipes():
+    text = jlt("train", "--help").out
+    for name, recipe in RECIPES.items():
+        assert re.search(rf"^  {re.escape(name)} +{re.escape(recipe.purpose)}$", text, re.MULTILINE), name
+
+
+def test_the_version_is_printed():
+    assert jlt("--version") == Outcome(0, f"jlt {jlt_package.__version__}\n", "")
 
 
 def test_no_text_of_the_command_line_uses_the_old_dialect():
@@ -229,7 +241,12 @@ def test_a_setting_that_is_on_can_be_turned_off():
         ("train digits --network.dpeth 2 --print-config", "--network.depth"),
         ("train digits --netwrok.depth 2 --print-config", "--network.depth"),
         ("train digits --optimizer.learning-rat 2 --print-config", "--optimizer.learning-rate"),
-        ("train digits --latnets there --print-config", "--latents"),
+        ("train digits --latnets there --print-config", "did you mean --latents?"),
+        ("train digits --learning-rate 1 --print-config", "did you mean --optimizer.learning-rate?"),
+        ("train digits --lr 1 --print-config", "did you mean --optimizer.learning-rate?"),
+        ("ablate digits --latents OUT --out OUT --num 8", "did you mean --sample.num or --evaluation.sample.num?"),
+        ("verify OUT --device gpu", "did you mean cpu?"),
+        ("verify OUT --processes 0", "--processes takes a number of 1 or more"),
         ("train digits --prediction velocity --print-config", "x, eps, v, edm, skip=0.3, mix=0.5"),
         ("train digits --loss.space skpi=2 --print-config", "skip=0.3"),
         ("encode --images digits --autoencoder tinny --out OUT", "tiny"),
@@ -238,7 +255,7 @@ def test_a_setting_that_is_on_can_be_turned_off():
         ("sample --checkpoint OUT --out OUT --solver huen", "heun"),
         ("sample --checkpoint OUT --out OUT --format pgn", "png"),
         ("sample --checkpoint OUT --out OUT --slover heun", "--solver"),
-        ("evaluate --samples OUT --features digit", "digits"),
+        ("evaluate --samples OUT --reference digits --features digit", "digits"),
         ("evaluate --samples OUT --featurs digits", "--features"),
         ("plan digits --gpu H2000", "H200"),
         ("plan digits --gpsu 8", "--gpus"),
@@ -246,9 +263,12 @@ def test_a_setting_that_is_on_can_be_turned_off():
         ("benchmark train --preset JLT-B1", "JLT-B/1"),
         ("benchmark train --preset DiT-XL/2", "DiT-L/2"),
         ("benchmark trian", "train"),
+        ("plan digits --gpus 7", "batch_size 63 or 70"),
+        ("train digits --steps 0 --print-config", "--steps must be from 1 to"),
+        ("train digits --network.patch-size 3 --print-config", "patch_size 3 does not divide"),
     ],
 )
-def test_wrong_arguments_give_2_and_the_nearest_name(arguments, nearest, tmp_path, monkeypatch):
+def test_wrong_arguments_and_settings_give_2_and_the_remedy(arguments, nearest, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = jlt(*arguments.split())
     assert outcome.code == 2
@@ -278,11 +298,8 @@ def test_missing_arguments_give_2(arguments, tmp_path, monkeypatch):
         ("train digits --latents nowhere --out OUT", "nowhere"),
         ("sample --checkpoint nowhere --out OUT", "nowhere does not exist"),
         ("evaluate --checkpoint nowhere", "nowhere does not exist"),
-        ("evaluate --samples nowhere", "nowhere does not exist"),
-        ("plan digits --gpus 7", "batch_size 63 or 70"),
+        ("evaluate --samples nowhere --reference digits", "nowhere does not exist"),
         ("plan digits --latents nowhere", "nowhere"),
-        ("train digits --steps 0 --print-config", "steps must be positive"),
-        ("train digits --network.patch-size 3 --print-config", "patch_size 3 does not divide"),
     ],
 )
 def test_a_failure_gives_1_and_one_sentence(arguments, expected, tmp_path, monkeypatch):

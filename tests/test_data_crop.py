@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from jlt.errors import JLTError
 from jlt.images.crop import centre_crop, to_rgb
-from jlt.images.source import decode_image
+from jlt.images.reading import decode_image
 
 
 def box(x: float) -> float:

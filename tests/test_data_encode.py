@@ -290,7 +290,7 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="10 is not a multiple of 4"):
         make_store(tmp_path / "store", resolution=10)
-    with pytest.raises(JLTError, match="at least 1"):
+    with pytest.raises(JLTError, match="batch_size must be from 1"):
         make_store(tmp_path / "store", batch_size=0)
     with pytest.raises(JLTError, match="did you mean pixels"):
         encode(EncodeConfig("digits", "pixel"), tmp_path / "store")

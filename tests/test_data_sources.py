@@ -67,16 +67,37 @@ def test_identity_follows_the_list_of_files(tmp_path: Path) -> None:
     assert len({str(identity) for identity in (before, after_file, after_class)}) == 3
 
 
-def test_links_are_followed_and_loops_refused(tmp_path: Path) -> None:
-    save(tmp_path / "elsewhere" / "one.png", 5)
-    (tmp_path / "set" / "a").mkdir(parents=True)
-    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "set" / "a" / "two.png").symlink_to(tmp_path / "elsewhere" / "one.png")
-    source = ClassFolders(tmp_path / "set")
+def test_links_are_followed_inside_the_folder_and_each_folder_once(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    save(folder / ".pool" / "one.png", 5)
+    save(tmp_path / "elsewhere" / "private.png", 5)
+    (folder / "a").mkdir(parents=True)
+    (folder / "b").symlink_to(folder / ".pool")
+    (folder / "a" / "two.png").symlink_to("../.pool/one.png")
+    source = ClassFolders(folder)
     assert [source[i][1] for i in range(len(source))] == [0, 1]
-    (tmp_path / "set" / "a" / "again").symlink_to(tmp_path / "set" / "a")
-    with pytest.raises(JLTError, match="links back"):
-        ClassFolders(tmp_path / "set")
+    (tmp_path / "link").symlink_to(folder)
+    assert len(ClassFolders(tmp_path / "link")) == 2
+    for link, target, fault in (
+        ("a/again", folder / "a", "reached a second time"),
+        ("c", folder / ".pool", "reached a second time"),
+        ("a/out.png", tmp_path / "elsewhere" / "private.png", "leads out of"),
+        ("c", tmp_path / "elsewhere", "leads out of"),
+        ("a/beside.png", Path(f"{folder}beside") / "x.png", "leads out of"),
+    ):
+        (folder / link).symlink_to(target)
+        with pytest.raises(JLTError, match=rf"{link}.*{fault}"):
+            ClassFolders(folder)
+        (folder / link).unlink()
+
+
+def test_folders_that_link_to_each_other_take_no_time(tmp_path: Path) -> None:
+    for number in range(26):
+        (tmp_path / "a" / f"{number}").mkdir(parents=True)
+        for name in ("left", "right"):
+            (tmp_path / "a" / f"{number}" / name).symlink_to(tmp_path / "a" / f"{(number + 1) % 26}")
+    with pytest.raises(JLTError, match="reached a second time"):
+        ClassFolders(tmp_path)
 
 
 def test_every_kind_of_image_is_read_and_cropped(tmp_path: Path) -> None:
@@ -106,9 +127,9 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="did you mean digits"):
         open_source("digit")
     (tmp_path / "imagenet").mkdir()
-    with pytest.raises(JLTError, match="imagenet"):
+    with pytest.raises(JLTError, match="imagnet does not exist: name a folder"):
         open_source(str(tmp_path / "imagnet"))
-    with pytest.raises(JLTError, match="no class folders"):
+    with pytest.raises(JLTError, match="holds no images"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "imagenet" / "n0").mkdir()
     with pytest.raises(JLTError, match="no file in any"):

@@ -19,8 +19,9 @@ from PIL import Image
 
 from jlt.errors import JLTError, UsageError
 from jlt.images.parquet import Parquet
+from jlt.images.reading import BadImageError
 from jlt.images.registry import open_source
-from jlt.images.source import BadImageError, ImageSource
+from jlt.images.source import ImageSource
 
 HUB_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -268,7 +269,7 @@ def test_memory_is_bounded_by_pages_rather_than_by_row_groups(tmp_path: Path) ->
     assert (tmp_path / "a.parquet").stat().st_size > 115e6
     script = (
         "import contextlib, resource, sys; from pathlib import Path\n"
-        "from jlt.images.source import BadImageError; from jlt.images.parquet import Parquet\n"
+        "from jlt.images.reading import BadImageError; from jlt.images.parquet import Parquet\n"
         "path = Path(sys.argv[1]); source = Parquet(path, [path])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for index in range(len(source)):\n"

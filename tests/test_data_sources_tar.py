@@ -15,8 +15,8 @@ from image_zoo import assert_is_zoo, encoded, png, write_tar, zoo
 from PIL import Image
 
 from jlt.errors import JLTError, UsageError
+from jlt.images.reading import BadImageError
 from jlt.images.registry import open_source
-from jlt.images.source import BadImageError
 from jlt.images.tar import TarShards
 
 

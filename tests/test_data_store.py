@@ -448,3 +448,13 @@ def test_many_shards_do_not_exhaust_file_descriptors(intact: Path, monkeypatch: 
     np.testing.assert_allclose(latents[7].numpy(), expected_latents(COUNT - 8), atol=1e-6)
     del store
     assert open_files() == before
+
+
+def test_few_permitted_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "store", count=12, shard_size=1)
+    monkeypatch.setattr("jlt.latents.store.resource.getrlimit", lambda _: (16, 16))
+    before = open_files()
+    store = LatentStore.open(tmp_path / "store")
+    assert open_files() - before == 4
+    latents, _ = store.gather(np.arange(12))
+    np.testing.assert_allclose(latents[11].numpy(), expected_latents(11), atol=1e-6)

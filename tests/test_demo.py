@@ -335,7 +335,7 @@ def test_a_port_in_use_is_named(capsys, runs):
     ("arguments", "code", "message"),
     [
         (["a", "b", "c"], 2, "Name one or two runs"),
-        (["a", "--port", "0"], 2, "--port must be from 1 to 65535."),
+        (["a", "--port", "0"], 2, "--port must be from 1 to 65,535, not 0."),
         (["a", "--host", "nowhere.invalid"], 1, "nowhere.invalid is no address of this machine"),
         (["absent"], 1, "absent"),
     ],
@@ -351,7 +351,7 @@ def test_a_wrong_command_gets_one_sentence(arguments, code, message, capsys, tmp
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "run"]) == 1
-    assert "pip install 'jlt[demo]'" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 # ---- the page of an exported folder ----

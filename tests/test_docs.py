@@ -13,7 +13,7 @@ import tyro
 
 import jlt
 from jlt.cli.benchmark import BENCHMARKS
-from jlt.cli.main import COMMANDS, parse
+from jlt.cli.main import COMMANDS, parse, take_globals
 from jlt.cli.training import RecipeCommand
 from jlt.config import TrainConfig
 from jlt.experiments.recipes import RECIPES, resolve_recipe
@@ -156,7 +156,7 @@ def test_commands_parse(path):
             continue
         arguments = shlex.split(line, comments=True)[1:]
         try:
-            command = parse(arguments)
+            command = parse(take_globals(arguments)[0])
             if isinstance(command, RecipeCommand) and command.recipe in RECIPES:
                 command.resolve(None)
         except (SystemExit, Exception) as error:

@@ -94,7 +94,7 @@ def finished(latents, tmp_path_factory) -> Path:
     return out
 
 
-def one_after_another(job, systems, workers, on_poll) -> None:
+def one_after_another(job, systems, *_) -> None:
     """Stand for `run_jobs` where its processes are not the point: each would import everything again."""
     for system in systems:
         job(system)
@@ -170,6 +170,20 @@ def test_what_exists_is_kept(finished, latents, tmp_path):
     assert changed <= {"grid.png"}
     assert file_bytes(out / "runs") == file_bytes(finished / "runs")
     assert seconds < 60
+
+
+def test_a_finished_ablation_answers_at_once(finished, latents, tmp_path, monkeypatch, capsys):
+    for name in ("run_jobs", "forecasts", "check_sampling", "prove_matched"):
+        monkeypatch.setattr(f"jlt.experiments.ablation.{name}", lambda *_: pytest.fail("work was done again"))
+    found = ablate(ablation_config(latents), latents, finished, workers=2, command="again")
+    assert found.command == "jlt ablate digits"
+    assert "is already finished" in capsys.readouterr().err
+    # One file less, and there is work.
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    next(out.glob("runs/*/evaluations/*.json")).unlink()
+    with pytest.raises(pytest.fail.Exception, match="work was done again"):
+        ablate(ablation_config(latents), latents, out, workers=2, command="again")
 
 
 def test_other_settings_or_latents_are_refused_in_the_same_folder(finished, latents, tmp_path):

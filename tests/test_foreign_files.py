@@ -34,14 +34,13 @@ from jlt.training.checkpoint import open_checkpoint, prune_checkpoints, require_
 from jlt.training.journal import Journal
 from jlt.training.loop import train
 
-MODULES = """
-    _compression argparse array ast base64 bisect bz2 calendar concurrent contextlib copy csv ctypes dataclasses
-    datetime decimal email fnmatch fractions gzip hashlib heapq hmac inspect json locale logging lzma math
-    multiprocessing numbers pathlib pickle platform queue random runpy secrets selectors shutil signal socket struct
-    subprocess tempfile textwrap threading traceback typing urllib uuid weakref zipfile zlib
-    PIL jaxtyping jlt numpy pyarrow torch
+WORKERS = "jlt.cli.main jlt.images.decoding jlt.runtime.workers jlt.experiments.ablation jlt.images.parquet"
+LIST_MODULES = f"""
+import importlib, sys
+for name in {WORKERS.split()}:
+    importlib.import_module(name)
+print(*sorted({{name.partition(".")[0] for name in sys.modules}} | sys.stdlib_module_names))
 """
-BEFORE_A_PROGRAM = ("contextlib", "jlt")
 LETTERS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 RUN_A_JOB = """
 from jlt.runtime.workers import run_jobs
@@ -51,44 +50,76 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(scope="session")
+def imported_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of all modules of Python, and of all others that a program or a worker imports."""
+    clean = tmp_path_factory.mktemp("clean")
+    done = subprocess.run([sys.executable, "-P", "-c", LIST_MODULES], cwd=clean, capture_output=True, check=True)
+    return done.stdout.decode().split()
+
+
 @pytest.fixture
-def planted(tmp_path: Path) -> Path:
+def planted(tmp_path: Path, imported_names: list[str]) -> Path:
     """Class folders, with modules next to them that leave a file behind wherever they are imported."""
     folder = tmp_path / "images"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
-        for number in range(4):
+        for number in range(10):
             Image.fromarray(LETTERS).save(folder / name / f"{number}.png")
-    for name in MODULES.split():
+    assert {"torch", "PIL", "selectors", "contextlib", "jlt", "concurrent"} <= set(imported_names)
+    for name in imported_names:
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / name)!r} + '.imported', 'w')\n")
     return folder
 
 
 def require_none_imported(folder: Path, *arguments: str | Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert not sorted(path.name for path in folder.parent.glob("*.imported"))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["-m", "jlt"], [Path(sys.executable).with_name("jlt")]], ids=["python -m jlt", "jlt"]
-)
-def test_an_encoding_imports_no_module_of_the_current_folder(planted: Path, tmp_path: Path, arguments: list) -> None:
-    if arguments[0] == "-m":
-        # A program cannot prevent what Python itself imports before it starts.
-        for name in BEFORE_A_PROGRAM:
-            (planted / f"{name}.py").unlink()
-    options = ["--images", ".", "--autoencoder", "pixels", "--resolution", "4", "--batch-size", "2", "--workers", "2"]
-    require_none_imported(planted, sys.executable, *arguments, "encode", *options, "--out", tmp_path / "latents")
-    assert (tmp_path / "latents" / "manifest.json").exists()
+ENCODE = ["encode", "--images", ".", "--autoencoder", "pixels", "--resolution", "4", "--out", "../latents"]
+ENCODE += ["--batch-size", "2", "--workers", "2"]
+SMALL = ["--network.hidden-size", "8", "--network.num-heads", "1", "--network.depth", "1"]
+SMALL += ["--steps", "2", "--batch-size", "4"]
+FEW = ["--prediction", "x", "--evaluations", "1", "--sample.num", "20", "--sample.steps", "1", "--workers", "1"]
 
 
-def test_a_worker_of_an_ablation_imports_no_module_of_the_current_folder(planted: Path, tmp_path: Path) -> None:
+def test_no_command_and_no_worker_imports_a_module_of_the_current_folder(planted: Path) -> None:
+    program = [sys.executable, Path(sys.executable).with_name("jlt")]
+    require_none_imported(planted, *program, *ENCODE)
+    require_none_imported(planted, *program, "train", "digits", "--latents", "../latents", "--out", "../run", *SMALL)
+    options = ["digits", "--latents", "../latents", "--out", "../ablation", *SMALL, *FEW]
+    require_none_imported(planted, *program, "ablate", *options)
+    assert (planted.parent / "ablation" / "ablation.json").exists()
+
+
+def test_the_module_as_a_program_imports_only_what_python_imports_before_any(planted: Path) -> None:
+    (planted.parent / "clean").mkdir()
+    (planted.parent / "clean" / "probe.py").write_text("import sys; print(*sys.modules)")
+    probe = [sys.executable, "-m", "probe"]
+    done = subprocess.run(probe, cwd=planted.parent / "clean", capture_output=True, text=True, check=True)
+    for name in {*done.stdout.split(), "jlt"}:
+        (planted / f"{name}.py").unlink(missing_ok=True)
+    require_none_imported(planted, sys.executable, "-m", "jlt", *ENCODE)
+    assert (planted.parent / "latents" / "manifest.json").exists()
+
+
+def test_the_module_as_a_program_imports_nothing_where_python_is_told(planted: Path) -> None:
+    require_none_imported(planted, sys.executable, "-P", "-m", "jlt", "train", "digits", "--print-config")
+
+
+def test_every_child_of_the_program_and_of_a_script_is_kept_from_the_current_folder(
+    planted: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "script" / "job.py"
     script.parent.mkdir()
     script.write_text(RUN_A_JOB)
     require_none_imported(planted, sys.executable, script)
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import selectors, contextlib'], check=True)"
+    begun = "from jlt.runtime.processes import prepare_process; prepare_process(); "
+    require_none_imported(planted, sys.executable, "-P", "-c", begun + child)
 
 
 # Paths that come out of files

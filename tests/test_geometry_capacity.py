@@ -284,7 +284,7 @@ def test_noise_of_another_scale_scales_the_loss_that_is_out_of_reach():
     wide = dataclasses.replace(MODEL, noise_scale=2.0)
     floors = [forecast([estimate(EIGENVALUES)], model, [2]).advice[0].loss_floor for model in (MODEL, wide)]
     assert floors[1] == pytest.approx({name: 4 * floor for name, floor in floors[0].items()})
-    with pytest.raises(UsageError, match="scale of noise"):
+    with pytest.raises(UsageError, match="noise_scale must be above 0"):
         dataclasses.replace(MODEL, noise_scale=0.0)
 
 

@@ -249,8 +249,8 @@ def test_missing_weights_are_reported_at_once(cache, capsys):
     with pytest.raises(JLTError, match="jlt fetch inception"):
         load_extractor("inception")
     assert time.perf_counter() - begun < 1
-    assert main(["evaluate", "--samples", "nowhere", "--features", "inception"]) == 1
+    assert main(["evaluate", "--samples", "nowhere", "--reference", "digits", "--features", "inception"]) == 1
     printed = capsys.readouterr().err
     assert "`jlt fetch inception`" in printed
     assert "--features-path FILE" in printed
-    assert main(["evaluate", "--samples", "nowhere", "--features-path", "weights.pth"]) == 2
+    assert main(["evaluate", "--samples", "nowhere", "--reference", "digits", "--features-path", "weights.pth"]) == 2

@@ -268,10 +268,10 @@ def test_networks_that_cannot_be_compared_leave_nothing(place, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["--num", "1"], "--num must be 2 or more"),
+        (["--num", "1"], "--num must be from 2 to 10,000,000"),
         (["--patch-size"], "need numbers of 1 or more"),
-        (["--width", "0"], "need numbers of 1 or more"),
-        (["--noise-scale", "0"], "scale of noise"),
+        (["--width", "0"], "--width must be from 1"),
+        (["--noise-scale", "0"], "noise-scale must be above 0"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(place, tmp_path, capsys, command, message):

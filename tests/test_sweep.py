@@ -165,7 +165,7 @@ def test_networks_are_opened_once_a_stage():
         ({"coarse_num": 9}, "between 10 and"),
         ({"coarse_num": 900}, "between 10 and"),
         ({"confirm_seed": 3}, "must differ from the seed of the search"),
-        ({"confirm": 0}, "1 or more"),
+        ({"confirm": 0}, "confirm must be from 1 to 100, not 0"),
         ({"cfg_interval": ((0.5, 0.2),)}, "low < high"),
     ],
 )
@@ -406,7 +406,7 @@ def test_a_changed_argument_is_refused(arguments, whole, swept, capsys):
     [
         (["--ema", "0.77"], "no EMA in this checkpoint", 2),
         (["--ema", "sigma_rel=7"], "does not name a length", 2),
-        (["--autoguide-ema", "0.99"], "cannot guide itself", 1),
+        (["--autoguide-ema", "0.99"], "cannot guide itself", 2),
         (["--cfg-interval", "0.3"], "pairs low,high", 2),
         (["--metric", "spatial_frechet_distance"], "cannot be measured", 1),
     ],

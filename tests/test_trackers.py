@@ -151,7 +151,7 @@ def test_packages_that_are_missing_are_named(
     open_trackers(dataclasses.replace(TENSORBOARD, wandb="offline"), tmp_path, 0).log(1, {"loss": 1.0})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" is off")[0] for line in lines] == ["TensorBoard", "Weights & Biases"]
-    assert all("pip install 'jlt[trackers]'" in line for line in lines)
+    assert all("pip install -e '.[trackers]'" in line for line in lines)
 
 
 def test_other_processes_than_the_first_open_none(tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_grids_and_evaluations_along_a_run(digits, tmp_path):
     found = {event["step"]: event for event in events(run, "evaluated")}
     assert list(found) == [3, 4]
     # The same number as afterwards, from the command for one checkpoint.
-    later = evaluate_checkpoint(step_folder(run, 4), "digits", load_extractor("digits"), SAMPLE, None)
+    later = evaluate_checkpoint(open_checkpoint(step_folder(run, 4)), "digits", load_extractor("digits"), SAMPLE, None)
     assert to_json(later.metrics) == found[4]["metrics"]
     assert later.protocol == json.loads((run / found[4]["file"]).read_text())["protocol"]
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from jlt.errors import JLTError
-from jlt.runtime.signals import Stopped, stop_on_signal
+from jlt.runtime.progress import bar
+from jlt.runtime.signals import Stopped, stop_on_signal, until_stopped
 
 
 def begin_job(argument: tuple[Path, bool]) -> None:
@@ -31,3 +32,20 @@ def die_or_wait(argument: tuple[Path, bool]) -> None:
         while not stop and time.monotonic() < end:
             time.sleep(0.05)
     raise Stopped("Saved.")
+
+
+def count_and_wait(path: Path) -> None:
+    """Make three steps, then an item that takes minutes; leave a file if it is abandoned before its end."""
+
+    def items():
+        with bar("training", 3, "step") as shown:
+            for step in range(1, 4):
+                shown.show(step)
+        time.sleep(300)
+        yield None
+
+    try:
+        list(until_stopped(items()))
+    except Stopped:
+        path.touch()
+        raise

@@ -6,9 +6,8 @@ images = model.sample(labels=["tench", 217], seed=0, cfg_scale=2.9, cfg_interval
 images[0].save("tench.png")
 """
 
-from __future__ import annotations
-
-# Nothing is imported here: with `python -m jlt`, modules of the current folder would come first (`__main__`).
+# Nothing is imported here, not even `__future__`: with `python -m jlt`, modules of the current folder would come
+# first (`__main__`).
 # Type checkers take this name for true.
 TYPE_CHECKING = False
 

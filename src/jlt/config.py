@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import UsageError, unknown_name
+from jlt.ranges import require_ranges
 
 Prediction = str
 """The name of a target: x, eps, v, edm, or a point of a line through x, skip=S or mix=R (eq. 2)."""
@@ -48,39 +48,12 @@ NAMED: dict[Prediction, tuple[str, float]] = {
 """Predictions with a name of their own, as points of lines; both lines begin at x."""
 ADDED_LATER = {"omit_default": True}
 """Metadata of a setting that files do not hold where it has its default, so that older runs still compare equal."""
-MAX_SIGMA_REL = 0.28
-"""Just below 12**-0.5, the relative width of a plain average over all of training."""
-
-
-LARGEST_NETWORK = {
-    **dict.fromkeys(("channels", "height", "width", "hidden_size", "bottleneck_size", "context_tokens"), 2**16),
-    **{"num_classes": 2**24, "depth": 2**12, "mlp_ratio": 2**10},
-}
-"""No network is larger in any size: a file that claims more is wrong."""
 MOST_TOKENS = 2**20
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise JLTError(message)
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{name} must be positive, not {value}.")
-
-
-def _require_at_most(config: object, limits: Mapping[str, int]) -> None:
-    for name, most in limits.items():
-        value = getattr(config, name)
-        _require(value <= most, f"{name} must be at most {most}, not {value}.")
-
-
-def _require_nonnegative(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value is None or value >= 0, f"{name} must be 0 or more, not {value}.")
+        raise UsageError(message)
 
 
 def parse_prediction(name: Prediction) -> tuple[str, float]:
@@ -157,13 +130,10 @@ class NetworkConfig:
         return LatentShape(self.channels, self.height, self.width, self.num_classes)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "channels", "height", "width", "num_classes", "hidden_size", "depth", "num_heads")
-        _require_positive(self, "mlp_ratio")
-        _require_nonnegative(self, "bottleneck_size", "context_tokens")
-        _require_at_most(self, LARGEST_NETWORK)
+        require_ranges(self)
         p = self.patch_size
         _require(
-            p >= 1 and self.height % p == 0 and self.width % p == 0,
+            self.height % p == 0 and self.width % p == 0,
             f"patch_size {p} does not divide the latent grid {self.height}x{self.width}.",
         )
         _require(self.tokens <= MOST_TOKENS, f"{self.tokens} tokens are more than {MOST_TOKENS}.")
@@ -205,7 +175,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "space", canonical_prediction(self.space))
-        _require(0 < self.t_eps < 1, f"t_eps must be in (0, 1), not {self.t_eps}: a loss divides by max(1 - t, t_eps).")
+        # A loss divides by max(1 - t, t_eps), so t_eps is not 0 here.
+        require_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -222,7 +193,7 @@ class TimestepConfig:
     """a in t -> t / (t + a (1 - t)), applied to the training times; 1 is no shift."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "P_std", "shift")
+        require_ranges(self)
 
 
 SAMPLERS: dict[NamedSampler, dict[str, Any]] = {
@@ -277,9 +248,8 @@ class SampleConfig:
         # Only the settings are kept, so that a protocol is the same for both ways to write them.
         for key, value in (SAMPLERS[sampler] if sampler else {}).items():
             object.__setattr__(self, key, value)
+        require_ranges(self)
         low, high = self.cfg_interval
-        _require(0 < self.shift < math.inf, f"shift must be positive, not {self.shift}.")
-        _require(math.isfinite(self.cfg_scale), f"cfg_scale must be a number, not {self.cfg_scale}.")
         if self.grid:
             rising = all(t < t_next for t, t_next in pairwise(self.grid))
             _require(
@@ -290,8 +260,6 @@ class SampleConfig:
             # A protocol records the steps too, so they follow from the grid.
             object.__setattr__(self, "steps", len(self.grid) - 1)
         _require(0 <= low < high <= 1, f"cfg_interval must satisfy 0 <= low < high <= 1, not {low} {high}.")
-        _require_positive(self, "num", "steps", "batch_size")
-        _require(0 <= self.t_eps < 1, f"t_eps must be in [0, 1), not {self.t_eps}.")
 
     @property
     def autoguided(self) -> bool:
@@ -335,8 +303,7 @@ class OptimizerConfig:
     """Largest norm of the gradient; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "learning_rate", "grad_clip")
-        _require_nonnegative(self, "weight_decay", "warmup_steps", "warmup_epochs")
+        require_ranges(self)
         _require(
             self.warmup_steps is None or self.warmup_epochs is None,
             "The warm-up is in steps or in epochs: set the other one to None, as in --optimizer.warmup-epochs None.",
@@ -406,7 +373,7 @@ class TrainConfig:
     snapshot_every: int = 10_000
     """Steps between snapshots of the power-function averages."""
     sample_every: int = 0
-    """Steps between sample grids of the same noise and labels; 0 draws none."""
+    """Steps between sample grids of the same noise and labels; 0 draws them with checkpoints where that is cheap."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 makes none."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -418,19 +385,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prediction", canonical_prediction(self.prediction))
-        _require_positive(self, "batch_size", "steps", "log_every", "checkpoint_every", "snapshot_every")
-        _require_positive(self, "max_skipped", "noise_scale")
-        _require_nonnegative(self, "epochs", "micro_batch_size", "accumulation", "keep_last", "keep_every")
-        _require_nonnegative(self, "sample_every", "evaluate_every")
-        _require(0 <= self.label_dropout < 1, f"label_dropout must be in [0, 1), not {self.label_dropout}.")
-        _require(all(0 < decay < 1 for decay in self.ema), f"EMA decays must be in (0, 1), not {self.ema}.")
+        require_ranges(self)
         for name in ("ema", "power_ema"):
             values = getattr(self, name)
             _require(len(set(values)) == len(values), f"{name} names an average twice: {values}.")
-        _require(
-            all(0 < width < MAX_SIGMA_REL for width in self.power_ema),
-            f"power_ema widths must be in (0, {MAX_SIGMA_REL}), not {self.power_ema}.",
-        )
 
 
 def in_steps(config: TrainConfig, images: int) -> TrainConfig:

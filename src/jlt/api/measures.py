@@ -27,7 +27,7 @@ from jlt.experiments.analysis import AnalysisConfig
 from jlt.geometry.accumulate import Latents, measure_moments
 from jlt.latents.store import LatentStore
 from jlt.results.geometry import Geometry, TrainingModel
-from jlt.runtime.environment import usable_device
+from jlt.runtime.environment import device_of_float64, usable_device
 from jlt.runtime.processes import SingleProcess, rank0_value
 
 ImageBatch = Images | Image.Image | Sequence[Image.Image] | UInt8[Tensor, "n h w 3"] | UInt8[np.ndarray, "n h w 3"]
@@ -56,7 +56,7 @@ def analyze(
     model = TrainingModel.of(training) if isinstance(training, TrainConfig) else training
     sizes, widths = ((value,) if isinstance(value, int) else tuple(value) for value in (patch_size, width))
     config = AnalysisConfig(sizes, widths, model or TrainingModel(TimestepConfig(), LossConfig().t_eps))
-    moments = measure_moments(store, sizes, usable_device(device), SingleProcess())
+    moments = measure_moments(store, sizes, device_of_float64(usable_device(device)), SingleProcess())
     return config.geometry_of(rank0_value(moments), store)
 
 

@@ -32,7 +32,7 @@ from jlt.prediction import clean_from_velocity
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
 from jlt.results.run import evaluation_files
-from jlt.runtime.environment import host_memory, usable_device
+from jlt.runtime.environment import machine_memory, usable_device
 from jlt.sampling.labels import RULES, class_number, readable_names
 from jlt.sampling.sampler import (
     ImageSampler,
@@ -294,7 +294,7 @@ class Model:
     def _require_memory(self, num: int) -> None:
         """Raise JLTError for more images than the memory of this machine holds with their latents."""
         latent = self.shape.channels * self.shape.height * self.shape.width
-        most = host_memory() // (latent * 4 + self.resolution**2 * 3)
+        most = machine_memory() // (latent * 4 + self.resolution**2 * 3)
         if num > most:
             raise JLTError(
                 f"{num:,} images do not fit the memory of this machine, {most:,} would: "

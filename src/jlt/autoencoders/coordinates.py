@@ -23,6 +23,7 @@ from torch import Tensor
 from jlt.autoencoders.contract import Autoencoder
 from jlt.errors import JLTError
 from jlt.patches import patch_tokens, unpatchify
+from jlt.runtime.environment import device_of_float64
 from jlt.storage.files import atomic_path, sha256_file
 from jlt.storage.folders import path_inside
 from jlt.storage.weights import write_tensors
@@ -76,11 +77,11 @@ class Coordinates:
         return torch.linalg.inv(self.matrix)
 
     def _mapped(self, latents: Float[Tensor, "n c h w"], matrix: Float64[Tensor, "d d"]) -> Float[Tensor, "n c h w"]:
-        tokens = patch_tokens(latents, self.patch_size)
+        tokens = patch_tokens(latents, self.patch_size).to(device_of_float64(str(latents.device)))
         mean, matrix = self.mean.to(tokens.device), matrix.to(tokens.device)
         # In float64, since the inverse of a steep spectrum magnifies rounding errors.
         mapped = mean + (tokens.double() - mean) @ matrix.T
-        return unpatchify(mapped.float(), self.patch_size, *latents.shape[2:])
+        return unpatchify(mapped.float().to(latents.device), self.patch_size, *latents.shape[2:])
 
     def save(self, path: Path) -> None:
         """Write the map as safetensors."""

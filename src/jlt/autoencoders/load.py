@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder, Posterior
 from jlt.autoencoders.pretrained import load_pretrained
-from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.errors import UsageError, unknown_name
 from jlt.storage.weights import ASSETS
 
 AUTOENCODERS = ("flux2", "taef2", "kl", "tiny", "pixels")
@@ -44,7 +44,7 @@ def load_autoencoder(
         raise UsageError(f"The autoencoder {name!r} stores the mode: --posterior sample is for kl.")
     if name == "pixels":
         if path is not None:
-            raise JLTError(f"The autoencoder 'pixels' has no weights: leave out the path {path}.")
+            raise UsageError(f"The autoencoder 'pixels' has no weights: leave out the path {path}.")
         return PixelAutoencoder().to(device)
     if name == "taef2":
         from jlt.autoencoders.taef2 import load_taef2

@@ -7,7 +7,7 @@ measurement, a formula or an assumption.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,11 +16,14 @@ import torch
 from jlt.benchmarks.hardware import find_gpu
 from jlt.benchmarks.memory import FLOAT32, PassMemory, pass_memory
 from jlt.config import Parallel, TrainConfig
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.latents.loader import DEPTH
 from jlt.latents.manifest import StoreManifest
 from jlt.networks.transformer import count_network, training_flops
-from jlt.runtime.environment import affordable_size, host_memory, matmul_rate, peak_memory
+from jlt.report.benchmark_table import refusal
+from jlt.runtime.environment import affordable_size, machine_memory, matmul_rate, peak_memory
+from jlt.runtime.progress import inform
+from jlt.storage.codec import to_json
 from jlt.training.step import BatchSplit, split_batch
 
 DEFAULT_MFU = 0.4
@@ -38,6 +41,10 @@ GPU_SLACK = 0.1
 """Share of what the passes take that fragmentation of memory adds: an assumption."""
 CPU_SLACK = 0.25
 """The same for the C library's allocator: 23 and 27% in runs of `jlt benchmark train` with a GiB of activations."""
+LONG_HOURS = 24
+SLOW_RATE = 1e10
+"""Operations per second that any machine reaches."""
+MANY_TOKENS = 1024
 LABEL_BYTES = 16
 """A label and a position in the source, stored with each latent."""
 
@@ -108,23 +115,67 @@ class Plan:
 def describe_hardware(gpu: str, processes: int, config: TrainConfig) -> Hardware:
     """Return the hardware of a name in `GPUS`, or of this machine for `cpu`, whose cores processes share.
 
-    UsageError for an unknown name, JLTError for less than one process.
+    UsageError for an unknown name, and for less than one process.
     """
     if processes < 1:
-        raise JLTError(f"A run needs at least one process, not {processes}.")
+        raise UsageError(f"A run needs at least one process, not {processes}.")
     if gpu.lower() != "cpu":
         found = find_gpu(gpu)
         peak = Figure(found.peak[config.precision], f"data sheet: dense {config.precision}", "FLOP/s")
         context = f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes"
         memory, outside = Figure(found.memory, "data sheet"), Figure(CUDA_CONTEXT, context)
         return Hardware(found.name, processes, peak, memory, outside, GPU_SLACK)
-    outside = Figure(peak_memory("cpu"), f"measured: this process now, and {CPU_SLACK:.0%} of the passes")
+    return describe_machine("cpu", processes, measured_rate(config, "cpu"))
+
+
+def measured_rate(config: TrainConfig, device: str) -> float:
+    """Return the operations per second of a matrix product in a run's precision on a device of this machine."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    rate = matmul_rate(dtype, "cpu", size=affordable_size(dtype, "cpu", 1.0))
-    shared = ", shared among the processes" if processes > 1 else ""
-    peak = Figure(rate / processes, f"measured here: a matrix product{shared}", "FLOP/s")
-    memory = Figure(host_memory() // processes, f"this machine's{shared}")
-    return Hardware("cpu", processes, peak, memory, outside, CPU_SLACK)
+    return matmul_rate(dtype, device, size=affordable_size(dtype, device, 1.0))
+
+
+def describe_machine(device: str, processes: int, rate: float, together: int = 1) -> Hardware:
+    """Return what each of some processes has of this machine, where `together` runs share it at a time."""
+    gpu, sharing = torch.device(device).type == "cuda", processes * together
+    shared = ", shared among the processes" if sharing > 1 else ""
+    product = f"measured here: a matrix product{shared}"
+    if gpu:
+        memory = Figure(torch.cuda.mem_get_info(device)[1] // together, f"the GPU's{shared}")
+        outside = Figure(CUDA_CONTEXT, f"assumption: CUDA context 1 GiB, allocator {GPU_SLACK:.0%} of passes")
+        return Hardware("this GPU", processes, Figure(rate / together, product, "FLOP/s"), memory, outside, GPU_SLACK)
+    outside = Figure(peak_memory("cpu"), f"measured: this process now, and {CPU_SLACK:.0%} of the passes")
+    memory = Figure(machine_memory() // sharing, f"this machine's{shared}")
+    return Hardware("cpu", processes, Figure(rate / sharing, product, "FLOP/s"), memory, outside, CPU_SLACK)
+
+
+def check_affordable(
+    configs: Sequence[TrainConfig], manifest: StoreManifest, device: str, processes: int = 1, together: int = 1
+) -> None:
+    """Refuse trainings that do not fit on this machine with a JLTError, and warn of those that take above a day.
+
+    Each has so many processes, and `together` trainings share the machine at a time.
+    """
+
+    def plans(rate: float) -> list[Plan]:
+        hardware = describe_machine(device, processes, rate, together)
+        latents = [describe_latents(config, manifest.count, manifest) for config in configs]
+        return [make_plan(*run, hardware, DEFAULT_MFU) for run in zip(configs, latents, strict=True)]
+
+    def hours(plans: Sequence[Plan]) -> float:
+        return sum(plan.time["hours"].value for plan in plans) / together
+
+    found = plans(SLOW_RATE)
+    fits = all(plan.fits for plan in found)
+    # The rate takes a second to measure.
+    if not fits or hours(found) > LONG_HOURS:
+        found = plans(measured_rate(configs[0], device))
+    if not fits:
+        raise JLTError(refusal(to_json(next(plan for plan in found if not plan.fits)), together))
+    if hours(found) > LONG_HOURS:
+        inform(f"This will take about {hours(found) / 24:.2g} days here, by the speed of this machine (see jlt plan).")
+    tokens = max(config.network.tokens for config in configs)
+    if tokens >= MANY_TOKENS and torch.device(device).type == "cpu":
+        inform(f"{tokens:,} tokens per image are slow on a CPU: a patch size twice as large has a quarter of them.")
 
 
 def describe_latents(config: TrainConfig, images: int, manifest: StoreManifest | None) -> Latents:
@@ -145,7 +196,7 @@ def make_plan(
 ) -> Plan:
     """Return the forecast of a run at a share `mfu` in (0, 1] of the peak rate; JLTError for an impossible batch."""
     if not 0 < mfu <= 1:
-        raise JLTError(f"mfu is a share of the peak rate and must be in (0, 1], not {mfu}.")
+        raise UsageError(f"mfu is a share of the peak rate and must be in (0, 1], not {mfu}.")
     run = _Run(config, latents, hardware, mfu)
     memory = run.memory()
     fits = memory["total"].value <= memory["available"].value

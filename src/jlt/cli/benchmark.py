@@ -10,14 +10,14 @@ import tyro
 
 from jlt.cli.command import Command, Flat, Result
 from jlt.config import InferencePrecision, Precision, SampleConfig
-from jlt.errors import UsageError
 from jlt.experiments.recipes import preset_config
 from jlt.latents.encode_config import EncodeConfig
+from jlt.ranges import Ranged
 from jlt.report import benchmark_table as tables
 
 
 @dataclass(frozen=True)
-class UpdateOptions:
+class UpdateOptions(Ranged):
     """Settings of an update that a training takes too."""
 
     precision: Precision = "bfloat16"
@@ -180,8 +180,6 @@ class GeometryBenchmark(Command):
     """Latents of the measured pass."""
 
     def run(self) -> Result:
-        if self.count < 2:
-            raise UsageError("--count must be 2 or more.")
         from jlt.benchmarks.geometry import benchmark_geometry
 
         measured = benchmark_geometry(self.patch_size, self.count)

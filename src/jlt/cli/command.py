@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -13,8 +14,12 @@ import tyro
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from jlt.errors import unknown_name
+from jlt.ranges import Ranged
+
 if TYPE_CHECKING:
     from jlt.evaluation.extractor import FeatureExtractor
+    from jlt.images.source import ImageSource
 
 Positional = tyro.conf.Positional
 Flat = arg(name="")
@@ -26,8 +31,9 @@ LatentsPath = Annotated[Path, arg(help="Folder of the latent store.")]
 AutoencoderPath = Annotated[
     str | None, arg(help="Weights of the autoencoder: a folder or Hub id. Default: those that made the latents.")
 ]
+Check = Annotated[bool, arg(help="Start even what does not seem to fit in memory.")]
 Folder = Annotated[Path, Positional, arg(metavar="DIR")]
-SystemWorkers = Annotated[int | None, arg(help="Systems that train at the same time. Default: 2 on a CPU, 1 on a GPU.")]
+SystemWorkers = Annotated[int | None, arg(help="Systems trained at once. Default: 2 on a CPU, else 1.")]
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(Ranged):
     """Options of every command."""
 
     json: bool = False
@@ -57,24 +63,28 @@ class Command:
 class FeatureOptions:
     """The feature extractor of the metrics."""
 
-    features: str = "digits"
-    """Feature extractor: digits, squeezenet, inception (on which FID is defined) or dinov2."""
+    features: str = ""
+    """Feature extractor: inception (that of FID), squeezenet, dinov2, or digits, the default for digits."""
     features_path: Path | None = None
     """Weights: a file, or for dinov2 a folder or Hub id. Default: downloaded ones; squeezenet has no default."""
 
-    def load(self, device: str) -> FeatureExtractor:
-        """Load the extractor onto a device; JLTError for an unknown name and for weights that are missing."""
-        from jlt.evaluation.extractors import load_extractor
+    def load(self, device: str, images: Callable[[], str | ImageSource]) -> FeatureExtractor:
+        """Load the extractor for real images onto a device; UsageError where the user has to name one.
 
-        return load_extractor(self.features, device, self.features_path)
+        JLTError for an unknown name and for weights that are missing.
+        """
+        from jlt.evaluation.extractors import load_extractor
+        from jlt.evaluation.reference import features_for
+
+        return load_extractor(features_for(self.features, images), device, self.features_path)
 
 
 @dataclass(frozen=True)
 class MetricOptions(FeatureOptions):
     """The feature extractor of the metrics, and the real images that samples are compared with."""
 
-    reference: str = "digits"
-    """Real images: an .npz of their statistics (jlt reference), a folder of class folders, or the bundled digits."""
+    reference: str = ""
+    """Real images, or an .npz of their statistics (jlt reference). Default: the images of the latents."""
 
 
 def command_line() -> str:
@@ -82,13 +92,26 @@ def command_line() -> str:
     return shlex.join(["jlt", *sys.argv[1:]])
 
 
-def option_names(kind: type) -> list[str]:
-    """Return the options of a data class as the command line spells them, those of its flattened parts included."""
+def option_names(kind: Any, prefix: str = "--") -> list[str]:
+    """Return the options of a data class as the command line spells them, those of its parts included."""
     names = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        part, *marks = get_args(hint) or (hint,)
-        names += option_names(part) if Flat in marks else [f"--{name.replace('_', '-')}"]
+        part, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        spelled = f"{prefix}{name.replace('_', '-')}"
+        if dataclasses.is_dataclass(part):
+            names += option_names(part, prefix if Flat in marks else f"{spelled}.")
+        elif not {Positional, tyro.conf.Suppress} & {*marks}:
+            names.append(spelled)
     return names
+
+
+def require_known(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a UsageError for the first option that is not among the known ones, with the nearest of them."""
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        # A setting that is on is turned off by --no-NAME.
+        if name.startswith("--") and name not in known and name.replace("--no-", "--", 1) not in known:
+            raise unknown_name("option", name, known)
 
 
 _registry = ConstructorRegistry()

@@ -23,7 +23,7 @@ from jlt.config import Metric, NamedSampler, SampleConfig, SampleFormat, Solver
 from jlt.errors import UsageError
 from jlt.report.page import write_report
 from jlt.report.sweep_page import sweep_table
-from jlt.report.terminal import metrics_table
+from jlt.report.terminal import evaluation_table
 from jlt.results.files import result_json
 from jlt.runtime.processes import join_group
 
@@ -33,7 +33,7 @@ class Sample(Command):
     """Generate images from a checkpoint.
 
     Run the same command again to resume. Several processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt sample ...
+      jlt --processes 8 sample ...
 
     For example:
       jlt sample --checkpoint run --out samples --num 64 --format grid
@@ -47,7 +47,7 @@ class Sample(Command):
     steps_strip: bool = False
     """Draw one picture of the predicted clean image (x^) at times from noise to data."""
     interpolate: bool = False
-    """Draw one picture of interpolations from the noise of image 0 to that of image 1, from 2 to 3, and so on."""
+    """Draw interpolations from the noise of image 0 to that of image 1, of the class of image 0, then from 2 to 3."""
     compare: Path | None = None
     """Another one like --checkpoint: draw one picture of both, from the same noise and labels."""
     sample: Annotated[SampleConfig, Flat] = field(default_factory=SampleConfig)
@@ -104,7 +104,7 @@ class Reference(Command):
     """Compute the statistics of real images for evaluations.
 
     Several processes share the work:
-      torchrun --nproc-per-node 8 -m jlt reference ...
+      jlt --processes 8 reference ...
 
     For example:
       jlt reference --images digits --resolution 32 --out digits.npz
@@ -125,11 +125,9 @@ class Reference(Command):
         from jlt.images.registry import open_source
         from jlt.runtime.environment import default_device
 
-        if self.resolution < 1:
-            raise UsageError("--resolution must be 1 or more.")
         device = default_device()
-        extractor = self.features.load(device)
         source = open_source(self.images, self.split)
+        extractor = self.features.load(device, lambda: source)
         identity = make_reference(source, extractor, self.resolution, self.out, device)
         return Result(identity, f"Statistics of {identity['count']:,} images: {self.out}")
 
@@ -139,10 +137,10 @@ class Evaluate(Command):
     """Compare generated images with real images.
 
     Run the same command again to resume. Several processes share the work of --checkpoint:
-      torchrun --nproc-per-node 8 -m -- jlt evaluate ...
+      jlt --processes 8 evaluate ...
 
     For example:
-      jlt evaluate --checkpoint run --reference digits --num 1000
+      jlt evaluate --checkpoint run --num 1000
     """
 
     checkpoint: Path | None = None
@@ -156,19 +154,26 @@ class Evaluate(Command):
     def run(self) -> Result:
         if (self.checkpoint is None) == (self.samples is None):
             raise UsageError("Evaluation needs either --checkpoint or --samples.")
-        from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint, evaluate_files
+        if self.samples is not None and not self.metrics.reference:
+            raise UsageError(
+                "Images on disk do not record which images they are like: name real ones with --reference."
+            )
+        from jlt.experiments.checkpoint_evaluation import evaluate_checkpoint, evaluate_files, images_of
+        from jlt.interop.sources import open_source
         from jlt.runtime.environment import default_device
 
         device, samples, reference = default_device(), self.samples, self.metrics.reference
-        extractor = self.metrics.load(device)
+        checkpoint = open_source(self.checkpoint) if self.checkpoint is not None else None
+        real_images = reference or images_of(checkpoint.latents if checkpoint else {})
+        extractor = self.metrics.load(device, lambda: real_images)
         with join_group(device) as group:
             if samples is not None:
                 result = group.on_rank0(lambda: evaluate_files(samples, reference, extractor))
-            elif self.checkpoint is not None:
+            elif checkpoint is not None:
                 result = evaluate_checkpoint(
-                    self.checkpoint, reference, extractor, self.sample, self.autoencoder_path, group
+                    checkpoint, real_images, extractor, self.sample, self.autoencoder_path, group
                 )
-        return Result(result_json(result), metrics_table(result.metrics))
+        return Result(result_json(result), evaluation_table(result))
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ class Sweep(Command):
     Few images of each setting find the best region; more images from the same noise rank the settings in it. Images of
     another seed, which no choice depends on, measure the result. Run the same command again to resume. Several
     processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt sweep ...
+      jlt --processes 8 sweep ...
 
     For example:
       jlt sweep --checkpoint run --cfg-scale 1 1.5 2 3 --cfg-interval 0,1 0.1,1 --ema 0.999 none
@@ -217,6 +222,7 @@ class Sweep(Command):
     autoencoder_path: AutoencoderPath = None
 
     def run(self) -> Result:
+        from jlt.experiments.checkpoint_evaluation import images_of
         from jlt.experiments.measured_settings import Subject
         from jlt.experiments.search import SweepConfig, default_coarse_num
         from jlt.experiments.sweep import resolve_ema, sweep
@@ -225,7 +231,7 @@ class Sweep(Command):
 
         intervals = tuple(map(parse_interval, self.cfg_interval))
         device, checkpoint = default_device(), open_source(self.checkpoint)
-        extractor = self.metrics.load(device)
+        extractor = self.metrics.load(device, lambda: self.metrics.reference or images_of(checkpoint.latents))
         sample = SampleConfig(**vars(self.sample))
         config = SweepConfig(
             sample=sample,
@@ -268,7 +274,7 @@ class Price(Command):
 
     50-step Heun is measured first, then every cheaper setting from the same noise. Images of another seed measure the
     choice. Run the same command again to resume. Several processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt price ...
+      jlt --processes 8 price ...
 
     For example:
       jlt price --checkpoint run --cfg-scale 2 --solver heun dpmpp_2m --steps 6 8 10 12 16 20
@@ -294,6 +300,7 @@ class Price(Command):
     autoencoder_path: AutoencoderPath = None
 
     def run(self) -> Result:
+        from jlt.experiments.checkpoint_evaluation import images_of
         from jlt.experiments.measured_settings import Subject
         from jlt.experiments.price import PriceConfig, price
         from jlt.interop.sources import open_source
@@ -312,9 +319,8 @@ class Price(Command):
         )
         device, checkpoint = default_device(), open_source(self.checkpoint)
         metrics = self.metrics
-        subject = Subject(
-            checkpoint, metrics.reference, metrics.load(device), metrics.features_path, self.autoencoder_path
-        )
+        extractor = metrics.load(device, lambda: metrics.reference or images_of(checkpoint.latents))
+        subject = Subject(checkpoint, metrics.reference, extractor, metrics.features_path, self.autoencoder_path)
         with join_group(device) as group:
             out, result = price(config, subject, self.out, device, group, command_line())
             report = group.on_rank0(lambda: write_report(out))

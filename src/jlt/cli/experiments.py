@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from jlt.cli.command import Command, FeatureOptions, Flat, Folder, LatentsPath, Result, SystemWorkers, command_line
+from jlt.cli.command import (
+    Check,
+    Command,
+    FeatureOptions,
+    Flat,
+    Folder,
+    LatentsPath,
+    Result,
+    SystemWorkers,
+    command_line,
+)
 from jlt.cli.training import RecipeCommand
 from jlt.config import SampleConfig
 from jlt.experiments.ablation_plan import AblationAxes, AblationConfig
@@ -71,8 +81,10 @@ class Ablate(RecipeCommand):
     sample: SampleConfig = DIGITS_SAMPLING
     """Settings of the sampler."""
     workers: SystemWorkers = None
+    check: Check = True
 
     def run(self) -> Result:
+        from jlt.benchmarks.plan import check_affordable
         from jlt.experiments.ablation import ablate
 
         config = AblationConfig(
@@ -86,7 +98,8 @@ class Ablate(RecipeCommand):
             title=f"Ablation of {self.recipe}",
             recipe=self.recipe,
         )
-        ablation = ablate(config, self.latents, self.out, self.workers, command_line())
+        check = check_affordable if self.check else None
+        ablation = ablate(config, self.latents, self.out, self.workers, command_line(), check)
         return _outcome(ablation, write_report(self.out))
 
 

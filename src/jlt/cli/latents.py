@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from jlt.cli.command import Command, Flat, Folder, LatentsPath, Result
 from jlt.config import LossSpace, Prediction, TimestepConfig
+from jlt.errors import few
 from jlt.latents.encode_config import EncodeConfig
 from jlt.runtime.processes import join_group
 
@@ -20,7 +21,7 @@ class Encode(Command):
     """Encode images into a latent store.
 
     Run the same command again to resume. Several processes share the work:
-      torchrun --nproc-per-node 8 -m jlt encode ...
+      jlt --processes 8 encode ...
 
     To adopt shards that the authors' program wrote, without copying them:
       jlt encode --adopt DIR --help
@@ -68,9 +69,14 @@ class Adopt(Command):
         return _store_result(manifest, self.adopt)
 
 
+LISTED_CLASSES = 10
+
+
 def _store_result(manifest: StoreManifest, folder: Path) -> Result:
     shape = f"{manifest.channels}x{manifest.height}x{manifest.width}"
     text = f"{manifest.count} latents of {shape} in {folder}, overall standard deviation {manifest.std:.3f}"
+    number = len(manifest.class_names)
+    text += f"\n{number:,} class{'es' if number > 1 else ''}: {few(manifest.class_names, LISTED_CLASSES)}"
     if manifest.skipped:
         first, more = manifest.skipped[0], len(manifest.skipped) - 1
         text += f"\nSkipped, and listed in the manifest: {first.image}, which {first.reason}"
@@ -107,7 +113,7 @@ class Analyze(Command):
     """Forecast from a latent store which prediction suits it.
 
     Measures the target geometry of eq. 9-13 of docs/notation.md. Several processes share the work:
-      torchrun --nproc-per-node 8 -m -- jlt analyze ...
+      jlt --processes 8 analyze ...
 
     For example:
       jlt analyze --latents latents --out geometry --patch-size 1 2 --width 768
@@ -151,7 +157,7 @@ class Analyze(Command):
         from jlt.report.terminal import geometry_table
         from jlt.results.files import result_json
         from jlt.results.geometry import TrainingModel
-        from jlt.runtime.environment import default_device
+        from jlt.runtime.environment import default_device, device_of_float64
 
         opened = [open_source(path) for path in self.checkpoint]
         networks = Networks(opened, self.num, self.ema, self.samples, self.steps, self.decoder) if opened else None
@@ -159,7 +165,7 @@ class Analyze(Command):
         widths = self.width or tuple(known) or (768,)
         model = TrainingModel(self.timesteps, self.t_eps, self.loss_space, self.noise_scale, further=self.prediction)
         config = AnalysisConfig(self.patch_size, widths, model)
-        store, device = LatentStore.open(self.latents), default_device()
+        store, device = LatentStore.open(self.latents), device_of_float64(default_device())
         with join_group(device) as group:
             geometry, inside = analyze_into(store, self.out, config, networks, device, group)
         data = result_json(geometry) | ({"inside": result_json(inside)} if inside else {})

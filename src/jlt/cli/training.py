@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jlt.cli.command import PARSING, Command, Positional, Result, option_names
+from jlt.cli.command import PARSING, Check, Command, Positional, Result, option_names, require_known
 from jlt.config import TrainConfig, in_steps
-from jlt.errors import UsageError, unknown_name
-from jlt.experiments.recipes import images_of_recipe, renamed, resolve_recipe
+from jlt.errors import UsageError
+from jlt.experiments.recipes import RECIPES, images_of_recipe, renamed, resolve_recipe
 from jlt.report.benchmark_table import plan_table
 from jlt.storage.codec import to_json
+
+if TYPE_CHECKING:
+    from jlt.latents.manifest import StoreManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +25,14 @@ class RecipeCommand(Command):
     """A command whose remaining arguments override settings of a recipe."""
 
     recipe: Annotated[str, Positional, tyro.conf.arg(metavar="RECIPE")]
-    """Name of a recipe, such as digits or imagenet256-jlt-b1, or the config.json of a run."""
+    """Name of a recipe (jlt train --help lists them), or the config.json of a run."""
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def resolve(self, latents: Path | None) -> TrainConfig:
         """Return the recipe for the shape of a latent store with the overrides applied."""
         from jlt.latents.manifest import read_manifest
 
-        settings = option_names(TrainConfig)
-        for argument in self.overrides:
-            name = argument.partition("=")[0].replace("_", "-")
-            # A setting that is on is turned off by --no-NAME.
-            known = name in settings or name.replace("--no-", "--", 1) in settings
-            if name.startswith("--") and "." not in name and not known:
-                raise unknown_name("option", name, [*option_names(type(self)), *settings])
+        require_known(self.overrides, [*option_names(type(self)), *option_names(TrainConfig)])
         manifest = read_manifest(latents) if latents else None
         base = resolve_recipe(self.recipe, manifest.shape if manifest else None)
         prog = f"jlt {type(self).__name__.lower()} {self.recipe}"
@@ -43,10 +40,13 @@ class RecipeCommand(Command):
         return renamed(in_steps(config, manifest.count if manifest else images_of_recipe(self.recipe)))
 
 
-def print_settings(command: str, recipe: str) -> None:
-    """Print the help of a recipe's settings, with their values as defaults, and exit."""
-    prog, description = f"jlt {command} {recipe}", "Settings of the recipe, which the command can override."
-    base = resolve_recipe(recipe)
+def print_settings(command: str, recipe: str | None) -> None:
+    """Print the help of a recipe's settings, with their values as defaults, and exit; without one of all recipes."""
+    listed = "".join(f"\n  {name:22}{known.purpose}" for name, known in RECIPES.items())
+    shown = recipe or "photos"
+    description = f"Settings that the command can override, with the values of {shown}."
+    description = description if recipe else f"Recipes:{listed}\n\n{description}"
+    prog, base = f"jlt {command} {recipe or 'RECIPE'}", resolve_recipe(shown)
     tyro.cli(TrainConfig, args=["--help"], default=base, prog=prog, description=description, **PARSING)
 
 
@@ -93,8 +93,7 @@ class Plan(RecipeCommand):
 class Train(RecipeCommand):
     """Train a recipe on a latent store.
 
-    Run the same command again to resume. Any setting of the recipe can be overridden; to list them:
-      jlt train RECIPE --help
+    Run the same command again to resume. Any setting of the recipe can be overridden, as listed below.
 
     For example:
       jlt train digits --latents latents --out run --prediction v --network.depth 4
@@ -104,6 +103,7 @@ class Train(RecipeCommand):
     """Folder of the latent store."""
     out: Path | None = None
     """Folder of the run."""
+    check: Check = True
     verify_latents: bool = False
     """First read the whole latent store and compare it with its hashes."""
     print_config: bool = False
@@ -117,5 +117,11 @@ class Train(RecipeCommand):
             raise UsageError("Training needs --latents DIR and --out RUN.")
         from jlt.experiments.run_training import train_and_watch
 
-        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents)
+        def check(manifest: StoreManifest, device: str, processes: int) -> None:
+            if self.check:
+                from jlt.benchmarks.plan import check_affordable
+
+                check_affordable([config], manifest, device, processes)
+
+        checkpoint = train_and_watch(config, self.latents, self.out, self.verify_latents, check)
         return Result({"run": str(self.out), "checkpoint": str(checkpoint)}, f"Trained: {checkpoint}")

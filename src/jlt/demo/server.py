@@ -36,7 +36,7 @@ def serve(sources: list[Path], host: str, port: int | None, open_browser: bool, 
         import gradio as gr
     except ImportError as reason:
         raise JLTError(
-            f"The demo needs gradio, which cannot be imported ({reason}): pip install 'jlt[demo]'."
+            f"The demo needs gradio, which cannot be imported ({reason}): pip install -e '.[demo]'."
         ) from None
     from jlt.demo.page import build_page
     from jlt.demo.pictures import colours

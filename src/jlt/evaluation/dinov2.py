@@ -2,7 +2,7 @@
 
 Source: Stein et al. 2023, arXiv:2306.04675, and their program dgm-eval. Images are prepared as there: Pillow's bicubic
 resize to 224x224 and ImageNet's mean and standard deviation; features are the class token after the last normalisation.
-The network is that of transformers, an extra of this package: pip install 'jlt[dino]'.
+The network is that of transformers, an extra of this package: pip install -e '.[dino]'.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DinoExtractor(FeatureExtractor):
             # Raised too if transformers is installed but one of its own imports fails.
             reason = textwrap.shorten(str(error), 200)
             raise JLTError(
-                f"DINOv2 needs transformers, which cannot be imported ({reason}): pip install 'jlt[dino]'."
+                f"DINOv2 needs transformers, which cannot be imported ({reason}): pip install -e '.[dino]'."
             ) from error
         source = str(path or DEFAULT)
         folder = Path(source).expanduser()

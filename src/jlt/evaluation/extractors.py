@@ -18,8 +18,9 @@ from jlt.evaluation.dinov2 import DinoExtractor
 from jlt.evaluation.extractor import FeatureExtractor, Features
 from jlt.evaluation.inception import InceptionExtractor
 from jlt.evaluation.squeezenet import SqueezeNetExtractor
-from jlt.images.crop import centre_crop
+from jlt.images.crop import centre_crop, to_rgb
 from jlt.images.digits import Digits
+from jlt.images.source import ImageSource
 from jlt.storage.weights import ASSETS, read_metadata
 
 EXTRACTORS: dict[str, type[SqueezeNetExtractor | InceptionExtractor | DinoExtractor]] = {
@@ -47,6 +48,14 @@ def load_extractor(name: str, device: torch.device | str = "cpu", path: Path | s
     if name not in EXTRACTORS:
         raise unknown_name("feature extractor", name, NAMES)
     return EXTRACTORS[name].load(path).to(device)
+
+
+def shows_digits(source: ImageSource) -> bool:
+    """Return whether images are scanned digits: the bundled ones, or grey ones of the classes 0 to 9."""
+    if not {*source.class_names} <= {*map(str, range(DigitNetwork.num_classes))}:
+        return False
+    red, green, blue = to_rgb(source[0][0]).split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 class DigitNetwork(nn.Module):

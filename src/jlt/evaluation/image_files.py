@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.images.source import read_image
+from jlt.images.reading import MOST_PIXELS, read_image
 from jlt.storage.files import UNREADABLE_ARRAYS, why_unreadable
+from jlt.storage.folders import path_inside
 
 LabelledBatch = tuple[UInt8[Tensor, "_ h w 3"], Int64[Tensor, " _"] | None]
 IMAGES = "arr_0.npy"
@@ -35,6 +36,9 @@ class ImageFolder:
         self.paths = sorted(path for path in visible if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise JLTError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+        for path in self.paths:
+            if path.is_symlink():
+                path_inside(folder, path.name)
         first = self._read(self.paths[0], None)
         self.resolution, self.classes = first.width, first.info.get("classes")
         self._labelled = "label" in first.info
@@ -80,6 +84,7 @@ class ImageArray:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 with file.zip.open(IMAGES) as images:
                     shape, fortran_order, dtype = _header(images)
+                _require_sizes(file.zip, shape)
                 labels = file.get("arr_1")
                 self.classes = str(file["classes"]) if "classes" in file else None
         except UNREADABLE_ARRAYS as error:
@@ -115,6 +120,15 @@ class ImageArray:
             raise JLTError(f"{self._path} is damaged ({error}).") from error
 
 
+def _require_sizes(archive: zipfile.ZipFile, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, before anything is read, for images beyond all limits and for more than a label of each."""
+    if math.prod(shape[1:]) > 3 * MOST_PIXELS:
+        raise ValueError(f"its images have {math.prod(shape[1:]):,} values")
+    for entry in archive.infolist():
+        if entry.filename != IMAGES and entry.file_size > 8 * math.prod(shape[:1]) + 2**20:
+            raise ValueError(f"{entry.filename} has {entry.file_size:,} bytes")
+
+
 def _header(array: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, order and type of an array that numpy wrote."""
     version = np.lib.format.read_magic(array)
@@ -127,4 +141,6 @@ def open_images(path: Path) -> ImageFolder | ImageArray:
     """Open a folder or an .npz of images; JLTError if it is missing or holds no valid images."""
     if not path.exists():
         raise JLTError(f"{path} does not exist.")
+    if not (path.is_dir() or path.is_file()):
+        raise JLTError(f"{path} is neither a folder nor a file.")
     return ImageFolder(path) if path.is_dir() else ImageArray(path)

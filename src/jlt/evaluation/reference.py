@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +15,15 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractor import FeatureExtractor
+from jlt.evaluation.extractors import shows_digits
 from jlt.evaluation.metrics import FeatureStatistics, Gaussian
 from jlt.images.crop import Exif
 from jlt.images.decoding import default_workers, load_batches
+from jlt.images.reading import BadImageError
 from jlt.images.registry import open_source
-from jlt.images.source import BadImageError, ImageSource
+from jlt.images.source import ImageSource
 from jlt.results.files import ResultFile, read_result, write_result
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import bar, inform
@@ -305,10 +307,35 @@ def reference_statistics(
     return group.on_rank0(merged)
 
 
+def features_for(name: str, real_images: Callable[[], str | ImageSource]) -> str:
+    """Return the extractor to measure real images with: `name`, that of a file of statistics, or `digits` for digits.
+
+    Without a name the images are opened. UsageError for images that need one, JLTError for those that cannot be opened.
+    """
+    if name:
+        return name
+    images = real_images()
+    if isinstance(images, str) and images.endswith(STATISTICS_SUFFIXES):
+        name = Reference.load(Path(images)).protocol.get("extractor", {}).get("name", "")
+    elif shows_digits(open_source(images) if isinstance(images, str) else images):
+        name = "digits"
+    if not name:
+        raise UsageError("These images need features that fit them: name some with --features, " + OTHERS)
+    return name
+
+
+OTHERS = "such as inception (on which FID is defined), squeezenet or dinov2."
+
+
 def reference_protocol(
     source: ImageSource, extractor: FeatureExtractor, resolution: int, exif: Exif = "ignore"
 ) -> dict[str, Any]:
-    """Return the protocol of a reference: its extractor, its images and their size."""
+    """Return the protocol of a reference: its extractor, its images and their size.
+
+    UsageError for the features of digits of any other images.
+    """
+    if extractor.name == "digits" and not shows_digits(source):
+        raise UsageError(f"The features of digits say nothing about {source.name}: name others, {OTHERS}")
     protocol = {"extractor": extractor.identity(), "images": source.identity(), "resolution": resolution}
     return protocol if exif == "ignore" else {**protocol, "exif": exif}
 

@@ -9,35 +9,43 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jlt.config import TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.reference import features_for
+from jlt.evaluation.suite import require_enough
 from jlt.experiments.ablation_plan import GROWING, AblationConfig, AblationRun, coordinates_folder, systems_of
 from jlt.experiments.checkpoint_evaluation import draw_grid, evaluate_run, images_of, reference_of
 from jlt.experiments.coordinate_stores import store_in_coordinates
+from jlt.experiments.run_training import check_sampling
 from jlt.geometry.forecast import Estimate, forecast
 from jlt.geometry.tokens import token_estimates
+from jlt.latents.manifest import StoreManifest
 from jlt.latents.store import LatentStore
 from jlt.networks.transformer import forward_flops, training_flops
 from jlt.results.ablation import Ablation, Matched, SystemRun
+from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result, write_result
 from jlt.results.geometry import SettingForecast, TrainingModel
 from jlt.results.run import LOG, evaluation_files, newest_step, read_config
-from jlt.runtime.environment import default_device, machine
+from jlt.runtime.environment import default_device, device_of_float64, machine
 from jlt.runtime.progress import bar, inform
-from jlt.runtime.workers import run_jobs
+from jlt.runtime.workers import SharedSteps, run_jobs, shared_steps
 from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
-from jlt.storage.files import difference
+from jlt.storage.files import difference, read_marker, work_of
 from jlt.storage.folders import Claim, require_unlinked
+from jlt.storage.seals import is_intact
 from jlt.training.checkpoint import open_checkpoint, step_folder
 from jlt.training.loop import train
 
-WORKERS = {"cpu": 2, "cuda": 1}
+WORKERS = {"cpu": 2, "mps": 1, "cuda": 1}
 """Systems that are trained at once: two processes of one thread suffer less from other programs than two threads."""
 PREPARED = {"quickstart.json", "latents", "geometry.json"}
 """What a folder may hold before its ablation begins."""
@@ -63,19 +71,23 @@ def run_system(system: AblationRun) -> None:
 
 
 @contextlib.contextmanager
-def show_progress(systems: Sequence[AblationRun]) -> Iterator[Callable[[], None]]:
-    """Show how much of all arithmetic is done, from the logs that the workers write; yield what shows it again."""
+def show_progress(systems: Sequence[AblationRun], steps: SharedSteps) -> Iterator[Callable[[], None]]:
+    """Show how much of all arithmetic is done, from the steps and evaluations of all; yield what shows it again."""
+    wanted = sum(system.config.steps for system in systems)
     total = sum(_work(system, system.config.steps, len(system.evaluated_steps)) for system in systems)
     with bar("training and evaluating", total) as shown:
 
         def show() -> None:
-            done, active = 0.0, []
-            for system in systems:
-                step, evaluated = newest_step(system.run / LOG), _evaluated(system)
-                done += _work(system, step, evaluated)
-                if step > 0 and evaluated < len(system.evaluated_steps):
+            done, made, active = 0.0, 0, []
+            for place, system in enumerate(systems):
+                step, evaluated = max(steps[place], newest_step(system.run / LOG)), _evaluated(system)
+                done, made = done + _work(system, step, evaluated), made + step
+                evaluations = len(system.evaluated_steps)
+                if step == system.config.steps and evaluated < evaluations:
+                    active.append(f"{system.config.name} evaluation {evaluated + 1}/{evaluations}")
+                elif 0 < step < system.config.steps:
                     active.append(f"{system.config.name} {step}/{system.config.steps}")
-            shown.show(done, ", ".join(active))
+            shown.show(done, ", ".join([f"step {made:,} of {wanted:,}", *active]))
 
         show()
         yield show
@@ -94,10 +106,19 @@ def _evaluated(system: AblationRun) -> int:
     return len(found & {f"step_{step:07d}" for step in system.evaluated_steps})
 
 
-def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None, command: str) -> Ablation:
+def ablate(
+    config: AblationConfig,
+    latents: Path,
+    out: Path,
+    workers: int | None,
+    command: str,
+    check: Callable[[Sequence[TrainConfig], StoreManifest, str, int, int], None] | None = None,
+) -> Ablation:
     """Run an ablation, or what is missing of it, and return what `ablation.json` holds.
 
-    `command` repeats it. JLTError if the runs are not matched, and for a folder that holds other content or an ablation
+    `command` repeats it. `check` may refuse trainings on a device, of one process each and so many at a time.
+
+    JLTError if the runs are not matched, and for a folder that holds other content or an ablation
     with other settings. Stopped on request.
     """
     store, device = LatentStore.open(latents), default_device()
@@ -106,16 +127,26 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
     for system in systems:
         # Settings that no forecast covers are refused before anything is written.
         TrainingModel.of(system.config)
-    workers = worker_count(workers, device)
+    real_images = lambda: config.reference or images_of(store.identity())  # noqa: E731
+    config = replace(config, extractor=features_for(config.extractor, real_images))
+    systems = systems_of(config, latents, out)
     # Points of the axes may be added later, because each is a run of its own.
     settings = {key: value for key, value in to_json(config).items() if key not in GROWING}
-    claim = Claim(out, "plan.json", {"ablation": settings, "latents": store.identity()}, allowed=PREPARED)
+    plan = {"ablation": settings, "latents": store.identity()}
+    if finished := _finished(out, systems, plan):
+        return finished
+    check_sampling(systems[0].config, config.sample, store, device)
+    require_enough(config.sample.num)
+    workers = worker_count(workers, device)
+    if check is not None:
+        check([system.config for system in systems], store.manifest, device, 1, workers)
+    claim = Claim(out, "plan.json", plan, allowed=PREPARED)
     with claim.hold():
         extractor = load_extractor(config.extractor, device, config.features_path or None)
         place = config.reference_path(out)
         measured = place.exists()
-        images = str(place) if measured else config.reference or images_of(store)
-        reference = reference_of(store, images, extractor)
+        images = str(place) if measured else config.reference
+        reference = reference_of(store.identity(), images, extractor, store.manifest.resolution)
         for folder in ("coordinates", "runs", *(f"runs/{system.run.name}" for system in systems)):
             require_unlinked(out, out / folder)
         claim.begin()
@@ -123,12 +154,13 @@ def ablate(config: AblationConfig, latents: Path, out: Path, workers: int | None
             reference.save(place)
         for patch_size, anisotropy in itertools.product(config.patch_size, config.anisotropy):
             store_in_coordinates(store, coordinates_folder(out, patch_size, anisotropy), patch_size, anisotropy)
-        expected = forecasts(systems, _known_forecasts(out), device)
+        expected = forecasts(systems, _known_forecasts(out), device_of_float64(device))
         ablation = replace(describe(config, systems, store, device), command=command, forecasts=expected)
         # Written before the work too, for reports on an ablation under way.
         write_result(out / Ablation.FILE, ablation)
-        with show_progress(systems) as show:
-            run_jobs(run_system, systems, workers, show)
+        steps = shared_steps(len(systems))
+        with show_progress(systems, steps) as show:
+            run_jobs(run_system, systems, workers, show, steps)
         seconds, matched = prove_matched(systems, config)
         ablation = replace(ablation, seconds=seconds, matched=matched)
         write_result(out / Ablation.FILE, ablation)
@@ -141,6 +173,33 @@ def worker_count(workers: int | None, device: str) -> int:
     if workers < 1:
         raise UsageError(f"An ablation needs at least one worker, not {workers}.")
     return workers
+
+
+def _finished(out: Path, systems: Sequence[AblationRun], plan: Mapping[str, Any]) -> Ablation | None:
+    """Return the result of an ablation of these systems if all its files exist; None if there is anything to do."""
+    files = [out / "plan.json", out / Ablation.FILE]
+    for system in systems:
+        files += [step_folder(system.run, system.config.steps), system.run / "samples" / "grid.png"]
+    if not all(path.exists() for path in files):
+        return None
+    try:
+        if difference(read_marker(files[0])[0], json.loads(json.dumps(plan))):
+            return None
+        found = read_result(Ablation, files[1])
+        for system in systems:
+            for path in evaluation_files(system.run):
+                read_result(Evaluation, path)
+            grid = system.run / "samples" / "grid.png"
+            if not is_intact(grid, grid.name, work_of(system.run)):
+                return None
+    except JLTError:
+        return None
+    measured = all(_evaluated(system) == len(system.evaluated_steps) for system in systems)
+    runs = {system.run for system in found.systems}
+    if not (measured and found.matched and runs == {str(system.run.relative_to(out)) for system in systems}):
+        return None
+    inform(f"{out} is already finished.")
+    return found
 
 
 def check_matched(configs: Sequence[Mapping[str, Any]], ablation: AblationConfig) -> list[str]:

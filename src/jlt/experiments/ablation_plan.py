@@ -20,20 +20,19 @@ from jlt.config import (
 )
 from jlt.errors import UsageError
 from jlt.experiments.recipes import vary
-
-MOST_ANISOTROPY = 3.0
+from jlt.ranges import Ranged
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationAxes:
+class AblationAxes(Ranged):
     """The axes of an ablation; they may get more points when it is run again."""
 
     prediction: tuple[Prediction, ...] = ("x", "v")
     """Axis: x, eps, v, edm, skip=S or mix=R."""
     loss_space: tuple[LossSpace, ...] = ("v",)
     """Axis: spaces of the loss."""
-    patch_size: tuple[int, ...] = (1,)
-    """Axis: patch sizes."""
+    patch_size: tuple[int, ...] = ()
+    """Axis: patch sizes. Default: that of the recipe."""
     seed: tuple[int, ...] = (0,)
     """Axis: seeds of the training."""
     anisotropy: tuple[float, ...] = ()
@@ -46,16 +45,15 @@ class AblationAxes:
     """Axis: training times. Default: the recipe's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for axis in ("prediction", "loss_space"):
             object.__setattr__(self, axis, tuple(map(canonical_prediction, getattr(self, axis))))
         for axis in sorted(GROWING):
             points = getattr(self, axis)
             # As in the names of folders.
             names = {f"{point:g}" if isinstance(point, float) else point for point in points}
-            if not (points or axis in OPTIONAL) or len(names) < len(points):
+            if not (points or axis in OPTIONAL or axis == "patch_size") or len(names) < len(points):
                 raise UsageError(f"{axis.replace('_', ' ')} needs one value or more, each of them once.")
-        if any(not 0 <= power <= MOST_ANISOTROPY for power in self.anisotropy):
-            raise UsageError(f"--anisotropy takes powers from 0 (whitened) to {MOST_ANISOTROPY:g}; 1 is untouched.")
 
 
 OPTIONAL = {"anisotropy": "a", "width": "w", "weighting": "", "times": ""}
@@ -81,10 +79,10 @@ class AblationConfig(AblationAxes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.patch_size:
+            object.__setattr__(self, "patch_size", (self.train.network.patch_size,))
         if self.train.sample_every or self.train.evaluate_every:
             raise UsageError("An ablation evaluates its runs itself: set --evaluations instead.")
-        if self.evaluations < 1:
-            raise UsageError("An ablation needs at least one evaluation.")
 
     def reference_path(self, out: Path) -> Path:
         """Return the file of the reference statistics, which may have to be measured first."""

@@ -17,18 +17,23 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from jlt.config import SampleConfig
+from jlt.config import NetworkConfig, SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.extractor import FeatureExtractor
 from jlt.evaluation.image_files import open_images
-from jlt.evaluation.reference import CHUNK, Reference, check_reference, open_reference
+from jlt.evaluation.reference import (
+    CHUNK,
+    STATISTICS_SUFFIXES,
+    Reference,
+    check_reference,
+    open_reference,
+    reference_protocol,
+)
 from jlt.evaluation.suite import Columns, arrays_of, evaluate_images, measure, open_table, require_enough
 from jlt.images.contact_sheet import SheetText, draw_sheet
-from jlt.images.registry import reopen_source
+from jlt.images.registry import open_source, reopen_source
 from jlt.images.source import ImageSource, Selected
-from jlt.interop.sources import open_source
-from jlt.latents.store import LatentStore
-from jlt.results.evaluation import Evaluation, Jackknife, Metrics
+from jlt.results.evaluation import Evaluation, Jackknife, Metrics, bias_text
 from jlt.results.files import read_result, write_result
 from jlt.runtime.environment import default_device, versions
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
@@ -44,27 +49,34 @@ from jlt.storage.seals import is_intact, seal_file
 from jlt.training.checkpoint import Checkpoint, open_checkpoint, step_folder
 
 BATCH_SIZE = 250
-IMAGES_PER_DIMENSION = 10
-"""Fewer images than this per dimension of the features give a warning."""
 GRID_COLUMNS = 8
 """Samples of each class in a grid."""
 
 
 def reference_of(
-    store: LatentStore, real_images: str | ImageSource, extractor: FeatureExtractor, group: Group | None = None
+    latents: Mapping[str, Any],
+    real_images: str | ImageSource,
+    extractor: FeatureExtractor,
+    resolution: int,
+    group: Group | None = None,
 ) -> Reference:
-    """Open the real images that samples are compared with, by default those that a store was encoded from."""
-    exif = (store.manifest.encoding or {}).get("exif", "ignore")
-    return open_reference(real_images or images_of(store), extractor, store.manifest.resolution, exif, group)
+    """Open the real images that samples are compared with, by default those that the latents were encoded from."""
+    images = real_images or images_of(latents)
+    return open_reference(images, extractor, resolution, latents.get("exif", "ignore"), group)
 
 
-def images_of(store: LatentStore) -> ImageSource:
-    """Return the images that a store was encoded from; JLTError if they are missing or changed since."""
+def images_of(latents: Mapping[str, Any]) -> ImageSource:
+    """Return the images that latents were encoded from, by the identity of their store.
+
+    JLTError if they are missing, changed since, or not all known.
+    """
     try:
-        source = reopen_source(store.manifest.source)
+        source = reopen_source(latents["source"])
     except JLTError as error:
         raise JLTError(f"{error} Name real images with --reference.") from error
-    skipped = [image.index for image in store.manifest.skipped]
+    skipped = latents.get("skipped", [])
+    if len(source) - len(skipped) != latents["count"]:
+        raise JLTError("The run does not record which images were skipped: name real images with --reference.")
     return Selected(source, np.delete(np.arange(len(source)), skipped)) if skipped else source
 
 
@@ -180,16 +192,9 @@ def _remove(table: RowTable) -> None:
 
 
 def warn_if_few(metrics: Metrics, extractor: FeatureExtractor) -> None:
-    """Print a warning if few images bias a Frechet distance: the bias falls as dimension / count."""
-    enough = IMAGES_PER_DIMENSION * extractor.dimension
-    if metrics.count >= enough:
-        return
-    bias = metrics.frechet_distance_bias
-    amount = "" if bias is None else f" by about {bias:.2g} of {metrics.frechet_distance:.4g}"
-    inform(
-        f"A Frechet distance of {metrics.count} images in {extractor.dimension} dimensions is biased upwards{amount}: "
-        f"use {enough} images or more."
-    )
+    """Print a warning if few images bias a Frechet distance."""
+    if text := bias_text(metrics, extractor.dimension):
+        inform(text)
 
 
 def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -235,26 +240,46 @@ def _drawn_by(samples: Path) -> Path | None:
 
 
 def evaluate_checkpoint(
-    path: Path,
-    real_images: str,
+    checkpoint: Checkpoint,
+    real_images: str | ImageSource,
     extractor: FeatureExtractor,
     config: SampleConfig,
     autoencoder_path: str | None,
     group: Group | None = None,
 ) -> Evaluation:
-    """Measure the samples of a run's newest checkpoint, or of a checkpoint, and write the result into its run."""
+    """Measure the samples of a checkpoint, and write the result into its run; a stored one is returned."""
     group = group or SingleProcess()
     require_enough(config.num)
-    checkpoint = open_source(path)
     sampler = open_sampler(checkpoint, config, default_device(), autoencoder_path)
-    reference = open_reference(real_images, extractor, sampler.resolution, group=group)
     run = checkpoint.run
     in_run = (run / "config.json").is_file()
+    if in_run and (found := group.on_rank0(lambda: _stored(sampler, real_images, extractor))):
+        return found
+    reference = reference_of(checkpoint.latents, real_images, extractor, sampler.resolution, group)
     result = evaluate_sampler(sampler, reference, extractor, drawn_folder(run) if in_run else None, group)
     if in_run:
         group.on_rank0(lambda: _remove_orphans(run))
         group.on_rank0(lambda: write_evaluation(run, result))
     return result
+
+
+def _stored(sampler: ImageSampler, real_images: str | ImageSource, extractor: FeatureExtractor) -> Evaluation | None:
+    """Return the evaluation of this protocol that a run holds, without measuring its real images."""
+    checkpoint = sampler.checkpoint
+    if isinstance(real_images, str) and real_images.endswith(STATISTICS_SUFFIXES):
+        reference = Reference.load(Path(real_images)).identity()
+    else:
+        source = open_source(real_images) if isinstance(real_images, str) else real_images
+        exif = checkpoint.latents.get("exif", "ignore")
+        reference = reference_protocol(source, extractor, sampler.resolution, exif)
+    wanted = to_json({**sampler.protocol(), "extractor": extractor.identity(), "reference": reference})
+    for path in sorted(checkpoint.run.glob(f"evaluations/step_{checkpoint.step:07d}-*.json")):
+        found = read_result(Evaluation, path)
+        measured = {**found.protocol, "reference": {**found.protocol["reference"], **wanted["reference"]}}
+        if found.protocol == measured == {**wanted, "reference": measured["reference"]}:
+            inform(f"{path} holds this evaluation already.")
+            return found
+    return None
 
 
 def drawn_folder(run: Path) -> Path:
@@ -323,9 +348,14 @@ def evaluate_run(
         evaluate_once(sampler, reference, extractor, SingleProcess())
 
 
+def grid_rows(network: NetworkConfig) -> int:
+    """Return how many classes a grid of samples shows, a row each."""
+    return min(10, network.num_classes)
+
+
 def draw_grid(checkpoint: Checkpoint, config: SampleConfig, device: str, path: Path) -> None:
     """Draw a checkpoint's grid of samples: a row per class, from noise that is the same for every checkpoint."""
-    num_classes = min(10, checkpoint.config.network.num_classes)
+    num_classes = grid_rows(checkpoint.config.network)
     labels = [row for row in range(num_classes) for _ in range(GRID_COLUMNS)]
     settings = dataclasses.replace(config, num=len(labels), labels=",".join(map(str, labels)))
     sampler = open_sampler(checkpoint, settings, device)

@@ -19,7 +19,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from jlt.config import SampleConfig
-from jlt.errors import JLTError, UsageError
+from jlt.errors import JLTError
 from jlt.experiments.sample_spectrum import Directions, decoder_sensitivity, sampled_states
 from jlt.geometry.accumulate import Latents, Moments
 from jlt.geometry.assemble import rows
@@ -28,6 +28,7 @@ from jlt.geometry.gaussian import conditional_variance
 from jlt.geometry.tokens import eigenbasis
 from jlt.interop.importing import IMPORTED
 from jlt.patches import patch_tokens, unpatchify
+from jlt.ranges import Ranged
 from jlt.results.geometry import Band, ErrorByDirection, ErrorDifference, NetworkError
 from jlt.runtime.processes import Group, rank0_value, stop_together
 from jlt.runtime.progress import bar
@@ -54,7 +55,7 @@ SPACE = ("name", "channels", "downsampling")
 
 
 @dataclass(frozen=True)
-class Networks:
+class Networks(Ranged):
     """Trained networks to be measured, their weights, and the number of latents."""
 
     checkpoints: Sequence[Checkpoint]
@@ -67,10 +68,6 @@ class Networks:
     """Steps of their solver."""
     decoder: str | None = None
     """The decoder whose sensitivity is measured; by default the autoencoder of the latents."""
-
-    def __post_init__(self) -> None:
-        if self.num < 2:
-            raise UsageError(f"--num must be 2 or more: errors of means need several latents, not {self.num}.")
 
     @property
     def patch_size(self) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 from jlt.config import SampleConfig
 from jlt.errors import UsageError
 from jlt.evaluation.extractor import FeatureExtractor
-from jlt.evaluation.reference import Reference, open_reference
-from jlt.experiments.checkpoint_evaluation import evaluate_sampler
+from jlt.evaluation.reference import Reference
+from jlt.experiments.checkpoint_evaluation import evaluate_sampler, reference_of
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result, write_result
 from jlt.runtime.environment import versions
@@ -39,6 +39,7 @@ class Subject:
 
     checkpoint: Checkpoint
     real_images: str
+    """Empty for the images of the checkpoint's latents."""
     extractor: FeatureExtractor
     features_path: Path | None = None
     autoencoder_path: str | None = None
@@ -131,7 +132,8 @@ def settings_folder(
     """
     extractor = subject.extractor
     sampler = open_sampler(subject.checkpoint, first, device, subject.autoencoder_path)
-    reference = open_reference(subject.real_images, extractor, sampler.resolution, group=group)
+    latents = subject.checkpoint.latents
+    reference = reference_of(latents, subject.real_images, extractor, sampler.resolution, group)
     identity = {
         **plan,
         "checkpoint": subject.checkpoint.sha256,

@@ -18,6 +18,7 @@ from jlt.errors import UsageError
 from jlt.evaluation.metrics import jackknife
 from jlt.experiments.checkpoint_evaluation import warn_if_few
 from jlt.experiments.measured_settings import SettingsFolder, Subject, default_folder, settings_folder
+from jlt.ranges import require_ranges
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import write_result
 from jlt.results.price import Price, Priced, SamplerSetting
@@ -26,7 +27,7 @@ from jlt.runtime.environment import machine, seconds_of
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.sampling.guidance import rows_evaluated
-from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, with_config
+from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, with_config, with_numbered_labels
 from jlt.storage.codec import to_json
 
 PUBLISHED: tuple[Solver, int, float] = ("heun", 50, 1.0)
@@ -47,6 +48,7 @@ class PriceConfig:
     confirm_seed: int
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         for axis in ("solver", "steps", "shift", "cfg_interval"):
             points = getattr(self, axis)
             if not points or len(set(points)) < len(points):
@@ -90,6 +92,7 @@ def price(
     `settings_folder` raises it. Stopped if any process is to stop.
     """
     checkpoint, settings = subject.checkpoint, [config.published, *config.candidates()]
+    config = replace(config, sample=with_numbered_labels(checkpoint, config.sample))
     out = out or default_folder(checkpoint, "price")
     first = config.sample_config(settings[0], config.sample.seed)
     check_guidance(checkpoint.config, first)

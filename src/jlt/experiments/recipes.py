@@ -29,7 +29,7 @@ from jlt.config import (
     SampleConfig,
     TrainConfig,
 )
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError, UsageError, unknown_name
 from jlt.networks.sizes import SIZES, size_name, sized_network
 from jlt.results.run import LOG
 from jlt.storage.codec import from_json
@@ -43,6 +43,8 @@ class Recipe:
     make: Callable[[LatentShape], TrainConfig]
     latents: LatentShape
     images: int
+    purpose: str
+    """What it is for, in short."""
 
 
 FAMILIES: dict[Prediction, str] = {"x": "JLT", "v": "DiT"}
@@ -139,23 +141,53 @@ def imagenette(resolution: int, prediction: Prediction, patch_size: int, latents
     )
 
 
+def photographs(scale: Scale, patch_size: int, latents: LatentShape) -> TrainConfig:
+    """Return the recipe for the user's own photographs at a scale that the user's machine can afford."""
+    gpu = scale.size != "T"
+    return TrainConfig(
+        name=system_name("x", scale.size, patch_size),
+        prediction="x",
+        network=sized_network(scale.size, patch_size, latents),
+        optimizer=OptimizerConfig(learning_rate=scale.learning_rate, warmup_steps=200),
+        batch_size=scale.batch_size,
+        # At 256 pixels half of the batch takes about 11 GiB.
+        accumulation=2 if gpu else 0,
+        steps=scale.steps,
+        flips=True,
+        ema=(0.999, 0.9999) if gpu else (0.995, 0.999),
+        precision="bfloat16" if gpu else "float32",
+        log_every=50,
+        checkpoint_every=1000,
+        snapshot_every=500,
+    )
+
+
+YOUR_PHOTOGRAPHS = LatentShape(128, 16, 16, num_classes=10)
+"""FLUX.2's latents at 256 pixels, of which `jlt plan` estimates."""
+ONE_GPU = Scale("S", batch_size=256, steps=20_000, learning_rate=2e-4)
+LAPTOP = Scale("T", batch_size=64, steps=4000, learning_rate=5e-4)
 PUBLISHED: list[tuple[Prediction, str, int]] = [
     (prediction, size, patch_size) for size in ("B", "L") for patch_size in (1, 2) for prediction in ("x", "v")
 ]
 RECIPES = {
+    "digits": Recipe(partial(digits, "x", 1), LatentShape(16, 4, 4, 10), 1_797, "the bundled digits, minutes on a CPU"),
+    "laptop": Recipe(partial(photographs, LAPTOP, 2), YOUR_PHOTOGRAPHS, 10_000, "your photographs, without a GPU"),
+    "photos": Recipe(partial(photographs, ONE_GPU, 1), YOUR_PHOTOGRAPHS, 10_000, "your photographs, on one GPU"),
     **{
         f"imagenet256-{system_name(*run).lower().replace('/', '')}": Recipe(
-            partial(imagenet256, *run), FLUX2_IMAGENET256, images=1_281_167
+            partial(imagenet256, *run), FLUX2_IMAGENET256, 1_281_167, f"ImageNet at 256 px, {system_name(*run)}"
         )
         for run in PUBLISHED
     },
     **{
         f"imagenette{side}": Recipe(
-            partial(imagenette, side, "x", 1), LatentShape(128, side // 16, side // 16, num_classes=10), images=9_469
+            partial(imagenette, side, "x", 1),
+            LatentShape(128, side // 16, side // 16, num_classes=10),
+            9_469,
+            f"Imagenette at {side} px, JLT-{scale.size}/1",
         )
-        for side in IMAGENETTE
+        for side, scale in IMAGENETTE.items()
     },
-    "digits": Recipe(partial(digits, "x", 1), LatentShape(16, 4, 4, num_classes=10), images=1_797),
 }
 
 
@@ -212,7 +244,7 @@ def vary(
     if (width := point.get("width")) is not None:
         head = network.hidden_size // network.num_heads
         if width < head or width % head:
-            raise JLTError(f"A width of {width} is no multiple of the {head} values of a head.")
+            raise UsageError(f"A width of {width} is no multiple of the {head} values of a head.")
         network = dataclasses.replace(network, hidden_size=width, num_heads=width // head)
     weighting, distribution = point.get("weighting"), point.get("times")
     varied = dataclasses.replace(

@@ -15,6 +15,7 @@ from jlt.config import Metric, SampleConfig
 from jlt.errors import UsageError
 from jlt.evaluation.metrics import jackknife
 from jlt.evaluation.suite import GROUPS
+from jlt.ranges import require_ranges
 from jlt.results.evaluation import Evaluation
 from jlt.results.sweep import WHOLE_INTERVAL, Setting
 
@@ -46,6 +47,7 @@ class SweepConfig:
     metric: Metric = "frechet_distance"
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         for axis in ("cfg_scale", "cfg_interval", "ema"):
             points = getattr(self, axis)
             if not points or len(set(points)) < len(points):
@@ -54,8 +56,6 @@ class SweepConfig:
             raise UsageError(f"--coarse-num must be between {GROUPS} and --num, not {self.coarse_num}.")
         if self.confirm_seed == self.sample.seed:
             raise UsageError("The seed of the confirmation must differ from the seed of the search.")
-        if self.confirm < 1 or self.refine < 0:
-            raise UsageError("--confirm must be 1 or more, --refine 0 or more.")
         if self.metric not in get_args(Metric):
             raise UsageError(f"--metric must be one of {', '.join(get_args(Metric))}.")
         for setting in self.settings():

@@ -34,7 +34,7 @@ from jlt.results.sweep import (
 from jlt.runtime.environment import machine
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
-from jlt.sampling.sampler import check_guidance, check_guide
+from jlt.sampling.sampler import check_guidance, check_guide, with_numbered_labels
 from jlt.storage.codec import to_json
 from jlt.training.averages import choose_name
 from jlt.training.checkpoint import Checkpoint
@@ -104,6 +104,7 @@ def sweep(
     """
     checkpoint = subject.checkpoint
     out = out or default_folder(checkpoint, "sweep")
+    config = replace(config, sample=with_numbered_labels(checkpoint, config.sample))
     for setting in config.settings():
         wanted = config.sample_config(setting, config.coarse_num, 0)
         check_guidance(checkpoint.config, wanted)

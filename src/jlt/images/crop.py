@@ -11,10 +11,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jlt.errors import JLTError
+from jlt.images.reading import MOST_PIXELS
 
 Exif = Literal["ignore", "apply"]
-MOST_PIXELS = 2**27
-"""400 MB of RGB. A narrow strip grows without bound when its short side is enlarged."""
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,6 +42,7 @@ def centre_crop(image: Image.Image, size: int, exif: Exif = "ignore") -> UInt8[n
         rgb = _resize(rgb, rgb.width // 2, rgb.height // 2, Image.Resampling.BOX)
     scale = size / min(rgb.size)
     width, height = round(rgb.width * scale), round(rgb.height * scale)
+    # A narrow strip grows without bound when its short side is enlarged.
     if width * height > MOST_PIXELS:
         raise JLTError(f"An image of {image.width} x {image.height} pixels is too narrow to be cropped: remove it.")
     rgb = _resize(rgb, width, height, Image.Resampling.BICUBIC)

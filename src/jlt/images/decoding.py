@@ -18,7 +18,8 @@ from jaxtyping import Int64, UInt8
 
 from jlt.errors import JLTError
 from jlt.images.crop import Exif, centre_crop
-from jlt.images.source import BadImageError, ImageSource, SkippedImage
+from jlt.images.reading import BadImageError
+from jlt.images.source import ImageSource, SkippedImage
 from jlt.runtime.processes import local_world_size, notice_dead_workers, spawn_context
 from jlt.runtime.signals import follow_parent, signals_blocked
 

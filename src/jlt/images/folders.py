@@ -1,42 +1,49 @@
-"""A folder of class folders."""
+"""A folder of class folders, or of the images of one class."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jlt.errors import JLTError
-from jlt.images.source import ImageSource, read_image, require_index
+from jlt.errors import JLTError, few
+from jlt.images.reading import read_image
+from jlt.images.source import ImageSource, require_index
 
 
 class ClassFolders(ImageSource):
     """A folder with one folder per class (ImageNet's layout); images may be nested to any depth within a class.
 
+    A folder without folders holds the images of one class, which has its name: data for training without classes.
     Every file that is not hidden counts as an image, whatever its suffix: a file that does not decode is a named error,
-    never a missing image. Classes and files are sorted by name, empty classes are kept, links are followed.
+    never a missing image. Classes and files are sorted by name, and empty classes are kept. Links are followed within
+    the folder. JLTError for one that leads out of it, or to a folder that is reached twice.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.name = self.folder.name
         with os.scandir(self.folder) as entries:
-            folders = (entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-            self.class_names = tuple(sorted(folders))
-        if not self.class_names:
-            raise JLTError(f"{folder} holds no class folders: put the images of each class into their own folder.")
+            found = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+        folders = sorted(name for name, is_folder in found.items() if is_folder)
+        self.class_names = tuple(folders) or (self.name,)
+        loose = sorted(name for name, is_folder in found.items() if not is_folder)
         listing, counts = bytearray(), []
+        seen: set[str] = set()
         for class_name in self.class_names:
-            files = sorted(_files_below(self.folder / class_name))
-            listing += b"".join(os.fsencode(f"{class_name}/{file}") + b"\0" for file in files)
+            below = _files_below(self.folder, class_name, seen) if folders else _links_checked(self.folder, loose)
+            files = [os.fsencode(file) + b"\0" for file in sorted(below)]
+            listing += b"".join(files)
             counts.append(len(files))
         if not listing:
-            raise JLTError(f"{folder} holds {len(self.class_names)} class folders, but no file in any of them.")
+            raise JLTError(f"{folder} holds no images: put those of each class into a folder of their own.")
+        self.ignored = loose if folders else []
+        self.empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         # One string of all names, and the class boundaries, keep millions of files small in memory and in a pickle.
         self._names = bytes(listing)
         self._ends = np.flatnonzero(np.frombuffer(listing, dtype=np.uint8) == 0)
@@ -49,6 +56,15 @@ class ClassFolders(ImageSource):
         require_index(index, self)
         label = int(np.searchsorted(self._starts, index, side="right")) - 1
         return read_image(self._path(index)), label
+
+    def notes(self) -> list[str]:
+        """Name the files outside of class folders, which are ignored, and classes without images."""
+        texts = []
+        if self.ignored:
+            texts.append(f"{self.folder} holds {few(self.ignored)} outside of its class folders: ignored.")
+        if self.empty:
+            texts.append(f"Classes without images: {few(self.empty)}. Remove these folders if they are no classes.")
+        return texts
 
     def describe(self, index: int) -> str:
         """Return the path of the file."""
@@ -65,15 +81,50 @@ class ClassFolders(ImageSource):
         return self.folder / os.fsdecode(self._names[start : int(self._ends[index])])
 
 
-def _files_below(folder: Path, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in above:
-        raise JLTError(f"{folder} links back to {real}, a folder that contains it: remove the link.")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+def split_folders(folder: Path) -> list[str]:
+    """Return the folders in a folder that look like splits of a collection, in place of classes; sorted."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", above | {real})
-            else:
-                yield f"{prefix}{entry.name}"
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    splits = sorted(name for name in names if name.lower() in SPLITS)
+    return splits if len(splits) > 1 or len(splits) == len(names) else []
+
+
+def _files_below(root: Path, class_name: str, seen: set[str]) -> Iterator[str]:
+    """Yield the files of a class by their path in `root`, and add its folders to those that were `seen`."""
+    waiting = [class_name]
+    while waiting:
+        place = waiting.pop()
+        real = os.path.realpath(root / place)
+        if real in seen:
+            raise JLTError(f"{root / place} is reached a second time, through a link: remove the link.")
+        seen.add(real)
+        _require_inside(root, place, real)
+        with os.scandir(real) as entries:
+            for entry in entries:
+                inner = f"{place}/{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(inner)
+                    continue
+                if entry.is_symlink():
+                    _require_inside(root, inner, os.path.realpath(entry.path))
+                yield inner
+
+
+def _links_checked(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield the names of files in `root`; JLTError for a link that leads out of it."""
+    for name in names:
+        if (root / name).is_symlink():
+            _require_inside(root, name, os.path.realpath(root / name))
+        yield name
+
+
+def _require_inside(root: Path, place: str, real: str) -> None:
+    if not real.startswith(f"{root}/".replace("//", "/")):
+        raise JLTError(
+            f"{root / place} is a link that leads out of {root}: replace it by what it links to, as cp -rL does."
+        )

@@ -14,8 +14,9 @@ from jaxtyping import Int64
 from PIL import Image
 
 from jlt.errors import JLTError
+from jlt.images.reading import BadImageError, decode_image, read_image
 from jlt.images.sharded import ShardedSource
-from jlt.images.source import BadImageError, decode_image, read_image, require_index
+from jlt.images.source import require_index
 from jlt.storage.folders import path_inside
 
 if TYPE_CHECKING:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlt.errors import JLTError, UsageError, unknown_name
+from jlt.errors import JLTError, UsageError, few, unknown_name
 from jlt.images.digits import Digits
-from jlt.images.folders import ClassFolders
+from jlt.images.folders import ClassFolders, split_folders
 from jlt.images.parquet import Parquet
 from jlt.images.sharded import ShardedSource, read_class_names
 from jlt.images.source import ImageSource, absolute
 from jlt.images.tar import TarShards
+from jlt.storage.folders import path_inside
 
 BUNDLED = ("digits",)
 REOPENED = (*BUNDLED, "folder", "parquet", "tar")
@@ -28,8 +30,9 @@ def open_source(spec: str, split: str | None = None, class_names: str | None = N
     """Open the images that `spec` names.
 
     `spec` is `digits`, the bundled set; a .parquet or .tar file; a folder of such files, also in its subfolder `data`
-    as in a clone of a Hub repository; or a folder of class folders. `./digits` is a folder, not the bundled set.
-    `split` selects files of such a folder. `class_names` is a text file with one class name per line, for labels that
+    as in a clone of a Hub repository; a folder of class folders; or a folder of images, which are of one class.
+    `./digits` is a folder, not the bundled set. `split` selects files of such a folder, or one of its folders.
+    `class_names` is a text file with one class name per line, for labels that
     are numbers. UsageError for an unknown `spec`, with the nearest names, or an option that does not apply; JLTError if
     the images cannot be opened.
     """
@@ -48,13 +51,24 @@ def open_source(spec: str, split: str | None = None, class_names: str | None = N
     else:
         raise _unknown_path(spec, path)
     if not files:
-        _refuse("a folder of class folders", split=split, class_names=class_names)
+        _refuse("a folder of class folders", class_names=class_names)
+        if splits := split_folders(path):
+            return ClassFolders(path_inside(path, _chosen(path, splits, split)))
+        _refuse("a folder of class folders", split=split)
         return ClassFolders(path)
     names = None if class_names is None else read_class_names(Path(class_names).expanduser())
     chosen = files if path.is_file() else choose_split(files, split)
     options = {"split": split, "class_names": class_names and str(absolute(Path(class_names).expanduser()))}
     given = {name: value for name, value in options.items() if value is not None}
     return SHARDED[files[0].suffix](path, chosen, names, given)
+
+
+def _chosen(folder: Path, splits: Sequence[str], split: str | None) -> str:
+    if split is None:
+        raise UsageError(f"{folder} holds splits, not classes ({', '.join(splits)}): choose one with --split.")
+    if split not in splits:
+        raise unknown_name("split", split, splits)
+    return split
 
 
 def reopen_source(identity: Mapping[str, Any]) -> ImageSource:
@@ -97,10 +111,10 @@ def _refuse(kind: str, **options: str | None) -> None:
 
 
 def _unknown_path(spec: str, path: Path) -> UsageError:
-    siblings = [str(other) for other in path.parent.glob("*/")] if path.parent.is_dir() else []
-    if len(path.parts) == 1:
-        siblings += BUNDLED
-    return unknown_name("folder of images or bundled set", spec, siblings or BUNDLED)
+    # A path is not compared with the folders that exist: a similar name may mean other images.
+    near = [name for name in BUNDLED if len(path.parts) == 1 and difflib.get_close_matches(spec, [name])]
+    hint = f"did you mean {near[0]}?" if near else f"name a folder or file of images, or a bundled set: {BUNDLED[0]}."
+    return UsageError(f"{spec} does not exist: {hint}")
 
 
 # train-00000-of-00294, as the Hub names parquet files; older names end in a part of the file's hash.
@@ -146,13 +160,9 @@ def _require_complete(split: str, files: Sequence[Path]) -> None:
     folder, counts = files[0].parent, {int(match["count"]) for match in matches}
     numbers = {int(match["number"]) for match in matches}
     if len(counts) > 1 or len(numbers) < len(files):
-        listing = _few([file.name for file in files])
+        listing = few([file.name for file in files])
         raise JLTError(f"{folder} holds files of several versions of {split}: keep those of one. They are {listing}.")
     count = counts.pop()
     if missing := sorted(set(range(count)) - numbers):
         names = [f"{split}-{number:0{len(matches[0]['number'])}d}" for number in missing]
-        raise JLTError(f"{folder} lacks {len(missing)} of the {count} files of {split}: download {_few(names)}.")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise JLTError(f"{folder} lacks {len(missing)} of the {count} files of {split}: download {few(names)}.")

@@ -67,6 +67,9 @@ class ShardedSource(ImageSource):
         self.path = absolute(path)
         self.name = self.path.name
         self._files = [absolute(file) for file in files]
+        for file in self._files:
+            if not file.is_file():
+                raise JLTError(f"{file} is not a file.")
         self._options = dict(options or {})
         self._read_listing(class_names)
 

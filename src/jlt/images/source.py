@@ -1,36 +1,18 @@
-"""The contract of an image source, a selection of another source's images, and the decoding of one image file."""
+"""The contract of an image source, and a selection of another source's images."""
 
 from __future__ import annotations
 
 import abc
-import functools
 import hashlib
-import io
-import stat
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from jlt.errors import JLTError
 from jlt.storage.codec import Count
-
-
-class BadImageError(JLTError):
-    """One image that cannot be used; `image` names it, `reason` says why. Encoding stops at it, or skips it."""
-
-    def __init__(self, image: str, reason: str) -> None:
-        # Both arguments go to the base class, so that the error can be pickled in a worker process.
-        super().__init__(image, reason)
-        self.image, self.reason = image, reason
-
-    def __str__(self) -> str:
-        return f"{self.image} {self.reason}: repair or remove it."
 
 
 class ImageSource(abc.ABC):
@@ -43,6 +25,10 @@ class ImageSource(abc.ABC):
     name: str
     class_names: tuple[str, ...]
     in_memory: bool = False
+
+    def notes(self) -> list[str]:
+        """Return sentences about what the user may not expect of these images."""
+        return []
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -69,51 +55,6 @@ def require_index(index: int, source: ImageSource) -> None:
 def absolute(path: Path) -> Path:
     """Return the absolute path of a folder or file; a link to a file keeps its name, as the Hub's cache needs."""
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-
-
-def read_image(path: Path, describe: Callable[[], str] | None = None) -> Image.Image:
-    """Return the decoded image of a file as `decode_image` does; without `describe`, errors name the path."""
-    describe = describe or (lambda: str(path))
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            # A read from a pipe would block for ever.
-            raise BadImageError(describe(), "is not a file")
-        data = path.read_bytes()
-    except (FileNotFoundError, PermissionError, IsADirectoryError, ValueError) as error:
-        raise BadImageError(describe(), f"cannot be read ({getattr(error, 'strerror', error)})") from error
-    except OSError as error:
-        # A fault of the disk or the network is no property of the image, so the image is not skipped.
-        raise JLTError(f"{describe()} cannot be read ({error.strerror}).") from error
-    return decode_image(data, describe)
-
-
-def decode_image(data: bytes, describe: Callable[[], str]) -> Image.Image:
-    """Return the first frame of an encoded image, in the file's own mode and size.
-
-    BadImageError, with the text that `describe` returns, if it does not decode.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of damaged EXIF, which does not change the pixels, and of sizes below its own limit.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_formats())
-            image.load()
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Decoders raise many types: OSError, SyntaxError, struct.error, ...
-        reason = "holds no bytes" if not data else "is of no image format that Pillow knows"
-        if not isinstance(error, UnidentifiedImageError):
-            reason = f"does not decode as an image ({error})"
-        raise BadImageError(describe(), reason) from error
-    return image
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return the formats that Pillow decodes by itself; for EPS it would start Ghostscript on the file."""
-    Image.init()
-    return tuple(name for name in Image.OPEN if name != "EPS")
 
 
 @dataclass(frozen=True)

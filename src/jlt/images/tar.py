@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image
 
 from jlt.errors import JLTError
+from jlt.images.reading import FORMATS, decode_image, require_size
 from jlt.images.sharded import MOST_CLASSES, ShardedSource, no_class
-from jlt.images.source import decode_image, require_index
+from jlt.images.source import require_index
 from jlt.runtime.progress import track
 
 BLOCK = tarfile.BLOCKSIZE
+LARGEST_JSON = 2**24
 
 
 class Member(NamedTuple):
@@ -80,6 +82,7 @@ class TarShards(ShardedSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         require_index(index, self)
         size = int(self._sizes[index])
+        require_size(size, lambda: self.describe(index))
         path = self._files[self._file_number(index)]
         with _opened(path) as file:
             data = os.pread(file.fileno(), size, int(self._starts[index]))
@@ -103,7 +106,7 @@ class _Index:
         self.listing = hashlib.sha256()
         self._name_of: dict[int, str | None] = {}
         suffixes = Image.registered_extensions()
-        self._image_suffixes = frozenset(suffix[1:] for suffix, kind in suffixes.items() if kind in Image.OPEN)
+        self._image_suffixes = frozenset(suffix[1:] for suffix, kind in suffixes.items() if kind in FORMATS)
 
     def add(self, path: Path) -> None:
         """Add the samples of a tar file; JLTError if it is damaged, or a sample lacks its image or its label."""
@@ -177,6 +180,8 @@ def _read_cls(sample: str, file: BinaryIO, member: Member) -> int:
 
 
 def _read_json(sample: str, file: BinaryIO, member: Member) -> dict[str, Any]:
+    if member.size > LARGEST_JSON:
+        raise JLTError(f"{sample} has a .json of {member.size:,} bytes: at most {LARGEST_JSON:,} are read.")
     try:
         fields = json.loads(os.pread(file.fileno(), member.size, member.start))
     except (ValueError, RecursionError) as error:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlt.config import Prediction
+from jlt.ranges import Ranged
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class ImportConfig(Ranged):
     """Facts about a file; one that the file states itself cannot be changed, except for the autoencoder."""
 
     autoencoder: str = ""

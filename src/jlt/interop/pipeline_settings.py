@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jlt.config import NetworkConfig, Prediction
+from jlt.ranges import Ranged
 
 ExportFormat = Literal["diffusers", "safetensors"]
 PIPELINE = ("pipeline", "JLTPipeline")
@@ -64,7 +65,7 @@ class FileSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Ranged):
     """What is exported, and what the model card shows."""
 
     ema: str = ""

@@ -158,8 +158,6 @@ def _autoencoder_name(weights: Mapping[str, Tensor], arguments: Arguments) -> st
 def _resolution(arguments: Arguments, options: ImportConfig) -> int:
     if options.resolution is None:
         return arguments.whole("img_size", 256, LARGEST_SIDE)
-    if not 1 <= options.resolution <= LARGEST_SIDE:
-        raise UsageError(f"--resolution must be from 1 to {LARGEST_SIDE} pixels, not {options.resolution}.")
     stated = arguments.whole("img_size", options.resolution, LARGEST_SIDE, published=False)
     if stated != options.resolution:
         raise UsageError(f"The file states images of {stated} pixels: leave out --resolution {options.resolution}.")

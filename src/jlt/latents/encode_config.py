@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jlt.config import InferencePrecision
+from jlt.ranges import Ranged
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
+class EncodeConfig(Ranged):
     """The images, the autoencoder, and the format of the latents."""
 
     images: str
-    """Images: a folder of class folders, of parquet or of tar files, or the bundled set digits."""
+    """Images: a folder of class folders, of images, of parquet or of tar files, or the bundled set digits."""
     autoencoder: str
     """Autoencoder: flux2, taef2 (small, same latent space), kl (any AutoencoderKL), pixels, or tiny (for digits)."""
     autoencoder_path: str | None = None
     """Weights of the autoencoder: a folder or Hub id. Default: the published ones; kl has no default."""
     split: str | None = None
-    """Split of a folder that holds several, such as train for train-00000-of-00294. Default: the only one."""
+    """Split of a folder that holds several, such as train for train/ or train-00000-of-00294. Default: the only one."""
     class_names: str | None = None
     """Text file with one class name per line. Default: the names that the images come with."""
     resolution: int = 256

@@ -24,6 +24,7 @@ from jlt.errors import JLTError
 from jlt.images.contact_sheet import SheetText, draw_sheet
 from jlt.images.decoding import PixelBatch, bad_image, default_workers, load_batch, load_batches
 from jlt.images.folders import ClassFolders
+from jlt.images.reading import BadImageError
 from jlt.images.registry import open_source
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
@@ -114,9 +115,31 @@ def _begin(job: EncodingJob, held: contextlib.ExitStack) -> Missing | None:
         require_space(job.out, images * job.batch_bytes // job.config.batch_size, "The missing latents")
     if missing and len(missing) < job.num_shards:
         inform(f"{job.out}: {job.num_shards - len(missing)} of {job.num_shards} shards are already complete")
+    if missing:
+        for note in (*job.source.notes(), *_enlarged(job)):
+            inform(note)
     if job.config.preview:
         preview(job)
     return missing
+
+
+def _enlarged(job: EncodingJob) -> Iterator[str]:
+    """Yield a sentence if images of the source, of which a few are looked at, are smaller than their crops."""
+    if job.source.in_memory:
+        # The bundled sets are made for a larger size.
+        return
+    sides = []
+    for row in _spread_rows(job):
+        with contextlib.suppress(BadImageError):
+            sides.append(min(job.source[row][0].size))
+    small = [side for side in sides if side < job.config.resolution]
+    if small:
+        found = f"{min(small)} px" if min(small) == max(small) else f"{min(small)} to {max(small)} px"
+        which = "All images" if len(small) == len(sides) else f"{len(small)} of {len(sides)} images"
+        yield (
+            f"{which} that were looked at have a short side of {found} and are enlarged to {job.config.resolution} px: "
+            f"--resolution {max(small)} keeps their size, where the autoencoder can."
+        )
 
 
 def _require_undamaged(job: EncodingJob) -> None:
@@ -303,6 +326,10 @@ def preview(job: EncodingJob) -> float:
     return overall
 
 
+def _spread_rows(job: EncodingJob) -> list[int]:
+    return sorted({round(place) for place in np.linspace(0, len(job.source) - 1, IMAGES)})
+
+
 def _spread(job: EncodingJob) -> PixelBatch:
     """Return up to `IMAGES` usable images, from the start, the end and between."""
     total, config = len(job.source), job.config
@@ -310,7 +337,7 @@ def _spread(job: EncodingJob) -> PixelBatch:
     def load(row: int) -> PixelBatch:
         return load_batch(job.source, range(row, row + 1), config.resolution, config.exif)
 
-    loaded = [load(row) for row in sorted({round(place) for place in np.linspace(0, total - 1, IMAGES)})]
+    loaded = [load(row) for row in _spread_rows(job)]
     bad = [image for batch in loaded for image in batch.bad]
     if bad and config.on_bad_image == "stop":
         raise bad_image(bad[0])

@@ -20,13 +20,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from jlt.autoencoders.contract import Autoencoder
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.images.decoding import PixelBatch
 from jlt.images.source import ImageSource, SkippedImage
 from jlt.latents.encode_config import EncodeConfig
 from jlt.latents.manifest import LatentSums, ShardRecord, StoreManifest
 from jlt.latents.shards import Layout
 from jlt.latents.store import STATE_FOLDER, STORED_DTYPES, VERIFY_THREADS
+from jlt.runtime.environment import require_memory
 from jlt.runtime.progress import inform, track
 from jlt.runtime.random_numbers import derive_seed
 from jlt.storage.codec import from_json, to_json
@@ -52,12 +53,10 @@ class EncodingJob:
     """One encoding of an opened source through a loaded autoencoder into the folder `out`."""
 
     def __init__(self, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig, out: Path) -> None:
-        if min(config.resolution, config.batch_size, config.shard_size, config.threads) < 1:
-            raise JLTError("Resolution, batch size, shard size and threads must be at least 1.")
-        if (config.workers or 0) < 0:
-            raise JLTError("The number of workers must be at least 0.")
+        # A batch as levels and as floating-point numbers.
+        require_memory(3 * 5 * config.batch_size * config.resolution**2, f"A batch of {config.batch_size:,} images")
         if config.resolution % autoencoder.downsampling:
-            raise JLTError(
+            raise UsageError(
                 f"A resolution of {config.resolution} is not a multiple of {autoencoder.downsampling}, "
                 f"the image pixels per latent position of the autoencoder {autoencoder.name!r}."
             )

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from jlt.config import LatentShape
 from jlt.errors import JLTError
 from jlt.images.source import SkippedImage
-from jlt.storage.codec import NonNegative, Range, Size, from_json, to_json
+from jlt.ranges import Range
+from jlt.storage.codec import NonNegative, Size, from_json, to_json
 from jlt.storage.files import read_sealed_json, sealed_sha256, sealed_text, sha256_file, write_text
 from jlt.storage.folders import stays_inside
 
@@ -102,9 +103,17 @@ def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     write_text(folder / MANIFEST_NAME, sealed_text(manifest.content()))
 
 
+def no_store(folder: Path) -> JLTError:
+    """Return the error for a folder without a manifest."""
+    what = "is not a latent store" if folder.exists() else "does not exist"
+    return JLTError(f"{folder} {what}: make a latent store of your images with jlt encode.")
+
+
 def read_manifest(folder: Path) -> StoreManifest:
     """Read a manifest; JLTError if it is missing, damaged, edited, inconsistent or of another schema version."""
     path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise no_store(folder)
     content = read_sealed_json(path)
     schema = content.pop("schema", None)
     if schema != SCHEMA:

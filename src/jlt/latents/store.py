@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import resource
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,15 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.latents.manifest import MANIFEST_NAME, LatentSums, ShardRecord, StoreManifest, read_manifest, write_manifest
+from jlt.latents.manifest import (
+    MANIFEST_NAME,
+    LatentSums,
+    ShardRecord,
+    StoreManifest,
+    no_store,
+    read_manifest,
+    write_manifest,
+)
 from jlt.latents.shards import SAFETENSORS_NAMES, ShardFile, ShardWriter, TensorEntry
 from jlt.runtime.environment import cores
 from jlt.runtime.progress import track
@@ -56,7 +65,7 @@ class LatentStore:
         self.manifest = manifest
         self.shape, self.class_names = manifest.shape, manifest.class_names
         # The least recently used file is closed when no thread reads from it any more.
-        self._file = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: ShardFile(folder / name))
+        self._file = functools.lru_cache(maxsize=_most_open_shards())(lambda name: ShardFile(folder / name))
         self._starts = np.cumsum([0, *(record.count for record in manifest.shards)])
         self.labels = np.empty(manifest.count, dtype=np.int64)
         # The offset of each orientation's latents in each shard's file.
@@ -92,7 +101,11 @@ class LatentStore:
     def identity(self) -> dict[str, Any]:
         """Return the fields by which result files identify the latents."""
         manifest = self.manifest
+        exif, skipped = (manifest.encoding or {}).get("exif", "ignore"), [image.index for image in manifest.skipped]
+        # What tells the encoded images from those of the source, where they differ.
+        encoded = {**({"exif": exif} if exif != "ignore" else {}), **({"skipped": skipped} if skipped else {})}
         return {
+            **encoded,
             "autoencoder": manifest.autoencoder,
             "source": manifest.source,
             "count": manifest.count,
@@ -171,6 +184,12 @@ class LatentStore:
             file.read_into(buffer[begin:end], offset)
 
 
+def _most_open_shards() -> int:
+    """Return how many shards are open at a time: a quarter of the files that this process may open, at most."""
+    permitted = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN_SHARDS if permitted < 0 else max(1, min(MAX_OPEN_SHARDS, permitted // 4))
+
+
 def verify_store(path: str | Path) -> list[str]:
     """Read a whole store and return every problem found, each naming its file; an empty list means it is intact.
 
@@ -202,7 +221,7 @@ def _require_finished(folder: Path) -> None:
         return
     if (folder / STATE_FOLDER).is_dir():
         raise JLTError(f"The latent store {folder} is unfinished: run the same encode command again to complete it.")
-    raise JLTError(f"{folder} is not a latent store: it has no {MANIFEST_NAME}.")
+    raise no_store(folder)
 
 
 def _require_undamaged(folder: Path, problems: list[str]) -> None:

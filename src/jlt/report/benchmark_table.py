@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jlt.report.wording import number, percent, text_table
@@ -23,6 +23,13 @@ SECTIONS = {
     "time": "time",
     "measured": "measured on this machine",
 }
+LONG_HOURS = 48
+LARGE_NETWORK = 50e6
+"""Parameters beyond those of the recipes for photographs."""
+GOOD_MFU = 0.4
+"""Share of the speed of a matrix product from which an update counts as fast: the assumption of `jlt plan`."""
+GOOD_RATIO = 0.95
+"""Share of the bare speed from which what surrounds it counts as cheap."""
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
@@ -41,7 +48,22 @@ def benchmark_table(result: Mapping[str, Any]) -> str:
     for name, compared in result["compare"].items():
         title = [f"{name}, batch {compared[0]['batch_size']}", "img/s", "against eager", "peak GiB"]
         parts.append(text_table(title, [_variant(entry) for entry in compared]))
-    return "\n\n".join([*parts, *filter(None, [result["warning"]])])
+    return "\n\n".join([*parts, *filter(None, [*_judged(result), result["warning"]])])
+
+
+def _judged(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield whether the fastest update of each network, and the loop around it, are fast."""
+    for entry in result["measured"]:
+        if entry["out_of_memory"] or result["best"][entry["preset"]] != entry["batch_size"]:
+            continue
+        good = entry["mfu"] >= GOOD_MFU
+        verdict = "as jlt plan assumes" if good else "less than jlt plan assumes; try --compile or a larger batch"
+        yield f"{entry['preset']}: an update reaches {entry['mfu']:.0%} of the speed of a matrix product, {verdict}."
+    for name, loop in result["loop"].items():
+        if "ratio" in loop:
+            good = loop["ratio"] >= GOOD_RATIO
+            verdict = "little is lost" if good else "the rows above show whether it waits for data or for saving"
+            yield f"{name}: the training loop reaches {loop['ratio']:.0%} of the speed of the bare update: {verdict}."
 
 
 def _update(entry: Mapping[str, Any], best: Mapping[str, int]) -> list[str]:
@@ -99,7 +121,9 @@ def sample_benchmark_table(result: Mapping[str, Any]) -> str:
         ["MFU", f"{result['mfu']:.1%}"],
         ["peak memory, GiB", number(result["peak_memory_gib"])],
     ]
-    return text_table([title, ""], rows)
+    faster = "faster than" if result["ratio"] >= 1 else "slower than"
+    sentence = f"Sampling is {faster} a plain loop of the same network, by a factor of {number(result['ratio'], 3)}."
+    return f"{text_table([title, ''], rows)}\n\n{sentence}"
 
 
 def geometry_benchmark_table(result: Mapping[str, Any]) -> str:
@@ -117,7 +141,8 @@ def geometry_benchmark_table(result: Mapping[str, Any]) -> str:
         ["1,281,167 latents of ImageNet, minutes", number(result["imagenet_minutes"])],
         ["peak memory, MiB", number(result["peak_memory_mib"], 4)],
     ]
-    return text_table([f"latents of {_size(result)}, float64", ""], rows)
+    table = text_table([f"latents of {_size(result)}, float64", ""], rows)
+    return f"{table}\n\nA ratio near 1 is as fast as the product that the covariance is made of."
 
 
 def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
@@ -130,7 +155,10 @@ def encode_benchmark_table(measured: Mapping[str, Any]) -> str:
     ]
     name, precision = measured["autoencoder"]["name"], measured["precision"]
     title = f"{name}, {measured['resolution']} px, batch {measured['batch_size']}, {precision}"
-    return text_table([title, ""], rows)
+    good = measured["ratio"] >= GOOD_RATIO
+    verdict = "little is lost" if good else "decoding or writing limits it; try more --workers"
+    sentence = f"Encoding reaches {measured['ratio']:.0%} of the autoencoder's own speed: {verdict}."
+    return f"{text_table([title, ''], rows)}\n\n{sentence}"
 
 
 def data_benchmark_table(measured: Mapping[str, Any]) -> str:
@@ -138,7 +166,8 @@ def data_benchmark_table(measured: Mapping[str, Any]) -> str:
     rates, ratios = measured["latents_per_second"], measured["loader_ratio"]
     rows = [[label, f"{rates[way]:,.0f}", number(ratios[way])] for way, label in WAYS.items()]
     latents = f"{measured['latents']['count']} latents, {_size(measured)} {measured['dtype']}"
-    return text_table([f"{latents}, batch {measured['batch_size']}", "latents/s", "loader's ratio"], rows)
+    table = text_table([f"{latents}, batch {measured['batch_size']}", "latents/s", "loader's ratio"], rows)
+    return f"{table}\n\nThe loader does not slow down a training of up to {rates['loader']:,.0f} images per second."
 
 
 def _size(result: Mapping[str, Any]) -> str:
@@ -192,7 +221,10 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     total, available = (memory(plan["memory"][name]["value"]) for name in ("total", "available"))
     if plan["fits"]:
         largest = plan["largest_micro_batch_size"]
-        return f"It fits: {total} of {available}. The largest micro-batch that would fit is {largest}."
+        share = plan["work"]["micro_batch_size"]["value"] * plan["work"]["accumulation"]["value"]
+        whole = f"A process's whole share of a batch, {share:,} samples, fits at once."
+        part = f"The largest micro-batch that fits and divides a process's {share:,} samples is {largest}."
+        return f"It fits: {total} of {available}. {whole if largest == share else part}"
     if not plan["ways_to_fit"]:
         return f"It does not fit: {total}, and there are {available}. No batch fits: take more or larger GPUs."
     ways = [
@@ -200,6 +232,22 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     ]
     table = text_table(["what would make it fit", "memory", "training"], ways)
     return f"It does not fit: {total}, and there are {available}.\n\n{table}"
+
+
+def refusal(plan: Mapping[str, Any], together: int = 1) -> str:
+    """State that a training does not fit on this machine, and the fastest settings with which it does."""
+    total, available = (memory(plan["memory"][name]["value"]) for name in ("total", "available"))
+    of = f", with {together} systems at a time (--workers 1 has one)" if together > 1 else ""
+    text = f"{plan['config']['name']} needs {total} of memory, and there are {available}{of}."
+    ways = sorted(plan["ways_to_fit"], key=lambda way: way["seconds"])
+    if ways:
+        needed, hours = memory(ways[0]["bytes"]), ways[0]["seconds"] / 3600
+        length = _hours(hours) if hours < LONG_HOURS else f"{number(hours / 24, 2)} days"
+        text += f" It fits with {_options(ways[0]['settings'])}: {needed}, about {length} of training."
+    else:
+        text += " No batch fits: take a smaller network."
+    large = plan["work"]["parameters"]["value"] > LARGE_NETWORK
+    return f"{text} The recipes laptop and photos are smaller." if large else text
 
 
 def _options(settings: Mapping[str, Any]) -> str:

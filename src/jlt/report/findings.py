@@ -17,6 +17,11 @@ CLOSE_RATIO = 1.15
 """Two Frechet distances of one seed each are too close to call below this ratio. It is a convention: the spread between
 seeds is unknown."""
 
+ERRORS = 2.0
+"""A difference within this many of its standard errors is none."""
+NOISE_RECALL = 0.001
+"""Recall below this, in every system, counts as noise. Decoded noise has none, though it may have high precision."""
+
 CHANCE_FACTOR = 2.0
 """Label agreement below this multiple of chance counts as not recognisable."""
 
@@ -40,10 +45,21 @@ class Comparison:
         return min(value.count for _, value in self.ranked)
 
     def separated(self, better: Spread, worse: Spread) -> bool:
-        """Whether two numbers are distinguishable: disjoint ranges over seeds, or a clear ratio of single seeds."""
+        """Whether two numbers are distinguishable: beyond their errors, and disjoint or clearly apart.
+
+        Ranges over seeds must be disjoint; numbers of single seeds need a clear ratio.
+        """
+        if self.within_error(better, worse):
+            return False
         if min(better.count, worse.count) > 1:
             return better.high < worse.low
         return worse.mean > CLOSE_RATIO * better.mean
+
+    def within_error(self, better: Spread, worse: Spread) -> bool:
+        """Whether a difference is within its error, where errors are known."""
+        if better.error is None or worse.error is None:
+            return False
+        return worse.mean - better.mean <= ERRORS * math.hypot(better.error, worse.error)
 
     @property
     def clear_winner(self) -> System | None:
@@ -83,8 +99,8 @@ def verdict(study: Study) -> str:
     found = comparisons(study)
     if not found:
         return _verdict_of_one(study)
-    if at_chance(study):
-        return "Too early to tell: no system draws recognisable samples yet."
+    if undecidable := why_undecidable(study):
+        return undecidable.headline
     winners = grouped(
         (winner.prediction if (winner := comparison.clear_winner) else "", setting(comparison, study))
         for comparison in found
@@ -99,6 +115,44 @@ def verdict(study: Study) -> str:
     ]
     tail = f"; at {listed(undecided)} it is too close to call" if undecided else ""
     return sentence(f"{'; '.join(best)}{tail}.")
+
+
+@dataclass(frozen=True)
+class Undecidable:
+    """Why distances decide nothing, as a headline and as a sentence."""
+
+    headline: str
+    text: str
+
+
+def why_undecidable(study: Study) -> Undecidable | None:
+    """Return why the distances of a study decide nothing: unsuitable features, or samples that are still noise."""
+    if not fitting_features(study):
+        return Undecidable(
+            "No verdict: the features of digits say nothing about these images.",
+            "Evaluate again with features that fit: --features inception, squeezenet or dinov2.",
+        )
+    early = at_chance(study) or near_nothing(study)
+    return Undecidable("Too early to tell: no system draws recognisable samples yet.", early) if early else None
+
+
+def fitting_features(study: Study) -> bool:
+    """Return whether the features are not those of digits, or the images are digits, as far as files tell."""
+    if name_in(study.protocol, "extractor") != "digits":
+        return True
+    images, names = name_in(study.protocol.get("reference", {}), "images"), study.latents.get("class_names") or []
+    return images in ("", "digits") or {*names} <= {*map(str, range(10))}
+
+
+def near_nothing(study: Study) -> str:
+    """State that hardly a real image is near a sample of any system, as is true of noise; empty if some are."""
+    found = [value.mean for system in study.systems if (value := system.measured("recall", study.final_step))]
+    if not found or max(found) >= NOISE_RECALL:
+        return ""
+    return (
+        f"At most {percent(max(found))} of the real images are near a sample of any system (recall): noise is as far "
+        "away. The order of the Fréchet distances says little at this stage."
+    )
 
 
 def at_chance(study: Study) -> str:
@@ -143,9 +197,9 @@ def details(study: Study) -> list[str]:
     found = comparisons(study)
     texts = [_numbers(comparison, study) for comparison in found]
     if found:
-        chance = at_chance(study)
-        texts = [*([chance] if chance else []), *texts, _about_seeds(found)]
-        texts += [] if chance else _about_the_claim(found, study)
+        undecidable = why_undecidable(study)
+        texts = [*([undecidable.text] if undecidable else []), *texts, _about_seeds(found)]
+        texts += [] if undecidable else _about_the_claim(found, study)
     elif len(study.runs) == 1 and study.final_step is not None:
         texts.extend(_about_one_run(study))
     behind = [system.name for system in study.systems if study.final_step not in system.evaluated_steps]
@@ -176,6 +230,7 @@ def _numbers(comparison: Comparison, study: Study) -> str:
         if comparison.separated(best, value):
             continue
         why = "their ranges over seeds overlap" if comparison.seeds > 1 else "one seed cannot settle that"
+        why = "the difference is within its error" if comparison.within_error(best, value) else why
         higher = f"only {value.mean / best.mean - 1:.0%} higher" if best.mean > 0 else "not distinguishable from it"
         texts.append(f"{sentence(NAMES[system.prediction])} is {higher}: {why}.")
     return " ".join(texts)
@@ -217,7 +272,9 @@ def _about_one_run(study: Study) -> list[str]:
         return []
     best = min(known, key=known.__getitem__)
     if best == study.final_step:
-        return ["It is the lowest so far." if len(known) > 1 else "It is the only evaluation so far."]
+        if len(known) > 1:
+            return ["It is the lowest so far."]
+        return [f"It is the only evaluation {'by this protocol' if study.set_aside else 'so far'}."]
     return [f"The lowest so far was {number(known[best])} at step {best:,}; it has risen since."]
 
 
@@ -254,6 +311,15 @@ def name_in(protocol: Mapping[str, Any], part: str) -> str:
     if not isinstance(value, Mapping):
         return str(value or "")
     return str(value.get("name") or Path(value.get("path", "")).name or value.get("kind", ""))
+
+
+def compared_text(protocol: Mapping[str, Any], count: int | None = None) -> str:
+    """Name the samples, the real images and the features of an evaluation."""
+    reference = protocol.get("reference", {})
+    real = name_in(reference, "images") or "the statistics of another program"
+    number_of = f"{reference['count']:,} images of " if reference.get("count") else ""
+    samples = f"{count or protocol['count']:,} samples" if count or "count" in protocol else "Samples"
+    return f"{samples} against {number_of}{real}, in the features of {name_in(protocol, 'extractor')}."
 
 
 def limits(study: Study) -> list[str]:

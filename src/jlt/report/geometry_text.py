@@ -162,10 +162,16 @@ def geometry_verdict(geometry: Geometry) -> str:
     if forecast.call == "even":
         return f"{where} clean and velocity prediction need about as much: the choice should hardly matter."
     needed, (first, second) = forecast.needed_directions, forecast.order[:2]
-    return (
-        f"{where} {NAMES[first]} is expected to win: it needs {number(needed[first])} of {smallest.dimension} "
-        f"directions where {NAMES[second]} needs {number(needed[second])}."
+    needs = (
+        f"it needs {number(needed[first])} of {smallest.dimension} directions where {NAMES[second]} needs "
+        f"{number(needed[second])}"
     )
+    wide = [advice.width for advice in forecast.advice if advice.width_share[second] < SMALL_LOAD]
+    if len(wide) == len(forecast.advice):
+        widths = f"a network of width {wide[0]} is" if len(wide) == 1 else f"networks of width {min(wide)} and more are"
+        return f"{where} {NAMES[first]} comes first, but {widths} wide enough for either: {needs}."
+    narrow = f" in networks of width {listed([str(a.width) for a in forecast.advice if a.width not in wide])}"
+    return f"{where} {NAMES[first]} is expected to win{narrow if wide else ''}: {needs}."
 
 
 def spectrum_sentence(entry: TokenGeometry) -> str:

@@ -56,7 +56,7 @@ def render(study: Study) -> str:
     from jlt.report.training_figures import cells_figure, training_figure
 
     # Distances of noise neither confirm nor refute a forecast.
-    compared = [] if findings.at_chance(study) else expected.checks(study)
+    compared = [] if findings.why_undecidable(study) else expected.checks(study)
     by_loss_space = findings.cells(study)
     shared, differing = settings(study)
     context = {
@@ -174,7 +174,8 @@ def command(study: Study) -> str:
     if ablation is None:
         if study.geometry is not None and not study.systems:
             return geometry_text.analyze_command(study.geometry, study.inside)
-        return f"jlt report {shlex.quote(str(study.folder))}"
+        config = shlex.quote(str(study.folder / "config.json"))
+        return f"jlt train {config} --latents LATENTS --out OUT\njlt report OUT"
     if ablation.command:
         return ablation.command
     axes = {axis: dict.fromkeys(getattr(run, axis) for run in ablation.systems) for axis in AXES}

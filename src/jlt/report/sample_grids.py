@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from jlt.errors import JLTError
 from jlt.report.result_rows import result_rows
 from jlt.report.study import Study
 from jlt.report.wording import number
@@ -38,20 +37,16 @@ class Grid:
 def picture_uri(path: Path) -> str:
     """Return a picture as a data URI: a small PNG byte for byte, a large one as WebP at a smaller size.
 
-    JLTError for a file that is not a whole picture.
+    JLTError for a file that is not a whole image.
     """
-    content = path.read_bytes()
-    if len(content) <= LARGE_BYTES:
-        return "data:image/png;base64," + base64.b64encode(content).decode()
-    from PIL import Image
+    from jlt.images.reading import read_image
 
+    image = read_image(path)
+    if image.format == "PNG" and path.stat().st_size <= LARGE_BYTES:
+        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     buffer = io.BytesIO()
-    try:
-        with Image.open(path) as image:
-            image.thumbnail((LARGE_SIDE, LARGE_SIDE))
-            image.convert("RGB").save(buffer, "webp", quality=85)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise JLTError(f"{path} is not a whole picture ({error}): draw it again, or remove it.") from error
+    image.thumbnail((LARGE_SIDE, LARGE_SIDE))
+    image.convert("RGB").save(buffer, "webp", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

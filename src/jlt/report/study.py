@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from jlt.config import LossSpace, Prediction
 from jlt.errors import JLTError
 from jlt.results.ablation import Ablation, SystemRun
-from jlt.results.evaluation import Evaluation
+from jlt.results.evaluation import SPREAD_OF, Evaluation
 from jlt.results.files import read_result
 from jlt.results.geometry import GEOMETRY, INSIDE, ErrorByDirection, Geometry, SettingForecast
 from jlt.results.run import CONFIG, Run, read_config, read_run
@@ -33,6 +34,8 @@ class Spread:
     low: float
     high: float
     count: int
+    error: float | None = None
+    """Standard error of the mean from the errors of the single values, where they are known."""
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -63,7 +66,12 @@ class System:
 
     def measured(self, metric: str, step: int | None) -> Spread | None:
         """Return a metric over the seeds that were evaluated at a step, or None."""
-        return spread(found.metrics[metric] for run in self.runs if (found := run.at(step)))
+        found = [evaluation.metrics for run in self.runs if (evaluation := run.at(step))]
+        over_seeds = spread(metrics[metric] for metrics in found)
+        errors = [metrics[SPREAD_OF[metric]] for metrics in found] if metric == "frechet_distance" else [None]
+        if over_seeds is None or None in errors:
+            return over_seeds
+        return replace(over_seeds, error=math.hypot(*filter(None, errors)) / len(errors))
 
     def curve(self, metric: str) -> dict[int, Spread]:
         """Return a metric by training step."""
@@ -157,6 +165,8 @@ def read_study(folder: Path) -> Study:
             raise JLTError(f"{folder / INSIDE} is of other latents than {folder / GEOMETRY}.")
         study = Study(folder, "Target geometry", systems=(), geometry=geometry, inside=inside)
     else:
+        if not folder.exists():
+            raise JLTError(f"{folder} does not exist: name the folder of a run, an ablation, a sweep or an analysis.")
         raise JLTError(
             f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "
             "(geometry.json) nor a finished sweep (sweep.json)."

@@ -9,6 +9,7 @@ from typing import Any
 from jlt.report import palette, wording
 from jlt.report.study import flatten
 from jlt.report.wording import Table, behind_text, measured_text, metric_name, metric_text, sentence, setting_text
+from jlt.results.evaluation import bias_text
 from jlt.results.files import read_result
 from jlt.results.sweep import Sweep, SweepPoint, SweepStage
 
@@ -53,12 +54,20 @@ def details(result: Sweep) -> list[str]:
         f"Seed {result.search.seed} chose, seed {result.confirmation.seed} confirmed. In the search the same setting "
         f"had {measured_text(result, choice)} on {choice.num:,} images.",
         *_rivals(result),
+        *bias_sentences(result.confirmed[0]),
     ]
     scales, chosen = sorted(result.axes.cfg_scale), choice.cfg_scale
     if len(scales) > 1 and choice.guided and not scales[0] < chosen < scales[-1]:
         beyond = "Larger" if chosen >= scales[-1] else "Smaller"
         texts.append(f"The chosen guidance is at the edge of the grid. {beyond} scales may be better.")
     return texts
+
+
+def bias_sentences(point: SweepPoint) -> list[str]:
+    """Return what the bias of few images does to a confirmed distance, where there is one."""
+    extractor = (point.protocol or {}).get("extractor", {})
+    text = bias_text(point.metrics, extractor["dimension"]) if "dimension" in extractor else ""
+    return [text] if text else []
 
 
 def _rivals(result: Sweep) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from jlt.report.findings import verdict
+from jlt.report.findings import compared_text, verdict
 from jlt.report.geometry_text import advice_sentences, inside_sentences, whole_rows
 from jlt.report.result_rows import result_rows
 from jlt.report.study import read_study
 from jlt.report.wording import TEXT_WIDTH, metric_text, number, text_table, with_error
-from jlt.results.evaluation import SPREAD_OF, Metrics
+from jlt.results.evaluation import SPREAD_OF, Evaluation, Metrics
 from jlt.results.geometry import ErrorByDirection, Geometry
 
 
@@ -22,7 +22,13 @@ def results_table(folder: Path) -> str:
         for row in result_rows(study)
     ]
     header = ["system", "Frechet distance  ", "inception score  ", "label agreement  ", "training"]
-    return f"{text_table(header, rows)}\n\n{textwrap.fill(verdict(study), TEXT_WIDTH)}"
+    compared = f"{compared_text(study.protocol)}\n\n" if study.protocol else ""
+    return f"{compared}{text_table(header, rows)}\n\n{textwrap.fill(verdict(study), TEXT_WIDTH)}"
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """Return what was compared in which features, and the numbers."""
+    return f"{compared_text(evaluation.protocol, evaluation.metrics.count)}\n\n{metrics_table(evaluation.metrics)}"
 
 
 def metrics_table(metrics: Metrics) -> str:

@@ -115,7 +115,8 @@ def text_table(
     for row in rows:
         table.add_row(*row)
     stream = io.StringIO()
-    Console(file=stream, width=120).print(table)
+    # Names are data: without these options, "mk[/x]y" and ":bug:" would be markup.
+    Console(file=stream, width=120, markup=False, emoji=False, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
 

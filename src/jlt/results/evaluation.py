@@ -55,6 +55,23 @@ class Metrics:
         return getattr(self, metric)
 
 
+IMAGES_PER_DIMENSION = 10
+"""Fewer images than this per dimension of the features bias a Frechet distance visibly: as dimension / count."""
+
+
+def bias_text(metrics: Metrics, dimension: int) -> str:
+    """State that few images bias a Frechet distance in so many dimensions; empty for enough of them."""
+    enough = IMAGES_PER_DIMENSION * dimension
+    if metrics.count >= enough:
+        return ""
+    bias = metrics.frechet_distance_bias
+    amount = "" if bias is None else f" by about {bias:.2g} of {metrics.frechet_distance:.4g}"
+    return (
+        f"A Frechet distance of {metrics.count} images in {dimension} dimensions is biased upwards{amount}: "
+        f"use {enough} images or more."
+    )
+
+
 @dataclass(frozen=True)
 class Jackknife:
     """What gives the error of the difference of two evaluations that start from the same noise."""

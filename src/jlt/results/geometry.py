@@ -6,7 +6,6 @@ have a row for each time. d is the dimension of a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -22,6 +21,7 @@ from jlt.config import (
     canonical_prediction,
 )
 from jlt.errors import UsageError
+from jlt.ranges import require_ranges
 from jlt.results.files import ResultFile
 from jlt.storage.codec import Count, NonNegative, Size
 
@@ -63,6 +63,7 @@ class TrainingModel:
         return (*PREDICTIONS, *self.further)
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         # x, eps and v are always there, and a prediction has one name.
         further = dict.fromkeys(map(canonical_prediction, self.further))
         object.__setattr__(self, "further", tuple(name for name in further if name not in PREDICTIONS))
@@ -72,8 +73,6 @@ class TrainingModel:
                 "t_eps must be in [0, 0.5), and above 0 for times that are not logit-normal: without a clamp the risk "
                 "of a clean prediction has no mean there."
             )
-        if not 0 < self.noise_scale < math.inf:
-            raise UsageError(f"A scale of noise is above 0, not {self.noise_scale}.")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import resource
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 
 from jlt import __version__
-from jlt.errors import UsageError
+from jlt.errors import JLTError, UsageError
+from jlt.runtime.device import chosen_device
 from jlt.runtime.processes import local_rank, world_size
+from jlt.runtime.progress import inform
 
-MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
+MATMUL_SIZES = {"cpu": 2048, "mps": 4096, "cuda": 8192}
 """Side of the matrices whose product gives a device's rate, if the device is fast enough."""
 SMALLEST_MATMUL = 256
 CLEARLY_SLOWER = 0.9
@@ -54,11 +57,46 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine, or the container around this process, has."""
+    whole, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(whole, int(text)) if text.isdecimal() else whole
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise UsageError for a part of the work that needs more bytes than this machine has.
+
+    Allocating them would succeed at first on many systems, which then end the process.
+    """
+    if needed > machine_memory():
+        found, most = (f"{size / 2**30:,.1f} GiB" for size in (needed, machine_memory()))
+        raise UsageError(f"{what} needs {found} of memory or more, and this machine has {most}: choose less.")
+
+
 def default_device() -> str:
-    """Return `cuda` if there is a GPU, else `cpu`; each process of a machine gets its own GPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{local_rank() % torch.cuda.device_count()}" if world_size() > 1 else "cuda"
+    """Return the device that the user chose, by default `cuda` if there is a GPU, else `mps` or `cpu`.
+
+    Each process of a machine gets its own GPU. JLTError for a device that this machine does not have.
+    """
+    chosen = chosen_device()
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size() == 1}
+    if not present.get(chosen, True):
+        raise JLTError(f"This machine has no device {chosen} for this work: choose --device auto or cpu.")
+    kind = next((name for name, there in present.items() if there), "cpu") if chosen == "auto" else chosen
+    if kind == "mps":
+        _warn_untested()
+    return f"cuda:{local_rank() % torch.cuda.device_count()}" if kind == "cuda" and world_size() > 1 else kind
+
+
+@functools.cache
+def _warn_untested() -> None:
+    inform("This machine's Apple GPU (mps) computes. No test of jlt has run on one: compare with --device cpu.")
+
+
+def device_of_float64(device: str) -> str:
+    """Return the device for arithmetic in float64, which Apple's GPUs do not have."""
+    return "cpu" if torch.device(device).type == "mps" else device
 
 
 def usable_device(name: str | None) -> str:
@@ -176,11 +214,6 @@ def reset_peak_memory(device: torch.device | str) -> None:
             (PROC / "clear_refs").write_text("5")
 
 
-def host_memory() -> int:
-    """Return the memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def resident_memory() -> int | None:
     """Return the resident host memory of this process in bytes; None if the system does not report it."""
     return _status_bytes("VmRSS")
@@ -195,3 +228,5 @@ def _status_bytes(name: str) -> int | None:
 def _finish(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing.context import SpawnContext
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jlt.errors import JLTError
+from jlt.errors import JLTError, UsageError
 from jlt.runtime.signals import Stopped, stop_on_signal, until
 from jlt.runtime.watchdog import Pulse, Watchdog
 from jlt.storage.files import difference, format_difference
@@ -25,33 +26,88 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NO_TIMEOUT = timedelta(days=7)
 """Processes may finish their shares hours apart; the watchdog notices those that are gone."""
+LAST_PORT = 65535
+UNSET = "start several processes with torchrun, or unset the variable for a single one."
+
+
+LAUNCHED = "JLT_LAUNCHED"
+"""Environment variable of processes that `jlt --processes` started: the folder in which they record failures."""
+LOST = 76
+"""Exit code of such a process that ends because another one did."""
+
+
+class LostProcessError(JLTError):
+    """Another process of the work has ended."""
 
 
 def rank() -> int:
     """Return the number of this process among all; 0 if it is the only one."""
-    return int(os.environ.get("RANK", "0"))
+    return _from_launcher("RANK", 0)
 
 
 def world_size() -> int:
     """Return how many processes work together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _from_launcher("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Return the number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _from_launcher("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Return how many of the processes run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, _from_launcher("LOCAL_WORLD_SIZE", 1))
+
+
+def _from_launcher(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"The environment variable {name} is {text!r} instead of a number: {UNSET}")
+    return int(text)
+
+
+def require_launcher() -> None:
+    """Raise UsageError for variables of a launcher that do not fit together."""
+    if rank() >= world_size():
+        raise UsageError(f"RANK is {rank()} and WORLD_SIZE is {world_size()} in the environment: {UNSET}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size() > 1 and missing:
+        raise UsageError(f"WORLD_SIZE is {world_size()} in the environment, without {' and '.join(missing)}: {UNSET}")
+    if _from_launcher("MASTER_PORT", 0) > LAST_PORT:
+        raise UsageError(f"MASTER_PORT is {os.environ['MASTER_PORT']} in the environment, and no port: {UNSET}")
+
+
+def prepare_process() -> None:
+    """Prepare a program and all processes that it starts, before it imports torch.
+
+    None of them looks for a module in the current folder. The threads of a computation wait without spinning, and as
+    many files may be open as the system permits.
+    """
+    # A worker starts as `python -c`, which looks for every module in the current folder first, be it a data set.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    # By default a thread that waits for others keeps its core busy, the core that one of those may need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def spawn_context() -> SpawnContext:
-    """Return the context in which all worker processes start: they import no module from the current folder."""
-    # A worker starts as `python -c`, which looks for every module in the current folder first, be it a data set.
-    os.environ["PYTHONSAFEPATH"] = "1"
-    return multiprocessing.get_context("spawn")
+    """Return the context in which all worker processes start; JLTError if the system has no semaphores for them."""
+    prepare_process()
+    context = multiprocessing.get_context("spawn")
+    try:
+        context.Lock()
+    except OSError as error:
+        raise JLTError(
+            f"Worker processes need semaphores, which are files in /dev/shm ({error.strerror}): make it writable, "
+            "or leave the workers out with --workers 0, where images are decoded."
+        ) from error
+    return context
 
 
 def notice_dead_workers(pool: ProcessPoolExecutor) -> None:
@@ -179,7 +235,7 @@ def lost_process_as_error() -> Iterator[None]:
         # gloo raises a plain RuntimeError, so only PyTorch's text tells a lost connection from other errors.
         if not (isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "NCCL", "onnection"))):
             raise
-        raise JLTError(
+        raise LostProcessError(
             f"Another process of this work ended early, so process {rank()} ends too: see the error of that process "
             f"({str(error).strip().splitlines()[0]})."
         ) from error
@@ -241,6 +297,7 @@ def join_group(device: str = "cpu") -> Iterator[Group]:
     They agree over gloo, and sum tensors on `device` over its fastest backend. A process that dies ends all, and so
     does one that hangs in a step of a training or between the items of `stop_together`.
     """
+    require_launcher()
     if world_size() == 1:
         yield SingleProcess()
         return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
-from jlt.errors import without_credentials
+from jlt.runtime.streams import harmless, say
 
 T = TypeVar("T")
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -17,6 +18,7 @@ BAR_WIDTH, NARROW_TERMINAL = 24, 64
 FIGURES_WIDTH = 32
 """Columns of a terminal that steps and time left take, at most; the description gets the rest."""
 _silent = False
+_report: Callable[[float], None] | None = None
 
 
 def silence() -> None:
@@ -25,10 +27,23 @@ def silence() -> None:
     _silent = True
 
 
+def report_steps(report: Callable[[float], None]) -> None:
+    """Hand the steps of every bar that counts to `report`, in a process that shows nothing itself."""
+    global _report
+    _report = report
+
+
+def acknowledge(message: str) -> None:
+    """Print one line at once, also from a signal handler that interrupted a print."""
+    if not _silent:
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"{message}\n".encode())
+
+
 def inform(message: str) -> None:
     """Print one line for a person on stderr; stdout is for results."""
     if not _silent:
-        print(without_credentials(message), file=sys.stderr, flush=True)
+        say(message)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -46,7 +61,9 @@ def bar(description: str, total: float | None, unit: str = "") -> Bar:
 
     With a `unit` such as "step" the bar counts; otherwise it shows a percentage of the total, or `done` without one.
     """
-    return Bar() if _silent else _ShownBar(description, total, unit)
+    if not _silent:
+        return _ShownBar(description, total, unit)
+    return _ReportedBar(_report) if unit and _report else Bar()
 
 
 class Bar(contextlib.AbstractContextManager["Bar"]):
@@ -56,6 +73,16 @@ class Bar(contextlib.AbstractContextManager["Bar"]):
 
     def show(self, done: float, detail: str = "", force: bool = False) -> None:
         """Show how much of the total is done, with a detail; `force` prints a plain line even soon after another."""
+
+
+class _ReportedBar(Bar):
+    """Hands the steps on, to the process that shows the progress of all."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self._report = report
+
+    def show(self, done: float, detail: str = "", force: bool = False) -> None:  # noqa: ARG002
+        self._report(done)
 
 
 class _ShownBar(Bar):
@@ -77,11 +104,12 @@ class _ShownBar(Bar):
         console = Console(stderr=True)
         bar_width = BAR_WIDTH if console.width >= NARROW_TERMINAL else 1
         room = console.width - bar_width - FIGURES_WIDTH
+        description = harmless(description)
         shortened = description if len(description) <= room else f"{description[: room - 1]}…"
         self._description, self._unit, self._live = description, unit, sys.stderr.isatty()
         # Started on a terminal only; elsewhere it measures the speed.
         self._progress = WithDetail(
-            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(bar_width),
             rich_progress.MofNCompleteColumn() if unit else rich_progress.TaskProgressColumn(),
             rich_progress.TimeRemainingColumn(),

@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
+from jlt.runtime.progress import acknowledge
+
 T = TypeVar("T")
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PARENT_STOPS = signal.SIGUSR2
+"""In a worker process: raised by itself when its parent stops it."""
+STOPPING = "Stopping: what is done is saved first."
 POLL_SECONDS = 1.0
 _parent_stops: Callable[[], bool] = lambda: False  # noqa: E731
+_abandonable = False
+"""Whether the main thread makes an item that a request to stop may leave unfinished."""
 
 
 class Stopped(Exception):
@@ -50,19 +57,29 @@ def follow_parent(parent: int, stops: Callable[[], bool] = lambda: False) -> Non
     _parent_stops = stops
     for number in STOPPING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(PARENT_STOPS, _no_request)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING_SIGNALS)
 
     def leave_with_parent() -> None:
+        requested = False
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
+            if not requested and stops():
+                requested = True
+                # To the main thread, which may wait for something that only a signal of its own ends.
+                signal.pthread_kill(threading.main_thread().ident or 0, PARENT_STOPS)
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
+def _no_request(number: int, frame: FrameType | None) -> None:
+    """Receive a parent's request where no work is under way."""
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn a stopping signal into a request during a block; a second Ctrl-C acts at once.
+    """Turn a stopping signal into a request during a block, and acknowledge it; a second Ctrl-C acts at once.
 
     The other signals may arrive twice, from a cluster and from a launcher, while the work is saved. A signal that this
     process ignores stays ignored.
@@ -71,6 +88,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     numbers = STOPPING_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.getsignal(number) for number in numbers}
     previous = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    if numbers and callable(parents := signal.getsignal(PARENT_STOPS)):
+        previous[PARENT_STOPS] = parents
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -81,7 +100,11 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if request.received and number == signal.SIGINT:
             restore()
             signal.raise_signal(number)
+        if not request.received:
+            acknowledge(STOPPING)
         request.received = True
+        if _abandonable:
+            raise Stopped("Stopped on request.")
 
     for number in previous:
         signal.signal(number, handle)
@@ -98,12 +121,25 @@ def until_stopped(items: Iterable[T]) -> Iterator[T]:
 
 
 def until(items: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
-    """Yield items; raise Stopped if `stop` returns True before the next one is made, which may take minutes."""
+    """Yield items; raise Stopped once `stop` returns True, or at a signal while an item is made, which is abandoned."""
     iterator = iter(items)
     while not stop():
         try:
-            item = next(iterator)
+            with _abandoned_on_signal():
+                item = next(iterator)
         except StopIteration:
             return
         yield item
     raise Stopped("Stopped on request.")
+
+
+@contextlib.contextmanager
+def _abandoned_on_signal() -> Iterator[None]:
+    """Let a signal end a block at once, since an item may take minutes to make."""
+    global _abandonable
+    before, main = _abandonable, threading.current_thread() is threading.main_thread()
+    _abandonable = before or main
+    try:
+        yield
+    finally:
+        _abandonable = before

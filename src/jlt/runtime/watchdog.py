@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+
+from jlt.runtime.streams import say
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 40.0
@@ -94,7 +95,7 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         if not (self._left.is_set() or self._pulse.leaving):
-            print(f"[process {self._rank}] jlt: This process ends: {reason}.", file=sys.stderr, flush=True)
+            say(f"[process {self._rank}] jlt: This process ends: {reason}.")
             # The main thread may wait for ever.
             os._exit(1)
 

@@ -9,9 +9,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, Thr
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from queue import Full, Queue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from jlt.errors import JLTError
+from jlt.runtime import progress
 from jlt.runtime.environment import cores
 from jlt.runtime.processes import notice_dead_workers, spawn_context
 from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, signals_blocked, stop_on_signal
@@ -19,7 +20,10 @@ from jlt.runtime.signals import POLL_SECONDS, Stopped, follow_parent, signals_bl
 T = TypeVar("T")
 _END: Any = object()
 PUT_SECONDS = 0.1
+SharedSteps: TypeAlias = Any
+"""A sequence of integers in shared memory, whose type ctypes makes."""
 _stopping: Event | None = None
+_steps: SharedSteps | None = None
 
 
 class Abandoned(Exception):
@@ -62,18 +66,30 @@ class BackgroundWorker(contextlib.AbstractContextManager["BackgroundWorker[Any]"
             self._using.result()
 
 
-def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int, on_poll: Callable[[], None]) -> None:
+def shared_steps(jobs: int) -> SharedSteps:
+    """Return the steps that each of some jobs has made, in memory that their processes share; 0 at first."""
+    return spawn_context().Array("q", jobs, lock=False)
+
+
+def run_jobs(
+    job: Callable[[Any], None],
+    arguments: Sequence[Any],
+    workers: int,
+    on_poll: Callable[[], None],
+    steps: SharedSteps | None = None,
+) -> None:
     """Call `job` on each argument in `workers` processes, calling `on_poll` about once a second.
 
+    The jobs write into `steps` how far their trainings are.
     After the first failure, or after SIGTERM or Ctrl-C, the other jobs save and stop. The failure or Stopped is raised.
     """
     context = spawn_context()
     stopping = context.Event()
-    setup = (os.getpid(), max(1, cores() // workers), stopping)
+    setup = (os.getpid(), max(1, cores() // workers), stopping, steps)
     with stop_on_signal() as stop:
         pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=setup)
         with signals_blocked():
-            waiting: set[Future[None]] = {pool.submit(_run, job, argument) for argument in arguments}
+            waiting: set[Future[None]] = {pool.submit(_run, job, *item) for item in enumerate(arguments)}
             notice_dead_workers(pool)
         try:
             while waiting and not stop:
@@ -94,20 +110,20 @@ def run_jobs(job: Callable[[Any], None], arguments: Sequence[Any], workers: int,
             raise Stopped("Stopped on request; everything up to here is saved.")
 
 
-def _run(job: Callable[[Any], None], argument: Any) -> None:
+def _run(job: Callable[[Any], None], place: int, argument: Any) -> None:
     # The pool cannot cancel a job that it has already handed out.
     if _stopping is not None and _stopping.is_set():
         raise Stopped("Stopped before the start.")
+    if (steps := _steps) is not None:
+        progress.report_steps(lambda done: steps.__setitem__(place, int(done)))
     job(argument)
 
 
-def _begin_worker(parent: int, threads: int, stopping: Event) -> None:
+def _begin_worker(parent: int, threads: int, stopping: Event, steps: SharedSteps | None) -> None:
     import torch
 
-    from jlt.runtime import progress
-
-    global _stopping
-    _stopping = stopping
+    global _stopping, _steps
+    _stopping, _steps = stopping, steps
     torch.set_num_threads(threads)
     progress.silence()
     follow_parent(parent, stopping.is_set)

@@ -29,7 +29,7 @@ from jlt.config import LatentShape, SampleConfig, TrainConfig
 from jlt.errors import JLTError, UsageError
 from jlt.networks.transformer import build_network, fewest_parameters
 from jlt.prediction import clean_from_velocity
-from jlt.runtime.environment import versions
+from jlt.runtime.environment import require_memory, versions
 from jlt.runtime.progress import inform
 from jlt.runtime.random_numbers import derive_seed, normal_per_sample
 from jlt.sampling.guidance import NOISE_END, Denoiser, guided
@@ -257,6 +257,10 @@ def open_sampler(
     weights = open_weights(checkpoint, config.ema, device, config.t_eps, config.compile)
     identity = checkpoint.latents["autoencoder"]
     autoencoder = matching_autoencoder(identity, autoencoder_path, device, config.decoder, checkpoint.run)
+    network, pixels = checkpoint.config.network, 3 * autoencoder.downsampling**2
+    # A batch and its noise as latents and as images, in float32.
+    values = network.height * network.width * (2 * network.channels + pixels)
+    require_memory(4 * min(config.num, config.batch_size) * values, f"A batch of {config.batch_size:,} images")
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 
@@ -319,7 +323,7 @@ def check_guide(checkpoint: Checkpoint, config: SampleConfig) -> Checkpoint:
         raise JLTError(f"{guide.folder} cannot guide, since it draws other latents: {format_difference(differences)}.")
     guide_ema, mine_ema = choose_name(guide, config.autoguide_ema), choose_name(checkpoint, config.ema)
     if guide.sha256 == checkpoint.sha256 and guide_ema == mine_ema:
-        raise JLTError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
+        raise UsageError(f"A network cannot guide itself: name weaker weights than {mine_ema} with --autoguide-ema.")
     return guide
 
 
@@ -334,7 +338,7 @@ def check_guidance(train: TrainConfig, config: SampleConfig) -> None:
     """Raise a JLTError for labels that a run's network does not know, and guidance that it was not trained for."""
     labels_for(config.labels, range(1), train.network.num_classes, config.seed)
     if config.autoguided and config.cfg_scale == 1:
-        raise JLTError("A guide has no effect at cfg_scale 1: choose another scale with --cfg-scale.")
+        raise UsageError("A guide has no effect at cfg_scale 1: choose another scale with --cfg-scale.")
     if config.cfg_scale != 1 and train.label_dropout == 0 and not config.autoguided:
         raise JLTError(
             "This network was trained without dropping labels (label_dropout 0): guidance needs its null class."

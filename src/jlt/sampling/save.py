@@ -23,6 +23,7 @@ from jlt.config import SampleFormat
 from jlt.errors import JLTError, UsageError
 from jlt.evaluation.image_files import SUFFIXES
 from jlt.images.contact_sheet import SheetText, draw_sheet
+from jlt.runtime.environment import require_memory
 from jlt.runtime.processes import Group, SingleProcess, require_same_arguments, stop_together
 from jlt.runtime.progress import inform, track
 from jlt.runtime.signals import until_stopped
@@ -47,7 +48,7 @@ COLUMNS = 8
 """Times of a strip before the image itself, and images from one noise to the next."""
 TITLES = {
     "strip": "The clean image that the network predicts, on the way from noise",
-    "interpolation": "From the noise of one image to that of the next",
+    "interpolation": "From the noise of one image to that of the next, of the class of the first",
     "pairs": "Two checkpoints from the same noise",
 }
 Rows = UInt8[np.ndarray, "n columns s s 3"]
@@ -88,6 +89,8 @@ def _claim(held: contextlib.ExitStack, sampler: ImageSampler, out: Path, form: S
 
     Return what will be written, and the identity of this sampling.
     """
+    if form == "grid":
+        require_memory(6 * sampler.config.num * sampler.resolution**2, f"A grid of {sampler.config.num:,} images")
     protocol = {**sampler.protocol(), "format": form, "class_names": sampler.class_names}
     marker = out / PROTOCOL
     stored = read_drawn(marker) if marker.is_file() else Drawn()
@@ -216,7 +219,7 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
     """
     first = samplers[0]
     if kind == "interpolation" and (first.config.num % 2 or first.config.batch_size % 2):
-        raise JLTError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
+        raise UsageError("An interpolation leads from an image to the next one: --num and --batch-size must be even.")
     for other in samplers[1:]:
         require_same_noise(first, other)
     claim = Claim(out, PROTOCOL, {"picture": kind, "of": [sampler.protocol() for sampler in samplers]})
@@ -224,8 +227,8 @@ def save_picture(samplers: Sequence[ImageSampler], out: Path, kind: str, names: 
         claim.begin()
         ranges = batches_of(first.config.num, first.config.batch_size)
         work = [(numbers, sampler) for numbers in ranges for sampler in samplers]
-        drawing = track(until_stopped(work), "drawing", len(work))
-        rows = [DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in drawing]
+        drawing = until_stopped(DRAW_ROWS[kind](sampler, numbers) for numbers, sampler in work)
+        rows = list(track(drawing, "drawing", len(work)))
         drawn = [np.concatenate(rows[index :: len(samplers)]) for index in range(len(samplers))]
         return _save(out / f"{kind}.png", first, drawn, kind, names)
 

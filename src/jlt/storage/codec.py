@@ -2,7 +2,7 @@
 
 A field is a bool, an int, a float, a str, a literal, a nested data class, a tuple of one of these, a mapping from str,
 int or a literal to one of these, one of these or None, or `Any` for JSON that is passed on as it is. A number may be
-annotated with the `Range` of its values.
+annotated with the `Range` of its values (`jlt.ranges`).
 """
 
 from __future__ import annotations
@@ -13,25 +13,13 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from jlt.errors import JLTError, unknown_name
+from jlt.errors import JLTError, shortened, unknown_name
+from jlt.ranges import Range, RangeError
 
 T = TypeVar("T")
 LARGEST_INTEGER = 2**64 - 1
-LONGEST_SHOWN = 60
-"""Characters of a value in a message."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a number in a file may have, both ends included."""
-
-    low: float
-    high: float = math.inf
-
-
 Count = Annotated[int, Range(0)]
 Size = Annotated[int, Range(1)]
 NonNegative = Annotated[float, Range(0.0)]
@@ -71,7 +59,7 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     hints = _hints(typing.cast(Any, kind))
     for key in values:
         if key not in hints:
-            raise unknown_name("setting", f"{where}{key}"[:LONGEST_SHOWN], [f"{where}{known}" for known in hints])
+            raise unknown_name("setting", f"{where}{key}", [f"{where}{known}" for known in hints])
     fields = dataclasses.fields(typing.cast(Any, kind))
     required = {entry.name for entry in fields if entry.default is entry.default_factory is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
@@ -79,6 +67,8 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     fitting = {key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()}
     try:
         return kind(**fitting)
+    except RangeError as error:
+        raise RangeError(f"{where}{error.name}", error.values, error.found) from error
     except (ValueError, TypeError, ArithmeticError) as error:
         raise JLTError(f"{where.removesuffix('.') or 'its content'} is not possible: {error}.") from error
 
@@ -86,7 +76,7 @@ def from_json(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that a data class has fields for; JLTError for what is no object."""
     if not isinstance(values, Mapping):
-        raise JLTError(f"{_short(values)} is no object with named fields.")
+        raise JLTError(f"{shortened(repr(values))} is no object with named fields.")
     return {key: value for key, value in values.items() if key in _hints(kind)}
 
 
@@ -113,7 +103,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], entry, where) for entry in value)
     if origin is Literal:
         if value not in arguments:
-            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {_short(value)}.")
+            raise JLTError(f"{where} must be one of {', '.join(map(str, arguments))}, not {shortened(repr(value))}.")
         return value
     if origin in (typing.Union, types.UnionType):
         (kind,) = set(arguments) - {types.NoneType}
@@ -130,22 +120,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and type(value) is float and not math.isfinite(value):
         raise JLTError(f"{where} must be a finite number, not {value}.")
     if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {_short(value)}.")
+        raise JLTError(f"{where} must be {getattr(hint, '__name__', hint)}, not {shortened(repr(value))}.")
     return value
 
 
 def _in_range(value: Any, marks: Sequence[Any], where: str) -> Any:
     for mark in marks:
-        if isinstance(mark, Range) and value is not None and not mark.low <= value <= mark.high:
-            limits = f"{mark.low:g} or more" if mark.high == math.inf else f"from {mark.low:g} to {mark.high:g}"
-            raise JLTError(f"{where} must be {limits}, not {value}.")
+        if isinstance(mark, Range) and value not in mark:
+            raise RangeError(where, mark, value)
     return value
-
-
-def _short(value: Any) -> str:
-    """Return a value as text of a length that a message can show."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _key(hint: Any, key: Any, where: str) -> Any:

@@ -259,12 +259,14 @@ class Difference(NamedTuple):
 def difference(
     old: Mapping[str, Any], new: Mapping[str, Any], where: str = "", free: Collection[str] = ()
 ) -> list[Difference]:
-    """Return the values in which two nested mappings differ, in the order of their names; `free` keys may differ."""
+    """Return the values in which two nested mappings differ, in the order of their names; `free` ones may differ."""
     found = []
-    for key in sorted({*old, *new} - {*free}):
+    for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
+        if f"{where}{key}" in free:
+            continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += difference(a, b, f"{where}{key}.")
+            found += difference(a, b, f"{where}{key}.", free)
         elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) > LONG_LIST:
             # The first place stands for all: a thousand class names may differ.
             places = [place for place in range(len(a)) if a[place] != b[place]]

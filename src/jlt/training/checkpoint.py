@@ -255,12 +255,12 @@ def remove_later_snapshots(run: Path, step: int) -> None:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the newest checkpoint of a run folder; a JLTError says what is missing."""
     if not path.exists():
-        raise JLTError(f"{path} does not exist.")
+        raise JLTError(f"{path} does not exist: name a run folder of jlt train, or one of its checkpoints.")
     folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
     if not folders:
         raise JLTError(
-            f"{path} is neither a checkpoint nor a run with a complete checkpoint in it. `jlt import {path} --out RUN` "
-            "makes a run of an exported folder."
+            f"{path} is neither a checkpoint nor a run with a complete checkpoint: make one with jlt train. "
+            f"`jlt import {path} --out RUN` makes a run of an exported folder."
         )
     folder = folders[-1]
     manifest = _read_manifest(folder)
@@ -283,7 +283,7 @@ def _read_manifest(folder: Path) -> StepManifest:
     path = folder / MANIFEST
     content = read_sealed_json(path)
     if content.pop("schema", None) != SCHEMA:
-        raise JLTError(f"{path} is not a checkpoint's manifest of schema {SCHEMA}.")
+        raise JLTError(f"{path} is not a checkpoint's manifest of schema {SCHEMA}: name a run.")
     manifest = _parsed(StepManifest, path, content)
     if folder.name.startswith("step_") and step_of(folder) != manifest.step:
         raise JLTError(f"{path} is of step {manifest.step}: the folder was renamed or copied.")

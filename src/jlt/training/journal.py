@@ -99,6 +99,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if event in NOTES:
             inform(NOTES[event](values))
 
+    def advance(self, step: int) -> None:
+        """Show that a step is made, also where no line is logged."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.show(step)
+
     def show(self) -> None:
         """Begin to show the training on the screen."""
         if self._active:
@@ -182,7 +188,7 @@ def open_trackers(config: TrainConfig, run: Path, resumed_step: int) -> Trackers
     for name, package, open_tracker in wanted if processes.rank() == 0 else ():
         try:
             if importlib.util.find_spec(package) is None:
-                raise JLTError(f"the package {package} is not installed (pip install 'jlt[trackers]' brings it)")
+                raise JLTError(f"the package {package} is not installed (pip install -e '.[trackers]' brings it)")
             opened.append(open_tracker())
         except Exception as error:
             _report_off(name, error)
@@ -221,10 +227,10 @@ def _tensorboard(run: Path, resumed_step: int) -> Tracker:
 
     def image(step: int, name: str, path: Path) -> None:
         import numpy as np
-        from PIL import Image
 
-        with Image.open(path) as picture:
-            writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        from jlt.images.reading import read_image
+
+        writer.add_image(name, np.asarray(read_image(path).convert("RGB")), step, dataformats="HWC")
 
     return Tracker("TensorBoard", log, image, writer.close)
 

@@ -19,7 +19,7 @@ from jlt.training.step import Outcome, learning_rate
 
 TIME_BINS = 10
 """Equal parts of [0, 1] in which the loss is logged separately."""
-RATE_SIZE = {"cpu": 1024, "cuda": 8192}
+RATE_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 """Side of the matrices whose product gives the rate that utilisation is measured against."""
 PRODUCT_SECONDS = 0.2
 """The most time for one product; a slower device multiplies smaller matrices."""

@@ -30,6 +30,8 @@ FREE_TO_CHANGE = {
     *("name", "max_skipped", "micro_batch_size", "accumulation", "parallel", "compile", "gradient_checkpointing"),
     *("log_every", "checkpoint_every", "keep_last", "keep_every", "snapshot_every"),
     *("sample_every", "evaluate_every", "evaluation", "tensorboard", "wandb"),
+    # The hash of the store's manifest covers them, and older runs do not have them.
+    *("latents.exif", "latents.skipped"),
 }
 """Settings of how a run is executed, saved and watched; a resumed run may change them."""
 CLASSES = "class_embedding.weight"

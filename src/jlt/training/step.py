@@ -19,11 +19,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from jlt.config import Precision, TrainConfig
-from jlt.errors import JLTError
+from jlt.errors import UsageError
 from jlt.loss import denoising_loss
 from jlt.path import interpolate
 from jlt.runtime.processes import Group
 from jlt.runtime.random_numbers import normal_per_sample
+from jlt.runtime.signals import StopRequest
 from jlt.training.draws import StepDraws
 from jlt.training.parallel import Parallel, full_tensor, sum_over
 from jlt.training.state import TrainState
@@ -51,18 +52,18 @@ def split_batch(config: TrainConfig, processes: int) -> BatchSplit:
     the product is not the batch size.
     """
     if processes < 1:
-        raise JLTError(f"A batch needs at least one process, not {processes}.")
+        raise UsageError(f"A batch needs at least one process, not {processes}.")
     batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.accumulation
     if batch % processes:
         below = batch // processes * processes
         near = " or ".join(str(multiple) for multiple in (below, below + processes) if multiple)
-        raise JLTError(
+        raise UsageError(
             f"batch_size {batch} cannot be shared equally among {processes} processes: take batch_size {near}."
         )
     share = batch // processes
     if micro and accumulation and micro * accumulation != share:
         pairs = " or ".join(f"{near} and {share // near}" for near in _nearest_divisors(share, micro))
-        raise JLTError(
+        raise UsageError(
             f"micro_batch_size {micro} * accumulation {accumulation} * processes {processes} is "
             f"{micro * accumulation * processes}, and batch_size is {batch}: leave micro_batch_size or accumulation at "
             f"0, or take {pairs}."
@@ -75,7 +76,7 @@ def split_batch(config: TrainConfig, processes: int) -> BatchSplit:
 def _quotient(name: str, divisor: int, share: int) -> int:
     if share % divisor:
         near = " or ".join(map(str, _nearest_divisors(share, divisor)))
-        raise JLTError(
+        raise UsageError(
             f"{name} {divisor} does not divide the {share} samples that each process has of a batch: "
             f"take {name} {near}."
         )
@@ -134,16 +135,24 @@ class Stepper:
             self.parallel.rehearse(split.micro_batch_size)
 
     def differentiate(
-        self, draws: StepDraws, latents: Float[Tensor, "share c h w"], labels: Int64[Tensor, "share"], stop: bool
+        self,
+        draws: StepDraws,
+        latents: Float[Tensor, "share c h w"],
+        labels: Int64[Tensor, "share"],
+        stop: bool | StopRequest,
     ) -> Outcome:
-        """Leave the clipped gradient of the global batch's loss in the parameters; `stop` is this process's request."""
+        """Leave the clipped gradient of the global batch's loss in the parameters.
+
+        `stop` is this process's request, which may arrive while the gradient is computed.
+        """
         losses = []
         for start in range(0, self.split.share, self.split.micro_batch_size):
             part = slice(start, start + self.split.micro_batch_size)
             with self.parallel.accumulating(part.stop < self.split.share):
                 losses.append(self._accumulate(draws.part(part), latents[part], labels[part]))
         share = torch.cat(losses)
-        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), torch.full_like(share[0], float(stop))))
+        requested = torch.full_like(share[0], float(bool(stop)))
+        local = torch.stack((share.sum(), (~share.isfinite().all()).float(), requested))
         by_time = self.state.loss_by_time
         if by_time:
             local = torch.cat((local, by_time.collect(draws.t.to(share), share).flatten()))

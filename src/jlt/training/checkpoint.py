@@ -245,10 +245,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise JLTError(f"{path} does not exist.")
     folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
     if not folders:
-        raise JLTError(
-            f"{path} is neither a checkpoint nor a run with a complete checkpoint in it. `jlt import {path} --out RUN` "
-            "makes a run of an exported folder."
-        )
+        raise JLTError(_without_checkpoint(path))
     folder = folders[-1]
     manifest = _read_manifest(folder)
     if "config" not in manifest:
@@ -258,6 +255,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except JLTError as error:
         raise JLTError(f"{folder / MANIFEST} was written by another version: {error}") from error
     return Checkpoint(folder, *_facts(manifest), config, manifest["latents"])
+
+
+def _without_checkpoint(path: Path) -> str:
+    """Return what is wrong with a path that holds no checkpoint, and what leads to one."""
+    if runs := sorted(folder.parent for form in ("*", "runs/*") for folder in path.glob(f"{form}/checkpoints")):
+        return f"{path} is no run, but the folder of runs: name one of them, such as {runs[0]}."
+    sentence = f"{path} is neither a checkpoint nor a run with a complete checkpoint in it."
+    if path.is_file() or (path / "model_index.json").is_file():
+        sentence += f" `jlt import {path} --out RUN` makes a run of another program's file, or of an export."
+    return sentence
 
 
 def list_snapshots(run: Path) -> list[StepFolder]:
@@ -272,7 +279,9 @@ def _facts(manifest: Mapping[str, Any]) -> tuple[int, int, Mapping[str, str]]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_sealed_json(folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
-        raise JLTError(f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}.")
+        raise JLTError(
+            f"{folder / MANIFEST} is not a checkpoint's manifest of schema {SCHEMA}: name a run, or a checkpoint in it."
+        )
     for name in manifest["files"]:
         # Links are followed, since what they lead to must have the hash in the manifest.
         if Path(name).name != name:

@@ -39,6 +39,7 @@ from jlt.results.geometry import TrainingModel
 from jlt.sampling import sampler as sampling
 from jlt.sampling.labels import class_number, number_labels, readable_names
 from jlt.sampling.sampler import open_sampler
+from jlt.storage.files import sealed_text
 from jlt.training.checkpoint import open_checkpoint, save_snapshot
 from jlt.training.loop import train
 
@@ -255,6 +256,21 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
             jlt.load(place)
 
 
+def test_what_leads_to_a_checkpoint_is_named(tmp_path, run_of):
+    runs = tmp_path / "ablation" / "runs"
+    for name in ("b", "a"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+    for place in (runs, runs.parent):
+        with pytest.raises(JLTError, match=f"the folder of runs: name one of them, such as {runs / 'a'}"):
+            jlt.load(place)
+    (file := tmp_path / "checkpoint-last.pth").write_bytes(b"PK")
+    with pytest.raises(JLTError, match=f"`jlt import {file} --out RUN` makes a run"):
+        jlt.load(file)
+    (tmp_path / "manifest.json").write_text(sealed_text({"schema": 0}))
+    with pytest.raises(JLTError, match=r"is not a checkpoint's manifest of schema \d+: name a run"):
+        jlt.load(tmp_path)
+
+
 def test_a_snapshot_and_a_device_that_is_absent_are_named(run_of):
     run = run_of("x")
     snapshot = save_snapshot(run, {"power": {"weight": torch.zeros(1)}}, {"step": 1, "updates": 1})
@@ -351,6 +367,9 @@ def test_images_become_the_latents_of_the_training(model, latents):
     assert np.array_equal(pixels_of(model.decode(encoded)), np.stack([centre_crop(one, 8) for one in photographs]))
     with pytest.raises(UsageError, match="no images to encode"):
         model.encode([])
+    for wrong in ("three.png", 5, [photographs[0], "three.png"]):
+        with pytest.raises(UsageError, match="are of PIL"):
+            inspect.unwrap(type(model).encode)(model, wrong)
 
 
 def test_wrong_batches_are_refused(model):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_helpers import Trap, save_kl
 from export_helpers import NAMES, write_run
+from foreign_networks import authors_content, saved
 from safetensors.torch import load_file, save_file
 from test_export_pipeline import load  # noqa: F401
 
@@ -24,9 +25,12 @@ from jlt.errors import JLTError, UsageError
 from jlt.interop import export as export_module
 from jlt.interop import importing
 from jlt.interop.export import export_file, export_folder, push_folder
+from jlt.interop.import_config import ImportConfig
 from jlt.interop.importing import write_run as write_imported
 from jlt.interop.pipeline_settings import INDEX, RECORD, WEIGHTS, ExportConfig
+from jlt.interop.read_authors import read_authors_file
 from jlt.interop.read_export import IDENTITY, read_export
+from jlt.interop.sources import open_source
 from jlt.results.evaluation import Evaluation, Metrics
 from jlt.results.files import write_result
 from jlt.sampling.sampler import open_sampler
@@ -279,6 +283,7 @@ def test_the_model_card_in_the_form_of_the_hub(checkpoint, tmp_path, load):  # n
     }
     fid = results["fid", "inception"]
     assert (fid.metric_value, fid.dataset_type, fid.metric_args["cfg_scale"]) == (2.5625, "parquet", 1.5)
+    assert fid.dataset_name == "imagenet (parquet)"
     assert fid.metric_name == "FID (1,000 images, inception features)"
     text = card.text
     assert text.count("<summary>Protocol") == 3
@@ -291,6 +296,61 @@ def test_the_model_card_in_the_form_of_the_hub(checkpoint, tmp_path, load):  # n
 
     with Image.open(folder / "samples.png") as sheet:
         assert sheet.width > 4 * 96
+
+
+def test_the_card_names_all_that_decides_the_images_of_an_evaluation(tmp_path):
+    from huggingface_hub import ModelCard
+
+    opened = write_run(tmp_path / "run")
+    write_evaluation(opened, "a", grid=[0.0, 0.3, 1.0], steps=2, cfg_scale=1.0)
+    write_evaluation(opened, "b", grid=[], shift=0.5, autoguide={"checkpoint": "1" * 64, "ema": "0.9"})
+    card = ModelCard.load(export_folder(opened, tmp_path / "export", NO_CARD) / "README.md")
+    assert "| heun, 2 steps at own times |" in card.text
+    assert "| heun, 50 steps, shift 0.5, autoguidance 1.5 on [0.1, 1.0] |" in card.text
+    arguments = {result.metric_args["features"]: result.metric_args for result in card.data.eval_results}
+    assert arguments["a"]["grid"] == [0.0, 0.3, 1.0]
+    assert arguments["b"]["autoguide"]["ema"] == "0.9"
+    assert "grid" not in arguments["b"]
+
+
+def test_the_card_of_an_imported_run_states_only_what_is_known(checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JLT_CACHE", str(tmp_path / "cache"))
+    known = (folder / "README.md").read_text()
+    assert "trained for 7 steps" in known
+    assert "| training images | photographs (digits) |" in known
+    assert "| batch size | 1,024 |" in known
+    again = (export_folder(open_source(folder), tmp_path / "again", NO_CARD) / "README.md").read_text()
+    assert "trained for 7 steps" in again
+    assert "| training images | digits |" in again
+    # The batch of the training is not in an export.
+    assert "batch size" not in again
+
+
+def test_the_card_of_another_programs_checkpoint_counts_no_epochs_as_steps(tmp_path):
+    content = authors_content()
+    del content["optimizer"]
+    path = saved(tmp_path / "checkpoint-last.pth", content)
+    opened = write_imported(read_authors_file(path, "", ImportConfig()), tmp_path / "run")
+    text = (export_folder(opened, tmp_path / "export", NO_CARD) / "README.md").read_text()
+    assert "It was exported by jlt" in text
+    assert "| training images | unknown: the checkpoint is another program's |" in text
+    # Nothing says which weights of the autoencoder its latents are of.
+    assert "not checked: their hash is unknown" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": -1}, "--samples must be 0 or more, not -1"),
+        ({"steps": 0}, "steps must be positive, not 0"),
+        ({"cfg_scale": 2.0, "cfg_interval": (1.0, 0.2)}, "cfg_interval must satisfy"),
+        ({"samples": 0, "cfg_scale": float("nan")}, "cfg_scale must be a number"),
+    ],
+)
+def test_impossible_samples_of_the_card_are_refused_before_any_work(checkpoint, tmp_path, changes, message):
+    with pytest.raises(JLTError, match=message):
+        export_folder(checkpoint, tmp_path / "export", ExportConfig(**changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_samples_of_the_card_are_the_pipelines(checkpoint, tmp_path, load):  # noqa: F811

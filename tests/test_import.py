@@ -329,6 +329,14 @@ def test_a_renamed_parameter_is_named(tmp_path):
     assert "'blocks.1.attn.projection.weight' in its place" in sentence
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_prefix_before_the_names_is_shown(tmp_path, prefix):
+    content = authors_content()
+    content["model"] = {f"{prefix}{name}": weight for name, weight in content["model"].items()}
+    sentence = refusal(tmp_path, content)
+    assert f"x_embedder.proj.weight is missing. The file has '{prefix}net.x_embedder.proj.weight' in its" in sentence
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "wanted"),
     [
@@ -446,7 +454,8 @@ def test_a_shape_that_claims_more_than_its_file_is_refused(tmp_path):
         ("P_mean", "low", "args.P_mean is 'low', and a number"),
         ("P_std", -1, "P_std must be above 0"),
         ("noise_scale", float("nan"), "args.noise_scale is nan"),
-        ("lr", 10**400, "args.lr is int, and a number"),
+        ("lr", 10**400, "args.lr is a number of 1329 bits, and a number"),
+        ("flow_matching", 1, "args.flow_matching is 1, and True or False"),
         ("P_mean", torch.zeros(3), "args.P_mean is Tensor, and a number"),
         ("flow_matching", "yes", "args.flow_matching is 'yes'"),
         ("ema_decay1", 0.99, "ema names an average twice"),
@@ -481,6 +490,16 @@ def test_pixels_are_recognised(tmp_path):
     assert (checkpoint.config.network.height, checkpoint.latents["autoencoder"]["name"]) == (4, "pixels")
 
 
+def test_an_unknown_autoencoder_that_a_file_states_is_reported(tmp_path):
+    checkpoint = imported(tmp_path, authors_content(vae_type="sdxl" + 100 * "l"))
+    assert checkpoint.latents["autoencoder"]["name"] == "flux2"
+    assumed = checkpoint.read_state()["imported"]["assumed"]
+    assert assumed == {"autoencoder": f"flux2 for args.vae_type {('sdxl' + 36 * 'l')!r}"}
+    shutil.rmtree(tmp_path / "run")
+    named = imported(tmp_path, authors_content(vae_type="sdxl"), autoencoder="flux2")
+    assert named.read_state()["imported"]["assumed"] == {}
+
+
 def test_sizes_in_the_settings_allocate_nothing(tmp_path):
     checkpoint = imported(tmp_path, authors_content(hidden_size=10**9, depth=10**9, class_num=10**9, model="X" * 10**6))
     assert checkpoint.config.network.hidden_size == 32
@@ -488,7 +507,7 @@ def test_sizes_in_the_settings_allocate_nothing(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_settings_of_another_kind_are_refused(tmp_path):
-    assert "args is list" in refusal(tmp_path, {**authors_content(), "args": [1]})
+    assert "last.pth cannot be imported: args is list" in refusal(tmp_path, {**authors_content(), "args": [1]})
     assert "holds int as 'net.a' in model" in refusal(tmp_path, {**authors_content(), "model": {"net.a": 1}})
     assert "no named tensors as model" in refusal(tmp_path, {**authors_content(), "model": [1]})
     whole = {"net.a": torch.zeros(2, dtype=torch.int8)}

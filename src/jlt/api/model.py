@@ -191,11 +191,13 @@ class Model:
         """Return the normalised latents of images, float32 on the model's device, by the autoencoder of the training.
 
         Each image is scaled and cropped to `resolution` as `jlt encode` does. JLTError for an image that cannot be
-        cropped, and for an autoencoder that is not available.
+        cropped, and for an autoencoder that is not available; UsageError for what is no image of PIL.
         """
-        listed = [images] if isinstance(images, Image.Image) else list(images)
+        listed = list(images) if isinstance(images, Iterable) else [images]
         if not listed:
             raise UsageError("There are no images to encode: name at least one.")
+        if not all(isinstance(image, Image.Image) for image in listed):
+            raise UsageError("Images to encode are of PIL: open a file with PIL.Image.open.")
         pixels = torch.from_numpy(np.stack([centre_crop(image, self.resolution) for image in listed]))
         # Where a latent is drawn from a distribution, image i has the noise of seed i.
         return self._autoencoder(None).encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, range(len(listed)))

@@ -166,7 +166,7 @@ def _pair_order(head_size: int) -> Tensor:
 def _shape_of(shapes: Mapping[str, Shape], name: str, axes: int) -> Shape:
     """Return the shape of a weight that decides a size; JLTError unless it is there with this number of axes."""
     if name not in shapes:
-        raise JLTError(f"{name} is missing.")
+        raise JLTError(f"{name} is missing.{_similar(name, shapes)}")
     if len(shapes[name]) != axes or 0 in shapes[name]:
         raise JLTError(f"{name} has the shape {shapes[name]}, and {axes} axes are expected, none of them empty.")
     return shapes[name]
@@ -187,7 +187,9 @@ def _require_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> 
 def _similar(name: str, names: Iterable[str]) -> str:
     """Return a second sentence about a name that stands where `name` is expected, which may be a renamed weight."""
     group = name.rpartition(".")[0].rpartition(".")[0]
-    near = [other for other in names if group and other.startswith(f"{group}.")]
+    # A name after a prefix, such as that of a compiled network, is nearer than another one of the same group.
+    prefixed = [other for other in names if other.endswith(f".{name}")]
+    near = prefixed or [other for other in names if group and other.startswith(f"{group}.")]
     return f" The file has {near[0][:80]!r} in its place." if near else ""
 
 

@@ -25,6 +25,7 @@ from jlt import __version__
 from jlt.autoencoders.contract import Autoencoder
 from jlt.autoencoders.coordinates import coordinates_of
 from jlt.autoencoders.load import SOURCES_IN_PACKAGE
+from jlt.config import SampleConfig
 from jlt.errors import JLTError, UsageError, without_credentials
 from jlt.interop.model_card import Card, write_card
 from jlt.interop.pipeline_settings import (
@@ -47,7 +48,7 @@ from jlt.interop.pipeline_settings import (
 from jlt.interop.standalone import standalone
 from jlt.runtime.progress import inform
 from jlt.sampling.labels import readable_names
-from jlt.sampling.sampler import matching_autoencoder
+from jlt.sampling.sampler import check_guidance, matching_autoencoder
 from jlt.storage.codec import to_json
 from jlt.storage.files import (
     difference,
@@ -89,9 +90,10 @@ def export_folder(
     """Write the pipeline folder of a checkpoint and return it; a complete one of the same export stays as it is.
 
     `place` is what the model card loads in its example, by default the folder's name. The folder appears whole, by a
-    rename. JLTError for an unknown EMA, for an autoencoder that cannot be named or copied, and for a folder that holds
-    anything else, another export, or a damaged one.
+    rename. JLTError for an unknown EMA, for an autoencoder that cannot be named or copied, for samples that the network
+    cannot draw, and for a folder that holds anything else, another export, or a damaged one.
     """
+    _check_card(checkpoint, config)
     identity = checkpoint.latents["autoencoder"]
     plan = plan_vae(identity, config)
     if autoencoder_path and not plan.copied:
@@ -119,6 +121,14 @@ def export_folder(
         write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
         write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
     return out
+
+
+def _check_card(checkpoint: Checkpoint, config: ExportConfig) -> None:
+    """Raise JLTError for settings of the card's samples and example that the pipeline would refuse."""
+    if config.samples < 0:
+        raise UsageError(f"--samples must be 0 or more, not {config.samples}.")
+    sampling = SampleConfig(steps=config.steps, cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
+    check_guidance(checkpoint.config, sampling)
 
 
 def export_file(checkpoint: Checkpoint, out: Path, config: ExportConfig) -> Path:

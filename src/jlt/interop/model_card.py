@@ -13,6 +13,7 @@ import numpy as np
 from jlt import __version__
 from jlt.errors import JLTError
 from jlt.images.contact_sheet import SheetText, draw_sheet
+from jlt.interop.importing import IMPORTED
 from jlt.interop.pipeline_settings import WEIGHTS, ExportConfig, PipelineSettings
 from jlt.networks.sizes import size_name
 from jlt.networks.transformer import count_network
@@ -27,8 +28,11 @@ from jlt.training.checkpoint import Checkpoint
 
 SAMPLES = "samples.png"
 TARGETS = {"x": "the clean latent (x)", "eps": "the noise (eps)", "v": "the velocity (v)"}
-SAMPLER = ("ema", "solver", "steps", "shift", "cfg_scale", "cfg_interval", "t_eps", "labels", "seed", "count")
-"""Keys of a protocol that the Hub's metadata repeats."""
+SAMPLER = (
+    *("ema", "solver", "steps", "shift", "grid", "cfg_scale", "cfg_interval", "autoguide"),
+    *("t_eps", "labels", "seed", "count"),
+)
+"""Keys of a protocol that the Hub's metadata repeats, where they have a value."""
 COLUMNS = 4
 
 
@@ -122,15 +126,15 @@ def _results(evaluation: Evaluation) -> list[Any]:
 
     protocol = evaluation.protocol
     images = protocol.get("reference", {}).get("images", {})
-    source = str(images.get("kind", "unknown")) if isinstance(images, Mapping) else "unknown"
+    images = images if isinstance(images, Mapping) else {}
     features = _features(evaluation)
-    arguments = {key: protocol[key] for key in SAMPLER if key in protocol}
+    arguments = {key: protocol[key] for key in SAMPLER if protocol.get(key) not in (None, [])}
     return [
         EvalResult(
             task_type="unconditional-image-generation",
             task_name="Class-conditional image generation",
-            dataset_type=source,
-            dataset_name=source,
+            dataset_type=str(images.get("kind", "unknown")),
+            dataset_name=_images_name(images),
             metric_type=metric_type(metric, features),
             metric_name=f"{metric_name(metric, features)} ({evaluation.metrics.count:,} images, {features} features)",
             metric_value=evaluation.metrics[metric],
@@ -138,6 +142,12 @@ def _results(evaluation: Evaluation) -> list[Any]:
         )
         for metric in _measured(evaluation)
     ]
+
+
+def _images_name(source: Mapping[str, Any]) -> str:
+    """Return what a reader knows images by: the last part of their place, with the kind of their files."""
+    kind, place = str(source.get("kind", "unknown")), source.get("path")
+    return f"{Path(place).name} ({kind})" if isinstance(place, str) and Path(place).name else kind
 
 
 def _features(evaluation: Evaluation) -> str:
@@ -168,7 +178,8 @@ def _body(card: Card, evaluations: Sequence[Evaluation], drawn: bool) -> str:
     return environment.get_template("model_card.md").render(
         title=training.name,
         target=TARGETS.get(settings.prediction, f"the target {settings.prediction}, a mixture of latent and noise"),
-        step=f"{training.step:,}",
+        # A run that was imported without a count of updates counts epochs.
+        steps=f"{training.step:,}" if card.checkpoint.updates else "",
         version=__version__,
         facts=_facts(card),
         place=card.place,
@@ -209,10 +220,21 @@ def _facts(card: Card) -> list[tuple[str, str]]:
         *((name, str(value)) for name, value in optional.items() if value),
         ("images", f"{network.height * side} x {network.width * side} pixels, {network.num_classes} classes"),
         ("latents", f"{network.channels} x {network.height} x {network.width}, of the autoencoder {identity['name']}"),
-        ("training images", card.settings.training.images),
-        ("batch size", f"{train.batch_size:,}"),
+        *_training_facts(card),
         ("weights", f"EMA {card.ema}" if card.ema != "none" else "as trained, without EMA"),
         ("checkpoint", f"`{card.checkpoint.sha256[:16]}`"),
+    ]
+
+
+def _training_facts(card: Card) -> list[tuple[str, str]]:
+    """Return what is known of the training: of an imported run neither its images nor, for certain, its batch."""
+    source = card.checkpoint.latents["source"]
+    if IMPORTED in source:
+        known = source["kind"] != IMPORTED
+        return [("training images", source["kind"] if known else "unknown: the checkpoint is another program's")]
+    return [
+        ("training images", _images_name(source)),
+        ("batch size", f"{card.checkpoint.config.batch_size:,}"),
     ]
 
 
@@ -233,7 +255,12 @@ def _measured(evaluation: Evaluation) -> list[str]:
 def _row(evaluation: Evaluation, metrics: Sequence[str]) -> list[str]:
     protocol = evaluation.protocol
     sampler = f"{protocol.get('solver')}, {protocol.get('steps')} steps"
+    if protocol.get("grid"):
+        sampler += " at own times"
+    elif protocol.get("shift", 1) != 1:
+        sampler += f", shift {protocol['shift']:g}"
     if protocol.get("cfg_scale") != 1:
-        sampler += f", guidance {protocol.get('cfg_scale')} on {protocol.get('cfg_interval')}"
+        kind = "autoguidance" if protocol.get("autoguide") else "guidance"
+        sampler += f", {kind} {protocol.get('cfg_scale')} on {protocol.get('cfg_interval')}"
     values = ["" if (value := evaluation.metrics[metric]) is None else f"{value:.4g}" for metric in metrics]
     return [str(protocol.get("ema")), f"{evaluation.metrics.count:,}", _features(evaluation), sampler, *values]

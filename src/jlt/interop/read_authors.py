@@ -24,7 +24,7 @@ from jlt.interop.importing import (
     require_finite,
     require_moderate,
 )
-from jlt.interop.settings import Arguments, is_number, read_prediction, require_plain_order, train_config
+from jlt.interop.settings import Arguments, is_number, read_prediction, require_plain_order, shown, train_config
 from jlt.interop.torch_file import read_torch_file, require_tensors
 from jlt.latents.adoption import USUAL, adopted_identity
 from jlt.runtime.progress import inform
@@ -51,8 +51,8 @@ def read_authors_file(path: Path, source: str, options: ImportConfig) -> Importe
     states = {name: _plain_names(require_tensors(path, name, content[name])) for name in STATES if name in content}
     if not states:
         raise JLTError(f"{path} holds none of {', '.join(STATES)}: it is no checkpoint of JLT's authors or of JiT.")
-    arguments = Arguments(content.get("args"))
     try:
+        arguments = Arguments(content.get("args"))
         require_plain_order(arguments)
         prediction = read_prediction(arguments, options.prediction)
         network, identity, resolution = _read_network(states, arguments, options)
@@ -147,12 +147,18 @@ def _read_network(
 
 
 def _autoencoder_name(weights: Mapping[str, Tensor], arguments: Arguments) -> str:
-    """Return the autoencoder that a file states as `vae_type`, or which the channels of its latents suggest."""
+    """Return the autoencoder that a file states as `vae_type`, or which the channels of its latents suggest.
+
+    One that the file states and that is unknown here is not it, so what takes its place is recorded as assumed.
+    """
     stated = arguments.values.get("vae_type")
     if isinstance(stated, str) and stated in VAE_TYPES:
         return VAE_TYPES[stated]
     embedding = weights.get("x_embedder.proj.weight", weights.get("x_embedder.proj1.weight"))
-    return "pixels" if embedding is not None and embedding.ndim == 4 and embedding.shape[1] == 3 else "flux2"
+    name = "pixels" if embedding is not None and embedding.ndim == 4 and embedding.shape[1] == 3 else "flux2"
+    if stated is not None:
+        arguments.assumed["autoencoder"] = f"{name} for args.vae_type {shown(stated)}"
+    return name
 
 
 def _resolution(arguments: Arguments, options: ImportConfig) -> int:

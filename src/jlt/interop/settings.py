@@ -32,7 +32,7 @@ class Arguments:
             return default
         value = self.values[name]
         if not is_number(value):
-            raise JLTError(f"args.{name} is {_shown(value)}, and a number is expected.")
+            raise JLTError(f"args.{name} is {shown(value)}, and a number is expected.")
         return float(value)
 
     def whole(self, name: str, default: int, limit: int, published: bool = True) -> int:
@@ -57,15 +57,13 @@ def is_number(value: Any) -> bool:
     return value.bit_length() < 64 if isinstance(value, int) else math.isfinite(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value of a file, or its type where it may be long or nested."""
-    return (
-        repr(value[:40])
-        if isinstance(value, str)
-        else repr(value)
-        if isinstance(value, float)
-        else type(value).__name__
-    )
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, int) and value.bit_length() >= 64:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value) if isinstance(value, (int, float)) else type(value).__name__
 
 
 def read_prediction(arguments: Arguments, chosen: Prediction | None) -> Prediction:
@@ -76,7 +74,7 @@ def read_prediction(arguments: Arguments, chosen: Prediction | None) -> Predicti
             arguments.assumed["prediction"] = "x"
         return chosen or "x"
     if not isinstance(stated, bool):
-        raise JLTError(f"args.flow_matching is {_shown(stated)}, and True or False is expected.")
+        raise JLTError(f"args.flow_matching is {shown(stated)}, and True or False is expected.")
     found: Prediction = "v" if stated else "x"
     if chosen not in (None, found):
         raise UsageError(f"The file states that its network predicts {found}: leave out --prediction {chosen}.")

@@ -258,16 +258,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise JLTError(f"{path} does not exist: name a run folder of jlt train, or one of its checkpoints.")
     folders = [path] if (path / MANIFEST).is_file() else list_checkpoints(path)
     if not folders:
-        raise JLTError(
-            f"{path} is neither a checkpoint nor a run with a complete checkpoint: make one with jlt train. "
-            f"`jlt import {path} --out RUN` makes a run of an exported folder."
-        )
+        raise JLTError(_without_checkpoint(path))
     folder = folders[-1]
     manifest = _read_manifest(folder)
     if manifest.config is None or manifest.latents is None:
         raise JLTError(f"{folder / MANIFEST} has no config and latents: it is of a snapshot and of no checkpoint.")
     _parsed(LatentsOrigin, folder / MANIFEST, known_fields(LatentsOrigin, manifest.latents))
     return Checkpoint(folder, *_facts(manifest), manifest.config, manifest.latents)
+
+
+def _without_checkpoint(path: Path) -> str:
+    """Return what is wrong with a path that holds no checkpoint, and what leads to one."""
+    if runs := sorted(folder.parent for form in ("*", "runs/*") for folder in path.glob(f"{form}/checkpoints")):
+        return f"{path} is no run, but the folder of runs: name one of them, such as {runs[0]}."
+    sentence = f"{path} is neither a checkpoint nor a run with a complete checkpoint: make one with jlt train."
+    if path.is_file() or (path / "model_index.json").is_file():
+        sentence += f" `jlt import {path} --out RUN` makes a run of another program's file, or of an export."
+    return sentence
 
 
 def list_snapshots(run: Path) -> list[StepFolder]:

@@ -630,7 +630,7 @@ def edit_json(path: Path, **changes) -> None:
         ({"training__step": -5}, "training.step must be 0 or more"),
         ({"training__step": 10**400}, "training.step must be 0 or more"),
         ({"noise_scale": 10**400}, "noise_scale must be float, not 1000"),
-        ({"prediction": "x" * 10**6}, "There is no prediction named, not 'xxx"),
+        ({"prediction": "x" * 10**6}, "There is no prediction named 'xxx"),
         ({"training__label_dropout": 2.0}, "label_dropout must be"),
         ({"training": None}, "training must be TrainingFacts"),
         ({"autoencoder__source": "/etc"}, "autoencoder.source must be the Hub id"),

@@ -324,6 +324,8 @@ def test_the_card_of_an_imported_run_states_only_what_is_known(checkpoint, folde
     assert "| training images | digits |" in again
     # The batch of the training is not in an export.
     assert "batch size" not in again
+    assert "The weights: `apache-2.0`" in known
+    assert "The weights: `unknown`" in again
 
 
 def test_the_card_of_another_programs_checkpoint_counts_no_epochs_as_steps(tmp_path):
@@ -342,9 +344,9 @@ def test_the_card_of_another_programs_checkpoint_counts_no_epochs_as_steps(tmp_p
     ("changes", "message"),
     [
         ({"samples": -1}, "--samples must be 0 or more, not -1"),
-        ({"steps": 0}, "steps must be positive, not 0"),
-        ({"cfg_scale": 2.0, "cfg_interval": (1.0, 0.2)}, "cfg_interval must satisfy"),
-        ({"samples": 0, "cfg_scale": float("nan")}, "cfg_scale must be a number"),
+        ({"steps": 0}, "steps must be .*, not 0"),
+        ({"cfg_scale": 2.0, "cfg_interval": (1.0, 0.2)}, "cfg_interval must"),
+        ({"samples": 0, "cfg_scale": float("nan")}, "cfg_scale must be"),
     ],
 )
 def test_impossible_samples_of_the_card_are_refused_before_any_work(checkpoint, tmp_path, changes, message):

@@ -49,6 +49,12 @@ class Card:
     """Where it is loaded from in the example."""
 
     @property
+    def license(self) -> str:
+        """The licence of the weights; that of other people's weights is theirs to state."""
+        imported = self.checkpoint.read_state().imported is not None
+        return self.config.license or ("unknown" if imported else "apache-2.0")
+
+    @property
     def referenced(self) -> bool:
         """Whether the autoencoder is named by its Hub id, and not in the folder."""
         return not self.vae_copied and self.settings.autoencoder["name"] != "pixels"
@@ -111,7 +117,7 @@ def metadata(card: Card, evaluations: Sequence[Evaluation]) -> str:
 
     ours = [evaluation for evaluation in evaluations if evaluation.protocol.get("ema") == card.ema]
     data = ModelCardData(
-        license=card.config.license,
+        license=card.license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["jlt", "class-conditional", "latent-diffusion", "flow-matching", "arxiv:2605.27102"],
@@ -195,7 +201,7 @@ def _body(card: Card, evaluations: Sequence[Evaluation], drawn: bool) -> str:
         columns=columns,
         rows=rows,
         protocols=[json.dumps(without_paths(evaluation.protocol), indent=2) for evaluation in evaluations],
-        license=config.license,
+        license=card.license,
     )
 
 

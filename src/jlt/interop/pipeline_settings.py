@@ -82,5 +82,5 @@ class ExportConfig(Ranged):
     """Guidance scale of the same."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guidance interval of the same."""
-    license: str = "apache-2.0"
-    """Licence of the weights, as the Hub abbreviates it."""
+    license: str = ""
+    """Licence of the weights, as the Hub abbreviates it. Default: apache-2.0, and unknown for an imported run."""

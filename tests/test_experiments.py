@@ -39,6 +39,7 @@ from jlt.report.page import write_report
 from jlt.results.geometry import TrainingModel
 from jlt.runtime.workers import run_jobs
 from jlt.storage.codec import to_json
+from jlt.storage.files import read_sealed_json, sealed_text, sha256_file, write_text
 from jlt.training import loop, state
 from jlt.training.checkpoint import list_checkpoints, load_tensors, open_checkpoint, verify_checkpoints
 
@@ -387,6 +388,10 @@ def test_a_failing_system_fails_the_ablation_with_its_sentence(latents, tmp_path
     first, last = json.loads(content[8:begin])["latents"]["data_offsets"]
     content[begin + first : begin + last] = np.full((last - first) // 4, np.nan, np.float32).tobytes()
     shard.write_bytes(content)
+    # The store is whole, and what it holds is not finite.
+    manifest = read_sealed_json(poisoned / "manifest.json")
+    manifest["shards"][0]["sha256"] = sha256_file(shard)
+    write_text(poisoned / "manifest.json", sealed_text(manifest))
     with pytest.raises(JLTError, match="Latent 0 of the store is not finite"):
         ablate(ablation_config(latents, patch_size=(2,)), poisoned, out, workers=2, command="")
     assert not (out / "runs").exists()

@@ -129,13 +129,13 @@ def test_a_process_that_hangs_ends_all_and_the_same_command_resumes(place, alone
 
 NEWER = """
 import os, pathlib
-from jlt.experiments import checkpoint_evaluation
+from jlt.interop import sources
 from jlt.training import checkpoint
 opened = checkpoint.open_checkpoint
 def newer(path):
     found = opened(path)
     return found if os.environ["RANK"] == "0" else opened(path / "checkpoints" / "step_0000015")
-checkpoint.open_checkpoint = checkpoint_evaluation.open_checkpoint = newer
+checkpoint.open_checkpoint = sources.open_checkpoint = newer
 """
 
 
@@ -270,8 +270,9 @@ def test_features_of_checkpoints_that_are_gone_go(place):
     clear(place)
     drawn = place / "run" / "evaluations" / ".drawn"
     gone, held = drawn / "step_0000007-0123", drawn / "step_0000008-0123"
-    gone.mkdir(parents=True)
-    (gone / ".pooled.rows").write_bytes(b"0")
+    for folder in (gone, held):
+        folder.mkdir(parents=True)
+        (folder / ".pooled.rows").write_bytes(b"0")
     with lock_folder(held):
         assert main(evaluate_arguments(place, "--num", "20")) == 0
     assert (gone.exists(), held.exists()) == (False, True)

@@ -182,7 +182,8 @@ class _DistributedGroup(Group):
                 outcome[0] = work()
             except Exception as error:
                 failure = error
-                outcome[1] = Stopped("Stopped on request.") if isinstance(error, Stopped) else SystemExit(1)
+                code = 2 if isinstance(error, UsageError) else 1
+                outcome[1] = Stopped("Stopped on request.") if isinstance(error, Stopped) else SystemExit(code)
         with lost_process_as_error():
             dist.broadcast_object_list(outcome, src=0, group=self._control)
         if ending := failure or outcome[1]:

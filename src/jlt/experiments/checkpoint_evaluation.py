@@ -296,6 +296,8 @@ def _remove_orphans(run: Path) -> None:
             # A process that still measures them holds the lock.
             with contextlib.suppress(JLTError), lock_folder(folder, run):
                 remove_tree(run, folder)
+    with contextlib.suppress(OSError):
+        drawn_folder(run).rmdir()
 
 
 def evaluation_path(run: Path, step: int, protocol: Mapping[str, Any]) -> Path:

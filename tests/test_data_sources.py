@@ -132,7 +132,7 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(JLTError, match="holds no images"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "imagenet" / "n0").mkdir()
-    with pytest.raises(JLTError, match="no file in any"):
+    with pytest.raises(JLTError, match="holds no images: put those of each class"):
         open_source(str(tmp_path / "imagenet"))
     (tmp_path / "one.parquet").write_bytes(b"")
     with pytest.raises(JLTError, match=r"one\.parquet cannot be read"):

@@ -251,10 +251,10 @@ def test_things_that_are_no_files_are_named(copy: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
-    def refuse(path: Path, *arguments: Any) -> Any:
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
         if path.suffix == ".safetensors":
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *arguments)
+        return opened(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
     problems = verify_store(copy)
@@ -306,8 +306,8 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(copy: Path) -> None:
         ({"count": 36}, "count differs from the sum over its shards"),
         ({"shards": ()}, "count differs from the sum over its shards"),
         ({"count": 0, "shards": ()}, "count must be 1 or more, not 0"),
-        ({"height": -2}, "height must be from 1 to 65536, not -2"),
-        ({"height": 10**18}, "height must be from 1 to 65536"),
+        ({"height": -2}, "height must be from 1 to 65,536, not -2"),
+        ({"height": 10**18}, "height must be from 1 to 65,536"),
         ({"resolution": 10**9}, "resolution must be from 1"),
         ({"count": 10**18, "shards": (ShardRecord("a", 10**18, 9, ""),)}, "fewer bytes than its latents"),
         ({"mean": 10**9}, "means are not between"),

@@ -16,6 +16,8 @@ import pytest
 from browser import CHROMIUM, DESKTOP, PHONE, Browser
 from demo_helpers import NAMES, train_pair
 
+from jlt.runtime.signals import STOPPING
+
 pytest.importorskip("gradio")
 # The server and the browser start in seconds, and on a machine that does other work in minutes.
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"), pytest.mark.timeout(900)]
@@ -189,5 +191,5 @@ def test_sigterm_ends_it_at_once_with_a_sentence(demo: Demo) -> None:
     out, error = demo.process.communicate(timeout=30)
     assert demo.process.returncode == 0
     assert out.strip() == "The demo has ended."
-    assert error.strip() == f"Open {demo.address} (Ctrl-C ends it)"
+    assert error.splitlines() == [f"Open {demo.address} (Ctrl-C ends it)", STOPPING]
     assert time.monotonic() - begun < 10

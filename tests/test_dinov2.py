@@ -144,5 +144,5 @@ def unreachable(*_args, **_options):
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(JLTError, match=r"pip install 'jlt\[dino\]'"):
+    with pytest.raises(JLTError, match=r"pip install -e '\.\[dino\]'"):
         load_extractor("dinov2")

@@ -192,9 +192,9 @@ def test_metrics_are_json(classifier, reference, tmp_path):
     metrics = Metrics(frechet_distance=1.0, count=10)
     assert json.loads(json.dumps(asdict(metrics)))["label_agreement"] is None
     reference.save(tmp_path / "reference.npz")
-    protocol = json.loads((tmp_path / "reference.json").read_text())
-    assert protocol["extractor"] == classifier.identity()
-    assert (protocol["count"], protocol["resolution"]) == (1797, 32)
+    content = json.loads((tmp_path / "reference.json").read_text())
+    assert content["protocol"]["extractor"] == classifier.identity()
+    assert (content["count"], content["protocol"]["resolution"]) == (1797, 32)
 
 
 # ---- columns ----

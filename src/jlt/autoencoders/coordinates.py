@@ -147,7 +147,7 @@ class CoordinateAutoencoder(Autoencoder):
 
 def coordinates_of(identity: Mapping[str, Any]) -> str | None:
     """Return the file of the coordinates in an autoencoder's identity, None where it has none."""
-    normalisation = identity["normalisation"]
+    normalisation = identity.get("normalisation")
     found = normalisation.get("coordinates") if isinstance(normalisation, dict) else None
     if found and not (isinstance(found, dict) and isinstance(found.get("source"), str)):
         raise JLTError(f"The coordinates of the latents name no file: {found}.")

@@ -262,7 +262,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     folder = folders[-1]
     manifest = _read_manifest(folder)
     if manifest.config is None or manifest.latents is None:
-        raise JLTError(f"{folder / MANIFEST} has no config and latents: it is of a snapshot and of no checkpoint.")
+        raise JLTError(f"{folder} is a snapshot of averages: name its run, with an EMA such as sigma_rel=0.07.")
     _parsed(LatentsOrigin, folder / MANIFEST, known_fields(LatentsOrigin, manifest.latents))
     return Checkpoint(folder, *_facts(manifest), manifest.config, manifest.latents)
 

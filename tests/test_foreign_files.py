@@ -16,12 +16,14 @@ from data_helpers import make_store
 from every_command import COMMANDS, make_inputs
 from fake_results import read_content, write_ablation, write_sealed, write_watched_run
 from PIL import Image
+from safetensors.torch import save_file
 from training_helpers import config_for
 
 from jlt.cli.main import main
 from jlt.config import SampleConfig
 from jlt.errors import JLTError
 from jlt.evaluation.extractors import load_extractor
+from jlt.evaluation.squeezenet import SqueezeNet
 from jlt.experiments.checkpoint_evaluation import drawn_folder, evaluate_run
 from jlt.images.parquet import Parquet
 from jlt.report.page import write_report
@@ -90,7 +92,10 @@ def test_no_command_and_no_worker_imports_a_module_of_the_current_folder(planted
     program = [sys.executable, Path(sys.executable).with_name("jlt")]
     require_none_imported(planted, *program, *ENCODE)
     require_none_imported(planted, *program, "train", "digits", "--latents", "../latents", "--out", "../run", *SMALL)
-    options = ["digits", "--latents", "../latents", "--out", "../ablation", *SMALL, *FEW]
+    weights = planted.parent / "weights.safetensors"
+    save_file(SqueezeNet().state_dict(), weights)
+    features = ["--features", "squeezenet", "--features-path", weights]
+    options = ["digits", "--latents", "../latents", "--out", "../ablation", *SMALL, *FEW, *features]
     require_none_imported(planted, *program, "ablate", *options)
     assert (planted.parent / "ablation" / "ablation.json").exists()
 
@@ -99,7 +104,10 @@ def test_the_module_as_a_program_imports_only_what_python_imports_before_any(pla
     (planted.parent / "clean").mkdir()
     (planted.parent / "clean" / "probe.py").write_text("import sys; print(*sys.modules)")
     probe = [sys.executable, "-m", "probe"]
-    done = subprocess.run(probe, cwd=planted.parent / "clean", capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        probe, cwd=planted.parent / "clean", env=environment, capture_output=True, text=True, check=True
+    )
     for name in {*done.stdout.split(), "jlt"}:
         (planted / f"{name}.py").unlink(missing_ok=True)
     require_none_imported(planted, sys.executable, "-m", "jlt", *ENCODE)

@@ -270,7 +270,7 @@ def test_few_images_have_cautions_and_one_is_refused(tmp_path: Path, capsys: pyt
     measure_geometry(FakeStore(latents(52)), tmp_path, config)
     assert "Patch size 8, 52 latents: 52 tokens cannot span 192 directions" in capsys.readouterr().err
     assert analyze(FakeStore(latents(400), classes=2), [1]).cautions == ()
-    with pytest.raises(JLTError, match="holds 1 latents"):
+    with pytest.raises(JLTError, match="There are 1 latents"):
         analyze(FakeStore(latents(1)), [1])
     with pytest.raises(JLTError, match="All latents of the store are equal"):
         analyze(FakeStore(torch.ones(4, 3, 8, 8)), [1])

@@ -493,7 +493,7 @@ def test_pixels_are_recognised(tmp_path):
 def test_an_unknown_autoencoder_that_a_file_states_is_reported(tmp_path):
     checkpoint = imported(tmp_path, authors_content(vae_type="sdxl" + 100 * "l"))
     assert checkpoint.latents["autoencoder"]["name"] == "flux2"
-    assumed = checkpoint.read_state()["imported"]["assumed"]
+    assumed = checkpoint.read_state().imported["assumed"]
     assert assumed == {"autoencoder": f"flux2 for args.vae_type {('sdxl' + 36 * 'l')!r}"}
     shutil.rmtree(tmp_path / "run")
     named = imported(tmp_path, authors_content(vae_type="sdxl"), autoencoder="flux2")

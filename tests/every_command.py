@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from PIL import Image
+from safetensors.torch import save_file
 from training_helpers import TINY, run_on_few_digits
 
 from jlt.cli.main import main
+from jlt.evaluation.squeezenet import SqueezeNet
 
 FEW = ["--num", "10", "--batch-size", "5", "--steps", "1"]
 SAMPLE = ["sample", "--checkpoint", "run", "--out", "out", *FEW]
@@ -16,6 +18,7 @@ WATCHED += ["--evaluation.sample.steps", "1", "--evaluation.reference", "referen
 SAVING = ["--checkpoint-every", "1", "--keep-last", "2", "--power-ema", "0.1", "--snapshot-every", "1"]
 ABLATED = ["--prediction", "x", "--anisotropy", "0", "--steps", "2", "--evaluations", "1", "--workers", "1"]
 ABLATED += ["--reference", "reference.npz", "--sample.num", "10", "--sample.steps", "1"]
+FEATURES = ["--features", "squeezenet", "--features-path", "weights.safetensors"]
 SHARDS = ["--shard-size", "8", "--batch-size", "4", "--workers", "0", "--preview"]
 COMMANDS = {
     "train": ["train", "digits", "--latents", "latents", "--out", "out", "--steps", "3", *ONCE, *SAVING, *WATCHED],
@@ -28,7 +31,7 @@ COMMANDS = {
     "sweep": ["sweep", *MEASURED, "--steps", "1", "--cfg-scale", "1", "2", "--coarse-num", "10", "--refine", "0"],
     "price": ["price", *MEASURED, "--solver", "euler", "--steps", "2"],
     "ablate": ["ablate", "digits", "--latents", "latents", "--out", "out", *ONCE, *ABLATED],
-    "reference": ["reference", "--images", "images", "--resolution", "8", "--out", "out.npz"],
+    "reference": ["reference", "--images", "images", "--resolution", "32", "--out", "out.npz", *FEATURES],
     "encode": ["encode", "--images", "images", "--autoencoder", "pixels", "--resolution", "8", "--out", "out", *SHARDS],
     "import": ["import", "exported", "--out", "out"],
     "export": ["export", "run", "--out", "out"],
@@ -46,5 +49,6 @@ def make_inputs(folder: Path) -> Path:
         place = folder / "images" / "ab"[number % 2] / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((8, 8), 10 * number).convert("RGB").save(place)
+    save_file(SqueezeNet().state_dict(), folder / "weights.safetensors")
     assert main(["export", str(folder / "run"), "--out", str(folder / "exported")]) == 0
     return folder

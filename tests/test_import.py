@@ -497,7 +497,7 @@ def test_an_unknown_autoencoder_that_a_file_states_is_reported(tmp_path):
     assert assumed == {"autoencoder": f"flux2 for args.vae_type {('sdxl' + 36 * 'l')!r}"}
     shutil.rmtree(tmp_path / "run")
     named = imported(tmp_path, authors_content(vae_type="sdxl"), autoencoder="flux2")
-    assert named.read_state()["imported"]["assumed"] == {}
+    assert named.read_state().imported["assumed"] == {}
 
 
 def test_sizes_in_the_settings_allocate_nothing(tmp_path):

@@ -53,7 +53,7 @@ def test_the_guide_runs(quickstart, capsys):
     assert names["images"].latents.shape == (20, 16, 4, 4)
     assert names["images"].latents.dtype == torch.float32
     assert names["squared_error"].shape == (3,)
-    assert "There is no setting named 'cfg_scal': did you mean cfg_scale or cfg_interval?" in printed
+    assert "There is no setting named 'cfg_scal': did you mean cfg_scale?" in printed
     assert names["distance"].count == 200
     assert {"grid.png", "three.png", "clean.png"} <= {path.name for path in Path.cwd().iterdir()}
 

@@ -17,7 +17,8 @@ from jlt.report.geometry_figures import geometry_figures
 from jlt.report.study import read_study
 from jlt.report.training_figures import training_figure
 from jlt.report.wording import listed, number, percent
-from jlt.storage.files import write_marker
+from jlt.storage.files import work_of, write_marker
+from jlt.storage.seals import seal_file
 
 
 def svg(uri: str) -> str:
@@ -109,6 +110,7 @@ def imagenet_run(folder: Path, name: str, extractor: str) -> Path:
     prediction = "v" if name.startswith("DiT") else "x"
     write_run(folder, prediction, 1, 0, 4.0)
     write_marker(folder / "config.json", {**config(prediction, 1, 0), "name": name, "steps": 250_000})
+    seal_file(folder / "samples" / "grid.png", "grid.png", work_of(folder))
     for path in (folder / "evaluations").iterdir():
         path.unlink()
     events = [{"event": "start", "step": 0}]

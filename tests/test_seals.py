@@ -61,7 +61,8 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps with an evaluation, its latents and a reference; every test puts back what it changes."""
     folder = run_on_few_digits(tmp_path_factory.mktemp("trained"))
-    evaluate_checkpoint(folder / "run", str(folder / "reference.npz"), load_extractor("digits"), SAMPLE, None)
+    checkpoint = open_checkpoint(folder / "run")
+    evaluate_checkpoint(checkpoint, str(folder / "reference.npz"), load_extractor("digits"), SAMPLE, None)
     return folder
 
 

@@ -25,6 +25,7 @@ from jlt.report.page import write_report
 from jlt.results.evaluation import Evaluation, Metrics
 from jlt.results.sweep import Setting
 from jlt.sampling.sampler import ImageSampler, open_sampler, with_config
+from jlt.storage.files import sealed_text
 from jlt.training.checkpoint import open_checkpoint
 
 WHOLE = (0.0, 1.0)
@@ -317,6 +318,9 @@ def test_a_damaged_result_is_named(whole, swept, tmp_path):
         write_report(tmp_path)
     del edited["sha256"]
     (tmp_path / "sweep.json").write_text(json.dumps(edited))
+    with pytest.raises(JLTError, match="carries no hash of itself"):
+        write_report(tmp_path)
+    (tmp_path / "sweep.json").write_text(sealed_text(edited))
     with pytest.raises(JLTError, match="damaged or was written by another version"):
         write_report(tmp_path)
 

@@ -53,7 +53,7 @@ def test_a_program_of_a_user_is_type_checked(tmp_path):
         assert Path(place.split(":")[0]).name == "program.py", line
         messages.setdefault(int(place.split(":")[1]), []).append((kind, message))
     revealed = [messages.pop(number)[0][1] for number in sorted(messages) if number <= len(right)]
-    kinds = ["Image.Image", "torch._tensor.Tensor", "Literal['x']", "torch._tensor.Tensor", "float"]
+    kinds = ["Image.Image", "torch._tensor.Tensor", "str", "torch._tensor.Tensor", "float"]
     assert len(revealed) == len(kinds), found.stdout
     for text, kind in zip(revealed, kinds, strict=True):
         assert "Revealed type is" in text

@@ -583,7 +583,7 @@ def test_fixture_follows_the_ablation_schema(folder: Path) -> None:
 # ---- as text ----
 
 
-def test_a_table_of_metrics_has_errors_beside_and_dashes_for_what_was_not_measured():
+def test_a_table_of_metrics_has_errors_and_dashes_for_what_was_not_measured():
     metrics = Metrics(
         frechet_distance=2.5634,
         frechet_distance_error=0.0312,

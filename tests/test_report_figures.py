@@ -128,7 +128,7 @@ def imagenet_run(folder: Path, name: str, extractor: str) -> Path:
     ("name", "extractor", "drawn"),
     [("JLT-B/1", "inception", True), ("JLT-B/1", "dinov2", False), ("JLT-S/1", "inception", False)],
 )
-def test_published_curves_are_drawn_beside_the_systems_that_they_are_of(tmp_path, name, extractor, drawn) -> None:
+def test_published_curves_are_drawn_for_the_systems_that_they_are_of(tmp_path, name, extractor, drawn) -> None:
     figure = training_figure(read_study(imagenet_run(tmp_path / "run", name, extractor)))
     assert figure is not None
     distance = figure.panels[0]

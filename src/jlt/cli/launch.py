@@ -23,7 +23,7 @@ PRINTED = "printed"
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `jlt` with these arguments in `count` processes and return the exit code of the first one that failed.
+    """Run `jlt` with these arguments in `count` processes and return that of the lowest-numbered one that failed.
 
     The first process uses this terminal. What the others print is shown only if one of them fails before it.
     UsageError in a process that a launcher started.

@@ -125,8 +125,6 @@ def export_folder(
 
 def _check_card(checkpoint: Checkpoint, config: ExportConfig) -> None:
     """Raise JLTError for settings of the card's samples and example that the pipeline would refuse."""
-    if config.samples < 0:
-        raise UsageError(f"--samples must be 0 or more, not {config.samples}.")
     sampling = SampleConfig(steps=config.steps, cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
     check_guidance(checkpoint.config, sampling)
 

@@ -18,7 +18,7 @@ TAEF2 = ("autoencoder_taef2", "AutoencoderTAEF2")
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECORD = "export.json"
-"""What was exported, with the SHA-256 of every file that decides an image; sealed."""
+"""What was exported, with the SHA-256 of every file but the model card's; sealed."""
 SCHEMA = 1
 PREFIX = "network."
 """What precedes the names of the weights in a folder: its class holds the transformer under this name."""

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from jlt.config import Solver
 from jlt.errors import JLTError
 from jlt.results.evaluation import Metrics
-from jlt.results.files import ResultFile
-from jlt.results.sweep import SweptCheckpoint
+from jlt.results.sweep import SearchResult
 from jlt.storage.codec import NonNegative, Size
 
 
@@ -57,18 +56,12 @@ class Priced(SamplerSetting):
 
 
 @dataclass(frozen=True)
-class Price(ResultFile):
+class Price(SearchResult):
     """The `price.json` of a folder."""
 
     FILE: ClassVar[str] = "price.json"
     SCHEMA: ClassVar[int] = 1
 
-    created: str
-    command: str
-    machine: Mapping[str, Any]
-    latents: Mapping[str, Any]
-    title: str
-    checkpoint: SweptCheckpoint
     cfg_scale: float
     num: Size
     seed: int

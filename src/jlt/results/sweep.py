@@ -111,12 +111,8 @@ class ConfirmationImages:
 
 
 @dataclass(frozen=True)
-class Sweep(ResultFile):
-    """The `sweep.json` of a folder."""
-
-    FILE: ClassVar[str] = "sweep.json"
-    SCHEMA: ClassVar[int] = 2
-    UNREAD: ClassVar[frozenset[str]] = frozenset({"rule"})
+class SearchResult(ResultFile):
+    """What every search over settings of one checkpoint states of itself."""
 
     created: str
     command: str
@@ -124,6 +120,16 @@ class Sweep(ResultFile):
     latents: Mapping[str, Any]
     title: str
     checkpoint: SweptCheckpoint
+
+
+@dataclass(frozen=True)
+class Sweep(SearchResult):
+    """The `sweep.json` of a folder."""
+
+    FILE: ClassVar[str] = "sweep.json"
+    SCHEMA: ClassVar[int] = 2
+    UNREAD: ClassVar[frozenset[str]] = frozenset({"rule"})
+
     metric: Metric
     lower_is_better: bool
     axes: SweepAxes

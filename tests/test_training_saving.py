@@ -35,7 +35,7 @@ PHASES = {
     "state": "import jlt.training.checkpoint as place; name = 'write_json'",
     "hashing": "import jlt.training.checkpoint as place; name = 'sha256_file'",
     "manifest": "import jlt.training.checkpoint as place; name = 'write_text'",
-    "renamed": "import jlt.storage.folders as place; name = 'fsync_folder'",
+    "renamed": "import jlt.storage.folders as place; name = 'fsync_path'",
     "pruning": "import jlt.training.saver as place; name = 'prune_checkpoints'",
     "removing": "import jlt.training.checkpoint as place; name = 'remove_folder'",
 }

@@ -159,7 +159,12 @@ class NetworkConfig:
     @property
     def mlp_hidden_size(self) -> int:
         """SwiGLU's hidden size: 2/3 of the nominal one, so that three matrices cost as much as two."""
-        return int(int(self.hidden_size * self.mlp_ratio) * 2 / 3)
+        return swiglu_size(self.hidden_size, self.mlp_ratio)
+
+
+def swiglu_size(hidden_size: int, mlp_ratio: float) -> int:
+    """Return the hidden size of a SwiGLU perceptron in a network of a width, for a nominal ratio."""
+    return int(int(hidden_size * mlp_ratio) * 2 / 3)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Errors that are messages to the user, the nearest-name hint that they carry, and what no text may repeat."""
+"""Errors that are messages to the user, the nearest name that they suggest, and texts without credentials."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 MAX_LISTED = 20
 """Known names that an error lists."""
 CREDENTIALS = (
-    # user:password@ of a URL; a path has a single slash of it.
+    # user:password@ of a URL; `Path` keeps only one of the two slashes.
     (re.compile(r"\b([a-z][a-z0-9+.-]*:/+)\S*@", re.IGNORECASE), r"\1***@"),
     # The query of a URL, which may be signed, and such values without one.
     (re.compile(r"\b([a-z][a-z0-9+.-]*:/+[^\s?]*\?)(?!\*\*\*)[^\s'\"]+", re.IGNORECASE), r"\1***"),

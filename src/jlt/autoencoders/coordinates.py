@@ -155,7 +155,7 @@ def coordinates_of(identity: Mapping[str, Any]) -> str | None:
 
 
 def copy_coordinates(identity: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Copy the file of the coordinates in an identity from one folder to another, unless it has none, or is there."""
+    """Copy the coordinates file that an identity names into another folder, unless that folder has it already."""
     name = coordinates_of(identity)
     if name and not Path(name).is_absolute() and not path_inside(target, name).exists():
         with atomic_path(target / name) as temporary:

@@ -41,7 +41,7 @@ GPU_SLACK = 0.1
 """Share of what the passes take that fragmentation of memory adds: an assumption."""
 CPU_SLACK = 0.25
 """The same for the C library's allocator: 23 and 27% in runs of `jlt benchmark train` with a GiB of activations."""
-LONG_HOURS = 24
+WARN_HOURS = 24
 SLOW_RATE = 1e10
 """Operations per second that any machine reaches."""
 MANY_TOKENS = 1024
@@ -167,11 +167,11 @@ def check_affordable(
     found = plans(SLOW_RATE)
     fits = all(plan.fits for plan in found)
     # The rate takes a second to measure.
-    if not fits or hours(found) > LONG_HOURS:
+    if not fits or hours(found) > WARN_HOURS:
         found = plans(measured_rate(configs[0], device))
     if not fits:
         raise JLTError(refusal(to_json(next(plan for plan in found if not plan.fits)), together))
-    if hours(found) > LONG_HOURS:
+    if hours(found) > WARN_HOURS:
         inform(f"This will take about {hours(found) / 24:.2g} days here, by the speed of this machine (see jlt plan).")
     tokens = max(config.network.tokens for config in configs)
     if tokens >= MANY_TOKENS and torch.device(device).type == "cpu":

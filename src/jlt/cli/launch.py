@@ -23,9 +23,10 @@ PRINTED = "printed"
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `jlt` with these arguments in `count` processes and return that of the lowest-numbered one that failed.
+    """Run `jlt` with these arguments in `count` processes; return 0, 75 if they were stopped, or an exit code.
 
-    The first process uses this terminal. What the others print is shown only if one of them fails before it.
+    The first process uses this terminal. What the others print is shown only if one of them
+    fails and the first one has printed no error. Of several that failed by themselves, the lowest number counts.
     UsageError in a process that a launcher started.
     """
     if processes.world_size() > 1:
@@ -34,11 +35,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from jlt.runtime.environment import cores
+
     # Its warnings would repeat at length what the sentence of the failed process says.
     logging.disable(logging.ERROR)
     # Threads of several processes must not compete for the same cores.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     with tempfile.TemporaryDirectory(prefix="jlt-processes-") as logs:
         os.environ[processes.LAUNCHED] = logs
         config = LaunchConfig(

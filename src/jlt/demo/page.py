@@ -48,7 +48,7 @@ def build_page(studio: Studio) -> Any:
                         other = gr.Number(1, label="Second seed", elem_id="other", min_width=120)
                         walk = gr.Button("Interpolate", elem_id="walk", min_width=120)
                     way = gr.HTML(
-                        note("Eight images on the way from the noise of the seed to that of the second seed."),
+                        note(f"{COLUMNS} images on the way from the noise of the seed to that of the second seed."),
                         elem_id="walked",
                     )
                 with gr.Accordion("The command for these images", open=False, elem_id="commands"):
@@ -150,7 +150,7 @@ class Handlers:
     def draw(self, *arguments: Any) -> Iterator[list[Any]]:
         """Draw by the fields, however long it takes; yields pictures, note, what was drawn, and the commands.
 
-        The first of two answers says how long it takes, where that is noticed.
+        A drawing of more than NOTICED seconds first yields a note with the expected time.
         """
         yield from self._draw(arguments, float("inf"))
 
@@ -194,7 +194,7 @@ class Handlers:
         *values, other = arguments
         studio = self._studio
         try:
-            # Eight images of one class, however many were chosen.
+            # As many images of one class as a row holds, however many were chosen.
             config = studio.config_of(dict(zip(FIELDS, values, strict=True)))
             second = whole("Second seed", other, 0, LAST_SEED)
             seconds = studio.expected_seconds(replace(config, num=COLUMNS))

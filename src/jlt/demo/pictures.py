@@ -83,7 +83,7 @@ def note(text: str, problem: bool = False) -> str:
 
 
 def waiting(text: str, seconds: float) -> str:
-    """Return the same line for what is being drawn, with a bar that is full after about these seconds."""
+    """Return the note of a drawing in progress, with a bar that is full after about these seconds."""
     return f'<p class="note waiting" role="status" style="--seconds:{seconds:.1f}s">{html.escape(text)}</p>'
 
 

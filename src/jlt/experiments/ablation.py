@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from jlt.runtime.progress import bar, inform
 from jlt.runtime.workers import SharedSteps, run_jobs, shared_steps
 from jlt.sampling.solvers import network_evaluations
 from jlt.storage.codec import to_json
-from jlt.storage.files import difference, read_marker, work_of
+from jlt.storage.files import difference, read_marker, recorded, work_of
 from jlt.storage.folders import Claim, require_unlinked
 from jlt.storage.seals import is_intact
 from jlt.training.checkpoint import open_checkpoint, step_folder
@@ -116,7 +115,7 @@ def ablate(
 ) -> Ablation:
     """Run an ablation, or what is missing of it, and return what `ablation.json` holds.
 
-    `command` repeats it. `check` may refuse trainings on a device, of one process each and so many at a time.
+    `command` repeats it. `check(configs, manifest, device, processes, workers)` may refuse the trainings.
 
     JLTError if the runs are not matched, and for a folder that holds other content or an ablation
     with other settings. Stopped on request.
@@ -183,7 +182,7 @@ def _finished(out: Path, systems: Sequence[AblationRun], plan: Mapping[str, Any]
     if not all(path.exists() for path in files):
         return None
     try:
-        if difference(read_marker(files[0])[0], json.loads(json.dumps(plan))):
+        if difference(read_marker(files[0])[0], recorded(plan)):
             return None
         found = read_result(Ablation, files[1])
         for system in systems:

@@ -96,7 +96,7 @@ def evaluate_sampler(
     without room.
     """
     group = group or SingleProcess()
-    protocol = sampler_protocol(sampler, reference, extractor)
+    protocol = sampler_protocol(sampler, reference.identity(), extractor)
     require_same_arguments(group, {**protocol, "batch_size": sampler.config.batch_size}, "measure")
     check_reference(reference, extractor, sampler.resolution)
     require_enough(sampler.config.num)
@@ -197,9 +197,11 @@ def warn_if_few(metrics: Metrics, extractor: FeatureExtractor) -> None:
         inform(text)
 
 
-def sampler_protocol(sampler: ImageSampler, reference: Reference, extractor: FeatureExtractor) -> dict[str, Any]:
-    """Return everything that decides what `evaluate_sampler` measures."""
-    return {**sampler.protocol(), "extractor": extractor.identity(), "reference": reference.identity()}
+def sampler_protocol(
+    sampler: ImageSampler, reference: Mapping[str, Any], extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """Return everything that decides what `evaluate_sampler` measures; `reference` is the identity of one."""
+    return {**sampler.protocol(), "extractor": extractor.identity(), "reference": dict(reference)}
 
 
 def evaluate_files(samples: Path, real_images: str, extractor: FeatureExtractor) -> Evaluation:
@@ -272,7 +274,7 @@ def _stored(sampler: ImageSampler, real_images: str | ImageSource, extractor: Fe
         source = open_source(real_images) if isinstance(real_images, str) else real_images
         exif = checkpoint.latents.get("exif", "ignore")
         reference = reference_protocol(source, extractor, sampler.resolution, exif)
-    wanted = to_json({**sampler.protocol(), "extractor": extractor.identity(), "reference": reference})
+    wanted = to_json(sampler_protocol(sampler, reference, extractor))
     for path in sorted(checkpoint.run.glob(f"evaluations/step_{checkpoint.step:07d}-*.json")):
         found = read_result(Evaluation, path)
         measured = {**found.protocol, "reference": {**found.protocol["reference"], **wanted["reference"]}}
@@ -323,7 +325,7 @@ def evaluate_once(
     """
     checkpoint, run = sampler.checkpoint, sampler.checkpoint.run
     drawn = drawn_folder(run)
-    path = evaluation_path(run, checkpoint.step, sampler_protocol(sampler, reference, extractor))
+    path = evaluation_path(run, checkpoint.step, sampler_protocol(sampler, reference.identity(), extractor))
 
     def exists() -> bool:
         for stored in run.glob(f"evaluations/step_{checkpoint.step:07d}-*.json"):

@@ -283,12 +283,10 @@ def network_error(
 
 
 def require_measurable(networks: Networks, store: Latents) -> None:
-    """Raise JLTError for networks that cannot be compared on these latents, and for weights and samplers unknown."""
+    """Raise JLTError for networks that cannot be compared on these latents, and for unknown weights."""
     require_comparable(networks.checkpoints, store)
     for checkpoint in networks.checkpoints:
         choose_name(checkpoint, networks.ema)
-    if networks.samples:
-        SampleConfig(num=networks.samples, steps=networks.steps)
 
 
 def require_comparable(checkpoints: Sequence[Checkpoint], store: Latents) -> None:

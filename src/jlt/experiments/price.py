@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from jlt.config import SampleConfig, Solver
+from jlt.config import SAMPLERS, SampleConfig, Solver
 from jlt.errors import UsageError
 from jlt.evaluation.metrics import jackknife
 from jlt.experiments.checkpoint_evaluation import warn_if_few
@@ -27,10 +27,11 @@ from jlt.runtime.environment import machine, seconds_of
 from jlt.runtime.processes import Group
 from jlt.runtime.progress import inform
 from jlt.sampling.guidance import rows_evaluated
-from jlt.sampling.sampler import ImageSampler, check_guidance, check_guide, with_config, with_numbered_labels
+from jlt.sampling.sampler import ImageSampler, with_config, with_numbered_labels
 from jlt.storage.codec import to_json
 
-PUBLISHED: tuple[Solver, int, float] = ("heun", 50, 1.0)
+_PUBLISHED = SAMPLERS["published"]
+PUBLISHED: tuple[Solver, int, float] = (_PUBLISHED["solver"], _PUBLISHED["steps"], _PUBLISHED["shift"])
 """Solver, steps and shift of the published sampler (eq. 8)."""
 
 
@@ -95,9 +96,6 @@ def price(
     config = replace(config, sample=with_numbered_labels(checkpoint, config.sample))
     out = out or default_folder(checkpoint, "price")
     first = config.sample_config(settings[0], config.sample.seed)
-    check_guidance(checkpoint.config, first)
-    if first.autoguided:
-        check_guide(checkpoint, first)
     plan = {"schema": Price.SCHEMA, "price": to_json(config)}
     with settings_folder(subject, first, out, plan, config.sample.num, device, group) as folder:
         points = _measure(config, folder, settings, config.sample.seed, "search")

@@ -150,7 +150,7 @@ def photographs(scale: Scale, patch_size: int, latents: LatentShape) -> TrainCon
         network=sized_network(scale.size, patch_size, latents),
         optimizer=OptimizerConfig(learning_rate=scale.learning_rate, warmup_steps=200),
         batch_size=scale.batch_size,
-        # At 256 pixels half of the batch takes about 11 GiB.
+        # At 256 pixels half of the batch is estimated to take 11 GiB.
         accumulation=2 if gpu else 0,
         steps=scale.steps,
         flips=True,

@@ -173,7 +173,7 @@ def _check_log(path: Path, seal: bool) -> None:
                 lines[number] = log_line(json.loads(text), work).encode()
         if lines != path.read_bytes().splitlines(keepends=True):
             write_text(path, b"".join(lines).decode())
-    log = read_run(path.parent, 0).log if (path.parent / CONFIG).is_file() else read_log(path)
+    log = read_run(path.parent).log if (path.parent / CONFIG).is_file() else read_log(path)
     if log.notes:
         raise JLTError(" ".join(log.notes))
 

@@ -33,7 +33,7 @@ def open_source(spec: str, split: str | None = None, class_names: str | None = N
     as in a clone of a Hub repository; a folder of class folders; or a folder of images, which are of one class.
     `./digits` is a folder, not the bundled set. `split` selects files of such a folder, or one of its folders.
     `class_names` is a text file with one class name per line, for labels that
-    are numbers. UsageError for an unknown `spec`, with the nearest names, or an option that does not apply; JLTError if
+    are numbers. UsageError for a `spec` that does not exist, or an option that does not apply; JLTError if
     the images cannot be opened.
     """
     if spec == "digits":

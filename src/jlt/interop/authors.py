@@ -1,6 +1,6 @@
 """Networks under the names of the JLT authors' program, and of JiT's, to this project's configuration and names.
 
-JiT (Li and He 2025, arXiv 2511.13720) is the program that the authors' began with: its networks also have a bottleneck
+JiT (Li and He 2025, arXiv 2511.13720) is the program that theirs is based on: its networks also have a bottleneck
 in the patch embedding, positions that are added to the tokens, and in-context class tokens.
 
 Besides the names, three layouts differ, and each is a permutation of rows or columns:
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from jlt.config import NetworkConfig
+from jlt.config import NetworkConfig, swiglu_size
 from jlt.errors import JLTError
 from jlt.networks.layers import FREQUENCIES, RotaryPositions, sincos_positions
 
@@ -242,6 +242,6 @@ def _mlp_ratio(hidden_size: int, mlp_size: int) -> float:
     """Return the nominal ratio of a perceptron: 4, or the smallest one that gives its size."""
     for nominal in (4 * hidden_size, -(-3 * mlp_size // 2), -(-3 * mlp_size // 2) + 1):
         ratio = nominal / hidden_size
-        if int(int(hidden_size * ratio) * 2 / 3) == mlp_size:
+        if swiglu_size(hidden_size, ratio) == mlp_size:
             return ratio
     raise JLTError(f"blocks.0.mlp.w3.weight has {mlp_size} columns, which no ratio to {hidden_size} gives.")

@@ -1,4 +1,4 @@
-"""Checkpoints out: a folder that diffusers loads without jlt, or one file of weights; and the upload of a folder.
+"""Export of checkpoints: a folder that diffusers loads without jlt, or one file of weights. Upload of such a folder.
 
 DIR/
     model_index.json, pipeline.py               settings, and the sampling loop
@@ -60,15 +60,13 @@ from jlt.storage.files import (
     write_text,
 )
 from jlt.storage.folders import LOCK, remove_leftovers, stays_inside, whole_folder
-from jlt.storage.weights import is_hub_id, read_metadata, write_tensors
+from jlt.storage.weights import read_metadata, write_tensors
 from jlt.training.averages import ChosenWeights, choose_name, choose_weights
 from jlt.training.checkpoint import Checkpoint, load_tensors
 
 SOURCES = "jlt.interop.exported"
 APP = Path(__file__).with_name("exported") / "app.py"
 """It uses no module of this package, so it is copied as it is."""
-CARD_FILES = ("README.md", "samples.png")
-"""Files that their owner may edit."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def export_folder(
         _write_pipeline(partial, checkpoint, chosen, settings, autoencoder)
         written = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != LOCK)
         files = {str(path.relative_to(partial)): sha256_file(path) for path in written}
-        write_card(partial, Card(checkpoint, settings, config, chosen.ema, plan.copied, place or out.name), device)
+        write_card(partial, Card(checkpoint, settings, config, plan.copied, place or out.name), device)
         write_text(partial / RECORD, sealed_text({"schema": SCHEMA, "export": export, "files": files}))
     return out
 
@@ -167,7 +165,7 @@ def plan_vae(identity: Mapping[str, Any], config: ExportConfig) -> VaePlan:
         raise UsageError(f"--vae {reason}.")
     if name == "pixels":
         return VaePlan(source, copied=False)
-    public = bool(HUB_ID.fullmatch(source)) and is_hub_id(source)
+    public = bool(HUB_ID.fullmatch(source)) and not Path(source).exists()
     if source in SOURCES_IN_PACKAGE or config.with_vae or name == "taef2":
         return VaePlan(source if public or source in SOURCES_IN_PACKAGE else IN_FOLDER, copied=True)
     if config.vae or public:
@@ -255,7 +253,7 @@ def _exists_already(out: Path, export: Mapping[str, Any]) -> bool:
         raise JLTError(
             f"{out} holds another export, which differs in: {format_difference(differences)}. Choose another folder."
         )
-    require_intact(out)
+    require_intact(out, record)
     return True
 
 
@@ -272,9 +270,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def require_intact(folder: Path) -> None:
-    """Raise JLTError for a file of an export that is missing, or has another content than recorded."""
-    for name, sha256 in read_record(folder)["files"].items():
+def require_intact(folder: Path, record: Mapping[str, Any] | None = None) -> None:
+    """Raise JLTError for a file of an export that is missing, or has another content than recorded.
+
+    `record` is what `read_record` returned, where it was read already.
+    """
+    for name, sha256 in (record or read_record(folder))["files"].items():
         require_file(folder, name, sha256)
 
 

@@ -11,7 +11,7 @@ from jlt.ranges import Ranged
 
 @dataclass(frozen=True)
 class ImportConfig(Ranged):
-    """Facts about a file; one that the file states itself cannot be changed, except for the autoencoder and the start of the class tokens."""
+    """Facts about a file; of those that it states itself, only the autoencoder and `context_start` can be changed."""
 
     autoencoder: str = ""
     """Autoencoder of the latents: flux2, taef2, kl, tiny or pixels. Default: pixels for 3 channels, or else flux2."""

@@ -43,7 +43,6 @@ class Card:
     checkpoint: Checkpoint
     settings: PipelineSettings
     config: ExportConfig
-    ema: str
     vae_copied: bool
     place: str
     """Where it is loaded from in the example."""
@@ -115,7 +114,7 @@ def metadata(card: Card, evaluations: Sequence[Evaluation]) -> str:
     """Return the Hub's metadata as YAML; its results are those of the exported weights."""
     from huggingface_hub import ModelCardData
 
-    ours = [evaluation for evaluation in evaluations if evaluation.protocol.get("ema") == card.ema]
+    ours = [evaluation for evaluation in evaluations if evaluation.protocol.get("ema") == card.settings.training.ema]
     data = ModelCardData(
         license=card.license,
         library_name="diffusers",
@@ -213,7 +212,7 @@ def _call(config: ExportConfig) -> str:
 def _facts(card: Card) -> list[tuple[str, str]]:
     """Return what the card's first table states."""
     train, identity = card.checkpoint.config, card.settings.autoencoder
-    network, side = train.network, identity["downsampling"]
+    network, side, ema = train.network, identity["downsampling"], card.settings.training.ema
     optional = {
         "bottleneck": network.bottleneck_size,
         "fixed positions": network.fixed_positions,
@@ -227,7 +226,7 @@ def _facts(card: Card) -> list[tuple[str, str]]:
         ("images", f"{network.height * side} x {network.width * side} pixels, {network.num_classes} classes"),
         ("latents", f"{network.channels} x {network.height} x {network.width}, of the autoencoder {identity['name']}"),
         *_training_facts(card),
-        ("weights", f"EMA {card.ema}" if card.ema != "none" else "as trained, without EMA"),
+        ("weights", f"EMA {ema}" if ema != "none" else "as trained, without EMA"),
         ("checkpoint", f"`{card.checkpoint.sha256[:16]}`"),
     ]
 

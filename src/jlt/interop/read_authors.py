@@ -28,8 +28,8 @@ from jlt.interop.settings import Arguments, is_number, read_prediction, require_
 from jlt.interop.torch_file import read_torch_file, require_tensors
 from jlt.latents.adoption import USUAL, adopted_identity
 from jlt.runtime.progress import inform
+from jlt.sampling.labels import readable_names
 from jlt.storage.files import sha256_file
-from jlt.storage.weights import ASSETS
 
 STATES = ("model", "model_ema1", "model_ema2")
 AVERAGES = {"model_ema1": ("ema_decay1", 0.9999), "model_ema2": ("ema_decay2", 0.9996)}
@@ -222,9 +222,9 @@ def _count(value: Any) -> int | None:
 
 
 def _class_names(count: int, file: Path | None) -> list[str]:
-    names = read_class_names(file) if file else None
-    if names is not None and len(names) != count:
+    if file is None:
+        return list(readable_names([str(number) for number in range(count)], count))
+    names = read_class_names(file)
+    if len(names) != count:
         raise UsageError(f"{file} names {len(names)} classes, and the network has {count}.")
-    if names is None and count == 1000:
-        names = read_class_names(ASSETS / "imagenet_classes.txt")
-    return list(names if names is not None else map(str, range(count)))
+    return list(names)

@@ -40,7 +40,7 @@ from jlt.storage.weights import read_metadata, require_same_tensors
 from jlt.training.checkpoint import average_names
 from jlt.training.power_ema import SIGMA_REL, parse_sigma_rel
 
-LARGEST_JSON = 2**24
+LARGEST_SETTINGS = 2**24
 """Bytes of a JSON file that is read."""
 IDENTITY = ("name", "source", "downsampling", "normalisation", "weights_sha256", "class", "posterior")
 """What is read of the identity of an autoencoder, besides its channels."""
@@ -69,8 +69,8 @@ class Exported:
 def read_export(path: Path, source: str) -> Imported:
     """Read an exported folder or file; `source` is how the user named it.
 
-    JLTError, before memory is allocated, for what is damaged, leads out of its folder, states impossible sizes or does
-    not hold the weights of its network.
+    JLTError for what is damaged, leads out of its folder, states impossible sizes or does not hold the weights of its
+    network, before memory is taken for what the settings claim.
     """
     exported = _read_file(path) if path.is_file() else _read_folder(path)
     settings, network = exported.settings, exported.network
@@ -161,7 +161,7 @@ def _read_file(path: Path) -> Exported:
 
 
 def _require_small(path: Path) -> None:
-    if path.stat().st_size > LARGEST_JSON:
+    if path.stat().st_size > LARGEST_SETTINGS:
         raise JLTError(f"{path} has {path.stat().st_size:,} bytes, too many for a file of settings.")
 
 
@@ -181,7 +181,7 @@ def _train_config(settings: PipelineSettings, network: NetworkConfig) -> TrainCo
         ema=decays,
         power_ema=widths,
     )
-    # The name becomes a part of a file's.
+    # The name becomes part of a file name.
     if [*average_names(config), "none"][0] != training.ema:
         raise JLTError(f"training.ema is no average of weights: {training.ema[:40]!r}.")
     return config
@@ -244,7 +244,7 @@ def _read_weights(exported: Exported) -> dict[str, Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
-    """Return the floating-point tensors of a safetensors file without their values, on the meta device.
+    """Return the tensors of a safetensors file without their values, on the meta device.
 
     JLTError for a file of another kind, and for numbers of another kind.
     """
@@ -269,7 +269,7 @@ def require_autoencoder(config: Path, weights: Path, name: str) -> None:
     The sizes in the settings are limited before the model is built, and that needs no memory.
     """
     described = read_json(config)
-    _require_moderate(config, described)
+    _require_small_values(config, described)
     try:
         with torch.device("meta"):
             expected = _empty_autoencoder(name, described).state_dict()
@@ -289,12 +289,12 @@ def _empty_autoencoder(name: str, described: Mapping[str, Any]) -> torch.nn.Modu
     return model_class.from_config(dict(described))
 
 
-def _require_moderate(path: Path, value: Any) -> None:
+def _require_small_values(path: Path, value: Any) -> None:
     """Raise JLTError for numbers and lists that no autoencoder needs."""
     if isinstance(value, Mapping | list):
         if len(value) > LONGEST_LIST:
             raise JLTError(f"{path} has a list of {len(value):,} values: it is no file of settings.")
         for entry in value.values() if isinstance(value, Mapping) else value:
-            _require_moderate(path, entry)
+            _require_small_values(path, entry)
     elif isinstance(value, int | float) and not abs(value) <= LARGEST_SETTING:
         raise JLTError(f"{path} has the value {value}: no autoencoder needs more than {LARGEST_SETTING:,}.")

@@ -28,7 +28,7 @@ COARSEST_TIMES = 2 * 10**9
 def local_path(source: str) -> Path:
     """Return a local path: `source` itself, or the download of hub:user/name/file or of the folder hub:user/name.
 
-    UsageError for a name that is no Hub id; JLTError if it cannot be downloaded.
+    UsageError for a name without user or repository; JLTError if it cannot be downloaded.
     """
     if not source.startswith(HUB):
         return Path(source)

@@ -23,7 +23,7 @@ SECTIONS = {
     "time": "time",
     "measured": "measured on this machine",
 }
-LONG_HOURS = 48
+HOURS_AS_DAYS = 48
 LARGE_NETWORK = 50e6
 """Parameters beyond those of the recipes for photographs."""
 GOOD_MFU = 0.4
@@ -57,7 +57,9 @@ def _judged(result: Mapping[str, Any]) -> Iterator[str]:
         if entry["out_of_memory"] or result["best"][entry["preset"]] != entry["batch_size"]:
             continue
         good = entry["mfu"] >= GOOD_MFU
-        verdict = "as jlt plan assumes" if good else "less than jlt plan assumes; try --compile or a larger batch"
+        verdict = (
+            "at least what jlt plan assumes" if good else "less than jlt plan assumes; try --compile or larger batches"
+        )
         yield f"{entry['preset']}: an update reaches {entry['mfu']:.0%} of the speed of a matrix product, {verdict}."
     for name, loop in result["loop"].items():
         if "ratio" in loop:
@@ -242,7 +244,7 @@ def refusal(plan: Mapping[str, Any], together: int = 1) -> str:
     ways = sorted(plan["ways_to_fit"], key=lambda way: way["seconds"])
     if ways:
         needed, hours = memory(ways[0]["bytes"]), ways[0]["seconds"] / 3600
-        length = _hours(hours) if hours < LONG_HOURS else f"{number(hours / 24, 2)} days"
+        length = _hours(hours) if hours < HOURS_AS_DAYS else f"{number(hours / 24, 2)} days"
         text += f" It fits with {_options(ways[0]['settings'])}: {needed}, about {length} of training."
     else:
         text += " No batch fits: take a smaller network."

@@ -216,9 +216,9 @@ def _advice(entry: TokenGeometry, advice: Advice) -> str:
     if forecast.skip and forecast.skip_directions is not None:
         fewer = forecast.skip_directions < CLEARLY_FEWER * forecast.needed_directions["x"]
         texts.append(
-            f"Of all targets skip=S, skip={forecast.skip:g} needs the fewest: {number(forecast.skip_directions)}."
+            f"Of the targets skip=S up to 1.5, {forecast.skip:g} needs the fewest: {number(forecast.skip_directions)}."
             if fewer
-            else "No target skip=S needs clearly fewer than the clean latent."
+            else "No target skip=S up to 1.5 needs clearly fewer than the clean latent."
         )
     if width < entry.dimension:
         floors = [

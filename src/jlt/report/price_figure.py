@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 
 from jlt.report.figures import Figure, LegendEntry, draw, log_if_wide
 from jlt.report.palette import DASHES, INK, MUTED, PAPER, TIME, line_swatch
-from jlt.report.price_text import SOLVERS, curves, line_of, measured, sampler_text
+from jlt.report.price_text import SOLVERS, curve_key, curves, measured, sampler_text
 from jlt.report.wording import interval_text
 from jlt.results.price import Price, Priced
+from jlt.results.sweep import WHOLE_INTERVAL
 
 MARKERS = ("o", "s", "^", "D", "v")
 COLOURS = (0, 4, 2, 3, 1)
@@ -20,7 +21,7 @@ def price_figure(result: Price) -> Figure:
     published, *points = result.points
     lines = curves(points)
     solvers = list(dict.fromkeys(line[0].solver for line in lines))
-    styles = [line_of(line[0])[1:] for line in lines]
+    styles = [curve_key(line[0])[1:] for line in lines]
     dashes = {style: DASHES[place % len(DASHES)] for place, style in enumerate(dict.fromkeys(styles))}
 
     def paint(axes: Axes) -> None:
@@ -32,7 +33,7 @@ def price_figure(result: Price) -> Figure:
             axes.errorbar(
                 [point.evaluations for point in line], [point.value for point in line],
                 yerr=[point.error or 0.0 for point in line], color=TIME[COLOURS[place]].light, marker=MARKERS[place],
-                dashes=dashes[line_of(line[0])[1:]], markersize=5, markeredgecolor=PAPER.light, markeredgewidth=0.6,
+                dashes=dashes[curve_key(line[0])[1:]], markersize=5, markeredgecolor=PAPER.light, markeredgewidth=0.6,
                 elinewidth=1.0, capsize=2,
             )  # fmt: skip
         for point in points:
@@ -47,7 +48,7 @@ def price_figure(result: Price) -> Figure:
 
     legend = []
     for line in lines:
-        role, dash = f"t{COLOURS[solvers.index(line[0].solver)]}", dashes[line_of(line[0])[1:]]
+        role, dash = f"t{COLOURS[solvers.index(line[0].solver)]}", dashes[curve_key(line[0])[1:]]
         legend.append(LegendEntry(line_swatch(role, "", dash), _label(line[0])))
     legend.append(LegendEntry(line_swatch("muted"), f"published, {published.evaluations} evaluations"))
     caption = (
@@ -62,5 +63,5 @@ def price_figure(result: Price) -> Figure:
 
 def _label(point: Priced) -> str:
     shift = "" if point.shift == 1 else f", shift {point.shift:g}"
-    interval = "" if point.cfg_interval == (0.0, 1.0) else f", {interval_text(point.cfg_interval)}"
+    interval = "" if point.cfg_interval == WHOLE_INTERVAL else f", {interval_text(point.cfg_interval)}"
     return f"{SOLVERS[point.solver]}{shift}{interval}"

@@ -8,6 +8,7 @@ from itertools import groupby
 from jlt.report import wording
 from jlt.report.wording import Table, interval_text, metric_text, number, sentence, unbroken
 from jlt.results.price import Price, Priced, SamplerSetting
+from jlt.results.sweep import WHOLE_INTERVAL
 
 SOLVERS = {
     "euler": "Euler",
@@ -21,17 +22,17 @@ FURTHER = ("inception_score", "recall", "label_agreement")
 
 def by_line(points: Sequence[Priced]) -> list[Priced]:
     """Return the settings in order: those of one curve together, with a rising number of steps."""
-    return sorted(points, key=lambda point: (*line_of(point), point.steps))
+    return sorted(points, key=lambda point: (*curve_key(point), point.steps))
 
 
-def line_of(point: SamplerSetting) -> tuple[str, float, tuple[float, float]]:
+def curve_key(point: SamplerSetting) -> tuple[str, float, tuple[float, float]]:
     """Return what the settings of one curve share: solver, shift and guidance interval."""
     return point.solver, point.shift, point.cfg_interval
 
 
 def curves(points: Sequence[Priced]) -> list[list[Priced]]:
     """Return the settings by curve, each with a rising number of steps."""
-    return [list(curve) for _, curve in groupby(by_line(points), key=line_of)]
+    return [list(curve) for _, curve in groupby(by_line(points), key=curve_key)]
 
 
 def verdict(result: Price) -> str:
@@ -81,7 +82,7 @@ def facts(result: Price) -> dict[str, str]:
 def sampler_text(setting: SamplerSetting) -> str:
     """Write a setting as prose does: 16-step DPM-Solver++(2M) with shift 0.5, guidance for t from 0.1 to 0.9."""
     shift = "" if setting.shift == 1 else f" with shift {setting.shift:g}"
-    interval = "" if setting.cfg_interval == (0.0, 1.0) else f", {interval_text(setting.cfg_interval)}"
+    interval = "" if setting.cfg_interval == WHOLE_INTERVAL else f", {interval_text(setting.cfg_interval)}"
     return f"{setting.steps}-step {SOLVERS[setting.solver]}{shift}{interval}"
 
 

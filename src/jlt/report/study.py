@@ -166,10 +166,10 @@ def read_study(folder: Path) -> Study:
         study = Study(folder, "Target geometry", systems=(), geometry=geometry, inside=inside)
     else:
         if not folder.exists():
-            raise JLTError(f"{folder} does not exist: name the folder of a run, an ablation, a sweep or an analysis.")
+            raise JLTError(f"{folder} does not exist: name a run, an ablation, a sweep, a price or an analysis.")
         raise JLTError(
             f"{folder} holds neither an ablation (ablation.json) nor a training run (config.json) nor an analysis "
-            "(geometry.json) nor a finished sweep (sweep.json)."
+            "(geometry.json) nor a finished sweep (sweep.json) or price (price.json)."
         )
     return keep_one_protocol(study)
 
@@ -241,11 +241,11 @@ def _run_of(folder: Path, entry: SystemRun) -> Run:
             f"{folder} holds another run than {Ablation.FILE} says: {' '.join(map(str, found))} instead of "
             f"{' '.join(map(str, wanted))} (prediction, loss space, patch size, seed, width). Put the right one there."
         )
-    return read_run(folder, entry.seed)
+    return read_run(folder)
 
 
 def _read_single(folder: Path) -> Study:
     config, _ = read_config(folder)
-    run = read_run(folder, config.seed)
+    run = read_run(folder)
     system = System(config.name, config.prediction, config.loss.space, config.network.patch_size, runs=(run,))
     return Study(folder, f"Training run {system.name}", systems=(system,))

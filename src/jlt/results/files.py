@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from jlt.errors import JLTError
-from jlt.storage.codec import from_json, to_json
+from jlt.storage.codec import from_file, to_json
 from jlt.storage.files import read_sealed_json, sealed_text, with_place, write_text
 
 
@@ -57,7 +57,4 @@ def parse_result(kind: type[R], path: Path, content: Mapping[str, Any]) -> R:
             "run the command that wrote it again."
         )
     fields = {key: value for key, value in content.items() if key not in {"schema", *kind.UNREAD}}
-    try:
-        return from_json(kind, fields)
-    except JLTError as error:
-        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
+    return from_file(kind, path, fields)

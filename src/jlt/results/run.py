@@ -16,7 +16,7 @@ from jlt.config import TrainConfig
 from jlt.errors import JLTError
 from jlt.results.evaluation import Evaluation
 from jlt.results.files import read_result
-from jlt.storage.codec import Count, NonNegative, Size, from_json, known_fields
+from jlt.storage.codec import Count, NonNegative, Size, from_file, from_json, known_fields
 from jlt.storage.files import WORK, parse_json, read_marker, recorded, work_of
 from jlt.storage.folders import path_inside
 from jlt.storage.seals import require_sealed
@@ -176,25 +176,22 @@ def read_config(folder: Path) -> tuple[TrainConfig, Mapping[str, Any]]:
 
 def parse_config(path: Path, content: Mapping[str, Any]) -> tuple[TrainConfig, Mapping[str, Any]]:
     """Return the settings that a `config.json` holds, and its content; JLTError if a value is not possible."""
-    try:
-        config = from_json(TrainConfig, {key: value for key, value in content.items() if key not in ("latents", WORK)})
-    except JLTError as error:
-        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
-    return config, content
+    settings = {key: value for key, value in content.items() if key not in ("latents", WORK)}
+    return from_file(TrainConfig, path, settings), content
 
 
-def read_run(folder: Path, seed: int) -> Run:
+def read_run(folder: Path) -> Run:
     """Read a run folder; log, samples and evaluations may be missing while it is under way."""
     config, content = read_config(folder)
     evaluations = [read_result(Evaluation, path) for path in evaluation_files(folder)]
     log = _log_of(folder, config, evaluations)
-    grid = "samples/grid.png"
+    grid, work = "samples/grid.png", work_of(folder)
     for file in (*(file for _, file in log.samples), grid):
         if path_inside(folder, file).is_file():
-            require_sealed(folder / file, work_of(folder))
+            require_sealed(folder / file, work)
     return Run(
         folder=folder,
-        seed=seed,
+        seed=config.seed,
         config=content,
         log=log,
         evaluations=tuple(sorted(evaluations, key=lambda evaluation: evaluation.step or 0)),
@@ -246,7 +243,7 @@ class Line(NamedTuple):
 def log_line(event: Mapping[str, Any], work: str) -> str:
     """Return an event as a line of the log of a run with this identity, sealed by a hash.
 
-    A number that is not finite, which JSON does not have, becomes None.
+    A value that is a number and not finite becomes None, since JSON has none; one inside a list is a ValueError.
     """
     bad = {key for key, value in event.items() if isinstance(value, float) and not math.isfinite(value)}
     text = json.dumps(recorded({**event, **dict.fromkeys(bad)}), allow_nan=False)
@@ -262,8 +259,9 @@ def read_lines(path: Path) -> tuple[list[Line], bool]:
 
     A missing file has no lines. JLTError names a line that is damaged, and one that is of another run.
     """
-    texts, work, torn = path.read_bytes().splitlines() if path.exists() else [], work_of(path.parent), False
-    whole = not texts or path.read_bytes().endswith(b"\n")
+    content = path.read_bytes() if path.exists() else b""
+    texts, work, torn = content.splitlines(), work_of(path.parent), False
+    whole = not texts or content.endswith(b"\n")
     lines: list[Line] = []
     last = -1
     for number, text in enumerate(texts, 1):

@@ -260,14 +260,15 @@ def open_sampler(
     network, pixels = checkpoint.config.network, 3 * autoencoder.downsampling**2
     # A batch and its noise as latents and as images, in float32.
     values = network.height * network.width * (2 * network.channels + pixels)
-    require_memory(4 * min(config.num, config.batch_size) * values, f"A batch of {config.batch_size:,} images")
+    count = min(config.num, config.batch_size)
+    require_memory(4 * count * values, f"A batch of {count:,} images")
     return ImageSampler(checkpoint, weights, guide, autoencoder, config, device)
 
 
 def with_config(sampler: ImageSampler, config: SampleConfig) -> ImageSampler:
     """Return a sampler of the same checkpoint and decoder with other settings, opening only what they change.
 
-    Raises JLTError as `open_sampler` does.
+    Raises JLTError as `open_sampler` does, which also checks the memory that a batch takes.
     """
     checkpoint, device = sampler.checkpoint, sampler.device
 

@@ -29,7 +29,7 @@ from jlt.runtime.progress import inform, track
 from jlt.runtime.signals import until_stopped
 from jlt.sampling.sampler import ImageBatch, ImageSampler, Start, batches_of, decode_to_uint8, labels_for
 from jlt.sampling.solvers import network_evaluations
-from jlt.storage.codec import Count, from_json, known_fields
+from jlt.storage.codec import Count, from_file, known_fields
 from jlt.storage.files import atomic_path, read_marker
 from jlt.storage.folders import Claim
 from jlt.storage.rows import RowTable, remove_rows, require_space, unwritten
@@ -126,10 +126,7 @@ class Drawn:
 
 def read_drawn(path: Path) -> Drawn:
     """Read a `protocol.json`; JLTError if it is damaged, or a value is not possible."""
-    try:
-        return from_json(Drawn, known_fields(Drawn, read_marker(path)[0]))
-    except UsageError as error:
-        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
+    return from_file(Drawn, path, known_fields(Drawn, read_marker(path)[0]))
 
 
 def _is_kept(path: Path, work: str) -> bool:

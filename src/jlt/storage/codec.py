@@ -13,6 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from jlt.errors import JLTError, shortened, unknown_name
@@ -78,6 +79,14 @@ def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise JLTError(f"{shortened(repr(values))} is no object with named fields.")
     return {key: value for key, value in values.items() if key in _hints(kind)}
+
+
+def from_file(kind: type[T], path: Path, content: Mapping[str, Any]) -> T:
+    """Return the data class that a file holds; JLTError, with the file's name, for a value that is not possible."""
+    try:
+        return from_json(kind, content)
+    except JLTError as error:
+        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
 
 
 @functools.cache

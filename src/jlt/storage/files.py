@@ -53,7 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         temporary.replace(path)
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,9 +74,9 @@ def _create(path: Path) -> int:
         os.close(descriptor)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the folder's own entries (new names, renames) durable, or the content of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make the content of a file, or the entries of a folder (new names, renames), durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -96,6 +96,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a JLTError names a file that is missing, does not parse or holds anything else."""
+    return parse_json(_json_bytes(path), str(path))
+
+
+def _json_bytes(path: Path) -> bytes:
     if not path.exists():
         raise JLTError(f"{path} does not exist.")
     # Opening a pipe would wait for ever.
@@ -103,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise JLTError(f"{path} is not a file.")
     if path.stat().st_size > LARGEST_JSON:
         raise JLTError(f"{path} has more than {LARGEST_JSON:,} bytes: it is damaged, or another program wrote it.")
-    return parse_json(path.read_bytes(), str(path))
+    return path.read_bytes()
 
 
 def parse_json(text: bytes, name: str) -> dict[str, Any]:
@@ -142,11 +146,12 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
     JLTError if it was damaged or edited, has no seal, or was written for another folder or under another name.
     """
-    content = read_json(path)
+    text = _json_bytes(path)
+    content = parse_json(text, str(path))
     if SEAL not in content:
         raise unsealed(path)
     # The bytes are compared too, since an edit may keep the parsed values (1e-05 for 1E-05).
-    unchanged = path.read_bytes() == _indented(content).encode()
+    unchanged = text == _indented(content).encode()
     recorded = content.pop(SEAL)
     if not unchanged or recorded != sealed_sha256(content):
         raise JLTError(f"{path} was edited or damaged: its content does not match its own SHA-256.")

@@ -22,7 +22,7 @@ from jlt.storage.files import (
     WORK,
     difference,
     format_difference,
-    fsync_folder,
+    fsync_path,
     partial_path,
     read_marker,
     recorded,
@@ -194,10 +194,10 @@ def whole_folder(folder: Path, is_same: Callable[[], bool] = lambda: False) -> I
         try:
             yield partial
             for path in partial.rglob("*"):
-                fsync_folder(path)
+                fsync_path(path)
             # As late as possible, since it protects the folder from processes that remove what others left.
             (partial / LOCK).unlink()
-            fsync_folder(partial)
+            fsync_path(partial)
             try:
                 partial.rename(folder)
             except OSError as error:
@@ -205,7 +205,7 @@ def whole_folder(folder: Path, is_same: Callable[[], bool] = lambda: False) -> I
                     raise
                 if not is_same():
                     raise JLTError(f"{folder} is not empty any more: name another folder.") from error
-            fsync_folder(folder.parent)
+            fsync_path(folder.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

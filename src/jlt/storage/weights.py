@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jlt.errors import JLTError
-from jlt.storage.files import atomic_path, fsync_folder, partial_path
+from jlt.storage.files import atomic_path, fsync_path, partial_path
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -49,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             values = {key: value.contiguous() for key, value in tensors.items()}
             save_file(values, temporary, dict(metadata) if metadata else None)
         (folder / path.name).replace(path)
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

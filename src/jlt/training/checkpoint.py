@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jlt.config import TrainConfig
 from jlt.errors import JLTError
-from jlt.storage.codec import Count, NonNegative, from_json, known_fields, to_json
+from jlt.storage.codec import Count, NonNegative, from_file, known_fields, to_json
 from jlt.storage.files import (
     partial_path,
     read_json,
@@ -134,7 +134,7 @@ class Checkpoint(StepFolder):
 
     def read_state(self) -> Facts:
         """Read `state.json` after checking its hash."""
-        return _parsed(Facts, self.folder / STATE, read_json(self._checked(STATE)))
+        return from_file(Facts, self.folder / STATE, read_json(self._checked(STATE)))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = _read_manifest(folder)
     if manifest.config is None or manifest.latents is None:
         raise JLTError(f"{folder} is a snapshot of averages: name its run, with an EMA such as sigma_rel=0.07.")
-    _parsed(LatentsOrigin, folder / MANIFEST, known_fields(LatentsOrigin, manifest.latents))
+    from_file(LatentsOrigin, folder / MANIFEST, known_fields(LatentsOrigin, manifest.latents))
     return Checkpoint(folder, *_facts(manifest), manifest.config, manifest.latents)
 
 
@@ -291,7 +291,7 @@ def _read_manifest(folder: Path) -> StepManifest:
     content = read_sealed_json(path)
     if content.pop("schema", None) != SCHEMA:
         raise JLTError(f"{path} is not a checkpoint's manifest of schema {SCHEMA}: name a run.")
-    manifest = _parsed(StepManifest, path, content)
+    manifest = from_file(StepManifest, path, content)
     if folder.name.startswith("step_") and step_of(folder) != manifest.step:
         raise JLTError(f"{path} is of step {manifest.step}: the folder was renamed or copied.")
     for name in manifest.files:
@@ -299,13 +299,6 @@ def _read_manifest(folder: Path) -> StepManifest:
         if not stays_inside(name):
             raise JLTError(f"{path} names {name!r}: a manifest may name only files in its own folder.")
     return manifest
-
-
-def _parsed(kind: type[M], path: Path, content: Mapping[str, Any]) -> M:
-    try:
-        return from_json(kind, content)
-    except JLTError as error:
-        raise JLTError(f"{path} is damaged or was written by another version: {error}") from error
 
 
 def is_checkpoint_or_run(path: Path) -> bool:
